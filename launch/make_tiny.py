@@ -1,0 +1,122 @@
+"""Make the two embedded models again from nothing: python launch/make_tiny.py --out=DIR.
+
+Trains a tokenizer on the generated problems, then teacher and student by SFT (configs/sft.py's own
+path). Under an hour on 2 cores. The student is smaller and stops early: it starts below the
+teacher, yet close enough in distribution for the teacher's word on its rollouts to teach.
+"""
+
+import pathlib
+import sys
+
+from absl import flags
+from ml_collections import ConfigDict
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from opd_jax import cli
+from opd_jax.config import default
+from opd_jax.data import tiny
+
+flags.DEFINE_string("out", "opd_jax/tiny", "folder for teacher/ and student/")
+flags.DEFINE_string("workdir", "runs/make_tiny", "folder for the two training runs")
+flags.DEFINE_enum("only", "both", ["both", "teacher", "student"], "which model to make")
+
+END, START_TURN, END_TURN = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+VOCABULARY = 320
+TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
+    "+ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+RECIPES = {  # layers, width, heads, key/value heads, mlp; SFT split, steps, learning rate
+    "teacher": (3, 128, 4, 2, 384, "sft", 3500, 2e-3),
+    "student": (2, 96, 4, 2, 256, "careless", 1400, 2e-3),
+}
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE whose merges never cross a digit, with Qwen's special tokens and ChatML."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\d|\n| ?[A-Za-z]+|[^\w\s] ?"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    problems = (tiny.problem("sft", i) for i in range(5000))
+    texts = (f"user\n{p.prompt}\nassistant\n{p.solution}" for p in problems)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[END, START_TURN, END_TURN],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END_TURN,
+        pad_token=END,
+        chat_template=TEMPLATE,
+        model_max_length=512,
+    )
+
+
+def sft_config(student: str, split: str, steps: int, rate: float) -> ConfigDict:
+    """SFT on golden solutions, many of them: one pass over fresh problems."""
+    config = default()
+    config.student.path = student
+    config.steps = steps
+    config.data.train = f"tiny:{split}"
+    config.data.size = 2_000_000
+    config.rollout.prompts_per_step = 32
+    config.rollout.max_prompt_tokens = 40
+    config.rollout.max_response_tokens = 136
+    config.loss.pg_weight = 0.0
+    config.loss.lambda_gold = 1.0
+    config.optim.learning_rate = rate
+    config.optim.schedule = "cosine"
+    config.optim.warmup_steps = 100
+    config.eval.every = 1000
+    config.checkpoint.every = 1000
+    config.eval.temperature = 1.0
+    config.metrics.repetition_tail = 100
+    config.metrics.repetition_threshold = 2.2
+    config.log.every = 50
+    return config
+
+
+def make(name: str, out: pathlib.Path, workdir: pathlib.Path) -> None:
+    """Initialise a model folder at random, train on it, and write the result to `out`."""
+    import jax
+
+    from opd_jax import models as hf
+    from opd_jax import train
+    from opd_jax.models import decoder
+
+    layers, width, heads, kv_heads, mlp, split, steps, rate = RECIPES[name]
+    tokenizer = make_tokenizer()
+    model = hf.ModelConfig(
+        model_type="qwen2", vocab_size=len(tokenizer), hidden_size=width, intermediate_size=mlp,
+        num_layers=layers, num_heads=heads, num_kv_heads=kv_heads, head_dim=width // heads,
+        rope_theta=10_000.0, rms_norm_eps=1e-6, max_position=512, tie_embeddings=True,
+        qkv_bias=True, qk_norm=False, eos_token_ids=(tokenizer.eos_token_id,),
+    )  # fmt: skip
+    start = workdir / f"{name}-init"
+    key = jax.random.key(sum(map(ord, name)))
+    hf.save(str(start), model, decoder.init(key, model), tokenizer)
+    params = train.run(
+        sft_config(str(start), split, steps, rate), str(workdir / name), command=sys.argv
+    ).state.params
+    hf.save(str(out / name), model, params, tokenizer)
+
+
+def main() -> None:
+    """Make the models asked for."""
+    out, workdir = pathlib.Path(cli.FLAGS.out), pathlib.Path(cli.FLAGS.workdir)
+    for name in RECIPES if cli.FLAGS.only == "both" else [cli.FLAGS.only]:
+        make(name, out, workdir)
+
+
+if __name__ == "__main__":
+    cli.main(main)

@@ -1,0 +1,32 @@
+"""Train: python launch/train.py --config=configs/stable_opd.py[:RECIPE] [--workdir=DIR]."""
+
+import pathlib
+import sys
+import time
+from typing import Any
+
+from absl import flags
+
+from opd_jax import cli
+
+cli.define_config("configs/stable_opd.py")
+flags.DEFINE_string("workdir", None, "folder of the run; default runs/CONFIG-RECIPE-TIME")
+
+
+def main() -> None:
+    """Run the experiment that the config describes."""
+    from opd_jax import train  # JAX starts only after the flags are known to be right
+
+    workdir = cli.FLAGS.workdir or _default_workdir()
+    train.run(cli.FLAGS.config, workdir, command=sys.argv)
+
+
+def _default_workdir() -> str:
+    flag: Any = cli.FLAGS["config"]
+    file, _, recipe = flag.config_filename.partition(":")
+    name = f"{pathlib.Path(file).stem}-{(recipe or 'tiny').replace(',', '-').replace('=', '-')}"
+    return f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+if __name__ == "__main__":
+    cli.main(main)

@@ -1,0 +1,54 @@
+"""What every entry point in launch/ shares: flags, exit statuses, one-line errors."""
+
+import pathlib
+import sys
+from collections.abc import Callable
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from opd_jax.config import explain
+from opd_jax.errors import OpdError
+
+FLAGS = flags.FLAGS
+EXIT_USER, EXIT_FLAGS = 1, 2
+
+
+def define_config(default: str) -> None:
+    """The `--config=FILE.py[:RECIPE]` flag; every field can be overridden (`--config.steps=10`)."""
+    sys.path.insert(
+        0, str(pathlib.Path(__file__).parents[1])
+    )  # config files import configs.recipes
+    config_flags.DEFINE_config_file("config", default, "experiment file, with :RECIPE after it")
+
+
+def main(run: Callable[[], None]) -> None:
+    """Parse the command line and call `run`; exits 0, 1 (an OpdError, one line) or 2 (wrong flags)."""
+    app.run(lambda _: _guarded(run), flags_parser=_parse)
+
+
+def _parse(arguments: list[str]) -> list[str]:
+    try:
+        rest = FLAGS(arguments)
+        if "config" in FLAGS:
+            _ = FLAGS.config.seed  # a file that is missing is reported at first use
+    except Exception as error:  # absl's own, or whatever a config file or an override raises
+        if isinstance(error, flags.Error) and "--config" not in str(error):
+            _fail(f"{error}; see --help", EXIT_FLAGS)
+        _fail(str(explain(error, arguments)), EXIT_USER)
+    if len(rest) > 1:
+        _fail(f"got {rest[1]!r}, wanted flags only; see --help", EXIT_FLAGS)
+    return rest
+
+
+def _guarded(run: Callable[[], None]) -> None:
+    logging.set_verbosity(logging.WARNING)  # Orbax tells of every file at INFO
+    try:
+        run()
+    except OpdError as error:
+        _fail(str(error), EXIT_USER)
+
+
+def _fail(text: str, status: int) -> None:
+    print(f"error: {text}", file=sys.stderr, flush=True)
+    sys.exit(status)

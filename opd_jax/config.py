@@ -1,0 +1,247 @@
+"""The config tree: every field with its default and meaning, and the rules that hold between them.
+
+A config file (configs/) starts from `default()` and sets numbers; the command line overrides any
+field (`--config.rollout.temperature=0.8`). `validate` is called once, before anything is loaded.
+Values from papers quote their source in configs/recipes.py.
+"""
+
+import difflib
+import json
+import math
+import re
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from opd_jax.errors import ConfigError
+from opd_jax.losses import ESTIMATORS
+
+DTYPES = ("auto", "float32", "bfloat16")
+
+
+def default() -> ConfigDict:
+    """Every field. The text after each is its documentation."""
+    config = ConfigDict()
+    config.seed = 0  # of data order, rollouts and evaluation
+    config.steps = 100  # rollout batches to train on
+
+    for role in ("student", "teacher", "reference"):
+        model = config[role] = ConfigDict()
+        model.path = ""  # Hugging Face folder; reference: empty = the student at step 0
+        model.dtype = "auto"  # compute: auto = bfloat16 on GPU, float32 on CPU
+
+    data = config.data = ConfigDict()
+    data.train = "tiny:train"  # problems to roll out on, with their golden solutions
+    data.prompt_template = "{problem}"  # text of the user's turn
+    data.system_prompt = ""  # text of the system's turn; empty = none
+    data.shuffle = True  # global order, drawn from the seed
+    data.size = 20_000  # problems of the generated data set before it repeats
+
+    rollout = config.rollout = ConfigDict()
+    rollout.prompts_per_step = 16
+    rollout.samples_per_prompt = 4
+    rollout.max_prompt_tokens = 64
+    rollout.max_response_tokens = 192
+    rollout.temperature = 1.0
+    rollout.top_p = 1.0
+    rollout.slots = 0  # sequences decoded at one time; 0 = all of a step's
+
+    scoring = config.scoring = ConfigDict()
+    scoring.token_chunk = 2048  # tokens whose logits exist at one time
+    scoring.overlap_top_k = 16  # k of the overlap metrics (2604.13016 uses 16)
+
+    loss = config.loss = ConfigDict()
+    loss.pg_weight = 1.0  # w_pg of the clipped surrogate on the teacher's log-ratio
+    loss.lambda_gold = 0.0  # weight of the supervised loss on golden solutions
+    loss.beta_kl = 0.0  # weight of KL(student || reference) on visited prefixes
+    loss.kl_estimator = "full"  # full | k1 | k2 | k3
+    loss.clip_low = 0.2
+    loss.clip_high = 0.2
+    loss.aggregation = "token"  # mean over all tokens, or (sequence) over responses
+    loss.truncated = "keep"  # mask: rollouts that ran out of budget are left out of the loss
+
+    optim = config.optim = ConfigDict()
+    optim.learning_rate = 1e-6
+    optim.schedule = "constant"  # constant | linear | cosine, to 0 at `steps`
+    optim.warmup_steps = 0
+    optim.beta1 = 0.9
+    optim.beta2 = 0.999
+    optim.weight_decay = 0.0
+    optim.grad_clip = 1.0  # global norm
+    optim.microbatch_tokens = 16_384  # tokens that go through the models at one time
+    optim.updates_per_rollout = 1  # optimizer steps a rollout batch is split into
+    optim.remat = False  # recompute layers in the backward pass instead of keeping activations
+
+    checkpoint = config.checkpoint = ConfigDict()
+    checkpoint.every = 50  # steps; 0 = only at the end
+    checkpoint.keep = 2
+
+    evaluation = config.eval = ConfigDict()
+    evaluation.every = 0  # steps between evaluations on the way; 0 = only before and after
+    evaluation.data = "tiny:test"
+    evaluation.problems = 200
+    evaluation.samples = 1  # answers a problem (k of avg@k)
+    evaluation.temperature = 0.6
+    evaluation.top_p = 1.0
+    evaluation.teacher = True  # also measure the teacher, for the closing table
+
+    metrics = config.metrics = ConfigDict()
+    metrics.repetition_tail = 10_000  # L: characters of the tail that is compressed (2604.08527)
+    metrics.repetition_threshold = 10.0  # tau: compression ratio above which a text repeats itself
+
+    log = config.log = ConfigDict()
+    log.every = 1  # steps between lines of metrics.jsonl
+    log.rollouts = 1  # rollouts a logged step writes to rollouts.jsonl
+    return config.lock()
+
+
+def validate(config: ConfigDict) -> None:
+    """Refuse impossible values and combinations, before anything is loaded.
+
+    Raises ConfigError with one line: the field, what it is, what is wanted, the option that fixes it.
+    """
+    _check_names(config.to_dict(), default().to_dict(), "")
+    flat = flatten(config.to_dict())
+    for field in ("steps", "data.size", "rollout.prompts_per_step", "rollout.samples_per_prompt",
+                  "rollout.max_prompt_tokens", "rollout.max_response_tokens", "scoring.token_chunk",
+                  "scoring.overlap_top_k", "optim.microbatch_tokens", "optim.updates_per_rollout",
+                  "checkpoint.keep", "eval.problems", "eval.samples", "metrics.repetition_tail",
+                  "log.every"):  # fmt: skip
+        _range(flat, field, 1, math.inf)
+    for field in ("rollout.slots", "loss.lambda_gold", "loss.beta_kl", "loss.pg_weight",
+                  "optim.warmup_steps", "optim.weight_decay", "checkpoint.every", "eval.every",
+                  "rollout.temperature", "eval.temperature", "log.rollouts", "seed",
+                  "loss.clip_high"):  # fmt: skip
+        _range(flat, field, 0, math.inf)
+    for field in ("rollout.top_p", "eval.top_p", "optim.beta1", "optim.beta2", "loss.clip_low"):
+        _range(flat, field, 0, 1)
+    for field in ("optim.learning_rate", "optim.grad_clip", "metrics.repetition_threshold",
+                  "rollout.top_p", "eval.top_p"):  # fmt: skip
+        if not 0 < flat[field] < math.inf:
+            raise _wrong(field, flat[field], "a finite number above 0")
+    for field, choices in (
+        ("student.dtype", DTYPES), ("teacher.dtype", DTYPES), ("reference.dtype", DTYPES),
+        ("loss.kl_estimator", ESTIMATORS), ("loss.aggregation", ("token", "sequence")),
+        ("loss.truncated", ("keep", "mask")), ("optim.schedule", ("constant", "linear", "cosine")),
+    ):  # fmt: skip
+        _choice(flat, field, choices)
+    if not config.student.path:
+        raise _wrong("student.path", "''", "the path of a Hugging Face folder")
+    if not (config.loss.pg_weight or config.loss.lambda_gold or config.loss.beta_kl):
+        raise ConfigError(
+            "loss.pg_weight, loss.lambda_gold and loss.beta_kl are all 0, wanted one above 0: "
+            "nothing would be trained; set --config.loss.pg_weight=1"
+        )
+    if config.loss.pg_weight and not config.teacher.path:
+        raise _wrong("teacher.path", "''", "the path of a Hugging Face folder (loss.pg_weight > 0)")
+    if config.loss.pg_weight and config.rollout.temperature == 0:
+        raise _wrong("rollout.temperature", 0, "a number above 0: greedy rollouts do not explore")
+    prompts, updates = config.rollout.prompts_per_step, config.optim.updates_per_rollout
+    if prompts % updates:
+        raise ConfigError(
+            f"rollout.prompts_per_step={prompts} does not divide into optim.updates_per_rollout="
+            f"{updates} equal parts; set --config.rollout.prompts_per_step={-(-prompts // updates) * updates}"
+        )
+    row = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+    if config.optim.microbatch_tokens < row:
+        raise ConfigError(
+            f"optim.microbatch_tokens={config.optim.microbatch_tokens} is less than one row of "
+            f"{row} tokens (rollout.max_prompt_tokens + rollout.max_response_tokens); "
+            f"set --config.optim.microbatch_tokens={row} or more"
+        )
+    if config.optim.warmup_steps >= config.steps and config.optim.warmup_steps:
+        raise _wrong(
+            "optim.warmup_steps", config.optim.warmup_steps, f"less than steps={config.steps}"
+        )
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """{"rollout.top_p": 1.0, ...} of a nested dict."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def to_json(config: ConfigDict) -> str:
+    """Every field, resolved, as the text of config.json."""
+    return json.dumps(config.to_dict(), indent=2) + "\n"
+
+
+def near(name: str, known: list[str]) -> str:
+    """The known name nearest to a misspelt one, or the list of all."""
+    match = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {match[0]!r}?" if match else f"known: {', '.join(sorted(known))}"
+
+
+def explain(error: Exception, arguments: list[str]) -> ConfigError:
+    """One line of ours for what ml_collections raises about a `--config` file or override."""
+    known = flatten(default().to_dict())
+    for argument in arguments:
+        match = re.match(r"--?config\.([\w.]+)(?:=(.*))?$", argument)
+        if match and match[1] not in known:
+            return ConfigError(f"config.{match[1]} is not a field; {near(match[1], list(known))}")
+        if match and match[2] is not None and not _parses(match[2], known[match[1]]):
+            kind = type(known[match[1]]).__name__
+            return ConfigError(
+                f"config.{match[1]}={match[2]!r}, wanted a value of type {kind}, "
+                f"such as {known[match[1]]!r}"
+            )
+    last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    if "opd_jax.errors." in last:  # raised inside the config file; it comes to us as a traceback
+        return ConfigError(last.partition("Error: ")[2])
+    return ConfigError(f"--config cannot be read: {last.strip()}")
+
+
+def _parses(text: str, example: Any) -> bool:
+    if isinstance(example, bool):
+        return text.lower() in ("true", "false", "1", "0", "t", "f")
+    try:
+        type(example)(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _check_names(got: dict, known: dict, prefix: str) -> None:
+    for name, value in got.items():
+        if name not in known:
+            raise ConfigError(f"config.{prefix}{name} is not a field; {near(name, list(known))}")
+        if isinstance(known[name], dict) != isinstance(value, dict):
+            raise ConfigError(
+                f"config.{prefix}{name} is {value!r}, wanted the kind of {known[name]!r}"
+            )
+        if isinstance(value, dict):
+            _check_names(value, known[name], f"{prefix}{name}.")
+    for name in known:
+        if name not in got:
+            raise ConfigError(
+                f"config.{prefix}{name} is missing; start from opd_jax.config.default()"
+            )
+
+
+def _wrong(field: str, got: Any, wanted: str) -> ConfigError:
+    return ConfigError(f"{field}={got}, wanted {wanted}; set --config.{field}=...")
+
+
+def _range(flat: dict[str, Any], field: str, low: float, high: float) -> None:
+    value = flat[field]
+    whole = isinstance(flatten(default().to_dict())[field], int)
+    kind = int if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
+        wanted = f"at least {low}" if high == math.inf else f"{low} to {high}"
+        raise _wrong(field, value, f"a {'whole ' if whole else ''}number, {wanted}")
+    if value == math.inf:
+        raise _wrong(field, value, "a finite number")
+
+
+def _choice(flat: dict[str, Any], field: str, choices: tuple[str, ...]) -> None:
+    if flat[field] not in choices:
+        hint = difflib.get_close_matches(str(flat[field]), choices, n=1) or choices[:1]
+        raise ConfigError(
+            f"{field}={flat[field]!r}, wanted one of {', '.join(choices)}; "
+            f"set --config.{field}={hint[0]}"
+        )

@@ -1,0 +1,55 @@
+"""What a person sees while a run goes on, and the table it ends with."""
+
+import os
+import sys
+import time
+
+
+class Progress:
+    """The live display: one line that redraws itself on a terminal, plain lines elsewhere."""
+
+    def __init__(self, steps: int, first: int):
+        self._steps, self._first, self._began = steps, first, time.monotonic()
+        self._live = sys.stdout.isatty()
+        self._said = 0.0
+
+    def step(self, step: int, row: dict[str, float]) -> None:
+        """Show a finished step: rates, the figures to watch, and the time left."""
+        done = step - self._first
+        left = (time.monotonic() - self._began) / max(done, 1) * (self._steps - step)
+        shown = [f"step {step:>{len(str(self._steps))}}/{self._steps}"]
+        for name, key, form in (
+            ("reverse KL", "score/reverse_kl", ".3f"), ("SFT", "loss/sft", ".3f"),
+            ("truncated", "rollout/truncation_rate", ".0%"),
+            ("repetitive", "rollout/repetition_rate", ".0%"),
+            ("length", "rollout/length_mean", ".0f"), ("grad", "optim/grad_norm", ".2f"),
+        ):  # fmt: skip
+            if key in row:
+                shown.append(f"{name} {row[key]:{form}}")
+        if "speed/rollout_tokens_per_s" in row:
+            shown.append(f"{row['speed/rollout_tokens_per_s']:,.0f} tok/s sampled")
+        shown.append(f"{row['time/step_s']:.2f} s/step")
+        shown.append(f"{int(left) // 60}:{int(left) % 60:02d} left")
+        line = "  ".join(shown)
+        if self._live:
+            width = os.get_terminal_size().columns
+            print("\r\x1b[K" + line[: width - 1], end="", flush=True)
+        elif step in (self._first + 1, self._steps) or time.monotonic() - self._said > 10:
+            print(line, flush=True)
+            self._said = time.monotonic()
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        print(("\r\x1b[K" if self._live else "") + text, flush=True)
+
+
+def table(rows: dict[str, dict[str, float]]) -> str:
+    """The closing table: who, accuracy with standard error, TruncRate, RepRate, mean length."""
+    lines = [f"{'':16}{'accuracy':>16}{'TruncRate':>12}{'RepRate':>10}{'mean length':>13}"]
+    for name, row in rows.items():
+        accuracy = f"{row['accuracy']:.1%} ± {row['stderr']:.1%}"
+        lines.append(
+            f"{name:16}{accuracy:>16}{row['truncation_rate']:>12.1%}"
+            f"{row['repetition_rate']:>10.1%}{row['length_mean']:>13.1f}"
+        )
+    return "\n".join(lines)

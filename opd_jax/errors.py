@@ -1,0 +1,34 @@
+"""Errors that are part of the interface: one line that says what, got, wanted, and the fix.
+
+Every error a user can cause is an `OpdError`; `launch/` prints its text and exits with status 1,
+without a traceback. Each child also inherits the built-in error it stands for, so that callers
+who know only Python can catch it.
+"""
+
+
+class OpdError(Exception):
+    """Base of every error that input from outside can cause."""
+
+
+class ConfigError(OpdError, ValueError):
+    """A config field is unknown, has an impossible value, or contradicts another field."""
+
+
+class ModelError(OpdError, ValueError):
+    """A model folder is missing, broken, or describes an architecture that is not supported."""
+
+
+class DataError(OpdError, ValueError):
+    """A problem, solution or prompt cannot be used."""
+
+
+class WorkdirError(OpdError, OSError):
+    """A workdir cannot be written, or belongs to another run."""
+
+
+class NonFiniteError(OpdError, FloatingPointError):
+    """A loss or a gradient is not a finite number."""
+
+
+class ShapeError(OpdError, TypeError):
+    """Arrays that meet in one function disagree about a dimension."""

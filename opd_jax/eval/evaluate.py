@@ -1,0 +1,92 @@
+"""Answers to held-out problems: sampled, graded, written down one by one, and summarised."""
+
+import json
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from opd_jax import data, metrics
+from opd_jax.eval.grade import Grade, Grader
+from opd_jax.models import ModelConfig, Params
+from opd_jax.rollout import generate
+from opd_jax.types import Outcome
+
+
+def evaluate(
+    params: Params,
+    model_config: ModelConfig,
+    tokenizer: data.Tokenizer,
+    problems: Sequence[data.Problem],
+    prompts: Sequence[Sequence[int]],
+    *,
+    key: jax.Array,
+    section: Any,
+    rollout: Any,
+    repetition: Any,
+    stop_ids: Sequence[int],
+    vocabulary: int,
+    grader: Grader,
+    out: pathlib.Path,
+) -> dict[str, float]:
+    """avg@k of a model on problems, with everything needed to look behind it.
+
+    `section`, `rollout`, `repetition` are the config sections eval, rollout and metrics. Writes one
+    line an answer to `out` (JSONL: id, prompt, answer, gold, grade, outcome, length) and the summary
+    beside it (`out` with .json). Answers are drawn from `key`, so evaluation leaves training alone.
+
+    Returns accuracy (mean over problems of the mean over samples), stderr (over problems),
+    truncation_rate, repetition_rate, length_mean, unparsed and timeouts (shares of answers).
+    """
+    k = section.samples
+    sampled = generate(
+        params,
+        model_config,
+        [prompt for prompt in prompts for _ in range(k)],
+        key=key,
+        max_response_tokens=rollout.max_response_tokens,
+        temperature=section.temperature,
+        top_p=section.top_p,
+        stop_ids=stop_ids,
+        slots=rollout.slots or 256,
+        max_prompt_tokens=rollout.max_prompt_tokens,
+        vocabulary=vocabulary,
+    )
+    answers = [problem for problem in problems for _ in range(k)]
+    texts = [tokenizer.decode(sampled.response(i)) for i in range(len(answers))]
+    grades = grader.grade((text, p.answer) for text, p in zip(texts, answers, strict=True))
+    flagged = [
+        metrics.repetitive(
+            text, tail=repetition.repetition_tail, threshold=repetition.repetition_threshold
+        )
+        for text in texts
+    ]
+    correct = np.array([g is Grade.CORRECT for g in grades], float).reshape(-1, k).mean(axis=1)
+    summary = {
+        "accuracy": float(correct.mean()),
+        "stderr": float(correct.std(ddof=1) / math.sqrt(len(correct))) if len(correct) > 1 else 0.0,
+        "truncation_rate": float(metrics.truncated(sampled.outcome_B).mean()),
+        "repetition_rate": float(np.mean(flagged)),
+        "length_mean": float(sampled.response_length_B.mean()),
+        "unparsed": float(np.mean([g is Grade.UNPARSED for g in grades])),
+        "timeouts": float(np.mean([g is Grade.TIMEOUT for g in grades])),
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("w", encoding="utf-8") as file:
+        for i, (problem, text) in enumerate(zip(answers, texts, strict=True)):
+            row = {
+                "id": problem.id,
+                "prompt": problem.prompt,
+                "answer": text,
+                "gold": problem.answer,
+                "grade": grades[i].value,
+                "outcome": Outcome(int(sampled.outcome_B[i])).name.lower(),
+                "length": int(sampled.response_length_B[i]),
+                "repetitive": flagged[i],
+            }
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    out.with_suffix(".json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    return summary

@@ -1,0 +1,65 @@
+"""The process that runs math-verify: one JSON line in ({"text", "gold"}), one grade name out.
+
+Answers come from models and files, and math-verify evaluates what they say: a tower of powers can
+take forever or eat the memory. So it runs here, under a memory limit, and the parent
+(`grade.Grader`) kills it when an answer takes too long. Kept free of JAX: it starts in a second.
+"""
+
+import json
+import logging
+import re
+import resource
+import sys
+import warnings
+from typing import Any
+
+from math_verify import parse, verify
+
+_MEMORY = 4 * 2**30
+_LONGEST = 20_000  # characters of an answer expression; longer ones are not answers
+
+
+def last_boxed(text: str) -> str | None:
+    r"""The content of the last balanced \boxed{...}, None where there is none."""
+    opened: list[int] = []  # where the content of each open box starts, 0 for other braces
+    latest, content = 0, None
+    for brace in re.finditer(r"\\boxed\{|[{}]", text):
+        if brace[0] != "}":
+            opened.append(0 if brace[0] == "{" else brace.end())
+        elif opened and (start := opened.pop()) > latest:
+            latest, content = start, text[start : brace.start()]
+    return content
+
+
+def grade(text: str, gold: str) -> str:
+    """Grade name of an answer: CORRECT, WRONG, or UNPARSED (no box, or nothing math-verify can read)."""
+    boxed = last_boxed(text)
+    if boxed is None or not boxed.strip() or len(boxed) > _LONGEST:
+        return "UNPARSED"
+    answer = _parse(boxed)
+    if not answer:
+        return "UNPARSED"
+    # The order matters: verify(gold, answer) is not symmetric.
+    return "CORRECT" if verify(_parse(gold), answer, timeout_seconds=None) else "WRONG"
+
+
+def _parse(expression: str) -> list[Any]:
+    return parse(f"\\boxed{{{expression}}}", parsing_timeout=None)
+
+
+def main() -> None:
+    """Serve until standard input closes."""
+    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+    logging.disable(logging.CRITICAL)
+    warnings.simplefilter("ignore")
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            outcome = grade(request["text"], request["gold"])
+        except (Exception, RecursionError, MemoryError):  # whatever sympy makes of a hostile answer
+            outcome = "UNPARSED"
+        print(outcome, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""The decoder: one Linen definition of a layer, used as pure functions for training and decoding.
+
+Parameters are a plain tree:
+
+    embed.embedding [V, D]   layers.* [L, ...] (stacked)   norm.scale [D]   head.kernel [V, D] (untied)
+
+Training scans one layer over the stacked weights. Decoding takes the same weights as a tuple of
+layers (`unstack`, once per rollout) and a tuple of caches, so that the token loop copies neither.
+Compute follows the dtype of the parameters; norms, rotations, softmax and logits are float32.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from opd_jax.models import rope
+from opd_jax.models.architecture import ModelConfig
+from opd_jax.models.attention import attend_cached, attend_causal
+
+Params = dict[str, Any]
+Cache = tuple[jax.Array, jax.Array]  # keys, values: [B, S, K, H]
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32; keeps the dtype of x."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalise [..., D]."""
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return y.astype(x.dtype) * jnp.broadcast_to(scale.astype(x.dtype), x.shape)
+
+
+class Layer(nn.Module):
+    """Pre-norm attention and SwiGLU. How queries meet keys is handed in, so every mode shares it."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: jax.Array, tables: tuple[jax.Array, jax.Array], attend: Attend
+    ) -> tuple[jax.Array, Any]:
+        """Return the new residual stream [B, T, D] and whatever `attend` returns beside its output."""
+        c = self.config
+
+        def dense(features: int, name: str, bias: bool = False) -> nn.Dense:
+            init = nn.initializers.normal(0.02)
+            return nn.Dense(features, use_bias=bias, kernel_init=init, name=name)
+
+        def heads(y: jax.Array, name: str, count: int) -> jax.Array:
+            y = dense(count * c.head_dim, name, c.qkv_bias)(y)
+            return y.reshape(*y.shape[:-1], count, c.head_dim)
+
+        y = RMSNorm(c.rms_norm_eps, name="attention_norm")(x_BTD)
+        query_BTNH = heads(y, "query", c.num_heads)
+        key_BTKH = heads(y, "key", c.num_kv_heads)
+        value_BTKH = heads(y, "value", c.num_kv_heads)
+        if c.qk_norm:
+            query_BTNH = RMSNorm(c.rms_norm_eps, name="query_norm")(query_BTNH)
+            key_BTKH = RMSNorm(c.rms_norm_eps, name="key_norm")(key_BTKH)
+        query_BTNH, key_BTKH = rope.rotate(query_BTNH, tables), rope.rotate(key_BTKH, tables)
+        attended_BTNH, kept = attend(query_BTNH, key_BTKH, value_BTKH)
+        attended = attended_BTNH.reshape(*x_BTD.shape[:2], c.num_heads * c.head_dim)
+        x_BTD = x_BTD + dense(c.hidden_size, "output")(attended)
+
+        y = RMSNorm(c.rms_norm_eps, name="mlp_norm")(x_BTD)
+        gate = nn.silu(dense(c.intermediate_size, "gate")(y))
+        return x_BTD + dense(c.hidden_size, "down")(
+            gate * dense(c.intermediate_size, "up")(y)
+        ), kept
+
+
+def init(key: jax.Array, config: ModelConfig) -> Params:
+    """Random float32 parameters (normal, 0.02), the initialisation of the Qwen and Llama families."""
+    embed_key, head_key, layers_key = jax.random.split(key, 3)
+    x = jnp.zeros((1, 1, config.hidden_size), jnp.float32)
+    tables = rope.rotary(config, jnp.zeros((1, 1), jnp.int32))
+
+    def init_layer(key: jax.Array) -> Params:
+        return Layer(config).init(key, x, tables, lambda q, k, v: (q, None))["params"]
+
+    shape = (config.vocab_size, config.hidden_size)
+    params: Params = {
+        "embed": {"embedding": 0.02 * jax.random.normal(embed_key, shape)},
+        "layers": jax.vmap(init_layer)(jax.random.split(layers_key, config.num_layers)),
+        "norm": {"scale": jnp.ones((config.hidden_size,))},
+    }
+    if not config.tie_embeddings:
+        params["head"] = {"kernel": 0.02 * jax.random.normal(head_key, shape)}
+    return params
+
+
+def abstract_params(config: ModelConfig) -> Params:
+    """Shapes and dtypes of `init`'s tree, without arrays."""
+    return jax.eval_shape(lambda: init(jax.random.key(0), config))
+
+
+def hidden_states(
+    params: Params,
+    config: ModelConfig,
+    tokens_BT: jax.Array,
+    length_B: jax.Array,
+    *,
+    remat: bool = False,
+) -> jax.Array:
+    """Final normed hidden states [B, T, D] of right-padded rows, in the parameters' dtype.
+
+    Position t sees tokens 0..t of its row; entries at t >= length are finite and meaningless.
+    `remat` recomputes each layer in the backward pass instead of keeping its activations.
+    """
+    x_BTD = params["embed"]["embedding"][tokens_BT]
+    tables = rope.rotary(config, jnp.arange(tokens_BT.shape[1])[None])
+    length_B = jnp.maximum(length_B, 1)  # fused attention over an empty row would be nan
+
+    def layer(x_BTD: jax.Array, weights: Params) -> tuple[jax.Array, None]:
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
+            return attend_causal(q, k, v, length_B), None
+
+        return _apply(config, weights, x_BTD, tables, attend)
+
+    if remat:
+        layer = jax.checkpoint(layer, prevent_cse=False)
+    x_BTD, _ = jax.lax.scan(layer, x_BTD, params["layers"])
+    return _final_norm(params, config, x_BTD)
+
+
+def head(params: Params) -> jax.Array:
+    """The output matrix [V, D]: the embedding where the two are tied."""
+    return params["head"]["kernel"] if "head" in params else params["embed"]["embedding"]
+
+
+def logits(head_VD: jax.Array, hidden: jax.Array) -> jax.Array:
+    """hidden @ head^T with float32 accumulation and result: [..., D], [V, D] -> [..., V]."""
+    return jnp.einsum("...D,VD->...V", hidden, head_VD, preferred_element_type=jnp.float32)
+
+
+def forward(
+    params: Params, config: ModelConfig, tokens_BT: jax.Array, length_B: jax.Array
+) -> jax.Array:
+    """All logits [B, T, V], float32, for tests and small inputs: training never builds this array."""
+    return logits(head(params), hidden_states(params, config, tokens_BT, length_B))
+
+
+def unstack(params: Params) -> Params:
+    """The same parameters with `layers` as a tuple of one tree a layer: what decoding takes."""
+    count = jax.tree.leaves(params["layers"])[0].shape[0]
+    return params | {
+        "layers": tuple(jax.tree.map(lambda w, i=i: w[i], params["layers"]) for i in range(count))
+    }
+
+
+def init_cache(config: ModelConfig, batch: int, slots: int, dtype: jnp.dtype) -> tuple[Cache, ...]:
+    """Zeroed key/value caches, one pair a layer. Zeros, not garbage: 0 * nan is nan under a mask."""
+    shape = (batch, slots, config.num_kv_heads, config.head_dim)
+    return tuple(
+        (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers)
+    )
+
+
+def prefill(
+    params: Params, config: ModelConfig, tokens_BT: jax.Array, length_B: jax.Array
+) -> tuple[Cache, ...]:
+    """Keys and values [B, T, K, H] of every layer for right-padded prompts. `params` unstacked."""
+    x_BTD = params["embed"]["embedding"][tokens_BT]
+    tables = rope.rotary(config, jnp.arange(tokens_BT.shape[1])[None])
+    caches = []
+    for weights in params["layers"]:
+        x_BTD, cache = _apply(
+            config,
+            weights,
+            x_BTD,
+            tables,
+            lambda q, k, v: (attend_causal(q, k, v, length_B), (k, v)),
+        )
+        caches.append(cache)
+    return tuple(caches)
+
+
+def decode(
+    params: Params,
+    config: ModelConfig,
+    token_B: jax.Array,
+    position_B: jax.Array,
+    caches: tuple[Cache, ...],
+) -> tuple[jax.Array, tuple[Cache, ...]]:
+    """One token a row: write its key and value at `position`, attend to 0..position.
+
+    Returns normed hidden states [B, D] and the caches, updated in place when donated. `params`
+    unstacked.
+    """
+    x_BTD = params["embed"]["embedding"][token_B][:, None]
+    tables = rope.rotary(config, position_B[:, None])
+    rows = jnp.arange(token_B.shape[0])
+    new_caches = []
+    for weights, (keys, values) in zip(params["layers"], caches, strict=True):
+
+        def attend(
+            q: jax.Array,
+            k: jax.Array,
+            v: jax.Array,
+            keys: jax.Array = keys,
+            values: jax.Array = values,
+        ) -> tuple[jax.Array, Cache]:
+            keys = keys.at[rows, position_B].set(k[:, 0].astype(keys.dtype))
+            values = values.at[rows, position_B].set(v[:, 0].astype(values.dtype))
+            return attend_cached(q, keys, values, position_B + 1), (keys, values)
+
+        x_BTD, cache = _apply(config, weights, x_BTD, tables, attend)
+        new_caches.append(cache)
+    return _final_norm(params, config, x_BTD)[:, 0], tuple(new_caches)
+
+
+def _apply(
+    config: ModelConfig,
+    weights: Params,
+    x_BTD: jax.Array,
+    tables: tuple[jax.Array, jax.Array],
+    attend: Attend,
+) -> tuple[jax.Array, Any]:
+    """One layer as a function of its weights."""
+    out: Any = Layer(config).apply({"params": weights}, x_BTD, tables, attend)
+    return out
+
+
+def _final_norm(params: Params, config: ModelConfig, x_BTD: jax.Array) -> jax.Array:
+    normed: Any = RMSNorm(config.rms_norm_eps).apply({"params": params["norm"]}, x_BTD)
+    return normed

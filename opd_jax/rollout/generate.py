@@ -1,0 +1,262 @@
+"""Generation: jitted prefill and decode around a small host loop, with slots that are refilled.
+
+The decode state (rows, caches, keys) lives on the device and is donated from call to call, so
+caches are updated in place. Between chunks of decode steps the host looks at which rows are done,
+takes them out, and prefills waiting prompts into the free slots. A sample depends on its key
+alone, never on slots, chunks or neighbours.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from opd_jax.errors import DataError
+from opd_jax.models import decoder
+from opd_jax.models.architecture import ModelConfig
+from opd_jax.rollout.sampling import sample
+from opd_jax.types import Outcome, Rollout
+
+
+class Slots(flax.struct.PyTreeNode):
+    """Decode state, one row a slot.
+
+    Attributes:
+      tokens_BT, logprob_BT: the rows so far and the log-probs of their sampled tokens.
+      length_B: tokens so far. limit_B: length at which the budget is spent.
+      live_B: still decoding. ended_B: an end token was emitted.
+      key_B: a PRNG key a row.
+      caches: per layer keys and values [B, T, K, H].
+    """
+
+    tokens_BT: jax.Array
+    logprob_BT: jax.Array
+    length_B: jax.Array
+    limit_B: jax.Array
+    live_B: jax.Array
+    ended_B: jax.Array
+    key_B: jax.Array
+    caches: tuple[decoder.Cache, ...]
+
+
+def generate(
+    params: decoder.Params,
+    model_config: ModelConfig,
+    prompts: Sequence[Sequence[int]],
+    *,
+    key: jax.Array,
+    max_response_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    stop_ids: Sequence[int] = (),
+    slots: int | None = None,
+    max_prompt_tokens: int | None = None,
+    vocabulary: int | None = None,
+    chunk: int = 128,
+) -> Rollout:
+    """Sample one response a prompt.
+
+    Args:
+      params: stacked parameters, in the dtype to compute in.
+      prompts: token ids, any lengths from 1 up.
+      key: PRNG key of this batch; row i samples with keys derived from (key, i, position).
+      max_response_tokens: budget of a response, the end token included.
+      temperature, top_p: see `sampling.sample`; temperature 0 is greedy.
+      stop_ids: end tokens; the one emitted is kept as the response's last token.
+      slots: sequences decoded at one time; None for all.
+      max_prompt_tokens: fixes the width of the rows (default: the longest prompt), so that batches
+        of other prompts meet the same compiled program.
+      vocabulary: sample among the first ids only.
+      chunk: decode steps between two looks from the host.
+
+    Returns: `Rollout` with rows of max_prompt_tokens + max_response_tokens, in the prompts' order.
+
+    Raises DataError: no prompts, an empty or over-long one, or more positions than the model has.
+    """
+    width = max_prompt_tokens or max(map(len, prompts), default=0)
+    _check(prompts, width, max_response_tokens, model_config)
+    total = width + max_response_tokens
+    slots = min(slots or len(prompts), len(prompts))
+    layers = _unstack(params)
+    row_keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(len(prompts)))
+    state = _empty(layers, model_config, slots, total)
+    owner = np.full(slots, -1)  # which prompt sits in each slot
+    waiting = list(range(len(prompts)))[::-1]
+    out = Rollout(
+        tokens_BT=np.zeros((len(prompts), total), np.int32),
+        length_B=np.zeros(len(prompts), np.int32),
+        prompt_length_B=np.array([len(p) for p in prompts], np.int32),
+        sampler_logprob_BT=np.zeros((len(prompts), total), np.float32),
+        outcome_B=np.zeros(len(prompts), np.int32),
+    )
+    while waiting or (owner >= 0).any():
+        free = np.flatnonzero(owner < 0)[: len(waiting)]
+        if len(free):
+            owner[free] = taken = np.array([waiting.pop() for _ in free])
+            state = _admit(layers, model_config, state, prompts, taken, free, row_keys, width)
+        state = _decode_chunk(
+            layers, model_config, state,
+            steps=chunk, temperature=temperature, top_p=top_p, stop_ids=tuple(stop_ids),
+            vocabulary=vocabulary,
+        )  # fmt: skip
+        done = np.flatnonzero(~np.asarray(state.live_B) & (owner >= 0))
+        if len(done):
+            rows = owner[done]
+            out.tokens_BT[rows] = np.asarray(state.tokens_BT)[done]
+            out.length_B[rows] = np.asarray(state.length_B)[done]
+            out.sampler_logprob_BT[rows] = np.asarray(state.logprob_BT)[done]
+            ended = np.asarray(state.ended_B)[done]
+            out.outcome_B[rows] = np.where(ended, Outcome.EOS, Outcome.BUDGET)
+            owner[done] = -1
+    return out
+
+
+def _check(prompts: Sequence[Sequence[int]], width: int, budget: int, config: ModelConfig) -> None:
+    if not prompts:
+        raise DataError("generate: got no prompts, wanted at least one")
+    for i, prompt in enumerate(prompts):
+        if not 1 <= len(prompt) <= width:
+            raise DataError(
+                f"prompt {i} has {len(prompt)} tokens, wanted 1 to max_prompt_tokens={width}; "
+                "raise --config.rollout.max_prompt_tokens or shorten the prompt"
+            )
+    if width + budget > config.max_position:
+        raise DataError(
+            f"prompt ({width}) + response ({budget}) tokens are more than the model's "
+            f"{config.max_position} positions; lower one of them"
+        )
+
+
+def _admit(
+    layers: decoder.Params,
+    config: ModelConfig,
+    state: Slots,
+    prompts: Sequence[Sequence[int]],
+    taken: np.ndarray,
+    free: np.ndarray,
+    row_keys: jax.Array,
+    width: int,
+) -> Slots:
+    """Prefill the prompts `taken` into the slots `free`, in powers of two so that few shapes occur."""
+    count = min(1 << (len(free) - 1).bit_length(), len(state.live_B))
+    # Surplus rows of the batch aim at a slot that does not exist: the scatter drops them.
+    slot = np.full(count, len(state.live_B), np.int32)
+    tokens, length = np.zeros((count, width), np.int32), np.ones(count, np.int32)
+    source = np.zeros(count, np.int32)
+    slot[: len(free)], source[: len(free)] = free, taken
+    for i, row in enumerate(taken):
+        length[i] = len(prompts[row])
+        tokens[i, : length[i]] = prompts[row]
+    return _prefill(layers, config, state, tokens, length, slot, row_keys[source])
+
+
+@jax.jit
+def _unstack(params: decoder.Params) -> decoder.Params:
+    """One copy of the weights as a tuple of layers, made once a rollout and not once a token."""
+    return decoder.unstack(params)
+
+
+@partial(jax.jit, static_argnames=("config", "slots", "total"))
+def _empty(layers: decoder.Params, config: ModelConfig, slots: int, total: int) -> Slots:
+    dtype = layers["embed"]["embedding"].dtype
+    return Slots(
+        tokens_BT=jnp.zeros((slots, total), jnp.int32),
+        logprob_BT=jnp.zeros((slots, total), jnp.float32),
+        length_B=jnp.ones(slots, jnp.int32),
+        limit_B=jnp.ones(slots, jnp.int32),
+        live_B=jnp.zeros(slots, bool),
+        ended_B=jnp.zeros(slots, bool),
+        key_B=jax.random.split(jax.random.key(0), slots),
+        caches=decoder.init_cache(config, slots, total, dtype),
+    )
+
+
+@partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))
+def _prefill(
+    layers: decoder.Params,
+    config: ModelConfig,
+    state: Slots,
+    tokens_BT: jax.Array,
+    length_B: jax.Array,
+    slot_B: jax.Array,
+    key_B: jax.Array,
+) -> Slots:
+    """Run the prompts and place rows, keys and caches into their slots.
+
+    The last prompt token is fed again by the first decode step, which samples the first response
+    token: sampling then has one place.
+    """
+    width, total = tokens_BT.shape[1], state.tokens_BT.shape[1]
+    new = decoder.prefill(layers, config, tokens_BT, length_B)
+    caches = tuple(
+        tuple(
+            cache.at[slot_B, :width].set(fresh.astype(cache.dtype), mode="drop")
+            for cache, fresh in zip(pair, fresh_pair, strict=True)
+        )
+        for pair, fresh_pair in zip(state.caches, new, strict=True)
+    )
+    rows_BT = jnp.pad(tokens_BT, ((0, 0), (0, total - width)))
+    return Slots(
+        tokens_BT=state.tokens_BT.at[slot_B].set(rows_BT, mode="drop"),
+        logprob_BT=state.logprob_BT.at[slot_B].set(0.0, mode="drop"),
+        length_B=state.length_B.at[slot_B].set(length_B, mode="drop"),
+        limit_B=state.limit_B.at[slot_B].set(length_B + total - width, mode="drop"),
+        live_B=state.live_B.at[slot_B].set(True, mode="drop"),
+        ended_B=state.ended_B.at[slot_B].set(False, mode="drop"),
+        key_B=state.key_B.at[slot_B].set(key_B, mode="drop"),
+        caches=caches,  # type: ignore[arg-type]
+    )
+
+
+@partial(
+    jax.jit,
+    static_argnames=("config", "steps", "temperature", "top_p", "stop_ids", "vocabulary"),
+    donate_argnames=("state",),
+)
+def _decode_chunk(
+    layers: decoder.Params,
+    config: ModelConfig,
+    state: Slots,
+    *,
+    steps: int,
+    temperature: float,
+    top_p: float,
+    stop_ids: tuple[int, ...],
+    vocabulary: int | None,
+) -> Slots:
+    """Up to `steps` tokens for every live slot; stops early when none is live."""
+    head_VD = decoder.head(layers)[:vocabulary]
+    rows = jnp.arange(len(state.live_B))
+    stops = jnp.array(stop_ids, jnp.int32)
+
+    def one_token(carry: tuple[jax.Array, Slots]) -> tuple[jax.Array, Slots]:
+        step, state = carry
+        position_B = jnp.where(state.live_B, state.length_B - 1, 0)
+        hidden_BD, caches = decoder.decode(
+            layers, config, state.tokens_BT[rows, position_B], position_B, state.caches
+        )
+        # The key of a token is folded from its position in the row.
+        key_B = jax.vmap(jax.random.fold_in)(state.key_B, state.length_B)
+        token_B, logprob_B = sample(
+            decoder.logits(head_VD, hidden_BD), key_B, temperature=temperature, top_p=top_p
+        )
+        target_B = jnp.where(state.live_B, state.length_B, state.tokens_BT.shape[1])  # else dropped
+        length_B = state.length_B + state.live_B
+        stopped_B = state.live_B & jnp.any(token_B[:, None] == stops[None], axis=-1)
+        state = state.replace(
+            tokens_BT=state.tokens_BT.at[rows, target_B].set(token_B, mode="drop"),
+            logprob_BT=state.logprob_BT.at[rows, target_B].set(logprob_B, mode="drop"),
+            length_B=length_B,
+            live_B=state.live_B & ~stopped_B & (length_B < state.limit_B),
+            ended_B=state.ended_B | stopped_B,
+            caches=caches,
+        )
+        return step + 1, state
+
+    def unfinished(carry: tuple[jax.Array, Slots]) -> jax.Array:
+        return (carry[0] < steps) & jnp.any(carry[1].live_B)
+
+    return jax.lax.while_loop(unfinished, one_token, (jnp.zeros((), jnp.int32), state))[1]

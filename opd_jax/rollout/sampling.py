@@ -1,0 +1,51 @@
+"""From logits to a token: temperature, top-p without sorting the vocabulary, and the log-prob."""
+
+import jax
+import jax.numpy as jnp
+
+_BISECTIONS = 30
+
+
+def sample(
+    logits_BV: jax.Array, key_B: jax.Array, *, temperature: float, top_p: float
+) -> tuple[jax.Array, jax.Array]:
+    """Draw one token a row -> (token_B int32, logprob_B float32).
+
+    The draw is from softmax(logits / temperature) cut to its nucleus of mass `top_p`; temperature 0
+    takes the most likely token. The log-prob is that of the model itself, untempered and uncut, so
+    it can be compared with the scorer's whatever the sampling settings.
+    """
+    logits_BV = logits_BV.astype(jnp.float32)
+    if temperature == 0.0:
+        token_B = jnp.argmax(logits_BV, axis=-1)
+    else:
+        tempered_BV = logits_BV / temperature
+        if top_p < 1.0:
+            tempered_BV = nucleus(tempered_BV, top_p)
+        noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, logits_BV.shape[1:]))(key_B)
+        token_B = jnp.argmax(tempered_BV + noise_BV, axis=-1)
+    chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0]
+    return token_B.astype(jnp.int32), chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
+
+
+def nucleus(logits_BV: jax.Array, top_p: float) -> jax.Array:
+    """-inf outside the smallest set of most likely ids whose mass is at least `top_p`. [B, V].
+
+    Bisects for the largest probability threshold whose mass still reaches top_p: no sort. Ids
+    exactly as likely as the last one in stay in. The most likely id always stays.
+    """
+    prob_BV = jax.nn.softmax(logits_BV, axis=-1)
+
+    def mass(threshold_B: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(prob_BV >= threshold_B[:, None], prob_BV, 0.0), axis=-1)
+
+    def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low_B, high_B = bounds
+        middle_B = 0.5 * (low_B + high_B)
+        enough_B = mass(middle_B) >= top_p
+        return jnp.where(enough_B, middle_B, low_B), jnp.where(enough_B, high_B, middle_B)
+
+    top_B = jnp.max(prob_BV, axis=-1)
+    low_B, _ = jax.lax.fori_loop(0, _BISECTIONS, halve, (jnp.zeros_like(top_B), top_B))
+    threshold_B = jnp.where(mass(top_B) >= top_p, top_B, low_B)
+    return jnp.where(prob_BV >= threshold_B[:, None], logits_BV, -jnp.inf)

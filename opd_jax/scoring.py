@@ -1,0 +1,212 @@
+"""Log-probs of rows without ever holding [batch, time, vocabulary].
+
+`map_tokens` is the only place, beside the sampler, that knows about the shift by one: the hidden
+state at t-1 predicts token t. It walks over chunks of tokens, builds the logits of one chunk in
+float32, hands them to a function, and keeps only what that returns; in the backward pass each
+chunk's logits are made again.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from opd_jax import losses
+from opd_jax.models import decoder
+from opd_jax.models.architecture import ModelConfig
+from opd_jax.shapes import check_shapes
+from opd_jax.types import Scores
+
+TokenFn = Callable[..., dict[str, jax.Array]]
+
+
+def map_tokens(
+    fn: TokenFn,
+    heads: tuple[jax.Array, ...],
+    hiddens: tuple[jax.Array, ...],
+    tokens_BT: jax.Array,
+    per_token: Mapping[str, jax.Array] | None = None,
+    *,
+    token_chunk: int,
+) -> dict[str, jax.Array]:
+    """Apply `fn` to the next-token log-probs of each model, a chunk of tokens at a time.
+
+    Args:
+      fn: called with one float32 log-softmax [C, V] per model, `token_C` (the ids to score) and
+        each array of `per_token` as [C]; returns a dict of [C].
+      heads, hiddens: per model the output matrix [V, D] and final hidden states [B, T, D].
+      tokens_BT: ids; ids of V or more are clamped (callers mask them).
+      per_token: more [B, T] arrays, aligned with `tokens_BT`.
+      token_chunk: tokens whose logits exist at one time.
+
+    Returns: dict of [B, T], aligned with `tokens_BT`; position 0, which nothing predicts, is 0.
+    """
+    batch, time = tokens_BT.shape
+    chunks = -(-batch * time // token_chunk)
+    padding = chunks * token_chunk - batch * time
+
+    def cut(array: jax.Array) -> jax.Array:
+        flat = array.reshape(batch * time, *array.shape[2:])
+        flat = jnp.pad(flat, [(0, padding)] + [(0, 0)] * (flat.ndim - 1))
+        return flat.reshape(chunks, token_chunk, *flat.shape[1:])
+
+    def shifted(array_BT: jax.Array) -> jax.Array:  # what the hidden state at t predicts
+        return cut(jnp.roll(array_BT, -1, axis=1))
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def one_chunk(_: None, chunk: tuple) -> tuple[None, dict[str, jax.Array]]:
+        hidden_CDs, token_C, extras = chunk
+        logprobs = [
+            jax.nn.log_softmax(decoder.logits(head_VD, hidden_CD), axis=-1)
+            for head_VD, hidden_CD in zip(heads, hidden_CDs, strict=True)
+        ]
+        return None, fn(*logprobs, token_C=token_C, **extras)
+
+    extras = {name: shifted(array) for name, array in (per_token or {}).items()}
+    chunked = (tuple(cut(hidden) for hidden in hiddens), shifted(tokens_BT), extras)
+    _, out = jax.lax.scan(one_chunk, None, chunked)
+
+    def aligned(values: jax.Array) -> jax.Array:
+        values_BT = values.reshape(-1)[: batch * time].reshape(batch, time)
+        return jnp.roll(values_BT, 1, axis=1).at[:, 0].set(0.0)
+
+    return jax.tree.map(aligned, out)
+
+
+def take(logprob_CV: jax.Array, token_C: jax.Array) -> jax.Array:
+    """log p of the given ids: [C, V], [C] -> [C]."""
+    return jnp.take_along_axis(logprob_CV, token_C[:, None], axis=-1, mode="clip")[:, 0]
+
+
+@partial(jax.jit, static_argnames=("config", "token_chunk", "vocabulary"))
+def token_logprob(
+    params: decoder.Params,
+    config: ModelConfig,
+    tokens_BT: jax.Array,
+    length_B: jax.Array,
+    *,
+    token_chunk: int = 1024,
+    vocabulary: int | None = None,
+) -> jax.Array:
+    """log p(tokens[b, t] | tokens[b, :t]) of right-padded rows; float32 [B, T], 0 at t = 0 and padding.
+
+    `vocabulary` cuts the logits to the first ids (those that the tokenizers share).
+    """
+    check_shapes(tokens_BT=tokens_BT, length_B=length_B)
+    out = map_tokens(
+        lambda logprob_CV, token_C: {"logprob": take(logprob_CV, token_C)},
+        (decoder.head(params)[:vocabulary],),
+        (decoder.hidden_states(params, config, tokens_BT, length_B),),
+        tokens_BT,
+        token_chunk=token_chunk,
+    )
+    return jnp.where(jnp.arange(tokens_BT.shape[1])[None] < length_B[:, None], out["logprob"], 0.0)
+
+
+@partial(
+    jax.jit,
+    static_argnames=(
+        "student_config", "teacher_config", "vocabulary", "top_k", "token_chunk",
+        "microbatch_tokens",
+    ),
+)  # fmt: skip
+def score(
+    student: decoder.Params,
+    student_config: ModelConfig,
+    teacher: decoder.Params,
+    teacher_config: ModelConfig,
+    tokens_BT: jax.Array,
+    length_B: jax.Array,
+    *,
+    vocabulary: int,
+    top_k: int,
+    token_chunk: int,
+    microbatch_tokens: int,
+) -> Scores:
+    """Student and teacher on the same rows, in one pass over chunks of tokens; see `Scores`.
+
+    Rows of `microbatch_tokens` tokens go through the models at a time, which bounds the activations
+    as `token_chunk` bounds the logits.
+    """
+    batch, time = tokens_BT.shape
+
+    def rows(part: tuple[jax.Array, jax.Array]) -> dict[str, jax.Array]:
+        tokens, length = part
+        return map_tokens(
+            partial(_pair_statistics, top_k=top_k),
+            (decoder.head(student)[:vocabulary], decoder.head(teacher)[:vocabulary]),
+            (
+                decoder.hidden_states(student, student_config, tokens, length),
+                decoder.hidden_states(teacher, teacher_config, tokens, length),
+            ),
+            tokens,
+            token_chunk=token_chunk,
+        )
+
+    out = jax.lax.map(rows, split_rows((tokens_BT, length_B), microbatch_tokens))
+    return Scores(**{f"{name}_BT": x.reshape(-1, time)[:batch] for name, x in out.items()})
+
+
+def split_rows(rows: Any, microbatch_tokens: int) -> Any:
+    """A tree of [B, ...] as micro-batches [M, R, ...] of about equal size, R rows being at most
+    `microbatch_tokens` (one row at least); the last is filled up with empty rows.
+
+    The width of a row is that of the tree's widest array.
+    """
+    leaves = jax.tree.leaves(rows)
+    batch, width = leaves[0].shape[0], max(x.shape[1] for x in leaves if x.ndim > 1)
+    micro_batches = -(-batch // max(microbatch_tokens // width, 1))
+    count = -(-batch // micro_batches)
+    padding = micro_batches * count - batch
+
+    def split(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1))
+        return x.reshape(-1, count, *x.shape[1:])
+
+    return jax.tree.map(split, rows)
+
+
+def _pair_statistics(
+    student_CV: jax.Array, teacher_CV: jax.Array, *, token_C: jax.Array, top_k: int
+) -> dict[str, jax.Array]:
+    """Everything `Scores` holds, for one chunk of tokens, from both log-softmaxes."""
+    student_CX, student_ids_CX = jax.lax.top_k(student_CV, top_k)
+    _, teacher_ids_CX = jax.lax.top_k(teacher_CV, top_k)
+    shared_CX = jnp.any(student_ids_CX[:, :, None] == teacher_ids_CX[:, None, :], axis=-1)
+    teacher_CX = jnp.take_along_axis(teacher_CV, student_ids_CX, axis=-1)
+    overlap = _overlap(student_CX, teacher_CX, shared_CX)
+    return overlap | {
+        "student_logprob": take(student_CV, token_C),
+        "teacher_logprob": take(teacher_CV, token_C),
+        "student_entropy": losses.entropy(logprob_BTV=student_CV[None])[0],
+        "teacher_entropy": losses.entropy(logprob_BTV=teacher_CV[None])[0],
+        "reverse_kl": losses.exact_kl(
+            p_logprob_BTV=student_CV[None], q_logprob_BTV=teacher_CV[None]
+        )[0],
+    }
+
+
+def _overlap(
+    student_CX: jax.Array, teacher_CX: jax.Array, shared_CX: jax.Array
+) -> dict[str, jax.Array]:
+    """Overlap of the two top-k sets (arXiv 2604.13016, Eqs. 6-10), from the student's candidates.
+
+    `student_CX`, `teacher_CX`: log-probs of the student's top-k ids; `shared_CX`: also in the
+    teacher's top-k. ratio = |S_p and S_q| / k; advantage = sum p' (log q' - log p') / |S_p and S_q|
+    with p', q' renormalised over the shared ids, 0 where none is shared; masses: sum of p and of q.
+    """
+    count_C = jnp.sum(shared_CX, axis=-1)
+    student_mass_C = jnp.sum(jnp.where(shared_CX, jnp.exp(student_CX), 0.0), axis=-1)
+    teacher_mass_C = jnp.sum(jnp.where(shared_CX, jnp.exp(teacher_CX), 0.0), axis=-1)
+    some_C = count_C > 0
+    log_p_CX = student_CX - jnp.log(jnp.where(some_C, student_mass_C, 1.0))[:, None]
+    log_q_CX = teacher_CX - jnp.log(jnp.where(some_C, teacher_mass_C, 1.0))[:, None]
+    gain_C = jnp.sum(jnp.where(shared_CX, jnp.exp(log_p_CX) * (log_q_CX - log_p_CX), 0.0), axis=-1)
+    return {
+        "overlap_ratio": count_C / shared_CX.shape[-1],
+        "overlap_advantage": jnp.where(some_C, gain_C / jnp.maximum(count_C, 1), 0.0),
+        "student_overlap_mass": student_mass_C,
+        "teacher_overlap_mass": teacher_mass_C,
+    }

@@ -1,0 +1,349 @@
+"""The training run: config -> data -> rollout -> score -> loss -> update -> metrics -> checkpoint.
+
+Only this file knows the whole pipeline. Everything that can be refused is refused (setup.py,
+workdir.check) before a file is written, weights are loaded, or anything is compiled.
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+import pathlib
+import resource
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from opd_jax import (
+    checkpoint,
+    data,
+    display,
+    metrics,
+    models,
+    objectives,
+    rows,
+    scoring,
+    update,
+    workdir,
+)
+from opd_jax.errors import NonFiniteError
+from opd_jax.eval.evaluate import evaluate
+from opd_jax.eval.grade import Grader
+from opd_jax.keys import Stream, key_for
+from opd_jax.rollout import generate
+from opd_jax.setup import Setup, make_setup
+from opd_jax.types import Outcome, Rollout, Scores, TrainState
+
+Summary = dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a run leaves: its last state, and the rows of the closing table by who they are of."""
+
+    state: TrainState
+    table: dict[str, Summary]
+
+
+def run(config: ConfigDict, path: str, *, command: list[str]) -> Result:
+    """Train to `config.steps`, resuming where the workdir holds a checkpoint.
+
+    Raises an OpdError for whatever the user can mend.
+    """
+    folder = pathlib.Path(path)
+    setup = make_setup(config)
+    workdir.check(folder, config)
+    print(f"workdir {folder}", flush=True)
+    workdir.create(folder, config, command)
+    with Grader() as grader, checkpoint.Checkpoints(folder, keep=config.checkpoint.keep) as saved:
+        return _Run(setup, folder, grader, saved).loop()
+
+
+class _Run:
+    """The moving parts of one run: built by __init__, walked through by `loop`."""
+
+    def __init__(
+        self, setup: Setup, folder: pathlib.Path, grader: Grader, saved: checkpoint.Checkpoints
+    ):
+        config = setup.config
+        self.setup, self.config, self.folder = setup, config, folder
+        self.grader, self.saved = grader, saved
+        self.dtype = _dtype(config.student.dtype)
+        self.teacher = _frozen(config.teacher, config.teacher.path) if setup.teacher else None
+        self.reference = None
+        reference_config = setup.student
+        if setup.terms.beta_kl:
+            reference_config = models.load_config(setup.reference_path)
+            self.reference = _frozen(config.reference, setup.reference_path)
+        tx = update.make_optimizer(config.optim, config.steps)
+        self.schedule = update.make_schedule(config.optim, config.steps)
+        self.state = update.init_state(models.load(config.student.path)[1], tx)
+        shared: dict[str, Any] = {
+            "vocabulary": setup.vocabulary,
+            "token_chunk": config.scoring.token_chunk,
+            "remat": config.optim.remat,
+        }
+        terms = setup.terms
+        rollout_loss = objectives.make_rollout_loss(
+            terms, setup.student, reference_config, **shared
+        )
+        golden_loss = objectives.make_golden_loss(terms, setup.student, **shared)
+        self.update = update.make_update(
+            tx,
+            rollout_loss if terms.needs_rollouts else None,
+            golden_loss if terms.lambda_gold else None,
+            microbatch_tokens=config.optim.microbatch_tokens,
+            dtype=self.dtype,
+        )
+        self.batches = data.make_batches(
+            config.data, batch=config.rollout.prompts_per_step, seed=config.seed
+        )
+        self.first = saved.latest or 0
+        if self.first:
+            self.state = saved.restore(self.state, self.batches)
+
+    def loop(self) -> Result:
+        """Steps from where the run stands to `steps`, with evaluations, logs and checkpoints."""
+        config, first = self.config, self.first
+        progress = display.Progress(config.steps, first)
+        log = workdir.Lines(self.folder / "metrics.jsonl", resume_step=first)
+        samples = workdir.Lines(self.folder / "rollouts.jsonl", resume_step=first)
+        if first:
+            progress.say(f"resumed at step {first}")
+        else:
+            before = self._evaluate(0)
+            log.write({"step": 0} | self._eval_keys(before))
+            progress.say(f"step 0: held-out accuracy {before['accuracy']:.1%}")
+        for step in range(first + 1, config.steps + 1):
+            last = step == config.steps
+            row, rollout, scores = self._step(step, next(self.batches))
+            _require_finite(step, row)
+            progress.step(step, row)
+            if last or (config.eval.every and step % config.eval.every == 0):
+                summary = self._evaluate(step)
+                row |= self._eval_keys(summary)
+                progress.say(f"step {step}: held-out accuracy {summary['accuracy']:.1%}")
+            if last or step % config.log.every == 0 or any(key.startswith("eval/") for key in row):
+                log.write({"step": step} | row)
+                if rollout is not None and scores is not None:
+                    for sample in self._samples(step, rollout, scores):
+                        samples.write(sample)
+            if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
+                self.saved.save(step, self.state, self.batches)
+        log.close()
+        samples.close()
+        table = {"student before": self._summary(0), "student after": self._summary(config.steps)}
+        if self.teacher is not None and config.eval.teacher:
+            table["teacher"] = self._evaluate("teacher")
+        progress.say(f"\n{display.table(table)}\n\nwritten to {self.folder}")
+        return Result(self.state, table)
+
+    def _step(
+        self, step: int, problems: list[data.Problem]
+    ) -> tuple[dict[str, float], Rollout | None, Scores | None]:
+        """One batch of prompts: roll out, score, update. Returns the step's metrics and what they are of."""
+        marks = [("begin", time.perf_counter())]
+        setup, loss = self.setup, self.config.loss
+        row: dict[str, float] = {}
+        rollout = scores = rollout_rows = golden_rows = None
+        prompts = self._prompts(problems)
+        if setup.terms.needs_rollouts:
+            weights = _cast(self.state.params, self.dtype)
+            rollout = rows.trim(self._rollout(step, weights, prompts), setup.width)
+            marks.append(("rollout", time.perf_counter()))
+            scores = self._score(weights, rollout)
+            row |= self._measure(rollout, scores)
+            marks.append(("score", time.perf_counter()))
+            rollout_rows = rows.rollout_rows(
+                rollout, scores, truncated=loss.truncated, aggregation=loss.aggregation
+            )
+            del weights  # the update donates the state they may share
+        if setup.terms.lambda_gold:
+            golden = self._golden(problems, prompts)
+            golden_rows = rows.golden_rows(*golden, aggregation=loss.aggregation)
+        row |= self._update(rollout_rows, golden_rows)
+        marks.append(("update", time.perf_counter()))
+        tokens = row.get("rollout/tokens", 0.0)
+        counts = {"rollout": tokens, "score": tokens, "update": tokens}
+        if golden_rows is not None:
+            counts["update"] += float(jnp.sum(golden_rows.weight_BT > 0))
+        for (_, start), (name, end) in itertools.pairwise(marks):
+            row[f"time/{name}_s"] = end - start
+            row[f"speed/{name}_tokens_per_s"] = counts[name] / (end - start)
+        row["time/step_s"] = marks[-1][1] - marks[0][1]
+        row["optim/learning_rate"] = float(self.schedule(step - 1))
+        row["memory/peak_gib"] = _peak_gib()
+        return row, rollout, scores
+
+    def _prompts(self, problems: list[data.Problem]) -> list[list[int]]:
+        limit = self.config.rollout.max_prompt_tokens
+        tokenizer = self.setup.tokenizer
+        return [data.prompt_ids(p, tokenizer, self.config.data, limit) for p in problems]
+
+    def _rollout(self, step: int, weights: models.Params, prompts: list[list[int]]) -> Rollout:
+        section = self.config.rollout
+        return generate(
+            weights,
+            self.setup.student,
+            [prompt for prompt in prompts for _ in range(section.samples_per_prompt)],
+            key=key_for(self.config.seed, step, Stream.ROLLOUT),
+            max_response_tokens=section.max_response_tokens,
+            temperature=section.temperature,
+            top_p=section.top_p,
+            stop_ids=self.setup.stop_ids,
+            slots=section.slots or None,
+            max_prompt_tokens=section.max_prompt_tokens,
+            vocabulary=self.setup.vocabulary,
+        )
+
+    def _score(self, weights: models.Params, rollout: Rollout) -> Scores:
+        """Student and teacher on the rollouts; without a teacher the student stands in for it."""
+        setup, config = self.setup, self.config
+        return scoring.score(
+            weights,
+            setup.student,
+            weights if self.teacher is None else self.teacher,
+            setup.teacher or setup.student,
+            jnp.asarray(rollout.tokens_BT),
+            jnp.asarray(rollout.length_B),
+            vocabulary=setup.vocabulary,
+            top_k=config.scoring.overlap_top_k,
+            token_chunk=config.scoring.token_chunk,
+            microbatch_tokens=config.optim.microbatch_tokens,
+        )
+
+    def _measure(self, rollout: Rollout, scores: Scores) -> dict[str, float]:
+        on_device = metrics.score_metrics(scores, jnp.asarray(rollout.response_mask_BT))
+        decode = self.setup.tokenizer.decode
+        row = metrics.rollout_metrics(
+            rollout,
+            np.asarray(scores.student_logprob_BT),
+            [decode(rollout.response(i)) for i in range(len(rollout.length_B))],
+            tail=self.config.metrics.repetition_tail,
+            threshold=self.config.metrics.repetition_threshold,
+        )
+        return row | {name: float(x) for name, x in jax.device_get(on_device).items()}
+
+    def _golden(
+        self, problems: list[data.Problem], prompts: list[list[int]]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        end = self.setup.student.eos_token_ids[0]
+        solutions = [[*self.setup.tokenizer.encode(p.solution), end] for p in problems]
+        return data.golden_rows(prompts, solutions, width=self.setup.width)
+
+    def _update(self, rollout_rows: Any, golden_rows: Any) -> dict[str, float]:
+        """`updates_per_rollout` optimizer steps, each on its share of the prompts; mean measurements."""
+        parts = self.config.optim.updates_per_rollout
+        measured = []
+        for i in range(parts):
+            self.state, some = self.update(
+                self.state,
+                self.reference,
+                rollout_rows and rows.part(rollout_rows, i, parts),
+                golden_rows and rows.part(golden_rows, i, parts),
+            )
+            measured.append(some)
+        measured = jax.device_get(measured)
+        return {name: float(np.mean([m[name] for m in measured])) for name in measured[0]}
+
+    def _evaluate(self, step: int | str) -> Summary:
+        """Held-out answers of the student as it is, or of the "teacher", written to eval/STEP/."""
+        setup, config = self.setup, self.config
+        if step == "teacher":
+            params, model = self.teacher, setup.teacher
+        else:
+            params, model = _cast(self.state.params, self.dtype), setup.student
+        assert params is not None  # "teacher" is asked for only where there is one
+        assert model is not None
+        return evaluate(
+            params,
+            model,
+            setup.tokenizer,
+            setup.problems,
+            setup.prompts,
+            key=key_for(config.seed, 0, Stream.EVAL),
+            section=config.eval,
+            rollout=config.rollout,
+            repetition=config.metrics,
+            stop_ids=setup.stop_ids,
+            vocabulary=setup.vocabulary,
+            grader=self.grader,
+            out=self.folder / "eval" / str(step) / f"{self._benchmark}.jsonl",
+        )
+
+    def _summary(self, step: int) -> Summary:
+        """The summary of an evaluation already made, maybe before a resume."""
+        file = self.folder / "eval" / str(step) / f"{self._benchmark}.json"
+        return json.loads(file.read_text(encoding="utf-8"))
+
+    @property
+    def _benchmark(self) -> str:
+        return self.config.eval.data.partition(":")[0]
+
+    def _eval_keys(self, summary: Summary) -> Summary:
+        return {f"eval/{self._benchmark}/{name}": value for name, value in summary.items()}
+
+    def _samples(self, step: int, rollout: Rollout, scores: Scores) -> list[dict[str, Any]]:
+        """The first rollouts of a step as rows of rollouts.jsonl."""
+        student = np.asarray(scores.student_logprob_BT)
+        teacher = np.asarray(scores.teacher_logprob_BT)
+        decode = self.setup.tokenizer.decode
+
+        def one(i: int) -> dict[str, Any]:
+            span = slice(int(rollout.prompt_length_B[i]), int(rollout.length_B[i]))
+            return {
+                "step": step,
+                "id": i,
+                "prompt": decode(rollout.prompt(i)),
+                "response": decode(rollout.response(i)),
+                "prompt_ids": rollout.prompt(i),
+                "response_ids": rollout.response(i),
+                "outcome": Outcome(int(rollout.outcome_B[i])).name.lower(),
+                "sampler_logprob": _rounded(rollout.sampler_logprob_BT[i, span]),
+                "student_logprob": _rounded(student[i, span]),
+                "teacher_logprob": _rounded(teacher[i, span]),
+                "advantage": _rounded((teacher - student)[i, span]),
+            }
+
+        return [one(i) for i in range(min(self.config.log.rollouts, len(rollout.length_B)))]
+
+
+def _dtype(name: str) -> jnp.dtype:
+    if name == "auto":
+        name = "bfloat16" if jax.default_backend() == "gpu" else "float32"
+    return jnp.dtype(name)
+
+
+def _frozen(section: Any, path: str) -> models.Params:
+    return models.load(path, dtype=_dtype(section.dtype))[1]
+
+
+def _cast(params: models.Params, dtype: jnp.dtype) -> models.Params:
+    """The weights in the dtype to compute in; the very same arrays where that is theirs already."""
+    return jax.tree.map(lambda w: w if w.dtype == dtype else w.astype(dtype), params)
+
+
+def _rounded(values: np.ndarray) -> list[float]:
+    return [round(float(x), 5) for x in values]
+
+
+def _peak_gib() -> float:
+    """Peak memory of the first device, or of the process where the device does not tell (CPU)."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    peak = stats.get("peak_bytes_in_use")
+    if peak is None:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak / 2**30
+
+
+def _require_finite(step: int, row: dict[str, float]) -> None:
+    for name in ("loss/total", "optim/grad_norm"):
+        if not math.isfinite(row[name]):
+            raise NonFiniteError(
+                f"step {step}: {name} is {row[name]}, wanted a finite number; the parameters were "
+                "left as they were; lower --config.optim.learning_rate and look at rollouts.jsonl"
+            )

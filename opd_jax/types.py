@@ -1,0 +1,114 @@
+"""Records that rooms exchange. Dimension letters: opd_jax/shapes.py.
+
+Rows are `prompt ++ response ++ padding`, right-padded; `length` and `prompt_length` say where
+things end. Index t of every per-token array speaks of token t of its row:
+`logprob[b, t] = log p(tokens[b, t] | tokens[b, :t])`; entries outside the response mean nothing.
+"""
+
+from enum import IntEnum
+from typing import Any
+
+import flax.struct
+import jax
+import numpy as np
+
+
+class Outcome(IntEnum):
+    """Why a rollout ended. An end token in the last slot of the budget is EOS, not BUDGET."""
+
+    EOS = 0
+    BUDGET = 1
+
+
+class Rollout(flax.struct.PyTreeNode):
+    """Sampled rows, host arrays in the order of the prompts that were given.
+
+    Attributes:
+      tokens_BT: int32, prompt ++ response ++ zeros.
+      length_B: int32, prompt + response tokens, the end token included.
+      prompt_length_B: int32.
+      sampler_logprob_BT: float32, log-prob of each sampled token under the full, untempered
+        distribution of the weights that sampled it; 0 outside the response.
+      outcome_B: int32, an `Outcome` each.
+    """
+
+    tokens_BT: np.ndarray
+    length_B: np.ndarray
+    prompt_length_B: np.ndarray
+    sampler_logprob_BT: np.ndarray
+    outcome_B: np.ndarray
+
+    @property
+    def response_mask_BT(self) -> np.ndarray:
+        """True on response tokens, the end token included."""
+        position_T = np.arange(self.tokens_BT.shape[1])
+        return (position_T >= self.prompt_length_B[:, None]) & (position_T < self.length_B[:, None])
+
+    @property
+    def response_length_B(self) -> np.ndarray:
+        """Response tokens of each row, the end token included."""
+        return self.length_B - self.prompt_length_B
+
+    def response(self, row: int) -> list[int]:
+        """Response ids of one row, the end token included."""
+        return self.tokens_BT[row, self.prompt_length_B[row] : self.length_B[row]].tolist()
+
+    def prompt(self, row: int) -> list[int]:
+        """Prompt ids of one row."""
+        return self.tokens_BT[row, : self.prompt_length_B[row]].tolist()
+
+
+class Scores(flax.struct.PyTreeNode):
+    """What student and teacher say about each token of a row; all [B, T], float32, no gradients.
+
+    Attributes:
+      student_logprob_BT, teacher_logprob_BT: of the token that was sampled.
+      student_entropy_BT, teacher_entropy_BT: of the full distribution, in nats.
+      reverse_kl_BT: KL(student || teacher) over the full vocabulary.
+      overlap_ratio_BT: share of the student's top-k that is in the teacher's top-k.
+      overlap_advantage_BT: mean over the shared ids of p (log q - log p), renormalised there.
+      student_overlap_mass_BT, teacher_overlap_mass_BT: probability each puts on the shared ids.
+    """
+
+    student_logprob_BT: jax.Array
+    teacher_logprob_BT: jax.Array
+    student_entropy_BT: jax.Array
+    teacher_entropy_BT: jax.Array
+    reverse_kl_BT: jax.Array
+    overlap_ratio_BT: jax.Array
+    overlap_advantage_BT: jax.Array
+    student_overlap_mass_BT: jax.Array
+    teacher_overlap_mass_BT: jax.Array
+
+
+class RolloutRows(flax.struct.PyTreeNode):
+    """Rollouts as the update takes them.
+
+    Attributes:
+      tokens_BT, length_B: int32.
+      weight_BT: float32, each token's share of the mean; 0 outside the response, sums to 1 over
+        the global batch.
+      advantage_BT, sampler_logprob_BT: float32, constants.
+    """
+
+    tokens_BT: jax.Array
+    length_B: jax.Array
+    weight_BT: jax.Array
+    advantage_BT: jax.Array
+    sampler_logprob_BT: jax.Array
+
+
+class GoldenRows(flax.struct.PyTreeNode):
+    """Golden solutions as the update takes them; fields as in `RolloutRows`."""
+
+    tokens_BT: jax.Array
+    length_B: jax.Array
+    weight_BT: jax.Array
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """What training changes, and all that a checkpoint needs of it: float32 master weights."""
+
+    step: jax.Array
+    params: Any
+    opt_state: Any

@@ -1,0 +1,74 @@
+"""Settings of every test: CPU, no network, and accidental broadcasting is an error."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from opd_jax.models import ModelConfig, decoder
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def strict_dtypes():
+    """No silent float32 <-> bfloat16 promotion (optax does not survive this globally)."""
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+def tiny_config(**changes: object) -> ModelConfig:
+    """A three-layer model of 99 tokens that a test can afford."""
+    fields = {
+        "model_type": "qwen2", "vocab_size": 99, "hidden_size": 32, "intermediate_size": 48,
+        "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "rope_theta": 1e4,
+        "rms_norm_eps": 1e-6, "max_position": 256, "tie_embeddings": True, "qkv_bias": True,
+        "qk_norm": False, "eos_token_ids": (1,),
+    }  # fmt: skip
+    return ModelConfig(**(fields | changes))  # type: ignore[arg-type]
+
+
+def random_params(config: ModelConfig, seed: int = 0, scale: float = 5.0) -> decoder.Params:
+    """Random weights, scaled up so that the model's distributions are far from uniform."""
+    params = decoder.init(jax.random.key(seed), config)
+    return jax.tree.map(lambda w: w * scale if w.ndim > 1 else w, params)
+
+
+def noisy_params(config: ModelConfig, seed: int = 0) -> decoder.Params:
+    """Like `random_params`, but biases and norms are random too; made by numpy, without compiling."""
+    generator = np.random.default_rng(seed)
+
+    def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        noise = 0.1 * generator.standard_normal(leaf.shape)
+        return jnp.asarray(noise + (path[-1].key == "scale"), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, decoder.abstract_params(config))
+
+
+def random_rows(config: ModelConfig, rows: int, width: int, seed: int = 0):
+    """Tokens [rows, width] and lengths [rows], right-padded with zeros."""
+    generator = np.random.default_rng(seed)
+    length = generator.integers(width // 2, width + 1, rows).astype(np.int32)
+    tokens = generator.integers(2, config.vocab_size, (rows, width)).astype(np.int32)
+    tokens[np.arange(width)[None] >= length[:, None]] = 0
+    return jnp.asarray(tokens), jnp.asarray(length)
+
+
+def distance(a: object, b: object) -> float:
+    """|a - b| / |b| over two whole trees of arrays, in float64."""
+    a, b = (
+        np.concatenate([np.ravel(np.asarray(x, np.float64)) for x in jax.tree.leaves(tree)])
+        for tree in (a, b)
+    )
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+@pytest.fixture
+def update_golden() -> bool:
+    """UPDATE_GOLDEN=1 pytest rewrites the stored values; the diff is reviewed."""
+    return os.environ.get("UPDATE_GOLDEN") == "1"

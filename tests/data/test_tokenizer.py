@@ -1,0 +1,80 @@
+"""The tokenizer of the embedded models, read back from a folder."""
+
+import shutil
+
+import pytest
+
+from launch.make_tiny import make_tokenizer
+from opd_jax import data
+from opd_jax.errors import ModelError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    path = str(tmp_path_factory.mktemp("tokenizer"))
+    make_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder) -> data.Tokenizer:
+    return data.Tokenizer(folder)
+
+
+@pytest.mark.parametrize("split", ["train", "sft", "test"])
+def test_texts_survive_the_round_trip(tokenizer, split):
+    for index in range(100):
+        problem = data.problem(split, index)
+        for text in (problem.prompt, problem.solution):
+            assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize("text", ["", " a  b ", "\n\n", "\u00e9 \u4e2d \U0001f600", "\\boxed{-12}"])
+def test_any_text_survives_the_round_trip(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_digits_are_single_tokens(tokenizer):
+    vocabulary = tokenizer.vocabulary()
+    digits = [vocabulary[digit] for digit in "1234567890"]
+    assert tokenizer.encode("1234567890") == digits
+    assert tokenizer.encode("+12=") == [vocabulary["+"], *digits[:2], vocabulary["="]]
+    assert [t for t in vocabulary if any(c.isdigit() for c in t) and len(t) > 1] == []
+
+
+def test_chat_template(tokenizer):
+    rendered = "<|im_start|>user\nAdd 5.<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.chat("Add 5.") == tokenizer.encode(rendered)
+    assert tokenizer.chat("5.", template="Add {problem}") == tokenizer.encode(rendered)
+    system = "<|im_start|>system\nBe brief.<|im_end|>\n"
+    assert tokenizer.chat("Add 5.", system="Be brief.") == tokenizer.encode(system + rendered)
+
+
+def test_braces_of_a_template_are_left_alone(tokenizer):
+    asked = tokenizer.chat("Add 5.", template="{problem} Answer in \\boxed{}.")
+    assert "Add 5. Answer in \\boxed{}." in tokenizer.decode(asked)
+
+
+def test_special_tokens_are_one_id_and_not_text(tokenizer):
+    vocabulary = tokenizer.vocabulary()
+    for token in ("<|endoftext|>", "<|im_start|>", "<|im_end|>"):
+        assert tokenizer.encode(token) == [vocabulary[token]]
+    assert tokenizer.decode([*tokenizer.encode("7"), vocabulary["<|im_end|>"]]) == "7"
+    assert tokenizer.size == len(vocabulary) == max(vocabulary.values()) + 1
+
+
+def test_a_base_model_has_no_template(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "base", ignore=shutil.ignore_patterns("*.jinja"))
+    base = data.Tokenizer(str(tmp_path / "base"))
+    assert base.chat("Add 5.", system="Be brief.") == base.encode("Be brief.\nAdd 5.")
+
+
+def test_missing_and_broken_folders(folder, tmp_path):
+    with pytest.raises(ModelError, match=r"nowhere/tokenizer\.json is missing; copy the tokenizer"):
+        data.Tokenizer(str(tmp_path / "nowhere"))
+    shutil.copytree(folder, tmp_path / "broken")
+    (tmp_path / "broken" / "tokenizer.json").write_text("{")
+    with pytest.raises(
+        ModelError, match=r"broken: cannot read the tokenizer \(.+\); copy it again"
+    ):
+        data.Tokenizer(str(tmp_path / "broken"))

@@ -1,0 +1,114 @@
+"""Answers of every kind, and answers that attack: each costs itself and nothing else."""
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from opd_jax.eval import Grade, Grader
+from opd_jax.eval.grading_worker import last_boxed
+
+CORRECT, WRONG, UNPARSED, TIMEOUT = Grade
+BOMB = (r"\boxed{9^{9^{9^9}}}", "3")  # math-verify evaluates it: a number of 10^(10^8) digits
+RIGHT = (r"so it is \boxed{3}", "3")
+TIMEOUT_S = 2.0
+
+
+@pytest.fixture(scope="module")
+def grader():
+    with Grader(workers=2, timeout_s=TIMEOUT_S) as grader:
+        yield grader
+
+
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        (r"\boxed{1} and \boxed{2}", "2"),
+        (r"\boxed{\frac{1}{2}} {x}", r"\frac{1}{2}"),
+        (r"\boxed{1} \boxed{\frac{1}{2}", "1"),  # the last one is not balanced
+        (r"\boxed{a \boxed{b} c}", "b"),
+        (r"\boxed{\boxed{}", ""),
+        (r"} {\boxed{7}", "7"),
+        (r"boxed{7} \fbox{7} 7", None),
+        ("", None),
+    ],
+)
+def test_last_boxed(text, content):
+    assert last_boxed(text) == content
+
+
+def test_last_boxed_takes_linear_time():
+    start = time.perf_counter()
+    assert last_boxed("\\boxed{" * 150_000) is None  # a megabyte, as a looping model writes it
+    assert last_boxed("\\boxed{3}" + "{" * 1_000_000) == "3"
+    assert time.perf_counter() - start < 10
+
+
+ANSWERS = [
+    (r"\boxed{142}", "142", CORRECT),
+    (r"\boxed{142.0}", "142", CORRECT),
+    (r"\boxed{143}", "142", WRONG),
+    (r"\boxed{142", "142", UNPARSED),
+    ("142", "142", UNPARSED),  # not in a box
+    (r"\boxed{}", "142", UNPARSED),
+    (r"\boxed{ }", "142", UNPARSED),
+    (r"\boxed{0.5}", "1/2", CORRECT),
+    (r"\boxed{\frac{1}{2}}", "0.5", CORRECT),
+    (r"\boxed{\frac{1}{3}}", "0.5", WRONG),
+    (r"\boxed{(1,2)}", "1<x<2", CORRECT),  # math-verify allows this way round only
+    (r"\boxed{1<x<2}", "(1,2)", WRONG),
+    (r"\boxed{5}, no: \boxed{6}", "5", WRONG),  # the last box counts
+    (r"\boxed{5}, no: \boxed{6}", "6", CORRECT),
+    (r"\boxed{6}<|im_end|>", "6", CORRECT),  # an end token after the box does not hide it
+    (r"\boxed{" + "1" * 30_000 + "}", "1", UNPARSED),  # too long to be an answer
+    (r"\boxed{" * 150_000, "3", UNPARSED),
+    (r"\boxed{" + "{" * 500_000 + "}" * 500_000 + "}", "3", UNPARSED),
+    ("\u0000 \ud83d\ude00 \n\\boxed{3}\n", "3", CORRECT),
+]
+
+
+def test_grades_in_order(grader):
+    expected = [grade for _, _, grade in ANSWERS]
+    pairs = [(text, gold) for text, gold, _ in ANSWERS]
+    assert grader.grade(iter(pairs)) == expected
+    assert grader.grade(pairs[::-1]) == expected[::-1]
+    assert grader.grade([]) == []
+
+
+def test_a_bomb_costs_one_time_out_and_nothing_else(grader):
+    start = time.monotonic()
+    grades = grader.grade([RIGHT, BOMB, BOMB, RIGHT, (r"\boxed{4}", "3"), RIGHT])
+    assert grades == [CORRECT, TIMEOUT, TIMEOUT, CORRECT, WRONG, CORRECT]
+    assert TIMEOUT_S < time.monotonic() - start < TIMEOUT_S + 20
+    # Both processes are new now. The imports of a new one are not part of the bomb's time.
+    start = time.monotonic()
+    assert grader.grade([BOMB, RIGHT]) == [TIMEOUT, CORRECT]
+    assert time.monotonic() - start < TIMEOUT_S + 20
+
+
+def test_a_process_killed_from_outside_is_replaced(grader):
+    grader.grade([RIGHT, RIGHT])
+    for worker in grader._workers:
+        os.kill(worker.process.pid, signal.SIGKILL)
+        worker.process.wait()
+    assert grader.grade([RIGHT] * 5) == [CORRECT] * 5
+
+
+def test_a_process_killed_at_work_costs_its_answer():
+    with Grader(workers=1, timeout_s=60.0) as grader:
+        assert grader.grade([RIGHT]) == [CORRECT]
+        kill = threading.Timer(0.5, os.kill, (grader._workers[0].process.pid, signal.SIGKILL))
+        kill.start()
+        start = time.monotonic()
+        assert grader.grade([BOMB, RIGHT]) == [TIMEOUT, CORRECT]
+        assert time.monotonic() - start < 30
+
+
+def test_close_ends_the_processes():
+    with Grader(workers=2) as grader:
+        processes = [worker.process for worker in grader._workers]
+        assert [process.poll() for process in processes] == [None, None]
+    assert all(process.poll() is not None for process in processes)
+    grader.close()  # twice is no error

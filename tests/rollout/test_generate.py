@@ -1,0 +1,163 @@
+"""Generation: the sampler agrees with the scorer, and slots, chunks and neighbours change nothing."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from opd_jax import scoring
+from opd_jax.errors import DataError
+from opd_jax.models import decoder
+from opd_jax.rollout.generate import _decode_chunk, _prefill, generate
+from opd_jax.types import Outcome, Rollout
+from tests.conftest import noisy_params, tiny_config
+
+QWEN2 = tiny_config(num_layers=2, vocab_size=29)
+QWEN3 = tiny_config(
+    model_type="qwen3", num_layers=2, vocab_size=29, qkv_bias=False, qk_norm=True, head_dim=12
+)
+PROMPTS = [[3, 4, 5], [6], [7, 8, 9, 10, 11], [3, 4, 5], [12, 13], [14, 15, 16, 17], [18, 19]]
+BUDGET, WIDTH = 9, 5
+KEY = jax.random.key(2)  # with it a row that ends is followed by one that does not
+STOPS = (1, 2)
+
+
+@pytest.fixture(scope="module")
+def params() -> decoder.Params:
+    return noisy_params(QWEN2)
+
+
+def roll(params, prompts=PROMPTS, *, config=QWEN2, **changes) -> Rollout:
+    settings = {"key": KEY, "max_response_tokens": BUDGET, "stop_ids": STOPS, "chunk": 64}
+    return generate(params, config, prompts, **settings | changes)
+
+
+@pytest.fixture(scope="module")
+def plain(params) -> Rollout:
+    return roll(params)
+
+
+def assert_same_rows(got: Rollout, want: Rollout, rows: slice = slice(None)) -> None:
+    """Same responses, outcomes and log-probs; the width of the padding may differ."""
+    shared = min(got.tokens_BT.shape[1], want.tokens_BT.shape[1])
+    np.testing.assert_array_equal(got.length_B, want.length_B[rows])
+    np.testing.assert_array_equal(got.outcome_B, want.outcome_B[rows])
+    for array, other in (
+        (got.tokens_BT, want.tokens_BT[rows]),
+        (got.sampler_logprob_BT, want.sampler_logprob_BT[rows]),
+    ):
+        np.testing.assert_allclose(array[:, :shared], other[:, :shared], atol=1e-5)
+        assert not array[:, shared:].any()
+        assert not other[:, shared:].any()
+
+
+def test_rows_are_prompt_response_padding(plain):
+    assert plain.tokens_BT.shape == plain.sampler_logprob_BT.shape == (7, WIDTH + BUDGET)
+    assert (np.diff(plain.outcome_B) > 0).any()  # EOS before BUDGET: a reused slot must forget
+    for row, prompt in enumerate(PROMPTS):
+        response = plain.response(row)
+        assert plain.prompt(row) == prompt
+        assert 1 <= len(response) <= BUDGET
+        assert not set(response[:-1]) & set(STOPS)
+        ended = response[-1] in STOPS
+        assert plain.outcome_B[row] == (Outcome.EOS if ended else Outcome.BUDGET)
+        assert ended or len(response) == BUDGET
+        assert not plain.tokens_BT[row, plain.length_B[row] :].any()
+    outside = ~plain.response_mask_BT
+    assert not plain.sampler_logprob_BT[outside].any()
+    assert (plain.sampler_logprob_BT[~outside] < 0).all()
+
+
+@pytest.mark.parametrize("config", [QWEN2, QWEN3], ids=["qwen2", "qwen3"])
+def test_sampler_and_scorer_agree(config):
+    params = noisy_params(config)
+    rollout = roll(params, config=config, slots=3, chunk=4, temperature=0.8, top_p=0.9)
+    tokens, length = jnp.asarray(rollout.tokens_BT), jnp.asarray(rollout.length_B)
+    mask, sampled = rollout.response_mask_BT, rollout.sampler_logprob_BT
+    assert mask.sum() > 30
+    scored = np.asarray(scoring.token_logprob(params, config, tokens, length))
+    np.testing.assert_allclose(scored[mask], sampled[mask], atol=1e-4)
+    # Other neighbours, another order, more padding.
+    wider = jnp.pad(tokens[4:0:-1], ((0, 0), (0, 3)))
+    scored = np.asarray(scoring.token_logprob(params, config, wider, length[4:0:-1]))[:, :-3]
+    np.testing.assert_allclose(scored[mask[4:0:-1]], sampled[4:0:-1][mask[4:0:-1]], atol=1e-4)
+
+
+@pytest.mark.parametrize(("slots", "chunk"), [(None, 4), (1, 64), (3, 4), (5, 64), (100, 1)])
+def test_slots_and_chunks_change_nothing(params, plain, slots, chunk):
+    assert_same_rows(roll(params, slots=slots, chunk=chunk), plain)
+
+
+def test_wider_prompts_change_only_the_padding(params, plain):
+    wider = roll(params, max_prompt_tokens=WIDTH + 3)
+    assert wider.tokens_BT.shape == (7, WIDTH + 3 + BUDGET)
+    assert_same_rows(wider, plain)
+
+
+def test_row_i_uses_key_i(params, plain):
+    assert_same_rows(roll(params, PROMPTS[:3]), plain, slice(3))
+    assert plain.response(0) != plain.response(3)  # the same prompt, another row
+    again, other = roll(params), roll(params, key=jax.random.key(8))
+    np.testing.assert_array_equal(again.tokens_BT, plain.tokens_BT)
+    assert (other.tokens_BT != plain.tokens_BT).any()
+
+
+def test_greedy_is_argmax_step_by_step(params):
+    greedy = roll(params, temperature=0.0, stop_ids=())
+    forward = jax.jit(decoder.forward, static_argnames="config")
+    rows = greedy.tokens_BT * (np.arange(WIDTH + BUDGET) < greedy.prompt_length_B[:, None])
+    for step in range(BUDGET):
+        position = greedy.prompt_length_B + step
+        logits = np.asarray(forward(params, QWEN2, jnp.asarray(rows), jnp.asarray(position)))
+        rows[np.arange(7), position] = logits[np.arange(7), position - 1].argmax(-1)
+    np.testing.assert_array_equal(greedy.tokens_BT, rows)
+
+
+def test_an_end_token_in_the_last_slot_of_the_budget_is_eos(params):
+    free = roll(params, stop_ids=())
+    assert (free.outcome_B == Outcome.BUDGET).all()
+    assert (free.response_length_B == BUDGET).all()
+    row, last = next(
+        (row, free.response(row)[-1])
+        for row in range(7)
+        if free.response(row)[-1] not in free.response(row)[:-1]
+    )
+    stopped = roll(params, stop_ids=(last,))
+    assert stopped.response(row) == free.response(row)
+    assert stopped.outcome_B[row] == Outcome.EOS
+
+
+def test_vocabulary_limits_what_is_sampled(params):
+    rollout = roll(params, vocabulary=10, stop_ids=(), temperature=3.0)
+    sampled = rollout.tokens_BT[rollout.response_mask_BT]
+    assert sampled.max() == 9
+    scored = scoring.token_logprob(
+        params, QWEN2, jnp.asarray(rollout.tokens_BT), jnp.asarray(rollout.length_B), vocabulary=10
+    )
+    mask = rollout.response_mask_BT
+    np.testing.assert_allclose(
+        np.asarray(scored)[mask], rollout.sampler_logprob_BT[mask], atol=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("prompts", "changes", "message"),
+    [
+        ([], {}, "no prompts"),
+        ([[3], []], {}, "prompt 1 has 0 tokens"),
+        ([[3, 4, 5]], {"max_prompt_tokens": 2}, "prompt 0 has 3 tokens"),
+        ([[3] * 250], {}, r"prompt \(250\) \+ response \(9\) .* 256 positions"),
+        ([[3]], {"max_prompt_tokens": 250}, r"256 positions"),
+    ],
+)
+def test_impossible_prompts_are_refused(params, prompts, changes, message):
+    with pytest.raises(DataError, match=message) as error:
+        roll(params, prompts, **changes)
+    assert "\n" not in str(error.value)
+
+
+def test_other_prompts_of_the_same_count_do_not_compile_again(params, plain):
+    compiled = _decode_chunk._cache_size(), _prefill._cache_size()
+    assert min(compiled) > 0
+    roll(params, [[20, 21], [22] * 5, [23], [24], [25], [26], [27]], key=jax.random.key(9))
+    assert (_decode_chunk._cache_size(), _prefill._cache_size()) == compiled

@@ -1,0 +1,112 @@
+"""The sampler's distribution against exact probabilities, and the nucleus against sorting."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+import scipy.stats
+
+from opd_jax.rollout.sampling import nucleus, sample
+
+LOGITS = np.array([1.5, -0.5, 0.0, 2.0, -2.0, 0.5, 1.0], np.float32)
+
+
+def draw(logits_BV, seed: int = 0, *, temperature: float = 1.0, top_p: float = 1.0):
+    """(tokens, logprobs) with one key a row."""
+    keys = jax.random.split(jax.random.key(seed), len(logits_BV))
+    token, logprob = sample(jnp.asarray(logits_BV), keys, temperature=temperature, top_p=top_p)
+    return np.asarray(token), np.asarray(logprob)
+
+
+def sorted_nucleus(logits_V: np.ndarray, top_p: float) -> np.ndarray:
+    """Which ids stay: sort, add up to top_p, keep ties of the last one. float64."""
+    prob = scipy.special.softmax(logits_V.astype(np.float64))
+    order = np.argsort(-prob)
+    last = order[np.argmax(np.cumsum(prob[order]) >= top_p)]
+    return prob >= prob[last]
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (1.0, 0.8), (0.7, 0.8)])
+def test_draws_follow_the_exact_distribution(temperature, top_p):
+    prob = scipy.special.softmax(LOGITS.astype(np.float64) / temperature)
+    prob = np.where(sorted_nucleus(LOGITS / temperature, top_p), prob, 0.0)
+    expected = 20_000 * prob / prob.sum()
+    token, _ = draw(np.tile(LOGITS, (20_000, 1)), temperature=temperature, top_p=top_p)
+    count = np.bincount(token, minlength=len(LOGITS))
+    possible = expected > 0
+    assert count[~possible].sum() == 0
+    chi2 = np.sum((count - expected)[possible] ** 2 / expected[possible])
+    assert chi2 < scipy.stats.chi2.isf(1e-3, df=possible.sum() - 1)
+
+
+def test_a_draw_depends_on_its_key_alone():
+    logits = np.random.default_rng(0).standard_normal((6, 30))
+    keys = jax.random.split(jax.random.key(3), 6)
+    together, _ = sample(jnp.asarray(logits), keys, temperature=1.0, top_p=0.9)
+    alone = [
+        sample(jnp.asarray(logits[i : i + 1]), keys[i : i + 1], temperature=1.0, top_p=0.9)[0][0]
+        for i in range(6)
+    ]
+    np.testing.assert_array_equal(together, alone)
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.3, 0.8, 0.95, 0.999])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 5.0])
+def test_nucleus_equals_sorting(scale, top_p):
+    logits = (scale * np.random.default_rng(0).standard_normal((40, 101))).astype(np.float32)
+    want = np.stack([sorted_nucleus(row, top_p) for row in logits])
+    got = np.asarray(nucleus(jnp.asarray(logits), top_p))
+    np.testing.assert_array_equal(got > -np.inf, want)
+    np.testing.assert_array_equal(got[want], logits[want])
+
+
+@pytest.mark.parametrize(
+    ("weights", "top_p", "stay"),
+    [
+        ([4, 2, 2, 1], 0.5, [True, True, True, False]),  # one of the two would do: both stay
+        ([4, 2, 2, 1], 0.4, [True, False, False, False]),
+        ([3, 3, 3, 3], 0.3, [True, True, True, True]),
+        ([5, 5, 1, 1], 0.6, [True, True, False, False]),
+        ([1, 1, 6, 2], 0.7, [False, False, True, True]),
+    ],
+)
+def test_nucleus_keeps_ties(weights, top_p, stay):
+    logits = jnp.log(jnp.array([weights], jnp.float32))
+    np.testing.assert_array_equal(nucleus(logits, top_p)[0] > -jnp.inf, stay)
+
+
+@pytest.mark.parametrize("top_p", [1e-9, 1e-3])
+def test_a_tiny_nucleus_is_the_top_token(top_p):
+    logits = np.random.default_rng(0).standard_normal((50, 101)).astype(np.float32)
+    kept = np.asarray(nucleus(jnp.asarray(logits), top_p)) > -np.inf
+    np.testing.assert_array_equal(kept, np.arange(101)[None] == logits.argmax(-1)[:, None])
+    np.testing.assert_array_equal(draw(logits, top_p=top_p)[0], logits.argmax(-1))
+
+
+def test_a_nucleus_holds_its_top_token_among_nearly_equal_ones():
+    logits = jnp.zeros((1, 1000)).at[0, 17].set(1e-4)
+    assert np.flatnonzero(nucleus(logits, 1e-4)[0] > -jnp.inf).tolist() == [17]
+
+
+def test_temperature_zero_is_argmax():
+    logits = np.random.default_rng(0).standard_normal((50, 31)).astype(np.float32)
+    np.testing.assert_array_equal(draw(logits, temperature=0.0)[0], logits.argmax(-1))
+    np.testing.assert_array_equal(draw(logits, temperature=0.0, top_p=0.5)[0], logits.argmax(-1))
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 0.7), (2.0, 1.0), (0.0, 1.0)])
+def test_logprob_is_that_of_the_model_whatever_the_settings(temperature, top_p):
+    logits = (3 * np.random.default_rng(0).standard_normal((50, 31))).astype(np.float32)
+    token, logprob = draw(logits, temperature=temperature, top_p=top_p)
+    want = scipy.special.log_softmax(logits.astype(np.float64), axis=-1)[np.arange(50), token]
+    np.testing.assert_allclose(logprob, want, atol=1e-6)
+
+
+def test_bfloat16_logits_give_float32_logprobs(strict_dtypes):
+    logits = jnp.asarray(np.tile(LOGITS, (4, 1)), jnp.bfloat16)
+    keys = jax.random.split(jax.random.key(0), 4)
+    token, logprob = sample(logits, keys, temperature=0.7, top_p=0.9)
+    assert (token.dtype, logprob.dtype) == (jnp.int32, jnp.float32)
+    want = scipy.special.log_softmax(LOGITS.astype(np.float64))[np.asarray(token)]
+    np.testing.assert_allclose(logprob, want, atol=1e-6)  # LOGITS are exact in bfloat16

@@ -1,0 +1,52 @@
+"""The command line: a user's mistake costs one line, status 1, and nothing on disk."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def train(*arguments: str, cwd: pathlib.Path = ROOT) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "launch" / "train.py"), *arguments],
+        capture_output=True, text=True, timeout=120, cwd=cwd,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "says"),
+    [
+        (["--config.rollout.temprature=1"], 1, "did you mean 'rollout.temperature'"),
+        (["--config.rollout.temperature=hot"], 1, "type float"),
+        (["--config=configs/stable_opd.py:tyni"], 1, "did you mean 'tiny'"),
+        (["--config=configs/nothing.py"], 1, "configs/nothing.py"),
+        (["--config.student.path=/nowhere"], 1, "model folder '/nowhere' does not exist"),
+        (["--config.optim.updates_per_rollout=3"], 1, "--config.rollout.prompts_per_step=18"),
+        (["--config.rollout.max_prompt_tokens=5"], 1, "--config.rollout.max_prompt_tokens="),
+        (["--wrkdir=x"], 2, "wrkdir"),
+        (["extra"], 2, "extra"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, status, says, tmp_path):
+    workdir = tmp_path / "run"
+    config = [] if arguments[0].startswith("--config=") else ["--config=configs/stable_opd.py"]
+    done = train(*config, *arguments, f"--workdir={workdir}")
+    assert done.returncode == status, done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    assert says in lines[0]
+    assert not workdir.exists()
+
+
+def test_help_and_another_working_directory(tmp_path):
+    """Entry points run from anywhere: the config path is relative to where one stands."""
+    done = train(
+        f"--config={ROOT}/configs/opd.py", "--config.steps=0", f"--workdir={tmp_path}/run",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "steps=0" in done.stderr

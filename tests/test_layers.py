@@ -1,0 +1,54 @@
+"""The rooms and their layers: an import points down, and the shift by one has two homes."""
+
+import ast
+import pathlib
+import re
+
+import opd_jax
+
+ROOT = pathlib.Path(opd_jax.__file__).parent
+LAYER = {
+    "errors": 0, "masked": 0, "keys": 0, "types": 0, "display": 0,
+    "shapes": 1, "eval.grading_worker": 1,
+    "losses": 2, "models": 2, "data": 2, "checkpoint": 2, "eval.grade": 2,
+    "config": 3, "metrics": 3, "scoring": 3, "rollout": 3,
+    "objectives": 4, "rows": 4, "workdir": 4, "cli": 4, "eval.evaluate": 4,
+    "update": 5, "setup": 5,
+    "train": 6,
+}  # fmt: skip
+
+
+def room(module: str) -> str:
+    """`opd_jax.models.hf` -> `models`; eval has rooms of its own."""
+    parts = module.split(".")[1:]
+    return ".".join(parts[:2]) if parts[0] == "eval" and len(parts) > 1 else parts[0]
+
+
+def imported_rooms(file: pathlib.Path) -> set[str]:
+    rooms = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("opd_jax"):
+            if node.module == "opd_jax":
+                rooms |= {alias.name for alias in node.names}
+            else:
+                rooms.add(room(node.module))
+    return rooms
+
+
+def test_imports_point_down():
+    seen = set()
+    for file in sorted(ROOT.rglob("*.py")):
+        module = "opd_jax." + ".".join(file.relative_to(ROOT).with_suffix("").parts)
+        if file.name == "__init__.py":
+            continue
+        mine = room(module)
+        seen.add(mine)
+        for other in imported_rooms(file) - {mine, "__version__"}:
+            assert LAYER[other] < LAYER[mine], f"{module} imports {other}, which is not below it"
+    assert seen == set(LAYER)  # every room has a layer, every layer a room
+
+
+def test_only_scoring_and_sampling_shift():
+    shift = re.compile(r"\[:, 1:|\[:, :-1\]|jnp\.roll\(")
+    shifting = {f.name for f in ROOT.rglob("*.py") if shift.search(f.read_text())}
+    assert shifting == {"scoring.py"}

@@ -1,0 +1,219 @@
+"""The losses of a run against the same sums written directly over whole logits."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from opd_jax import losses, objectives, scoring
+from opd_jax.models import decoder
+from opd_jax.objectives import Terms
+from opd_jax.types import GoldenRows, RolloutRows
+from tests.conftest import distance, random_params, random_rows, tiny_config
+
+CONFIG = tiny_config(num_layers=2)
+VOCABULARY = CONFIG.vocab_size
+TERMS = Terms(
+    pg_weight=0.7, lambda_gold=0.3, beta_kl=0.2, kl_estimator="full", clip_low=0.2, clip_high=0.3
+)
+SHARED = {"token_chunk": 7, "remat": False}  # 4 rows of 10 tokens: the last chunk is not full
+STUDENT, REFERENCE = random_params(CONFIG, seed=0), random_params(CONFIG, seed=1)
+
+
+@functools.cache
+def rollout_loss(estimator: str = "full", vocabulary: int = VOCABULARY):
+    """((total, parts), gradient) of (params, reference, rows), jitted once for all tests."""
+    terms = dataclasses.replace(TERMS, kl_estimator=estimator)
+    loss = objectives.make_rollout_loss(terms, CONFIG, CONFIG, vocabulary=vocabulary, **SHARED)
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+
+def token_logprobs(params, rows, vocabulary: int = VOCABULARY) -> tuple[jax.Array, jax.Array]:
+    """Of token t >= 1 given what stands before it, [B, T-1]; and of every id, [B, T-1, V]."""
+    logits = decoder.forward(params, CONFIG, rows.tokens_BT, rows.length_B)[:, :-1, :vocabulary]
+    every = logits - jax.scipy.special.logsumexp(logits, axis=-1, keepdims=True)
+    token = rows.tokens_BT[:, 1:, None]
+    return jnp.take_along_axis(every, token, axis=-1)[..., 0], every
+
+
+def direct_rollout_loss(params, reference, rows, estimator_weights, vocabulary: int = VOCABULARY):
+    """TERMS written out; `estimator_weights` says which of full, k1, k2, k3 is the KL."""
+    logprob, every = token_logprobs(params, rows, vocabulary)
+    reference_logprob, reference_every = token_logprobs(reference, rows, vocabulary)
+    ratio = jnp.exp(logprob - rows.sampler_logprob_BT[:, 1:])
+    advantage = rows.advantage_BT[:, 1:]
+    opd = -jnp.where(
+        advantage > 0, jnp.minimum(ratio, 1.3) * advantage, jnp.maximum(ratio, 0.8) * advantage
+    )
+    d = logprob - reference_logprob
+    full = jnp.sum(jnp.exp(every) * (every - reference_every), axis=-1)
+    kls = (full, d, d * d / 2, jnp.exp(-d) - 1 + d)
+    kl = sum(w * x for w, x in zip(estimator_weights, kls, strict=True))
+    weight = rows.weight_BT[:, 1:]
+    return 0.7 * jnp.sum(weight * opd) + 0.2 * jnp.sum(weight * kl)
+
+
+direct_value_and_grad = jax.jit(
+    jax.value_and_grad(direct_rollout_loss), static_argnames="vocabulary"
+)
+
+
+def make_rows(seed: int = 0) -> RolloutRows:
+    """4 rows whose tokens from 3 on weigh something; sampler log-probs on both sides of the clip."""
+    tokens_BT, length_B = random_rows(CONFIG, 4, 10, seed)
+    generator = np.random.default_rng(seed)
+    position = np.arange(10)[None]
+    response = (position >= 3) & (position < np.asarray(length_B)[:, None])
+    weight = np.where(response, generator.uniform(0.5, 1.5, (4, 10)), 0.0)
+    logprob_BT = scoring.token_logprob(STUDENT, CONFIG, tokens_BT, length_B)
+    return RolloutRows(
+        tokens_BT=tokens_BT,
+        length_B=length_B,
+        weight_BT=jnp.asarray(weight / weight.sum(), jnp.float32),
+        advantage_BT=jnp.asarray(generator.normal(size=(4, 10)), jnp.float32),
+        sampler_logprob_BT=logprob_BT + jnp.asarray(generator.normal(0, 0.3, (4, 10)), jnp.float32),
+    )
+
+
+@pytest.fixture(scope="module")
+def rows() -> RolloutRows:
+    return make_rows()
+
+
+def largest(tree) -> float:
+    return max(float(np.max(np.abs(leaf))) for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize(("place", "estimator"), list(enumerate(losses.ESTIMATORS)))
+def test_rollout_loss_equals_the_direct_sum(rows, place, estimator):
+    (total, parts), gradient = rollout_loss(estimator)(STUDENT, REFERENCE, rows)
+    expected, expected_gradient = direct_value_and_grad(
+        STUDENT, REFERENCE, rows, tuple(jnp.float32(i == place) for i in range(4))
+    )
+    np.testing.assert_allclose(total, expected, rtol=1e-5)
+    np.testing.assert_allclose(total, 0.7 * parts["opd"] + 0.2 * parts["reference_kl"], rtol=1e-6)
+    assert distance(gradient, expected_gradient) < 1e-5
+    assert largest(gradient) > 1e-2
+
+
+def test_rollout_loss_in_float64(rows):
+    """The value once more in numpy, from the logits on."""
+    forward = jax.jit(decoder.forward, static_argnums=1)
+    logits, reference = (
+        np.asarray(forward(params, CONFIG, rows.tokens_BT, rows.length_B), np.float64)
+        for params in (STUDENT, REFERENCE)
+    )
+    log_p, log_ref = (
+        x - np.log(np.sum(np.exp(x), axis=-1, keepdims=True)) for x in (logits, reference)
+    )
+    opd = kl = 0.0
+    for b in range(4):
+        for t in range(1, 10):
+            weight = float(rows.weight_BT[b, t])
+            logprob = log_p[b, t - 1, rows.tokens_BT[b, t]]
+            ratio = np.exp(logprob - float(rows.sampler_logprob_BT[b, t]))
+            advantage = float(rows.advantage_BT[b, t])
+            opd -= weight * min(ratio * advantage, np.clip(ratio, 0.8, 1.3) * advantage)
+            kl += weight * np.sum(np.exp(log_p[b, t - 1]) * (log_p[b, t - 1] - log_ref[b, t - 1]))
+    (total, parts), _ = rollout_loss()(STUDENT, REFERENCE, rows)
+    np.testing.assert_allclose(parts["opd"], opd, rtol=1e-5)
+    np.testing.assert_allclose(parts["reference_kl"], kl, rtol=1e-5)
+    np.testing.assert_allclose(total, 0.7 * opd + 0.2 * kl, rtol=1e-5)
+
+
+def test_a_teacher_equal_to_the_student_teaches_nothing(rows):
+    scores = scoring.score(
+        STUDENT, CONFIG, STUDENT, CONFIG, rows.tokens_BT, rows.length_B,
+        vocabulary=VOCABULARY, top_k=2, token_chunk=7, microbatch_tokens=40,
+    )  # fmt: skip
+    advantage_BT = losses.opd_advantage(
+        teacher_logprob_BT=scores.teacher_logprob_BT, student_logprob_BT=scores.student_logprob_BT
+    )
+    np.testing.assert_array_equal(advantage_BT, 0.0)
+    rows = rows.replace(advantage_BT=advantage_BT, sampler_logprob_BT=scores.student_logprob_BT)
+    terms = dataclasses.replace(TERMS, beta_kl=0.0)
+    loss = objectives.make_rollout_loss(terms, CONFIG, CONFIG, vocabulary=VOCABULARY, **SHARED)
+    (total, parts), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(STUDENT, None, rows)
+    assert parts.keys() == {"opd"}  # no reference, no KL
+    assert total == 0.0
+    assert largest(gradient) < 1e-7
+
+
+@pytest.mark.parametrize("estimator", losses.ESTIMATORS)
+def test_a_reference_equal_to_the_student_does_not_pull(rows, estimator):
+    rows = rows.replace(advantage_BT=jnp.zeros_like(rows.advantage_BT))
+    (_, parts), gradient = rollout_loss(estimator)(STUDENT, STUDENT, rows)
+    np.testing.assert_array_equal(parts["reference_kl"], 0.0)
+    if estimator == "k1":  # only its expectation has no gradient: k1 measures, it does not pull
+        assert largest(gradient) > 1e-2
+    else:
+        assert largest(gradient) < 1e-6
+
+
+@pytest.mark.parametrize("anything", [np.nan, np.inf, -np.inf])
+def test_tokens_without_weight_may_hold_anything(rows, anything):
+    spoilt = rows.replace(
+        advantage_BT=jnp.where(rows.weight_BT > 0, rows.advantage_BT, anything),
+        sampler_logprob_BT=jnp.where(rows.weight_BT > 0, rows.sampler_logprob_BT, anything),
+    )
+    (total, _), gradient = rollout_loss()(STUDENT, REFERENCE, rows)
+    (spoilt_total, _), spoilt_gradient = rollout_loss()(STUDENT, REFERENCE, spoilt)
+    assert spoilt_total == total
+    assert distance(spoilt_gradient, gradient) < 1e-7
+
+
+def test_a_row_without_weight_adds_nothing(rows):
+    (total, _), gradient = rollout_loss()(STUDENT, REFERENCE, rows)
+    empty = jax.tree.map(jnp.zeros_like, rows)
+    (nothing, _), zero = rollout_loss()(STUDENT, REFERENCE, empty)
+    assert nothing == 0.0
+    assert largest(zero) == 0.0
+    halves = [  # rows 0, 1 and rows 2, 3, each beside two empty rows
+        jax.tree.map(
+            lambda x, keep=keep: jnp.where(jnp.expand_dims(keep, range(1, x.ndim)), x, 0), rows
+        )
+        for keep in (jnp.arange(4) < 2, jnp.arange(4) >= 2)
+    ]
+    parts = [rollout_loss()(STUDENT, REFERENCE, half) for half in halves]
+    np.testing.assert_allclose(parts[0][0][0] + parts[1][0][0], total, rtol=1e-5)
+    assert distance(jax.tree.map(jnp.add, parts[0][1], parts[1][1]), gradient) < 1e-5
+
+
+def test_vocabulary_cut(rows):
+    rows = rows.replace(tokens_BT=jnp.minimum(rows.tokens_BT, 89))
+    (total, _), gradient = rollout_loss("full", 90)(STUDENT, REFERENCE, rows)
+    weights = tuple(jnp.float32(i == 0) for i in range(4))
+    expected, expected_gradient = direct_value_and_grad(
+        STUDENT, REFERENCE, rows, weights, vocabulary=90
+    )
+    np.testing.assert_allclose(total, expected, rtol=1e-5)
+    assert distance(gradient, expected_gradient) < 1e-5
+    # Ids beyond the cut are never scored: as outputs they get no gradient, and as inputs none here.
+    np.testing.assert_array_equal(gradient["embed"]["embedding"][90:], 0.0)
+    assert abs(float(rollout_loss()(STUDENT, REFERENCE, rows)[0][0]) - float(total)) > 1e-3
+
+
+def test_golden_loss_equals_the_direct_sum(rows):
+    golden = GoldenRows(rows.tokens_BT, rows.length_B, rows.weight_BT)
+
+    def direct(params):
+        return -0.3 * jnp.sum(golden.weight_BT[:, 1:] * token_logprobs(params, golden)[0])
+
+    loss = objectives.make_golden_loss(
+        TERMS, CONFIG, vocabulary=VOCABULARY, token_chunk=7, remat=True
+    )
+    (total, parts), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(STUDENT, golden)
+    expected, expected_gradient = jax.jit(jax.value_and_grad(direct))(STUDENT)
+    np.testing.assert_allclose(total, expected, rtol=1e-5)
+    np.testing.assert_allclose(total, 0.3 * parts["sft"], rtol=1e-6)
+    assert distance(gradient, expected_gradient) < 1e-5
+
+
+def test_needs_rollouts():
+    supervised = dataclasses.replace(TERMS, pg_weight=0.0, beta_kl=0.0)
+    assert not supervised.needs_rollouts
+    assert dataclasses.replace(supervised, pg_weight=1.0).needs_rollouts
+    assert dataclasses.replace(supervised, beta_kl=0.1).needs_rollouts

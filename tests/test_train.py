@@ -1,0 +1,223 @@
+"""Whole runs on random models that a test can afford: files, keys, resume, outcomes of methods."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from launch.make_tiny import make_tokenizer
+from opd_jax import config as configuration
+from opd_jax import models, train
+from opd_jax.errors import ConfigError, DataError, ModelError, NonFiniteError, WorkdirError
+from opd_jax.models import decoder
+
+METHODS = {"opd": (1.0, 0.0, 0.0), "stable_opd": (1.0, 0.1, 0.05), "sft": (0.0, 1.0, 0.0)}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> pathlib.Path:
+    """Folders `student` and `teacher`: random weights, the tokenizer of the embedded models."""
+    root = tmp_path_factory.mktemp("models")
+    tokenizer = make_tokenizer()
+    for seed, (name, width) in enumerate({"student": 16, "teacher": 32}.items()):
+        model = models.ModelConfig(
+            model_type="qwen2", vocab_size=len(tokenizer), hidden_size=width, intermediate_size=32,
+            num_layers=2, num_heads=2, num_kv_heads=1, head_dim=width // 2, rope_theta=1e4,
+            rms_norm_eps=1e-6, max_position=160, tie_embeddings=True, qkv_bias=True, qk_norm=False,
+            eos_token_ids=(tokenizer.eos_token_id,),
+        )  # fmt: skip
+        models.save(str(root / name), model, decoder.init(jax.random.key(seed), model), tokenizer)
+    return root
+
+
+def small(folders: pathlib.Path, method: str = "stable_opd"):
+    """A run of seconds: 4 prompts x 2 rollouts of 12 tokens, golden rows of up to 120."""
+    config = configuration.default()
+    config.student.path = str(folders / "student")
+    config.teacher.path = str(folders / "teacher")
+    config.steps = 4
+    config.rollout.prompts_per_step = 4
+    config.rollout.samples_per_prompt = 2
+    config.rollout.max_prompt_tokens = 36
+    config.rollout.max_response_tokens = 110
+    config.scoring.token_chunk = 256
+    config.loss.pg_weight, config.loss.lambda_gold, config.loss.beta_kl = METHODS[method]
+    config.optim.learning_rate = 1e-2
+    config.optim.microbatch_tokens = 600
+    config.checkpoint.every = 2
+    config.eval.problems = 4
+    config.metrics.repetition_tail = 20
+    config.metrics.repetition_threshold = 2.0
+    return config
+
+
+def lines(workdir: pathlib.Path, name: str) -> list[dict]:
+    return [json.loads(line) for line in (workdir / name).read_text().splitlines()]
+
+
+def without_times(rows: list[dict]) -> list[dict]:
+    drop = ("time/", "speed/", "memory/")
+    return [{k: v for k, v in row.items() if not k.startswith(drop)} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def straight(folders, tmp_path_factory):
+    """Four steps of Stable-OPD in one go."""
+    workdir = tmp_path_factory.mktemp("runs") / "straight"
+    return train.run(small(folders), str(workdir), command=["test"]), workdir
+
+
+@pytest.mark.short
+def test_run_writes_what_the_design_promises(straight):
+    result, workdir = straight
+    assert json.loads((workdir / "config.json").read_text())["steps"] == 4
+    run = json.loads((workdir / "run.json").read_text())
+    assert run["command"] == ["test"]
+    assert run["packages"]["jax"] == jax.__version__
+    rows = lines(workdir, "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    promised = {
+        "loss": "total opd sft reference_kl", "optim": "grad_norm learning_rate",
+        "rollout": "truncation_rate repetition_rate length_mean length_max tokens "
+                   "sampler_logprob_gap_max sampler_logprob_gap_mean",
+        "score": "advantage_mean student_logprob_mean teacher_logprob_mean reverse_kl "
+                 "student_entropy teacher_entropy entropy_gap overlap_ratio overlap_advantage "
+                 "student_overlap_mass teacher_overlap_mass",
+        "time": "rollout_s score_s update_s step_s",
+        "speed": "rollout_tokens_per_s score_tokens_per_s update_tokens_per_s",
+        "memory": "peak_gib",
+    }  # fmt: skip
+    keys = {f"{room}/{name}" for room, names in promised.items() for name in names.split()}
+    assert keys <= rows[1].keys()
+    assert all(np.isfinite(value) for row in rows for value in row.values())
+    assert rows[1]["rollout/sampler_logprob_gap_max"] < 1e-4
+    evaluated = "accuracy stderr truncation_rate repetition_rate length_mean unparsed timeouts"
+    for row in (rows[0], rows[4]):
+        assert {f"eval/tiny/{name}" for name in evaluated.split()} <= row.keys()
+    sample = lines(workdir, "rollouts.jsonl")[0]
+    tokens = len(sample["response_ids"])
+    assert tokens == len(sample["advantage"]) == len(sample["sampler_logprob"])
+    assert len(lines(workdir / "eval" / "4", "tiny.jsonl")) == 4
+    assert set(result.table) == {"student before", "student after", "teacher"}
+
+
+def test_four_steps_equal_two_and_a_resume_and_two_bit_for_bit(straight, folders, tmp_path):
+    result, workdir = straight
+    config = small(folders)
+    config.steps = 2
+    train.run(config, str(tmp_path / "run"), command=[])
+    config.steps = 4
+    resumed = train.run(config, str(tmp_path / "run"), command=[])
+    jax.tree.map(np.testing.assert_array_equal, resumed.state, result.state)
+    again = without_times(lines(tmp_path / "run", "metrics.jsonl"))
+    for row in again:  # the run of two steps was evaluated at its own end
+        if row["step"] == 2:
+            for key in [key for key in row if key.startswith("eval/")]:
+                del row[key]
+    assert again == without_times(lines(workdir, "metrics.jsonl"))
+    assert lines(tmp_path / "run", "rollouts.jsonl") == lines(workdir, "rollouts.jsonl")
+
+
+def test_lines_after_the_checkpoint_and_torn_ones_are_cut_on_resume(folders, tmp_path):
+    config = small(folders, "sft")
+    config.steps = 2
+    train.run(config, str(tmp_path / "run"), command=[])
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "loss/total": 1.0}\n{"step": 4, "lo')
+    config.steps = 3
+    train.run(config, str(tmp_path / "run"), command=[])
+    assert [row["step"] for row in lines(tmp_path / "run", "metrics.jsonl")] == [0, 1, 2, 3]
+
+
+def test_evaluation_on_the_way_changes_nothing(straight, folders, tmp_path):
+    result, _ = straight
+    config = small(folders)
+    config.eval.every = 1
+    config.eval.problems = 2
+    other = train.run(config, str(tmp_path / "run"), command=[])
+    jax.tree.map(np.testing.assert_array_equal, other.state, result.state)
+
+
+def test_sft_makes_no_rollouts_and_learns(folders, tmp_path):
+    config = small(folders, "sft")
+    config.teacher.path = ""
+    config.steps = 12
+    result = train.run(config, str(tmp_path / "run"), command=[])
+    rows = lines(tmp_path / "run", "metrics.jsonl")
+    assert "rollout/tokens" not in rows[1]
+    assert rows[-1]["loss/sft"] < 0.8 * rows[1]["loss/sft"]
+    assert set(result.table) == {"student before", "student after"}
+
+
+def test_teacher_equal_to_student_leaves_the_student_where_it_is(folders, tmp_path):
+    config = small(folders, "opd")
+    config.teacher.path = config.student.path
+    config.steps = 1
+    result = train.run(config, str(tmp_path / "run"), command=[])
+    row = lines(tmp_path / "run", "metrics.jsonl")[1]
+    assert row["score/advantage_mean"] == 0.0
+    assert row["score/reverse_kl"] == 0.0
+    assert row["optim/grad_norm"] == 0.0
+    _, before = models.load(config.student.path)
+    jax.tree.map(np.testing.assert_array_equal, result.state.params, before)
+
+
+def test_several_updates_a_rollout(folders, tmp_path):
+    config = small(folders)
+    config.optim.updates_per_rollout = 2
+    config.steps = 2
+    result = train.run(config, str(tmp_path / "run"), command=[])
+    assert int(result.state.step) == 4
+
+
+def test_non_finite_numbers_stop_the_run(folders, tmp_path):
+    config = small(folders, "sft")
+    config.optim.learning_rate = 1e30
+    with pytest.raises(NonFiniteError, match=r"step \d.*learning_rate"):
+        train.run(config, str(tmp_path / "run"), command=[])
+
+
+def test_another_config_in_the_workdir_is_refused(straight, folders):
+    _, workdir = straight
+    config = small(folders)
+    config.loss.beta_kl = 0.5
+    with pytest.raises(WorkdirError, match=r"loss.beta_kl: 0.05 there, 0.5 now"):
+        train.run(config, str(workdir), command=[])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        ({"rollout.max_prompt_tokens": 8}, DataError, "max_prompt_tokens=2"),
+        ({"rollout.max_response_tokens": 1000}, ConfigError, "160 positions"),
+        ({"scoring.overlap_top_k": 5000}, ConfigError, "overlap_top_k"),
+        ({"student.path": "nowhere"}, ModelError, "nowhere"),
+        ({"teacher.path": "nowhere"}, ModelError, "nowhere"),
+        ({"data.train": "tiny:trian"}, ConfigError, "tiny:train"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(folders, tmp_path, change, error, says):
+    config = small(folders)
+    config.optim.microbatch_tokens = 2000
+    for field, value in change.items():
+        section, name = field.split(".")
+        config[section][name] = value
+    with pytest.raises(error, match=says) as raised:
+        train.run(config, str(tmp_path / "run"), command=[])
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_workdirs_that_cannot_be_used(folders, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("x")
+    with pytest.raises(WorkdirError, match="not a folder"):
+        train.run(small(folders), str(file / "run"), command=[])
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.tex").write_text("x")
+    with pytest.raises(WorkdirError, match="not empty"):
+        train.run(small(folders), str(other), command=[])
+    assert [f.name for f in other.iterdir()] == ["thesis.tex"]

@@ -1,0 +1,287 @@
+"""One step: micro-batches, order and donation change nothing; methods are limits of each other."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from opd_jax import losses, objectives, update
+from opd_jax.config import default
+from opd_jax.models import decoder
+from opd_jax.objectives import Terms
+from opd_jax.types import GoldenRows, RolloutRows
+from tests.conftest import distance, random_params, random_rows, tiny_config
+
+CONFIG = tiny_config(num_layers=1)
+PARAMS, REFERENCE = random_params(CONFIG, seed=0), random_params(CONFIG, seed=1)
+B, T = 5, 8  # 5 rows divide into neither 2 nor 3
+
+
+def section(**changes: object):
+    """The config section `optim`."""
+    optim = default().optim
+    optim.update({"learning_rate": 1e-3, "weight_decay": 0.1} | changes)
+    return optim
+
+
+OPTIMIZERS = {"sgd": optax.sgd(0.1), "adamw": update.make_optimizer(section(), 10)}
+
+
+def make_rows(seed: int) -> RolloutRows:
+    """Tokens from 2 on count, all the same."""
+    tokens_BT, length_B = random_rows(CONFIG, B, T, seed)
+    position = np.arange(T)[None]
+    mask_BT = (position >= 2) & (position < np.asarray(length_B)[:, None])
+    noise = np.random.default_rng(seed).normal(size=(2, B, T)).astype(np.float32)
+    return RolloutRows(
+        tokens_BT=tokens_BT,
+        length_B=length_B,
+        weight_BT=losses.token_weights(mask_BT, "token"),
+        advantage_BT=jnp.asarray(noise[0]),
+        sampler_logprob_BT=jnp.asarray(-3.0 + 0.1 * noise[1]),
+    )
+
+
+ROWS = make_rows(seed=0)
+GOLDEN = GoldenRows(
+    *(getattr(make_rows(seed=1), f) for f in ("tokens_BT", "length_B", "weight_BT"))
+)
+
+
+def permuted(rows):
+    return jax.tree.map(lambda x: x[np.array([3, 0, 4, 2, 1])], rows)
+
+
+# Cheap stand-ins for the two losses: a row is its advantages, pushed through one layer.
+
+TOY_PARAMS = {
+    "dense": {
+        "kernel": jnp.asarray(np.random.default_rng(2).normal(size=(T, T)), jnp.float32),
+        "bias": jnp.ones(T),
+    }
+}
+
+
+def toy_rollout_loss(params, reference, rows):
+    y_BT = jnp.tanh(rows.advantage_BT @ params["dense"]["kernel"] + params["dense"]["bias"][None])
+    loss = jnp.sum(rows.weight_BT * y_BT**2)
+    return loss, {"opd": loss}
+
+
+def toy_golden_loss(params, rows):
+    loss = jnp.sum(rows.weight_BT * rows.tokens_BT * params["dense"]["bias"][None] ** 2)
+    return loss, {"sft": loss}
+
+
+def toy_update(tx, rows: int = B, dtype=jnp.float32):
+    return update.make_update(
+        tx, toy_rollout_loss, toy_golden_loss, microbatch_tokens=rows * T, dtype=dtype
+    )
+
+
+@functools.cache
+def model_update(*, golden: float, beta: float, limbs: bool, rows: int = B):
+    """SGD on the model; `limbs`: with golden loss and reference, whatever their weights are."""
+    terms = Terms(
+        pg_weight=1.0, lambda_gold=golden, beta_kl=beta, kl_estimator="full",
+        clip_low=0.2, clip_high=0.2,
+    )  # fmt: skip
+    shared = {"vocabulary": CONFIG.vocab_size, "token_chunk": 16, "remat": False}
+    return update.make_update(
+        OPTIMIZERS["sgd"],
+        objectives.make_rollout_loss(terms, CONFIG, CONFIG, **shared),
+        objectives.make_golden_loss(terms, CONFIG, **shared) if limbs else None,
+        microbatch_tokens=rows * T,
+        dtype=jnp.float32,
+    )
+
+
+def sgd_state():
+    return update.init_state(PARAMS, OPTIMIZERS["sgd"])
+
+
+def moved(params, start=PARAMS):
+    """What the step did to the parameters."""
+    return jax.tree.map(jnp.subtract, params, start)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_micro_batches_change_nothing(name, rows):
+    tx = OPTIMIZERS[name]
+    whole, whole_metrics = toy_update(tx)(update.init_state(TOY_PARAMS, tx), None, ROWS, GOLDEN)
+    split, split_metrics = toy_update(tx, rows)(
+        update.init_state(TOY_PARAMS, tx), None, ROWS, GOLDEN
+    )
+    assert distance(split.params, whole.params) < 1e-6
+    assert distance(moved(split.params, TOY_PARAMS), moved(whole.params, TOY_PARAMS)) < 1e-5
+    for key, value in whole_metrics.items():
+        np.testing.assert_allclose(split_metrics[key], value, rtol=1e-5, err_msg=key)
+
+
+def test_micro_batches_change_nothing_with_the_model():
+    whole, _ = model_update(golden=0.3, beta=0.2, limbs=True)(sgd_state(), REFERENCE, ROWS, GOLDEN)
+    split, _ = model_update(golden=0.3, beta=0.2, limbs=True, rows=2)(
+        sgd_state(), REFERENCE, ROWS, GOLDEN
+    )
+    assert distance(split.params, whole.params) < 1e-6
+    assert distance(moved(split.params), moved(whole.params)) < 1e-5
+
+
+def test_order_of_rows_changes_nothing():
+    step = model_update(golden=0.3, beta=0.2, limbs=True)
+    one, _ = step(sgd_state(), REFERENCE, ROWS, GOLDEN)
+    other, _ = step(sgd_state(), REFERENCE, permuted(ROWS), permuted(GOLDEN))
+    assert distance(moved(other.params), moved(one.params)) < 1e-5
+
+
+def test_weights_of_zero_give_plain_opd_bit_for_bit():
+    plain, plain_metrics = model_update(golden=0.0, beta=0.0, limbs=False)(
+        sgd_state(), None, ROWS, None
+    )
+    limbs, metrics = model_update(golden=0.0, beta=0.0, limbs=True)(
+        sgd_state(), REFERENCE, ROWS, GOLDEN
+    )
+    jax.tree.map(np.testing.assert_array_equal, limbs.params, plain.params)
+    assert plain_metrics.keys() == {"loss/opd", "loss/total", "optim/grad_norm"}
+    assert metrics.keys() == plain_metrics.keys() | {"loss/sft", "loss/reference_kl"}
+
+
+def test_plain_opd_equals_ten_lines_of_it():
+    def loss(params):
+        logits = decoder.forward(params, CONFIG, ROWS.tokens_BT, ROWS.length_B)
+        every = jax.nn.log_softmax(logits[:, :-1])
+        logprob = jnp.take_along_axis(every, ROWS.tokens_BT[:, 1:, None], axis=-1)[..., 0]
+        ratio = jnp.exp(logprob - ROWS.sampler_logprob_BT[:, 1:])
+        advantage = ROWS.advantage_BT[:, 1:]
+        best = jnp.minimum(ratio * advantage, jnp.clip(ratio, 0.8, 1.2) * advantage)
+        mask = ROWS.weight_BT[:, 1:] > 0
+        return -jnp.sum(jnp.where(mask, best, 0.0)) / jnp.sum(mask)
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(PARAMS)
+    new, metrics = model_update(golden=0.0, beta=0.0, limbs=False)(sgd_state(), None, ROWS, None)
+    np.testing.assert_allclose(metrics["loss/total"], value, rtol=1e-5)
+    np.testing.assert_allclose(metrics["optim/grad_norm"], optax.tree.norm(gradient), rtol=1e-5)
+    assert distance(moved(new.params), jax.tree.map(lambda g: -0.1 * g, gradient)) < 1e-5
+    assert new.step == 1
+
+
+def test_a_non_finite_gradient_leaves_the_state_untouched():
+    tx = OPTIMIZERS["adamw"]
+    step = toy_update(tx)
+    state, _ = step(update.init_state(TOY_PARAMS, tx), None, ROWS, GOLDEN)
+    before = jax.tree.map(np.array, (state.params, state.opt_state))
+    spoilt = ROWS.replace(advantage_BT=ROWS.advantage_BT.at[1, 3].set(jnp.nan))
+    state, metrics = step(state, None, spoilt, GOLDEN)
+    assert not np.isfinite(metrics["optim/grad_norm"])
+    jax.tree.map(np.testing.assert_array_equal, (state.params, state.opt_state), before)
+    assert state.step == 2
+    state, metrics = step(state, None, ROWS, GOLDEN)  # and it goes on from there
+    assert np.isfinite(metrics["optim/grad_norm"])
+    assert distance(state.params, before[0]) > 1e-5
+
+
+def test_a_nan_advantage_reaches_the_gradient_norm_of_the_model():
+    spoilt = ROWS.replace(advantage_BT=ROWS.advantage_BT.at[1, 3].set(jnp.nan))
+    new, metrics = model_update(golden=0.0, beta=0.0, limbs=False)(sgd_state(), None, spoilt, None)
+    assert ROWS.weight_BT[1, 3] > 0
+    assert not np.isfinite(metrics["optim/grad_norm"])
+    jax.tree.map(np.testing.assert_array_equal, new.params, PARAMS)
+
+
+def test_three_updates_trace_once():
+    traces = []
+
+    def counted(params, reference, rows):
+        traces.append(rows)
+        return toy_rollout_loss(params, reference, rows)
+
+    step = update.make_update(
+        optax.sgd(0.1), counted, None, microbatch_tokens=2 * T, dtype=jnp.float32
+    )
+    state, counts = update.init_state(TOY_PARAMS, optax.sgd(0.1)), []
+    for _ in range(3):
+        state, _ = step(state, None, ROWS, None)
+        counts.append(len(traces))
+    assert counts[0] > 0
+    assert counts == [counts[0]] * 3
+    assert state.step == 3
+
+
+def test_the_state_is_donated():
+    tx = OPTIMIZERS["adamw"]
+    state = update.init_state(TOY_PARAMS, tx)
+    toy_update(tx)(state, None, ROWS, GOLDEN)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.params, state.opt_state)))
+    assert not TOY_PARAMS["dense"]["bias"].is_deleted()  # init_state made a copy
+
+
+def test_bfloat16_compute_keeps_float32_masters():
+    seen = set()
+
+    def watched(params, reference, rows):
+        seen.update(w.dtype for w in jax.tree.leaves(params))
+        return toy_rollout_loss(params, reference, rows)
+
+    tx = optax.sgd(1e-4)
+    step = update.make_update(tx, watched, None, microbatch_tokens=2 * T, dtype=jnp.bfloat16)
+    halves = jax.tree.map(lambda w: w.astype(jnp.bfloat16), TOY_PARAMS)
+    state, metrics = step(update.init_state(halves, tx), None, ROWS, None)
+    assert seen == {jnp.dtype(jnp.bfloat16)}
+    assert {w.dtype for w in jax.tree.leaves(state.params)} == {jnp.dtype(jnp.float32)}
+    assert metrics["optim/grad_norm"].dtype == jnp.float32
+    change = state.params["dense"]["bias"] - 1.0  # bfloat16 next to 1 counts in steps of 2^-8
+    assert 0 < np.max(np.abs(change)) < 2**-9
+    exact, _ = toy_update(optax.sgd(1e-4))(
+        update.init_state(halves, tx), None, ROWS, jax.tree.map(jnp.zeros_like, GOLDEN)
+    )
+    assert distance(change, exact.params["dense"]["bias"] - 1.0) < 0.02
+
+
+def test_weight_decay_is_for_kernels_and_embeddings():
+    params = decoder.init(jax.random.key(0), tiny_config(tie_embeddings=False, num_layers=1))
+    params = jax.tree.map(jnp.ones_like, params)
+    tx = update.make_optimizer(section(learning_rate=0.5, weight_decay=0.1), 10)
+    changes, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    decayed = set()
+    for path, change in jax.tree_util.tree_leaves_with_path(changes):
+        name = path[-1].key
+        # without a gradient the update is -lr * decay * w = -0.5 * 0.1 * 1
+        expected = -0.05 if name in ("kernel", "embedding") else 0.0
+        np.testing.assert_allclose(change, expected, rtol=1e-6, err_msg=str(path))
+        decayed.add((name, bool(np.any(change))))
+    assert decayed == {("kernel", True), ("embedding", True), ("bias", False), ("scale", False)}
+
+
+def test_gradients_are_clipped_by_the_global_norm():
+    params = {"kernel": jnp.zeros(2), "bias": jnp.zeros(2)}
+    gradient = {"kernel": jnp.array([3.0, 0.0]), "bias": jnp.array([0.0, 4.0])}  # norm 5
+    # beta1 = 0: Adam's first moment is the clipped gradient itself, 2/5 of it.
+    tx = update.make_optimizer(section(grad_clip=2.0, beta1=0.0), 10)
+    _, state = tx.update(gradient, tx.init(params), params)
+    first_moment = optax.tree.get(state, "mu")
+    np.testing.assert_allclose(first_moment["kernel"], [1.2, 0.0], rtol=1e-6)
+    np.testing.assert_allclose(first_moment["bias"], [0.0, 1.6], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "warmup", "expected"),
+    [
+        ("constant", 0, {0: 0.4, 60: 0.4, 110: 0.4}),
+        ("constant", 10, {0: 0.0, 5: 0.2, 10: 0.4, 110: 0.4}),
+        # from step 10 on 100 steps down to 0: a half at 60
+        ("linear", 10, {0: 0.0, 5: 0.2, 10: 0.4, 60: 0.2, 85: 0.1, 110: 0.0}),
+        # (1 + cos(pi x)) / 2: a quarter of the way (1 + sqrt(1/2)) / 2 = 0.853553
+        ("cosine", 10, {5: 0.2, 10: 0.4, 35: 0.4 * 0.853553, 60: 0.2, 110: 0.0}),
+        ("cosine", 0, {0: 0.4, 55: 0.2, 110: 0.0}),
+    ],
+)
+def test_schedule_by_hand(name, warmup, expected):
+    schedule = update.make_schedule(
+        section(learning_rate=0.4, schedule=name, warmup_steps=warmup), steps=110
+    )
+    got = {step: float(schedule(step)) for step in expected}
+    assert got == pytest.approx(expected, rel=1e-5, abs=1e-8)

@@ -23,11 +23,10 @@ def bucket(longest: int, width: int) -> int:
 
 
 def trim(rollout: Rollout, width: int) -> Rollout:
-    """The same rollouts in rows of `bucket` width."""
-    narrow = bucket(int(rollout.length_B.max()), width)
+    """The same rollouts in narrower rows, none of which is longer than `width`."""
     return rollout.replace(
-        tokens_BT=rollout.tokens_BT[:, :narrow],
-        sampler_logprob_BT=rollout.sampler_logprob_BT[:, :narrow],
+        tokens_BT=rollout.tokens_BT[:, :width],
+        sampler_logprob_BT=rollout.sampler_logprob_BT[:, :width],
     )
 
 
@@ -59,12 +58,11 @@ def rollout_rows(
 def golden_rows(
     tokens_BT: np.ndarray, length_B: np.ndarray, mask_BT: np.ndarray, *, aggregation: str
 ) -> GoldenRows:
-    """Golden solutions (see data.golden_rows) as the update takes them, in rows of `bucket` width."""
-    narrow = bucket(int(length_B.max()), tokens_BT.shape[1])
+    """Golden solutions (see data.golden_rows) as the update takes them."""
     return GoldenRows(
-        tokens_BT=jnp.asarray(tokens_BT[:, :narrow]),
+        tokens_BT=jnp.asarray(tokens_BT),
         length_B=jnp.asarray(length_B),
-        weight_BT=losses.token_weights(mask_BT[:, :narrow], aggregation),
+        weight_BT=losses.token_weights(mask_BT, aggregation),
     )
 
 

@@ -5,7 +5,6 @@ workdir.check) before a file is written, weights are loaded, or anything is comp
 """
 
 import dataclasses
-import itertools
 import json
 import math
 import pathlib
@@ -144,37 +143,36 @@ class _Run:
 
     def _step(
         self, step: int, problems: list[data.Problem]
-    ) -> tuple[dict[str, float], Rollout | None, Scores | None]:
+    ) -> tuple[Summary, Rollout | None, Scores | None]:
         """One batch of prompts: roll out, score, update. Returns the step's metrics and what they are of."""
-        marks = [("begin", time.perf_counter())]
-        setup, loss = self.setup, self.config.loss
-        row: dict[str, float] = {}
+        terms, loss = self.setup.terms, self.config.loss
+        clock = _Clock()
+        row: Summary = {}
         rollout = scores = rollout_rows = golden_rows = None
         prompts = self._prompts(problems)
-        if setup.terms.needs_rollouts:
+        golden = self._golden(problems) if terms.lambda_gold else []
+        longest = [len(p) + len(g) for p, g in zip(prompts, golden or prompts, strict=True)]
+        if terms.needs_rollouts:
             weights = _cast(self.state.params, self.dtype)
-            rollout = rows.trim(self._rollout(step, weights, prompts), setup.width)
-            marks.append(("rollout", time.perf_counter()))
+            rollout = self._rollout(step, weights, prompts)
+            clock.lap("rollout", rollout.response_length_B.sum())
+            longest += rollout.length_B.tolist()
+        width = rows.bucket(max(longest), self.setup.width)  # of every row in this step
+        if rollout is not None:
+            rollout = rows.trim(rollout, width)
             scores = self._score(weights, rollout)
             row |= self._measure(rollout, scores)
-            marks.append(("score", time.perf_counter()))
+            clock.lap("score", rollout.response_length_B.sum())
             rollout_rows = rows.rollout_rows(
                 rollout, scores, truncated=loss.truncated, aggregation=loss.aggregation
             )
             del weights  # the update donates the state they may share
-        if setup.terms.lambda_gold:
-            golden = self._golden(problems, prompts)
-            golden_rows = rows.golden_rows(*golden, aggregation=loss.aggregation)
+        if golden:
+            batch = data.golden_rows(prompts, golden, width=width)
+            golden_rows = rows.golden_rows(*batch, aggregation=loss.aggregation)
         row |= self._update(rollout_rows, golden_rows)
-        marks.append(("update", time.perf_counter()))
-        tokens = row.get("rollout/tokens", 0.0)
-        counts = {"rollout": tokens, "score": tokens, "update": tokens}
-        if golden_rows is not None:
-            counts["update"] += float(jnp.sum(golden_rows.weight_BT > 0))
-        for (_, start), (name, end) in itertools.pairwise(marks):
-            row[f"time/{name}_s"] = end - start
-            row[f"speed/{name}_tokens_per_s"] = counts[name] / (end - start)
-        row["time/step_s"] = marks[-1][1] - marks[0][1]
+        clock.lap("update", row.get("rollout/tokens", 0.0) + sum(map(len, golden)))
+        row |= clock.row()
         row["optim/learning_rate"] = float(self.schedule(step - 1))
         row["memory/peak_gib"] = _peak_gib()
         return row, rollout, scores
@@ -228,12 +226,9 @@ class _Run:
         )
         return row | {name: float(x) for name, x in jax.device_get(on_device).items()}
 
-    def _golden(
-        self, problems: list[data.Problem], prompts: list[list[int]]
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _golden(self, problems: list[data.Problem]) -> list[list[int]]:
         end = self.setup.student.eos_token_ids[0]
-        solutions = [[*self.setup.tokenizer.encode(p.solution), end] for p in problems]
-        return data.golden_rows(prompts, solutions, width=self.setup.width)
+        return [[*self.setup.tokenizer.encode(p.solution), end] for p in problems]
 
     def _update(self, rollout_rows: Any, golden_rows: Any) -> dict[str, float]:
         """`updates_per_rollout` optimizer steps, each on its share of the prompts; mean measurements."""
@@ -247,8 +242,8 @@ class _Run:
                 golden_rows and rows.part(golden_rows, i, parts),
             )
             measured.append(some)
-        measured = jax.device_get(measured)
-        return {name: float(np.mean([m[name] for m in measured])) for name in measured[0]}
+        rows_of_parts = jax.device_get(measured)
+        return {name: float(np.mean([m[name] for m in rows_of_parts])) for name in measured[0]}
 
     def _evaluate(self, step: int | str) -> Summary:
         """Held-out answers of the student as it is, or of the "teacher", written to eval/STEP/."""
@@ -310,6 +305,25 @@ class _Run:
             }
 
         return [one(i) for i in range(min(self.config.log.rollouts, len(rollout.length_B)))]
+
+
+class _Clock:
+    """Seconds and tokens a second of a step's stages."""
+
+    def __init__(self) -> None:
+        self._began = self._last = time.perf_counter()
+        self._row: Summary = {}
+
+    def lap(self, stage: str, tokens: float) -> None:
+        """The stage that has just ended, and how many tokens it was about."""
+        now = time.perf_counter()
+        self._row[f"time/{stage}_s"] = now - self._last
+        self._row[f"speed/{stage}_tokens_per_s"] = float(tokens) / (now - self._last)
+        self._last = now
+
+    def row(self) -> Summary:
+        """The `time/*` and `speed/*` keys."""
+        return self._row | {"time/step_s": self._last - self._began}
 
 
 def _dtype(name: str) -> jnp.dtype:

@@ -8,7 +8,7 @@ from jax.test_util import check_grads
 
 from opd_jax import losses
 
-pytestmark = pytest.mark.usefixtures("strict_dtypes")
+pytestmark = [pytest.mark.short, pytest.mark.usefixtures("strict_dtypes")]
 
 P = np.array([0.5, 0.3, 0.2])
 Q = np.array([0.25, 0.25, 0.5])

@@ -13,6 +13,8 @@ from opd_jax.errors import ShapeError
 from opd_jax.models import decoder
 from tests.conftest import noisy_params, random_rows, tiny_config
 
+pytestmark = pytest.mark.short
+
 STUDENT = tiny_config(num_layers=1)
 TEACHER = tiny_config(
     model_type="qwen3", num_layers=1, qkv_bias=False, qk_norm=True, hidden_size=24, vocab_size=104

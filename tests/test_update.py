@@ -15,6 +15,8 @@ from opd_jax.objectives import Terms
 from opd_jax.types import GoldenRows, RolloutRows
 from tests.conftest import distance, random_params, random_rows, tiny_config
 
+pytestmark = pytest.mark.short
+
 CONFIG = tiny_config(num_layers=1)
 PARAMS, REFERENCE = random_params(CONFIG, seed=0), random_params(CONFIG, seed=1)
 B, T = 5, 8  # 5 rows divide into neither 2 nor 3

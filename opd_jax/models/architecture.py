@@ -93,8 +93,8 @@ def from_hf(config: dict[str, Any], *, source: str) -> ModelConfig:
         rope_theta=theta,
         rms_norm_eps=_number(config.get("rms_norm_eps", 1e-6), "rms_norm_eps", source),
         max_position=integer("max_position_embeddings"),
-        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
-        qkv_bias=kind == "qwen2" or bool(config.get("attention_bias", False)),
+        tie_embeddings=_flag(config, "tie_word_embeddings", source),
+        qkv_bias=kind == "qwen2",
         qk_norm=kind == "qwen3",
         eos_token_ids=eos_ids(config.get("eos_token_id"), source=source),
         rope_scaling=scaling,
@@ -133,8 +133,6 @@ def to_hf(model: ModelConfig) -> dict[str, Any]:
     if model.eos_token_ids:
         ids = list(model.eos_token_ids)
         config["eos_token_id"] = ids[0] if len(ids) == 1 else ids
-    if model.model_type != "qwen2":
-        config["attention_bias"] = model.qkv_bias
     return config
 
 
@@ -146,6 +144,13 @@ def eos_ids(value: Any, *, source: str) -> tuple[int, ...]:
             f"{source}: eos_token_id is {value!r}, wanted a token id or a list of them"
         )
     return tuple(dict.fromkeys(ids))
+
+
+def _flag(config: dict[str, Any], name: str, source: str) -> bool:
+    value = config.get(name) or False
+    if not isinstance(value, bool):
+        raise ModelError(f"{source}: {name} is {value!r}, wanted true or false; correct the file")
+    return value
 
 
 def _number(value: Any, name: str, source: str) -> float:
@@ -193,13 +198,19 @@ def _rope(config: dict[str, Any], source: str) -> tuple[float, RopeScaling | Non
         return theta, RopeScaling("linear", _number(rope.get("factor"), "rope factor", source))
     if kind == "llama3":
         original = rope.get("original_max_position_embeddings")
-        return theta, RopeScaling(
+        scaling = RopeScaling(
             "llama3",
             _number(rope.get("factor"), "rope factor", source),
             _number(rope.get("low_freq_factor"), "low_freq_factor", source),
             _number(rope.get("high_freq_factor"), "high_freq_factor", source),
             int(_number(original, "original_max_position_embeddings", source)),
         )
+        if not scaling.low_freq_factor < scaling.high_freq_factor:
+            raise ModelError(
+                f"{source}: low_freq_factor={scaling.low_freq_factor} is not below "
+                f"high_freq_factor={scaling.high_freq_factor}; correct the file"
+            )
+        return theta, scaling
     raise ModelError(
         f"{source}: RoPE scaling {kind!r} is not implemented, wanted default, linear or llama3; "
         "use a checkpoint with one of these"

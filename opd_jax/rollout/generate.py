@@ -117,11 +117,18 @@ def generate(
 def _check(prompts: Sequence[Sequence[int]], width: int, budget: int, config: ModelConfig) -> None:
     if not prompts:
         raise DataError("generate: got no prompts, wanted at least one")
+    if budget < 1:
+        raise DataError(f"max_response_tokens={budget}, wanted at least 1")
     for i, prompt in enumerate(prompts):
         if not 1 <= len(prompt) <= width:
             raise DataError(
                 f"prompt {i} has {len(prompt)} tokens, wanted 1 to max_prompt_tokens={width}; "
                 "raise --config.rollout.max_prompt_tokens or shorten the prompt"
+            )
+        if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
+            raise DataError(
+                f"prompt {i} has token ids {min(prompt)} to {max(prompt)}, the model knows 0 to "
+                f"{config.vocab_size - 1}; use the model's own tokenizer"
             )
     if width + budget > config.max_position:
         raise DataError(

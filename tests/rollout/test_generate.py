@@ -12,6 +12,8 @@ from opd_jax.rollout.generate import _decode_chunk, _prefill, generate
 from opd_jax.types import Outcome, Rollout
 from tests.conftest import noisy_params, tiny_config
 
+pytestmark = pytest.mark.short
+
 QWEN2 = tiny_config(num_layers=2, vocab_size=29)
 QWEN3 = tiny_config(
     model_type="qwen3", num_layers=2, vocab_size=29, qkv_bias=False, qk_norm=True, head_dim=12

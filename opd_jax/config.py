@@ -14,7 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from opd_jax.errors import ConfigError
-from opd_jax.losses import ESTIMATORS
+from opd_jax.losses import AGGREGATIONS, ESTIMATORS
 
 DTYPES = ("auto", "float32", "bfloat16")
 
@@ -57,7 +57,8 @@ def default() -> ConfigDict:
     loss.kl_estimator = "full"  # full | k1 | k2 | k3
     loss.clip_low = 0.2
     loss.clip_high = 0.2
-    loss.aggregation = "token"  # mean over all tokens, or (sequence) over responses
+    loss.aggregation = "sequence"  # of rollouts: mean over responses of their means, or over token
+    loss.gold_aggregation = "token"  # of golden solutions, likewise
     loss.truncated = "keep"  # mask: rollouts that ran out of budget are left out of the loss
 
     optim = config.optim = ConfigDict()
@@ -121,7 +122,8 @@ def validate(config: ConfigDict) -> None:
             raise _wrong(field, flat[field], "a finite number above 0")
     for field, choices in (
         ("student.dtype", DTYPES), ("teacher.dtype", DTYPES), ("reference.dtype", DTYPES),
-        ("loss.kl_estimator", ESTIMATORS), ("loss.aggregation", ("token", "sequence")),
+        ("loss.kl_estimator", ESTIMATORS), ("loss.aggregation", AGGREGATIONS),
+        ("loss.gold_aggregation", AGGREGATIONS),
         ("loss.truncated", ("keep", "mask")), ("optim.schedule", ("constant", "linear", "cosine")),
     ):  # fmt: skip
         _choice(flat, field, choices)

@@ -1,5 +1,6 @@
 """What a person sees while a run goes on, and the table it ends with."""
 
+import collections
 import os
 import sys
 import time
@@ -9,14 +10,13 @@ class Progress:
     """The live display: one line that redraws itself on a terminal, plain lines elsewhere."""
 
     def __init__(self, steps: int, first: int):
-        self._steps, self._first, self._began = steps, first, time.monotonic()
+        self._steps, self._first = steps, first
         self._live = sys.stdout.isatty()
         self._said = 0.0
+        self._recent: collections.deque[float] = collections.deque(maxlen=20)  # seconds a step
 
     def step(self, step: int, row: dict[str, float]) -> None:
         """Show a finished step: rates, the figures to watch, and the time left."""
-        done = step - self._first
-        left = (time.monotonic() - self._began) / max(done, 1) * (self._steps - step)
         shown = [f"step {step:>{len(str(self._steps))}}/{self._steps}"]
         for name, key, form in (
             ("reverse KL", "score/reverse_kl", ".3f"), ("SFT", "loss/sft", ".3f"),
@@ -29,7 +29,10 @@ class Progress:
         if "speed/rollout_tokens_per_s" in row:
             shown.append(f"{row['speed/rollout_tokens_per_s']:,.0f} tok/s sampled")
         shown.append(f"{row['time/step_s']:.2f} s/step")
-        shown.append(f"{int(left) // 60}:{int(left) % 60:02d} left")
+        if step > self._first + 1:  # the first step is mostly compilation
+            self._recent.append(row["time/step_s"])
+            left = int(sum(self._recent) / len(self._recent) * (self._steps - step))
+            shown.append(f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left")
         line = "  ".join(shown)
         if self._live:
             width = os.get_terminal_size().columns

@@ -26,6 +26,10 @@ class WorkdirError(OpdError, OSError):
     """A workdir cannot be written, or belongs to another run."""
 
 
+class GradingError(OpdError, RuntimeError):
+    """The processes that grade answers cannot be started."""
+
+
 class NonFiniteError(OpdError, FloatingPointError):
     """A loss or a gradient is not a finite number."""
 

@@ -12,6 +12,7 @@ import numpy as np
 from opd_jax.shapes import check_shapes
 
 ESTIMATORS = ("full", "k1", "k2", "k3")
+AGGREGATIONS = ("token", "sequence")
 
 
 def opd_advantage(*, teacher_logprob_BT: jax.Array, student_logprob_BT: jax.Array) -> jax.Array:

@@ -169,7 +169,7 @@ class _Run:
             del weights  # the update donates the state they may share
         if golden:
             batch = data.golden_rows(prompts, golden, width=width)
-            golden_rows = rows.golden_rows(*batch, aggregation=loss.aggregation)
+            golden_rows = rows.golden_rows(*batch, aggregation=loss.gold_aggregation)
         row |= self._update(rollout_rows, golden_rows)
         clock.lap("update", row.get("rollout/tokens", 0.0) + sum(map(len, golden)))
         row |= clock.row()

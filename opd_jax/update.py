@@ -28,7 +28,8 @@ def make_schedule(section: Any, steps: int) -> optax.Schedule:
     }[section.schedule]
     if not section.warmup_steps:
         return after
-    warmup = optax.linear_schedule(0.0, section.learning_rate, section.warmup_steps)
+    first = section.learning_rate / section.warmup_steps  # not 0: the first step counts
+    warmup = optax.linear_schedule(first, section.learning_rate, section.warmup_steps)
     return optax.join_schedules([warmup, after], [section.warmup_steps])
 
 

@@ -10,8 +10,8 @@ then it boxes the answer:
     \boxed{28}
 
 A share of the written steps is wrong on purpose (`SLIP_RATE`): that is what checking is for, and it
-gives solutions a natural reason to grow, which is what length inflation feeds on. The split
-`careless` has ten times as many: the embedded student learned from it, the teacher from `sft`.
+gives solutions a natural reason to grow, which is what length inflation feeds on. In the split
+`careless` wrong steps are common: the embedded student took its last lessons there.
 """
 
 import dataclasses
@@ -19,9 +19,9 @@ import zlib
 
 import numpy as np
 
-SPLITS = ("train", "sft", "careless", "test")
+SPLITS = ("train", "sft", "test", "careless")  # a place here seeds the split: add at the end
 # Share of golden steps that are wrong and get caught by a later derivation.
-SLIP_RATE = {"train": 0.03, "sft": 0.03, "careless": 0.3, "test": 0.03}
+SLIP_RATE = {"train": 0.03, "sft": 0.03, "careless": 0.4, "test": 0.03}
 MAX_VALUE = 99  # every intermediate result lies in 0..MAX_VALUE
 MAX_DERIVATIONS = 4
 _WORDS = {"+": "add", "-": "subtract", "*": "multiply by"}

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from enum import Enum
 from types import TracebackType
 
+from opd_jax.errors import GradingError
+
 _WARM_UP_S = 60.0  # for the imports of a new process; not part of any answer's time
 
 
@@ -69,6 +71,12 @@ class Grader:
                     if line and not worker.warm:
                         worker.ask()  # the clock of the answer starts here
                         continue
+                    if not worker.warm:
+                        raise GradingError(
+                            "a grading process ended, or said nothing for "
+                            f"{_WARM_UP_S:.0f} s, before its first answer; "
+                            "run python -m opd_jax.eval.grading_worker to see why"
+                        )
                     selector.unregister(worker.stdout)
                     if line:
                         grades[worker.index] = Grade(line.strip())

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from opd_jax.errors import GradingError
 from opd_jax.eval import Grade, Grader
 from opd_jax.eval.grading_worker import last_boxed
 
@@ -112,3 +113,9 @@ def test_close_ends_the_processes():
         assert [process.poll() for process in processes] == [None, None]
     assert all(process.poll() is not None for process in processes)
     grader.close()  # twice is no error
+
+
+def test_processes_that_cannot_start_are_an_error(monkeypatch):
+    monkeypatch.setattr("sys.executable", "/bin/false")
+    with Grader(workers=1) as grader, pytest.raises(GradingError, match="grading_worker"):
+        grader.grade([("\\boxed{1}", "1")])

@@ -32,9 +32,12 @@ def tiny(config: ConfigDict) -> None:
     config.rollout.samples_per_prompt = 4  # 2604.08527: "4 rollouts each"
     config.rollout.max_prompt_tokens = 40
     config.rollout.max_response_tokens = 160
-    config.optim.learning_rate = 1e-3
+    config.optim.learning_rate = 2e-4
+    config.optim.warmup_steps = (
+        10  # Adam's first steps are as large as its rate, whatever the noise
+    )
     config.eval.temperature = 1.0  # the distribution that OPD trains
-    config.eval.every = 50
+    config.eval.every = 25
     config.metrics.repetition_tail = 100  # the paper's 10,000 characters can never occur here
     config.metrics.repetition_threshold = 2.2
 

@@ -1,7 +1,12 @@
 """The tokenizer of a model folder: transformers' own, its chat template, and its end tokens."""
 
+import os
 import pathlib
 from typing import Any
+
+os.environ.setdefault(
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"
+)  # that torch is not here is intended
 
 from transformers import AutoTokenizer
 
@@ -38,7 +43,16 @@ class Tokenizer:
             return self.encode((system + "\n" if system else "") + text)
         messages = [{"role": "system", "content": system}] if system else []
         messages.append({"role": "user", "content": text})
-        rendered = self.hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        try:  # in transformers' sandbox; the template is a program from the model folder
+            rendered = self.hf.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # jinja's own, and whatever a template raises
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ModelError(
+                f"{self.path}: its chat template cannot render a {messages[0]['role']} turn "
+                f"({reason}); correct chat_template"
+            ) from None
         return self.encode(rendered)
 
     def encode(self, text: str) -> list[int]:

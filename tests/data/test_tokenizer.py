@@ -78,3 +78,11 @@ def test_missing_and_broken_folders(folder, tmp_path):
         ModelError, match=r"broken: cannot read the tokenizer \(.+\); copy it again"
     ):
         data.Tokenizer(str(tmp_path / "broken"))
+
+
+def test_a_template_that_fails_is_one_line(folder):
+    broken = data.Tokenizer(folder)
+    broken.hf.chat_template = "{{ raise_exception('no system turns\\nhere') }}"
+    with pytest.raises(ModelError, match="chat template cannot render a user turn") as error:
+        broken.chat("Start with 2, add 3.")
+    assert "\n" not in str(error.value)

@@ -151,10 +151,6 @@ def validate(config: ConfigDict) -> None:
             f"{row} tokens (rollout.max_prompt_tokens + rollout.max_response_tokens); "
             f"set --config.optim.microbatch_tokens={row} or more"
         )
-    if config.optim.warmup_steps >= config.steps and config.optim.warmup_steps:
-        raise _wrong(
-            "optim.warmup_steps", config.optim.warmup_steps, f"less than steps={config.steps}"
-        )
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

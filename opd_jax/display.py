@@ -18,6 +18,11 @@ class Progress:
     def step(self, step: int, row: dict[str, float]) -> None:
         """Show a finished step: rates, the figures to watch, and the time left."""
         shown = [f"step {step:>{len(str(self._steps))}}/{self._steps}"]
+        shown.append(f"{row['time/step_s']:.2f} s/step")
+        if step > self._first + 1:  # the first step is mostly compilation
+            self._recent.append(row["time/step_s"])
+            left = int(sum(self._recent) / len(self._recent) * (self._steps - step))
+            shown.append(f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left")
         for name, key, form in (
             ("reverse KL", "score/reverse_kl", ".3f"), ("SFT", "loss/sft", ".3f"),
             ("truncated", "rollout/truncation_rate", ".0%"),
@@ -28,11 +33,6 @@ class Progress:
                 shown.append(f"{name} {row[key]:{form}}")
         if "speed/rollout_tokens_per_s" in row:
             shown.append(f"{row['speed/rollout_tokens_per_s']:,.0f} tok/s sampled")
-        shown.append(f"{row['time/step_s']:.2f} s/step")
-        if step > self._first + 1:  # the first step is mostly compilation
-            self._recent.append(row["time/step_s"])
-            left = int(sum(self._recent) / len(self._recent) * (self._steps - step))
-            shown.append(f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left")
         line = "  ".join(shown)
         if self._live:
             width = os.get_terminal_size().columns

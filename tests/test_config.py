@@ -68,7 +68,7 @@ def test_methods_differ_in_numbers_only():
         ("teacher.path", "", "teacher.path"),
         ("optim.updates_per_rollout", 3, "--config.rollout.prompts_per_step=18"),
         ("optim.microbatch_tokens", 10, "--config.optim.microbatch_tokens="),
-        ("optim.warmup_steps", 100_000, "optim.warmup_steps"),
+        ("optim.warmup_steps", -1, "optim.warmup_steps=-1"),
         ("log.every", "often", "log.every"),
         ("rollout.prompts_per_step", 2.5, "whole number"),
     ],

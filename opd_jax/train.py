@@ -9,6 +9,7 @@ import json
 import math
 import pathlib
 import resource
+import sys
 import time
 from typing import Any
 
@@ -350,7 +351,8 @@ def _peak_gib() -> float:
     stats = jax.local_devices()[0].memory_stats() or {}
     peak = stats.get("peak_bytes_in_use")
     if peak is None:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return peak / 2**30
 
 

@@ -5,6 +5,7 @@ take forever or eat the memory. So it runs here, under a memory limit, and the p
 (`grade.Grader`) kills it when an answer takes too long. Kept free of JAX: it starts in a second.
 """
 
+import contextlib
 import json
 import logging
 import re
@@ -49,7 +50,8 @@ def _parse(expression: str) -> list[Any]:
 
 def main() -> None:
     """Serve until standard input closes."""
-    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+    with contextlib.suppress(ValueError, OSError):  # macOS has no such limit; the time limit remains
+        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
     for line in sys.stdin:

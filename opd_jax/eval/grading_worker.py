@@ -50,7 +50,9 @@ def _parse(expression: str) -> list[Any]:
 
 def main() -> None:
     """Serve until standard input closes."""
-    with contextlib.suppress(ValueError, OSError):  # macOS has no such limit; the time limit remains
+    with contextlib.suppress(
+        ValueError, OSError
+    ):  # macOS has no such limit; the time limit remains
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")

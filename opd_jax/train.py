@@ -30,7 +30,7 @@ from opd_jax import (
     update,
     workdir,
 )
-from opd_jax.errors import NonFiniteError
+from opd_jax.errors import ConfigError, NonFiniteError
 from opd_jax.eval.evaluate import evaluate
 from opd_jax.eval.grade import Grader
 from opd_jax.keys import Stream, key_for
@@ -104,6 +104,11 @@ class _Run:
         )
         self.first = saved.latest or 0
         if self.first:
+            if self.first > config.steps:
+                raise ConfigError(
+                    f"steps={config.steps}, but the workdir {str(folder)!r} is at step {self.first}; "
+                    f"set --config.steps={self.first} or more, or give a new --workdir"
+                )
             self.state = saved.restore(self.state, self.batches)
 
     def loop(self) -> Result:
@@ -152,7 +157,7 @@ class _Run:
         rollout = scores = rollout_rows = golden_rows = None
         prompts = self._prompts(problems)
         golden = self._golden(problems) if terms.lambda_gold else []
-        longest = [len(p) + len(g) for p, g in zip(prompts, golden or prompts, strict=True)]
+        longest = [len(p) + len(g) for p, g in zip(prompts, golden, strict=False)]  # none: empty
         if terms.needs_rollouts:
             weights = _cast(self.state.params, self.dtype)
             rollout = self._rollout(step, weights, prompts)

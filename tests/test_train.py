@@ -179,6 +179,16 @@ def test_non_finite_numbers_stop_the_run(folders, tmp_path):
         train.run(config, str(tmp_path / "run"), command=[])
 
 
+def test_fewer_steps_than_are_done_is_refused(straight, folders):
+    _, workdir = straight
+    config = small(folders)
+    config.steps = 3
+    with pytest.raises(ConfigError, match=r"steps=3, but .* is at step 4; set --config.steps=4"):
+        train.run(config, str(workdir), command=["test"])
+    config.steps = 4  # the refused command has changed nothing that the run needs
+    assert set(train.run(config, str(workdir), command=["test"]).table) >= {"student after"}
+
+
 def test_another_config_in_the_workdir_is_refused(straight, folders):
     _, workdir = straight
     config = small(folders)

@@ -7,23 +7,14 @@ import grain
 import numpy as np
 
 from opd_jax.data import tiny
+from opd_jax.data.problem import Problem
+from opd_jax.data.source import split_of
 from opd_jax.data.tokenizer import Tokenizer
-from opd_jax.errors import ConfigError, DataError
-
-
-def split_of(name: str, *, field: str) -> str:
-    """The split of the embedded data set that `tiny:SPLIT` names."""
-    kind, _, split = name.partition(":")
-    if kind != "tiny" or split not in tiny.SPLITS:
-        known = ", ".join(f"tiny:{s}" for s in tiny.SPLITS)
-        raise ConfigError(
-            f"{field}={name!r}, wanted one of {known}; set --config.{field}=tiny:train"
-        )
-    return split
+from opd_jax.errors import DataError
 
 
 def make_batches(section: Any, *, batch: int, seed: int) -> grain.DatasetIterator:
-    """Endless batches (lists of `tiny.Problem`) from the config section `data`.
+    """Endless batches (lists of `Problem`) from the config section `data`.
 
     Every epoch visits each problem once, in an order of its own drawn from the seed.
     """
@@ -35,7 +26,7 @@ def make_batches(section: Any, *, batch: int, seed: int) -> grain.DatasetIterato
     return iter(problems.batch(batch, drop_remainder=True, batch_fn=list).to_iter_dataset())
 
 
-def prompt_ids(problem: tiny.Problem, tokenizer: Tokenizer, section: Any, limit: int) -> list[int]:
+def prompt_ids(problem: Problem, tokenizer: Tokenizer, section: Any, limit: int) -> list[int]:
     """Prompt of a problem through the chat template. Raises DataError where it exceeds `limit`."""
     ids = tokenizer.chat(
         problem.prompt, template=section.prompt_template, system=section.system_prompt

@@ -14,10 +14,11 @@ gives solutions a natural reason to grow, which is what length inflation feeds o
 `careless` wrong steps are common: the embedded student took its last lessons there.
 """
 
-import dataclasses
 import zlib
 
 import numpy as np
+
+from opd_jax.data.problem import Problem
 
 SPLITS = ("train", "sft", "test", "careless")  # a place here seeds the split: add at the end
 # Share of golden steps that are wrong and get caught by a later derivation.
@@ -25,16 +26,6 @@ SLIP_RATE = {"train": 0.03, "sft": 0.03, "careless": 0.4, "test": 0.03}
 MAX_VALUE = 99  # every intermediate result lies in 0..MAX_VALUE
 MAX_DERIVATIONS = 4
 _WORDS = {"+": "add", "-": "subtract", "*": "multiply by"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """One problem: `prompt` text, `solution` (golden) text, `answer`, and a stable `id`."""
-
-    id: str
-    prompt: str
-    solution: str
-    answer: str
 
 
 def problem(split: str, index: int) -> Problem:

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from opd_jax.data import tiny
+from opd_jax.data import Problem, tiny
 
 WORDS = {"add": "+", "subtract": "-", "multiply by": "*"}
 STEP = re.compile(r"(-?\d+)([+*-])(\d+)=(-?\d+)")
@@ -13,12 +13,12 @@ COUNT = 3000
 
 
 @pytest.fixture(scope="module")
-def problems() -> dict[str, list[tiny.Problem]]:
+def problems() -> dict[str, list[Problem]]:
     return {split: [tiny.problem(split, i) for i in range(COUNT)] for split in tiny.SPLITS}
 
 
 @pytest.fixture(scope="module")
-def every(problems) -> list[tiny.Problem]:
+def every(problems) -> list[Problem]:
     return [problem for split in problems.values() for problem in split]
 
 

@@ -1,0 +1,171 @@
+"""Problems by name: `tiny:SPLIT`, or a file whose rows are checked when it is opened."""
+
+import collections
+import operator
+import pathlib
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import numpy as np
+
+from opd_jax.data import tiny
+from opd_jax.data.columns import Columns, read_problem
+from opd_jax.data.files import EXTENSIONS, RowError, open_rows, stream
+from opd_jax.data.problem import Problem
+from opd_jax.errors import ConfigError, DataError
+
+BAD_ROWS = ("refuse", "skip")
+
+
+class Problems(Sequence[Problem]):
+    """Problems by index, read when they are asked for. Made by `open_problems`.
+
+    `name` is what the config named, `skipped` counts the rows that are left out by reason.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        read: Callable[[int], Problem],
+        kept: np.ndarray,
+        *,
+        skipped: dict[str, int],
+        columns: dict[str, str],
+    ):
+        self.name = name
+        self.skipped = skipped
+        self._read = read
+        self._kept = kept  # index of a problem -> index of its row
+        self._columns = columns
+        if not len(kept):
+            raise DataError(
+                f"{name} has no problem that can be used: {_counts(skipped)}; name another file"
+            )
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self._read(int(i)) for i in self._kept[index]]
+        return self._read(int(self._kept[operator.index(index)]))
+
+    def without(self, indices: Collection[int], reason: str) -> "Problems":
+        """The same problems less those at `indices`, which are counted under `reason`.
+
+        Raises DataError where none is left.
+        """
+        dropped = np.zeros(len(self), bool)
+        dropped[list(indices)] = True
+        skipped = dict(self.skipped)
+        if dropped.any():
+            skipped[reason] = skipped.get(reason, 0) + int(dropped.sum())
+        return Problems(
+            self.name, self._read, self._kept[~dropped], skipped=skipped, columns=self._columns
+        )
+
+    def describe(self) -> str:
+        """One line: how many problems, which columns they were taken from, what was left out."""
+        rows = len(self) + sum(self.skipped.values())
+        text = f"{self.name}: {len(self)} problems of {rows} rows"
+        taken = [f"{part} from {column}" for part, column in self._columns.items() if column]
+        if taken:
+            text += "; " + ", ".join(taken)
+        if self.skipped:
+            text += f"; left out: {_counts(self.skipped)}"
+        return text
+
+
+def open_problems(
+    name: str,
+    *,
+    field: str,
+    columns: Any = Columns(),  # noqa: B008 (frozen)
+    size: int = 0,
+    need_solution: bool = False,
+    need_answer: bool = False,
+    bad_rows: str = "refuse",
+) -> Problems:
+    """The problems that `name`, the value of the config field `field`, stands for.
+
+    `tiny:SPLIT` is the generated data set, `size` problems of it; anything else is a file (.jsonl,
+    .json, .parquet) whose rows are all read once, here. A row that cannot be used, or that lacks
+    what is needed, raises DataError (`bad_rows` "refuse") or is left out and counted ("skip").
+    `columns` names columns (`data.columns`). Raises ConfigError for a name that is neither.
+    """
+    if not _is_file(name):
+        split = split_of(name, field=field)
+        return Problems(
+            name,
+            lambda index: tiny.problem(split, index),
+            np.arange(size),
+            skipped={},
+            columns={},
+        )
+    if bad_rows not in BAD_ROWS:
+        raise ConfigError(
+            f"bad_rows={bad_rows!r}, wanted one of {', '.join(BAD_ROWS)}; "
+            "set --config.data.bad_rows=refuse"
+        )
+    needs = {"columns": columns, "need_solution": need_solution, "need_answer": need_answer}
+    rows = open_rows(name)
+    kept = np.zeros(len(rows), bool)
+    skipped: collections.Counter[str] = collections.Counter()
+    taken: dict[str, collections.Counter[str]] = {
+        part: collections.Counter() for part in ("problem", "solution", "answer", "id")
+    }
+    for index, (number, row) in enumerate(stream(name)):
+        try:
+            if isinstance(row, RowError):
+                raise row
+            _, found = read_problem(row, path=name, number=number, **needs)
+        except RowError as error:
+            if bad_rows == "refuse":
+                raise DataError(
+                    f"{error}; or leave such rows out: --config.data.bad_rows=skip"
+                ) from None
+            skipped[error.reason] += 1
+            continue
+        kept[index] = True
+        for part, counts in taken.items():
+            counts[getattr(found, part)] += 1
+
+    def read(index: int) -> Problem:
+        return read_problem(rows[index], path=name, number=rows.number(index), **needs)[0]
+
+    return Problems(
+        name,
+        read,
+        np.flatnonzero(kept),
+        skipped=dict(skipped),
+        columns={part: _columns(counts) for part, counts in taken.items()},
+    )
+
+
+def split_of(name: str, *, field: str) -> str:
+    """The split of the embedded data set that `tiny:SPLIT` names. Raises ConfigError otherwise."""
+    kind, _, split = name.partition(":")
+    if kind != "tiny" or split not in tiny.SPLITS:
+        known = ", ".join(f"tiny:{s}" for s in tiny.SPLITS)
+        raise ConfigError(
+            f"{field}={name!r}, wanted one of {known}, or a file ({', '.join(EXTENSIONS)}); "
+            f"set --config.{field}=tiny:train"
+        )
+    return split
+
+
+def _is_file(name: str) -> bool:
+    """Whether a name is meant as a path; whether it can be read is for `files` to say."""
+    path = pathlib.Path(name)
+    return not name.startswith("tiny:") and bool(path.suffix or "/" in name or path.exists())
+
+
+def _columns(counts: collections.Counter[str]) -> str:
+    """`answer`, or `answer (90), final_answer (10)` where rows differ."""
+    if len(counts) == 1:
+        return next(iter(counts))
+    return " | ".join(f"{column or 'none'} ({n})" for column, n in counts.most_common())
+
+
+def _counts(skipped: dict[str, int]) -> str:
+    return ", ".join(f"{reason} {n}" for reason, n in sorted(skipped.items())) or "it is empty"

@@ -1,4 +1,9 @@
-"""Recipes: models, data, lengths and batch that every method shares. `FILE.py:RECIPE` picks one."""
+"""Recipes: models, data, lengths and batch that every method shares. `FILE.py:RECIPE` picks one.
+
+`RECIPE,student=DIR,teacher=NAME_OR_DIR,data=FILE` sets what most runs change. A model is a Hugging
+Face folder or a hub name. Values of papers stand beside their source; "unknown" marks what no source
+gives.
+"""
 
 import pathlib
 from collections.abc import Callable
@@ -9,17 +14,51 @@ import opd_jax
 from opd_jax.config import default, near
 from opd_jax.errors import ConfigError
 
+BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
+# A privileged teacher sees the golden solution; the wording is that of 2605.11182 (OPSD, "full").
+PRIVILEGED = (
+    "{problem}\n\nHere is a reference solution to this problem:\n{solution}\n"
+    "After understanding the reference solution and the rationale behind each step, now articulate "
+    "your own step-by-step reasoning that derives the same final answer to the problem above:\n"
+    + BOXED
+)
+TEACHERS = {
+    "openthinker3-7b": "open-thoughts/OpenThinker3-7B",
+    "r1-distill-7b": "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B",
+}
+
 
 def recipe(text: str | None) -> ConfigDict:
     """The config of `RECIPE[,key=value...]`; methods (the other files here) then set their numbers."""
     name, *options = (text or "tiny").split(",")
     if name not in RECIPES:
         raise ConfigError(f"recipe {name!r} is not known; {near(name, list(RECIPES))}")
-    if options:
-        raise ConfigError(f"recipe {name!r} takes no options, got {','.join(options)!r}")
+    given = dict(option.partition("=")[::2] for option in options)
+    unknown = [key for key, value in given.items() if key not in OPTIONS or not value]
+    if unknown:
+        raise ConfigError(
+            f"recipe {name!r} got option {unknown[0]!r}, wanted one of "
+            f"{', '.join(f'{key}=VALUE' for key in OPTIONS)}"
+        )
     config = default()
     RECIPES[name](config)
+    for key, value in given.items():
+        section, field = OPTIONS[key]
+        config[section][field] = TEACHERS.get(value, value) if key == "teacher" else value
+    if "teacher" in given:  # a stronger one, which needs no help
+        config.data.teacher_prompt_template = "same"
+    if given.get("teacher") == "r1-distill-7b":
+        # Its template opens <think>, of which it has a token and the student three pieces.
+        config.scoring.mask_first = ("<", "think", ">")  # 2603.25562: "<", "think"
     return config
+
+
+OPTIONS = {
+    "student": ("student", "path"),
+    "teacher": ("teacher", "path"),
+    "data": ("data", "train"),
+    "eval": ("eval", "data"),
+}
 
 
 def tiny(config: ConfigDict) -> None:
@@ -42,4 +81,113 @@ def tiny(config: ConfigDict) -> None:
     config.metrics.repetition_threshold = 2.2
 
 
-RECIPES: dict[str, Callable[[ConfigDict], None]] = {"tiny": tiny}
+def smollm2_135m(config: ConfigDict) -> None:
+    """A real model on a laptop's CPU or one GPU: SmolLM2-135M-Instruct on word problems.
+
+    Needs a file of problems with solutions: `data=gsm8k_train.jsonl` (openai/grade-school-math).
+    The teacher is the model itself, shown the solution; `teacher=HuggingFaceTB/SmolLM2-1.7B-Instruct`
+    is a stronger one of the same tokenizer.
+    """
+    config.student.path = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    config.teacher.path = "student"
+    config.data.train = ""
+    config.data.bad_rows = "skip"
+    config.data.prompt_template = "{problem}\n" + BOXED
+    config.data.teacher_prompt_template = PRIVILEGED
+    config.steps = 40
+    config.rollout.prompts_per_step = 8
+    config.rollout.samples_per_prompt = 2
+    config.rollout.max_prompt_tokens = 192
+    config.rollout.max_response_tokens = 192
+    config.optim.learning_rate = 1e-5
+    config.optim.warmup_steps = 5
+    config.optim.microbatch_tokens = 2048  # fits a laptop: 49,152 logits a token are the rest
+    config.scoring.token_chunk = 512
+    config.eval.data = ""
+    config.eval.problems = 64
+    config.eval.teacher = False
+    config.metrics.repetition_tail = 200
+    config.metrics.repetition_threshold = 4.0
+
+
+def _stable_opd_paper(config: ConfigDict) -> None:
+    """What 2604.08527 says, and what its evaluation protocol (LUFFY's) implies where it says nothing."""
+    config.student.rope_theta = 40_000.0  # LUFFY's 16k student; the base model has 10,000
+    config.student.max_position = 16_384  # likewise; 4,096 in the base model
+    config.teacher.path = TEACHERS["openthinker3-7b"]
+    config.data.train = ""  # OpenR1-Math, 13k problems: launch/prepare_data.py
+    config.data.system_prompt = BOXED  # template: unknown; Qwen2.5-Math's own
+    config.data.bad_rows = "skip"
+    config.steps = 400  # unknown; the collapse came at 280 to 310
+    config.rollout.prompts_per_step = 64  # found
+    config.rollout.samples_per_prompt = 4  # found
+    config.rollout.temperature = 1.0  # second-hand
+    config.rollout.max_prompt_tokens = 1024  # unknown; LUFFY
+    config.rollout.max_response_tokens = 8192  # unknown; golden solutions have up to 8,192 tokens
+    config.optim.learning_rate = 1e-6  # second-hand
+    config.optim.beta2 = 0.999  # unknown; verl's defaults
+    config.optim.weight_decay = 0.01  # unknown; verl's default
+    config.optim.grad_clip = 1.0  # unknown
+    config.optim.remat = True
+    config.optim.microbatch_tokens = 32_768
+    config.checkpoint.every = 20
+    config.eval.data = ""
+    config.eval.temperature = 0.6  # second-hand
+    config.eval.every = 20
+    config.eval.teacher = False
+
+
+def qwen25_math_1_5b(config: ConfigDict) -> None:
+    """The small student of 2604.08527: Qwen2.5-Math-1.5B, taught by OpenThinker3-7B or R1-Distill-7B.
+
+    4 x H200 in the paper. Needs `data=opd.jsonl` of launch/prepare_data.py.
+    """
+    _stable_opd_paper(config)
+    config.student.path = "Qwen/Qwen2.5-Math-1.5B"
+
+
+def qwen25_math_7b(config: ConfigDict) -> None:
+    """The large student of 2604.08527: Qwen2.5-Math-7B; otherwise like `qwen2.5-math-1.5b`."""
+    _stable_opd_paper(config)
+    config.student.path = "Qwen/Qwen2.5-Math-7B"
+
+
+def qwen3_1_7b(config: ConfigDict) -> None:
+    """Qwen3-1.7B-Base taught by Qwen3-4B without thinking, as 2604.13016 does (Table 2).
+
+    Needs `data=FILE`, such as DAPO-Math-17k after launch/prepare_data.py.
+    """
+    config.student.path = "Qwen/Qwen3-1.7B-Base"
+    config.teacher.path = "Qwen/Qwen3-4B"
+    config.student.enable_thinking = False
+    config.teacher.enable_thinking = False
+    config.data.train = ""
+    config.data.prompt_template = "{problem} " + BOXED
+    config.data.bad_rows = "skip"
+    config.data.epochs = 1.0  # Table 2
+    config.rollout.prompts_per_step = 64  # Table 2: global batch size
+    config.rollout.samples_per_prompt = 4  # Table 2
+    config.rollout.temperature = 1.0  # Table 2
+    config.rollout.top_p = 1.0  # Table 2
+    config.rollout.max_prompt_tokens = 1024  # Table 2
+    config.rollout.max_response_tokens = 7168  # Table 2
+    config.loss.aggregation = "token"  # its code
+    config.optim.learning_rate = 1e-6  # Table 2
+    config.optim.weight_decay = 0.01  # its code
+    config.optim.remat = True
+    config.optim.microbatch_tokens = 32_768
+    config.checkpoint.every = 20
+    config.eval.data = ""
+    config.eval.temperature = 0.7  # section 3.1
+    config.eval.top_p = 0.95  # section 3.1
+    config.eval.every = 20
+    config.eval.teacher = False
+
+
+RECIPES: dict[str, Callable[[ConfigDict], None]] = {
+    "tiny": tiny,
+    "smollm2-135m": smollm2_135m,
+    "qwen2.5-math-1.5b": qwen25_math_1_5b,
+    "qwen2.5-math-7b": qwen25_math_7b,
+    "qwen3-1.7b": qwen3_1_7b,
+}

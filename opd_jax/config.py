@@ -27,14 +27,30 @@ def default() -> ConfigDict:
 
     for role in ("student", "teacher", "reference"):
         model = config[role] = ConfigDict()
-        model.path = ""  # Hugging Face folder; reference: empty = the student at step 0
+        model.path = ""  # Hugging Face folder or hub name; reference: empty = the student at step 0
         model.dtype = "auto"  # compute: auto = bfloat16 on GPU, float32 on CPU
+        model.rope_theta = 0.0  # base of the positions; 0 = what its config.json says
+        model.max_position = 0  # longest row; 0 = what its config.json says
+        model.chat_template = ""  # Jinja file; empty = the tokenizer's own
+        model.enable_thinking = True  # handed to chat templates that know it (Qwen3)
+    config.teacher.path = ""  # ... or "student": the same model, shown a prompt of its own
+    config.teacher.follow = "frozen"  # average | live: it changes as the student does
+    config.teacher.decay = 0.99  # of the moving average
 
     data = config.data = ConfigDict()
-    data.train = "tiny:train"  # problems to roll out on, with their golden solutions
-    data.prompt_template = "{problem}"  # text of the user's turn
-    data.system_prompt = ""  # text of the system's turn; empty = none
+    data.train = "tiny:train"  # problems with golden solutions: tiny:SPLIT, .jsonl, .json, .parquet
+    data.columns = ConfigDict()  # dotted paths into a row; empty = found by the names people use
+    data.columns.problem = ""
+    data.columns.solution = ""
+    data.columns.answer = ""
+    data.columns.id = ""
+    data.bad_rows = "refuse"  # skip: rows that cannot be used are dropped and counted
+    data.prompt_template = "{problem}"  # user's turn; {answer} and {solution} are filled in too
+    data.system_prompt = ""  # text of the system's turn; empty = the row's own, or none
+    data.teacher_prompt_template = "same"  # what the teacher is shown instead
+    data.teacher_system_prompt = "same"
     data.shuffle = True  # global order, drawn from the seed
+    data.epochs = 0.0  # passes over the data that set `steps`; 0 = `steps` says
     data.size = 20_000  # problems of the generated data set before it repeats
 
     rollout = config.rollout = ConfigDict()
@@ -49,6 +65,8 @@ def default() -> ConfigDict:
     scoring = config.scoring = ConfigDict()
     scoring.token_chunk = 2048  # tokens whose logits exist at one time
     scoring.overlap_top_k = 16  # k of the overlap metrics (2604.13016 uses 16)
+    scoring.special_tokens = "remap"  # ids with two meanings: remap | mask | keep (data/alignment.py)
+    scoring.mask_first = ()  # texts whose first occurrence in a response is not scored (2603.25562)
 
     loss = config.loss = ConfigDict()
     loss.pg_weight = 1.0  # w_pg of the clipped surrogate on the teacher's log-ratio
@@ -65,6 +83,7 @@ def default() -> ConfigDict:
     optim.learning_rate = 1e-6
     optim.schedule = "constant"  # constant | linear | cosine, to 0 at `steps`
     optim.warmup_steps = 0
+    optim.warmup_fraction = 0.0  # of `steps`, where warmup_steps is 0
     optim.beta1 = 0.9
     optim.beta2 = 0.999
     optim.weight_decay = 0.0
@@ -79,12 +98,13 @@ def default() -> ConfigDict:
 
     evaluation = config.eval = ConfigDict()
     evaluation.every = 0  # steps between evaluations on the way; 0 = only before and after
-    evaluation.data = "tiny:test"
+    evaluation.data = "tiny:test"  # held-out problems, named as in data.train; empty = none
     evaluation.problems = 200
     evaluation.samples = 1  # answers a problem (k of avg@k)
     evaluation.temperature = 0.6
     evaluation.top_p = 1.0
     evaluation.teacher = True  # also measure the teacher, for the closing table
+    evaluation.match = ""  # regular expression; the share of answers it is found in is reported
 
     metrics = config.metrics = ConfigDict()
     metrics.repetition_tail = 10_000  # L: characters of the tail that is compressed (2604.08527)
@@ -112,9 +132,12 @@ def validate(config: ConfigDict) -> None:
     for field in ("rollout.slots", "loss.lambda_gold", "loss.beta_kl", "loss.pg_weight",
                   "optim.warmup_steps", "optim.weight_decay", "checkpoint.every", "eval.every",
                   "rollout.temperature", "eval.temperature", "log.rollouts", "seed",
-                  "loss.clip_high"):  # fmt: skip
+                  "loss.clip_high", "data.epochs", "student.rope_theta", "student.max_position",
+                  "teacher.rope_theta", "teacher.max_position", "reference.rope_theta",
+                  "reference.max_position"):  # fmt: skip
         _range(flat, field, 0, math.inf)
-    for field in ("rollout.top_p", "eval.top_p", "optim.beta1", "optim.beta2", "loss.clip_low"):
+    for field in ("rollout.top_p", "eval.top_p", "optim.beta1", "optim.beta2", "loss.clip_low",
+                  "teacher.decay", "optim.warmup_fraction"):  # fmt: skip
         _range(flat, field, 0, 1)
     for field in ("optim.learning_rate", "optim.grad_clip", "metrics.repetition_threshold",
                   "rollout.top_p", "eval.top_p"):  # fmt: skip
@@ -125,8 +148,14 @@ def validate(config: ConfigDict) -> None:
         ("loss.kl_estimator", ESTIMATORS), ("loss.aggregation", AGGREGATIONS),
         ("loss.gold_aggregation", AGGREGATIONS),
         ("loss.truncated", ("keep", "mask")), ("optim.schedule", ("constant", "linear", "cosine")),
+        ("teacher.follow", ("frozen", "average", "live")), ("data.bad_rows", ("refuse", "skip")),
+        ("scoring.special_tokens", ("remap", "mask", "keep")),
     ):  # fmt: skip
         _choice(flat, field, choices)
+    if not config.data.train:
+        raise _wrong(
+            "data.train", "''", "a file of problems (.jsonl, .json, .parquet), or tiny:train"
+        )
     if not config.student.path:
         raise _wrong("student.path", "''", "the path of a Hugging Face folder")
     if not (config.loss.pg_weight or config.loss.lambda_gold or config.loss.beta_kl):
@@ -136,6 +165,23 @@ def validate(config: ConfigDict) -> None:
         )
     if config.loss.pg_weight and not config.teacher.path:
         raise _wrong("teacher.path", "''", "the path of a Hugging Face folder (loss.pg_weight > 0)")
+    if config.teacher.follow != "frozen" and config.teacher.path != "student":
+        raise ConfigError(
+            f"teacher.follow={config.teacher.follow} is for a teacher that is the student, got "
+            f"teacher.path={config.teacher.path!r}; set --config.teacher.path=student"
+        )
+    for field in ("data.prompt_template", "data.teacher_prompt_template"):
+        if flat[field] != "same" and "{problem}" not in flat[field]:
+            raise _wrong(field, repr(flat[field]), "a text that holds {problem}")
+    if flat["data.prompt_template"] == "same" or flat["data.system_prompt"] == "same":
+        raise ConfigError(
+            "data.prompt_template and data.system_prompt are the student's own texts, got 'same'; "
+            "set --config.data.prompt_template={problem}"
+        )
+    try:
+        re.compile(config.eval.match)
+    except re.error as error:
+        raise _wrong("eval.match", repr(config.eval.match), f"a regular expression ({error})") from None
     if config.loss.pg_weight and config.rollout.temperature == 0:
         raise _wrong("rollout.temperature", 0, "a number above 0: greedy rollouts do not explore")
     prompts, updates = config.rollout.prompts_per_step, config.optim.updates_per_rollout
@@ -197,6 +243,8 @@ def explain(error: Exception, arguments: list[str]) -> ConfigError:
 def _parses(text: str, example: Any) -> bool:
     if isinstance(example, bool):
         return text.lower() in ("true", "false", "1", "0", "t", "f")
+    if isinstance(example, tuple):
+        return True  # any text is a tuple of one
     try:
         type(example)(text)
     except ValueError:

@@ -46,13 +46,31 @@ class Progress:
         print(("\r\x1b[K" if self._live else "") + text, flush=True)
 
 
+def headline(summary: dict[str, float]) -> str:
+    """The one or two figures of an evaluation that a run shows on the way."""
+    shown = {"accuracy": "held-out accuracy", "matched": "answers that match"}
+    return ", ".join(f"{text} {summary[key]:.1%}" for key, text in shown.items() if key in summary)
+
+
 def table(rows: dict[str, dict[str, float]]) -> str:
-    """The closing table: who, accuracy with standard error, TruncRate, RepRate, mean length."""
-    lines = [f"{'':16}{'accuracy':>16}{'TruncRate':>12}{'RepRate':>10}{'mean length':>13}"]
-    for name, row in rows.items():
-        accuracy = f"{row['accuracy']:.1%} ± {row['stderr']:.1%}"
-        lines.append(
-            f"{name:16}{accuracy:>16}{row['truncation_rate']:>12.1%}"
-            f"{row['repetition_rate']:>10.1%}{row['length_mean']:>13.1f}"
-        )
+    """The closing table: who, accuracy with standard error, TruncRate, RepRate, mean length.
+
+    A column `match` stands in it where answers were held against `eval.match`.
+    """
+    columns = {
+        "accuracy": lambda row: f"{row['accuracy']:.1%} ± {row['stderr']:.1%}",
+        "match": lambda row: f"{row['matched']:.1%}",
+        "TruncRate": lambda row: f"{row['truncation_rate']:.1%}",
+        "RepRate": lambda row: f"{row['repetition_rate']:.1%}",
+        "mean length": lambda row: f"{row['length_mean']:.1f}",
+    }
+    some = next(iter(rows.values()))
+    for name, key in (("accuracy", "accuracy"), ("match", "matched")):
+        if key not in some:
+            del columns[name]
+    width = {name: 16 if name == "accuracy" else max(len(name) + 3, 9) for name in columns}
+    lines = [" " * 16 + "".join(f"{name:>{width[name]}}" for name in columns)]
+    for who, row in rows.items():
+        cells = (f"{show(row):>{width[name]}}" for name, show in columns.items())
+        lines.append(f"{who:16}" + "".join(cells))
     return "\n".join(lines)

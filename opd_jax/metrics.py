@@ -39,14 +39,17 @@ def repetitive(text: str, *, tail: int, threshold: float) -> bool:
 def rollout_metrics(
     rollout: Rollout,
     student_logprob_BT: np.ndarray,
+    mask_BT: np.ndarray,
     texts: list[str],
     *,
     tail: int,
     threshold: float,
 ) -> dict[str, float]:
-    """The `rollout/*` keys of a step: outcomes, lengths, and how far sampler and scorer disagree."""
+    """The `rollout/*` keys of a step: outcomes, lengths, and how far sampler and scorer disagree.
+
+    `mask_BT` holds the tokens that are scored (rows.scored_mask); the gap is taken over these.
+    """
     length_B = rollout.response_length_B
-    mask_BT = rollout.response_mask_BT
     gap = np.abs(np.asarray(student_logprob_BT) - rollout.sampler_logprob_BT)[mask_BT]
     flagged = [repetitive(text, tail=tail, threshold=threshold) for text in texts]
     return {
@@ -55,8 +58,8 @@ def rollout_metrics(
         "rollout/length_mean": float(np.mean(length_B)),
         "rollout/length_max": float(np.max(length_B)),
         "rollout/tokens": float(np.sum(length_B)),
-        "rollout/sampler_logprob_gap_max": float(np.max(gap)),
-        "rollout/sampler_logprob_gap_mean": float(np.mean(gap)),
+        "rollout/sampler_logprob_gap_max": float(np.max(gap, initial=0.0)),
+        "rollout/sampler_logprob_gap_mean": float(np.mean(gap)) if gap.size else 0.0,
     }
 
 

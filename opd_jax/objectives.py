@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from opd_jax import losses, scoring
 from opd_jax.models import decoder
 from opd_jax.models.architecture import ModelConfig
-from opd_jax.types import GoldenRows, RolloutRows
+from opd_jax.types import Array, GoldenRows, RolloutRows
 
 RolloutLoss = Callable[
     [decoder.Params, decoder.Params | None, RolloutRows], tuple[jax.Array, dict[str, jax.Array]]
@@ -48,10 +48,11 @@ def make_rollout_loss(
     vocabulary: int,
     token_chunk: int,
     remat: bool,
+    scored_V: Array | None = None,
 ) -> RolloutLoss:
     """loss(params, reference_params, rows) -> (w_pg L_PG + beta_kl KL, its parts), sums of weighted tokens.
 
-    `reference_params` is None exactly where beta_kl is 0.
+    `reference_params` is None exactly where beta_kl is 0. Log-probs are normalised over `scored_V`.
     """
 
     def token_terms(
@@ -102,6 +103,7 @@ def make_rollout_loss(
                 "sampler_logprob": jnp.where(counts_BT, rows.sampler_logprob_BT, 0.0),
             },
             token_chunk=token_chunk,
+            scored_V=scored_V,
         )
         sums = {name: _weighted_sum(x_BT, rows.weight_BT) for name, x_BT in parts.items()}
         total = terms.pg_weight * sums["opd"]

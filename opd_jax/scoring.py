@@ -6,18 +6,19 @@ float32, hands them to a function, and keeps only what that returns; in the back
 chunk's logits are made again.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from opd_jax import losses
+from opd_jax import batching, losses
 from opd_jax.models import decoder
 from opd_jax.models.architecture import ModelConfig
 from opd_jax.shapes import check_shapes
-from opd_jax.types import Scores
+from opd_jax.types import Array, Scores, TeacherRows
 
 TokenFn = Callable[..., dict[str, jax.Array]]
 
@@ -30,6 +31,7 @@ def map_tokens(
     per_token: Mapping[str, jax.Array] | None = None,
     *,
     token_chunk: int,
+    scored_V: Array | None = None,
 ) -> dict[str, jax.Array]:
     """Apply `fn` to the next-token log-probs of each model, a chunk of tokens at a time.
 
@@ -40,6 +42,7 @@ def map_tokens(
       tokens_BT: ids; ids of V or more are clamped (callers mask them).
       per_token: more [B, T] arrays, aligned with `tokens_BT`.
       token_chunk: tokens whose logits exist at one time.
+      scored_V: bool, the ids over which log-probs are normalised; None for all.
 
     Returns: dict of [B, T], aligned with `tokens_BT`; position 0, which nothing predicts, is 0.
     """
@@ -59,7 +62,7 @@ def map_tokens(
     def one_chunk(_: None, chunk: tuple) -> tuple[None, dict[str, jax.Array]]:
         hidden_CDs, token_C, extras = chunk
         logprobs = [
-            jax.nn.log_softmax(decoder.logits(head_VD, hidden_CD), axis=-1)
+            jax.nn.log_softmax(decoder.logits(head_VD, hidden_CD, scored_V), axis=-1)
             for head_VD, hidden_CD in zip(heads, hidden_CDs, strict=True)
         ]
         return None, fn(*logprobs, token_C=token_C, **extras)
@@ -73,6 +76,16 @@ def map_tokens(
         return jnp.roll(values_BT, 1, axis=1).at[:, 0].set(0.0)
 
     return jax.tree.map(aligned, out)
+
+
+def align(hidden_BTD: jax.Array, offset_B: jax.Array, width: int) -> jax.Array:
+    """Hidden states of rows with other prompts, laid out as rows of `width`: out[t] = hidden[t + offset].
+
+    What falls outside is some other position's, and means nothing (it is outside the response).
+    """
+    index_BT = jnp.arange(width)[None] + offset_B[:, None]
+    index_BT = jnp.clip(index_BT, 0, hidden_BTD.shape[1] - 1)
+    return jnp.take_along_axis(hidden_BTD, index_BT[:, :, None], axis=1)
 
 
 def take(logprob_CV: jax.Array, token_C: jax.Array) -> jax.Array:
@@ -105,67 +118,87 @@ def token_logprob(
     return jnp.where(jnp.arange(tokens_BT.shape[1])[None] < length_B[:, None], out["logprob"], 0.0)
 
 
+def score(
+    student: decoder.Params,
+    student_config: ModelConfig,
+    teacher: decoder.Params,
+    teacher_config: ModelConfig,
+    tokens_BT: np.ndarray,
+    length_B: np.ndarray,
+    *,
+    vocabulary: int,
+    top_k: int,
+    token_chunk: int,
+    microbatch_tokens: int,
+    teacher_rows: TeacherRows | None = None,
+    scored_V: Array | None = None,
+) -> Scores:
+    """Student and teacher on the same responses, in one pass over chunks of tokens; see `Scores`.
+
+    `teacher_rows` holds the responses behind the teacher's own prompts, where those are others;
+    `scored_V` the ids over which log-probs are normalised (see data.alignment). Rows go through the
+    models in micro-batches of at most `microbatch_tokens` tokens, which bounds the activations as
+    `token_chunk` bounds the logits. Returns host arrays of the shape of `tokens_BT`.
+    """
+    tokens_BT, length_B = np.asarray(tokens_BT), np.asarray(length_B)
+    measured = []
+    for part in batching.split(length_B, width=tokens_BT.shape[1], tokens=microbatch_tokens):
+        tokens, length = batching.gather((tokens_BT, length_B), part)
+        other = None if teacher_rows is None else _teacher_part(teacher_rows, part)
+        scores = score_part(
+            student, student_config, teacher, teacher_config, tokens, length, other, scored_V,
+            vocabulary=vocabulary, top_k=top_k, token_chunk=token_chunk,
+        )  # fmt: skip
+        measured.append((part, scores))
+    out: dict[str, np.ndarray] = {}
+    for part, scores in measured:  # fetched when all are under way
+        for name, values in scores.items():
+            out.setdefault(f"{name}_BT", np.zeros(tokens_BT.shape, np.float32))
+            batching.scatter(out[f"{name}_BT"], values, part)
+    return Scores(**out)
+
+
+def _teacher_part(rows: TeacherRows, part: batching.MicroBatch) -> TeacherRows:
+    longest = int(rows.length_B[part.rows].max())
+    width = batching.bucket(longest, rows.tokens_BT.shape[1])
+    return batching.gather(rows, dataclasses.replace(part, width=width))
+
+
 @partial(
     jax.jit,
-    static_argnames=(
-        "student_config", "teacher_config", "vocabulary", "top_k", "token_chunk",
-        "microbatch_tokens",
-    ),
-)  # fmt: skip
-def score(
+    static_argnames=("student_config", "teacher_config", "vocabulary", "top_k", "token_chunk"),
+)
+def score_part(
     student: decoder.Params,
     student_config: ModelConfig,
     teacher: decoder.Params,
     teacher_config: ModelConfig,
     tokens_BT: jax.Array,
     length_B: jax.Array,
+    other: TeacherRows | None,
+    scored_V: Array | None,
     *,
     vocabulary: int,
     top_k: int,
     token_chunk: int,
-    microbatch_tokens: int,
-) -> Scores:
-    """Student and teacher on the same rows, in one pass over chunks of tokens; see `Scores`.
-
-    Rows of `microbatch_tokens` tokens go through the models at a time, which bounds the activations
-    as `token_chunk` bounds the logits.
-    """
-    batch, time = tokens_BT.shape
-
-    def rows(part: tuple[jax.Array, jax.Array]) -> dict[str, jax.Array]:
-        tokens, length = part
-        return map_tokens(
-            partial(_pair_statistics, top_k=top_k),
-            (decoder.head(student)[:vocabulary], decoder.head(teacher)[:vocabulary]),
-            (
-                decoder.hidden_states(student, student_config, tokens, length),
-                decoder.hidden_states(teacher, teacher_config, tokens, length),
-            ),
-            tokens,
-            token_chunk=token_chunk,
+) -> dict[str, jax.Array]:
+    """`score` of one micro-batch, traced once for each of its shapes; dict of [B, T] by name."""
+    if other is None:
+        teacher_BTD = decoder.hidden_states(teacher, teacher_config, tokens_BT, length_B)
+    else:
+        teacher_BTD = align(
+            decoder.hidden_states(teacher, teacher_config, other.tokens_BT, other.length_B),
+            other.offset_B,
+            tokens_BT.shape[1],
         )
-
-    out = jax.lax.map(rows, split_rows((tokens_BT, length_B), microbatch_tokens))
-    return Scores(**{f"{name}_BT": x.reshape(-1, time)[:batch] for name, x in out.items()})
-
-
-def split_rows(rows: Any, microbatch_tokens: int) -> Any:
-    """A tree of [B, ...] as micro-batches [M, R, ...] of about equal size, R rows being at most
-    `microbatch_tokens` (one row at least); the last is filled up with empty rows.
-
-    The width of a row is that of the tree's widest array.
-    """
-    leaves = jax.tree.leaves(rows)
-    batch, width = leaves[0].shape[0], max(x.shape[1] for x in leaves if x.ndim > 1)
-    micro_batches = -(-batch // max(microbatch_tokens // width, 1))
-    count = -(-batch // micro_batches)
-    padding = micro_batches * count - batch
-
-    def split(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1))
-        return x.reshape(-1, count, *x.shape[1:])
-
-    return jax.tree.map(split, rows)
+    return map_tokens(
+        partial(_pair_statistics, top_k=top_k),
+        (decoder.head(student)[:vocabulary], decoder.head(teacher)[:vocabulary]),
+        (decoder.hidden_states(student, student_config, tokens_BT, length_B), teacher_BTD),
+        tokens_BT,
+        token_chunk=token_chunk,
+        scored_V=scored_V,
+    )
 
 
 def _pair_statistics(

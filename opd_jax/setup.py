@@ -1,14 +1,17 @@
 """What is known of a run before its weights are loaded: everything that can be refused, refused here."""
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from opd_jax import config as configuration
 from opd_jax import data, models, objectives
-from opd_jax.errors import ConfigError, ModelError
+from opd_jax.errors import ConfigError, DataError, ModelError
 
-_PROMPTS_CHECKED = 256  # of the training data, up front; the rest is checked as it comes
+_BLOCK = 1024  # problems tokenised at one time
+_GENERATED_CHECKED = 256  # generated problems are all alike
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,80 +19,129 @@ class Setup:
     """A checked config and what follows from it.
 
     Attributes:
+      config: as given, with `steps` resolved.
       student, teacher: architectures; teacher is None where no term needs one.
-      reference_path: folder of the reference, by default the student's own.
-      stop_ids: the end tokens of student and teacher together.
-      vocabulary: logits are cut to the first `vocabulary` ids, those the models share.
-      width: tokens of a whole row, prompt and response.
-      problems, prompts: the held-out problems and their prompts as ids.
+      reference: architecture of the reference; its weights lie in `reference_section.path`.
+      tokenizer, teacher_tokenizer: the student's and the teacher's (the same object without one).
+      student_style, teacher_style: how each is shown a problem.
+      separate_prompts: whether the teacher reads rows of its own.
+      alignment: which ids mean the same to both.
+      first_pieces: groups of ids whose first occurrence in a response is not scored.
+      golden_end: end token of golden solutions.
+      width, teacher_width: tokens of a whole row, prompt and response.
+      train, held_out: problems; prompts, teacher_prompts: of the held-out ones, as ids.
+      notes: lines for the start of the run.
     """
 
     config: ConfigDict
     terms: objectives.Terms
     student: models.ModelConfig
     teacher: models.ModelConfig | None
-    reference_path: str
+    reference: models.ModelConfig
+    reference_section: Any
     tokenizer: data.Tokenizer
-    stop_ids: tuple[int, ...]
-    vocabulary: int
+    teacher_tokenizer: data.Tokenizer
+    student_style: data.PromptStyle
+    teacher_style: data.PromptStyle
+    separate_prompts: bool
+    alignment: data.Alignment
+    first_pieces: tuple[tuple[int, ...], ...]
+    golden_end: int
     width: int
-    problems: list[data.Problem]
+    teacher_width: int
+    train: Sequence[data.Problem]
+    held_out: Sequence[data.Problem]
     prompts: list[list[int]]
+    teacher_prompts: list[list[int]]
+    notes: list[str]
 
 
 def make_setup(config: ConfigDict) -> Setup:
     """Read and check all but the weights. Raises an OpdError; writes and compiles nothing."""
     configuration.validate(config)
+    config = _resolved(config)
     terms = make_terms(config)
-    student = models.load_config(config.student.path)
-    tokenizer = data.Tokenizer(config.student.path)
-    vocabulary = min(tokenizer.size, student.vocab_size)
-    stop_ids = student.eos_token_ids
-    teacher = None
+    student = _architecture(config.student)
+    tokenizer = _tokenizer(config.student)
+    teacher, teacher_tokenizer = None, tokenizer
+    notes: list[str] = []
     if terms.pg_weight:
-        teacher = models.load_config(config.teacher.path)
-        _require_same_tokens(tokenizer, data.Tokenizer(config.teacher.path))
-        vocabulary = min(vocabulary, teacher.vocab_size)
-        stop_ids = tuple(dict.fromkeys(stop_ids + teacher.eos_token_ids))
-    reference_path = config.reference.path or config.student.path
-    if terms.beta_kl and models.load_config(reference_path).vocab_size < vocabulary:
+        teacher = _architecture(config.teacher)
+        teacher_tokenizer = _tokenizer(config.teacher)
+        alignment = data.align(
+            tokenizer, teacher_tokenizer,
+            student_ends=student.eos_token_ids, teacher_ends=teacher.eos_token_ids,
+            student_rows=student.vocab_size, teacher_rows=teacher.vocab_size,
+            special_tokens=config.scoring.special_tokens,
+        )  # fmt: skip
+        rows = (student.vocab_size, teacher.vocab_size)
+        notes += data.alignment_report(alignment, tokenizer, teacher_tokenizer, rows=rows)
+    else:
+        vocabulary = min(tokenizer.size, student.vocab_size)
+        alignment = data.alone(vocabulary, student.eos_token_ids)
+    _check_models(config, student, teacher, alignment)
+    reference_section = config.reference if config.reference.path else config.student
+    reference = _architecture(reference_section)
+    if terms.beta_kl and reference.vocab_size < alignment.vocabulary:
         raise ModelError(
-            f"{reference_path}: the reference has fewer than the student's {vocabulary} ids; "
-            "set --config.reference.path to a model with the student's tokenizer"
+            f"{reference_section.path}: the reference has {reference.vocab_size} ids, fewer than the "
+            f"student's {alignment.vocabulary}; set --config.reference.path to a model with the "
+            "student's tokenizer"
         )
-    if not student.eos_token_ids:
-        raise ModelError(
-            f"{config.student.path}: no eos_token_id in config.json or generation_config.json, "
-            "wanted at least one end token; add it to generation_config.json"
-        )
-    if config.scoring.overlap_top_k > vocabulary:
-        raise ConfigError(
-            f"scoring.overlap_top_k={config.scoring.overlap_top_k} is more than the {vocabulary} "
-            f"ids that the models share; set --config.scoring.overlap_top_k={vocabulary}"
-        )
-    width = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
-    for role, model in (("student", student), ("teacher", teacher)):
-        if model is not None and width > model.max_position:
-            room = max(model.max_position - config.rollout.max_prompt_tokens, 1)
-            raise ConfigError(
-                f"rollout.max_prompt_tokens + rollout.max_response_tokens = {width} is more than "
-                f"the {role}'s {model.max_position} positions; "
-                f"set --config.rollout.max_response_tokens={room} or less"
-            )
-    problems, prompts = _prompts(config, tokenizer)
-    return Setup(
+    styles = _styles(config.data)
+    needs_answer = any("{answer}" in style.template for style in styles)
+    needs_solution = bool(terms.lambda_gold) or any("{solution}" in s.template for s in styles)
+    train = data.open_problems(
+        config.data.train, field="data.train", columns=config.data.columns, size=config.data.size,
+        need_solution=needs_solution, need_answer=needs_answer, bad_rows=config.data.bad_rows,
+    )  # fmt: skip
+    held_out = None
+    if config.eval.data:
+        privileged = needs_solution and "{solution}" in styles[1].template
+        held_out = data.open_problems(
+            config.eval.data, field="eval.data", columns=config.data.columns,
+            size=config.eval.problems, need_solution=privileged and config.eval.teacher,
+            need_answer=needs_answer or not config.eval.match, bad_rows=config.data.bad_rows,
+        )  # fmt: skip
+    setup = Setup(
         config=config,
         terms=terms,
         student=student,
         teacher=teacher,
-        reference_path=reference_path,
+        reference=reference,
+        reference_section=reference_section,
         tokenizer=tokenizer,
-        stop_ids=stop_ids,
-        vocabulary=vocabulary,
-        width=width,
-        problems=problems,
-        prompts=prompts,
+        teacher_tokenizer=teacher_tokenizer,
+        student_style=styles[0],
+        teacher_style=styles[1],
+        separate_prompts=teacher is not None
+        and (
+            styles[0] != styles[1]
+            or alignment.renumbered
+            or tokenizer.render("?") != teacher_tokenizer.render("?")
+        ),
+        alignment=alignment,
+        first_pieces=tuple(_pieces(text, tokenizer) for text in config.scoring.mask_first),
+        golden_end=_golden_end(tokenizer, alignment.stop_ids),
+        width=config.rollout.max_prompt_tokens + config.rollout.max_response_tokens,
+        teacher_width=0,
+        train=train,
+        held_out=[],
+        prompts=[],
+        teacher_prompts=[],
+        notes=notes,
     )
+    return _with_data(setup, train, held_out)
+
+
+def _resolved(config: ConfigDict) -> ConfigDict:
+    """A copy in which a teacher that is the student has the student's path and positions."""
+    config = config.copy_and_resolve_references()
+    if config.teacher.path == "student":
+        for field in ("path", "rope_theta", "max_position", "enable_thinking"):
+            config.teacher[field] = config.student[field]
+        config.teacher.chat_template = config.teacher.chat_template or config.student.chat_template
+    return config
 
 
 def make_terms(config: ConfigDict) -> objectives.Terms:
@@ -98,26 +150,162 @@ def make_terms(config: ConfigDict) -> objectives.Terms:
     return objectives.Terms(**{name: config.loss[name] for name in names})
 
 
-def _prompts(
-    config: ConfigDict, tokenizer: data.Tokenizer
-) -> tuple[list[data.Problem], list[list[int]]]:
-    """The held-out problems with their prompts; the first training prompts are checked on the way."""
-    limit = config.rollout.max_prompt_tokens
-    train = data.split_of(config.data.train, field="data.train")
-    for i in range(min(config.data.size, _PROMPTS_CHECKED)):
-        data.prompt_ids(data.problem(train, i), tokenizer, config.data, limit)
-    held_out = data.split_of(config.eval.data, field="eval.data")
-    problems = [data.problem(held_out, i) for i in range(config.eval.problems)]
-    return problems, [data.prompt_ids(p, tokenizer, config.data, limit) for p in problems]
+def _architecture(section: Any) -> models.ModelConfig:
+    return models.load_config(section.path)  # TEMPORARY
 
 
-def _require_same_tokens(student: data.Tokenizer, teacher: data.Tokenizer) -> None:
-    mine, theirs = student.vocabulary(), teacher.vocabulary()
-    if mine != theirs:
-        differing = [t for t in mine.keys() | theirs.keys() if mine.get(t) != theirs.get(t)]
-        example = min(differing)
-        raise ModelError(
-            f"the tokenizers of {student.path} and {teacher.path} differ in {len(differing)} tokens "
-            f"(such as {example!r}: id {mine.get(example)} and {theirs.get(example)}); "
-            "use a student and a teacher of one tokenizer family"
+def _tokenizer(section: Any) -> data.Tokenizer:
+    return data.Tokenizer(
+        section.path, chat_template=section.chat_template, enable_thinking=section.enable_thinking
+    )
+
+
+def _styles(section: Any) -> tuple[data.PromptStyle, data.PromptStyle]:
+    """The student's and the teacher's way to be shown a problem."""
+    student = data.PromptStyle(section.prompt_template, section.system_prompt)
+    own = {"template": section.teacher_prompt_template, "system": section.teacher_system_prompt}
+    changed = {name: text for name, text in own.items() if text != "same"}
+    return student, dataclasses.replace(student, **changed)
+
+
+def _pieces(text: str, tokenizer: data.Tokenizer) -> tuple[int, ...]:
+    """Every id that stands for the text: as it is, and with a space before it."""
+    known = tokenizer.vocabulary()
+    ids = {ids[0] for ids in map(tokenizer.encode, (text, " " + text)) if len(ids) == 1}
+    ids |= {known[text]} if text in known else set()
+    if not ids:
+        raise ConfigError(
+            f"scoring.mask_first holds {text!r}, which is not a single token of the student's "
+            f"tokenizer; give its pieces one by one, such as "
+            f"{tokenizer.hf.convert_ids_to_tokens(tokenizer.encode(text))}"
         )
+    return tuple(sorted(ids))
+
+
+def _golden_end(tokenizer: data.Tokenizer, stop_ids: tuple[int, ...]) -> int:
+    """What a golden solution ends with: the template's end of turn where that stops a rollout."""
+    end = tokenizer.end_of_turn()
+    return end if end in stop_ids and end is not None else stop_ids[0]
+
+
+def _check_models(
+    config: ConfigDict,
+    student: models.ModelConfig,
+    teacher: models.ModelConfig | None,
+    alignment: data.Alignment,
+) -> None:
+    if not alignment.stop_ids:
+        raise ModelError(
+            f"{config.student.path}: no eos_token_id in config.json or generation_config.json, "
+            "wanted at least one end token; add it to generation_config.json"
+        )
+    if config.scoring.overlap_top_k > (scored := int(alignment.scored.sum())):
+        raise ConfigError(
+            f"scoring.overlap_top_k={config.scoring.overlap_top_k} is more than the {scored} "
+            f"ids that the models share; set --config.scoring.overlap_top_k={scored}"
+        )
+    width = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+    for role, model in (("student", student), ("teacher", teacher)):
+        if model is not None and width > model.max_position:
+            room = max(model.max_position - config.rollout.max_prompt_tokens, 1)
+            raise ConfigError(
+                f"rollout.max_prompt_tokens + rollout.max_response_tokens = {width} is more than "
+                f"the {role}'s {model.max_position} positions; "
+                f"set --config.rollout.max_response_tokens={room} or less, or stretch the model: "
+                f"--config.{role}.max_position={width} (with a larger --config.{role}.rope_theta "
+                "where it was not trained for that)"
+            )
+
+
+def _with_data(setup: Setup, train: data.Problems, benchmark: data.Problems | None) -> Setup:
+    """The setup with problems whose rows fit, `steps` resolved, and the held-out prompts."""
+    config = setup.config
+    train, longest = _that_fit(setup, train, "data.train", golden=setup.terms.lambda_gold > 0)
+    notes = [*setup.notes, f"data: {train.describe()}"]
+    held_out: list[data.Problem] = []
+    if benchmark is not None:
+        benchmark, also = _that_fit(setup, benchmark, "eval.data", golden=False)
+        longest = max(longest, also)
+        held_out = benchmark[: config.eval.problems]
+        notes.append(f"held out: {benchmark.describe()}; the first {len(held_out)} are measured")
+    if config.data.epochs:
+        config.steps = max(
+            round(config.data.epochs * len(train) / config.rollout.prompts_per_step), 1
+        )
+    if not setup.tokenizer.has_template:
+        notes.append("prompts: plain text, for the student's tokenizer has no chat template")
+    return dataclasses.replace(
+        setup,
+        train=train,
+        held_out=held_out,
+        prompts=setup.student_style.prompts(held_out, setup.tokenizer),
+        teacher_prompts=setup.teacher_style.prompts(held_out, setup.teacher_tokenizer),
+        teacher_width=longest + config.rollout.max_response_tokens,
+        notes=notes,
+    )
+
+
+def _that_fit(
+    setup: Setup, problems: data.Problems, field: str, *, golden: bool
+) -> tuple[data.Problems, int]:
+    """The problems whose prompts and golden solutions fit their budgets; the teacher's longest prompt.
+
+    Raises DataError at the first that does not, unless data.bad_rows = "skip".
+    """
+    count = min(len(problems), _GENERATED_CHECKED) if problems.generated else len(problems)
+    bad: dict[str, list[int]] = {}
+    longest = setup.config.rollout.max_prompt_tokens
+    for start in range(0, count, _BLOCK):
+        block = [problems[i] for i in range(start, min(start + _BLOCK, count))]
+        sizes = [len(ids) for ids in setup.student_style.prompts(block, setup.tokenizer)]
+        others = [0] * len(block)
+        if setup.separate_prompts:
+            prompts = setup.teacher_style.prompts(block, setup.teacher_tokenizer)
+            others = [len(ids) for ids in prompts]
+        for i, problem in enumerate(block):
+            misfit = _misfit(setup, problem, sizes[i], others[i], golden=golden)
+            if misfit is None:
+                longest = max(longest, others[i])
+            elif setup.config.data.bad_rows == "skip":
+                bad.setdefault(misfit[0], []).append(start + i)
+            else:
+                raise DataError(
+                    f"{field}: problem {problem.id}: {misfit[1]}; or leave such rows out: "
+                    "--config.data.bad_rows=skip"
+                )
+    return problems.without(bad) if bad else problems, longest
+
+
+def _misfit(
+    setup: Setup, problem: data.Problem, prompt: int, teacher_prompt: int, *, golden: bool
+) -> tuple[str, str] | None:
+    """Why a problem does not fit, in short and in a sentence. `prompt`s are counts of tokens."""
+    rollout = setup.config.rollout
+    if prompt < 1:
+        return "empty prompt", "its prompt is empty; correct --config.data.prompt_template"
+    if prompt > rollout.max_prompt_tokens:
+        return (
+            "prompt too long",
+            f"its prompt has {prompt} tokens, wanted at most rollout.max_prompt_tokens="
+            f"{rollout.max_prompt_tokens}; set --config.rollout.max_prompt_tokens={prompt}",
+        )
+    if setup.teacher is not None:
+        room = setup.teacher.max_position - rollout.max_response_tokens
+        if teacher_prompt > room:
+            return (
+                "teacher's prompt too long",
+                f"the teacher's prompt has {teacher_prompt} tokens, wanted at most {room} beside "
+                f"the response; set --config.teacher.max_position="
+                f"{teacher_prompt + rollout.max_response_tokens}",
+            )
+    room = setup.width - prompt
+    if golden and len(problem.solution.encode()) >= room:  # no token is shorter than a byte
+        size = len(setup.tokenizer.encode(problem.solution)) + 1
+        if size > room:
+            return (
+                "golden solution too long",
+                f"its prompt and golden solution have {prompt + size} tokens, wanted at most "
+                f"{setup.width} (rollout.max_prompt_tokens + rollout.max_response_tokens); set "
+                f"--config.rollout.max_response_tokens={rollout.max_response_tokens + size - room}",
+            )
+    return None

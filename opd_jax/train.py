@@ -56,8 +56,9 @@ def run(config: ConfigDict, path: str, *, command: list[str]) -> Result:
     """
     folder = pathlib.Path(path)
     setup = make_setup(config)
+    config = setup.config
     workdir.check(folder, config)
-    print(f"workdir {folder}", flush=True)
+    print(f"workdir {folder}", *setup.notes, sep="\n", flush=True)
     workdir.create(folder, config, command)
     with Grader() as grader, checkpoint.Checkpoints(folder, keep=config.checkpoint.keep) as saved:
         return _Run(setup, folder, grader, saved).loop()
@@ -73,23 +74,30 @@ class _Run:
         self.setup, self.config, self.folder = setup, config, folder
         self.grader, self.saved = grader, saved
         self.dtype = _dtype(config.student.dtype)
-        self.teacher = _frozen(config.teacher, config.teacher.path) if setup.teacher else None
+        self.scored_V = None if setup.alignment.scored.all() else setup.alignment.scored
+        self.drawn_V = None if setup.alignment.drawn.all() else setup.alignment.drawn
+        self.teacher = self._frozen_teacher()
         self.reference = None
-        reference_config = setup.student
         if setup.terms.beta_kl:
-            reference_config = models.load_config(setup.reference_path)
-            self.reference = _frozen(config.reference, setup.reference_path)
+            section, same = setup.reference_section, config.teacher
+            shares = (section.path, config.reference.dtype) == (same.path, same.dtype)
+            if shares and self.teacher is not None and not setup.alignment.renumbered:
+                self.reference = self.teacher  # self-distillation: one copy of the weights for both
+            else:
+                self.reference = _load(section.path, config.reference.dtype)
         tx = update.make_optimizer(config.optim, config.steps)
         self.schedule = update.make_schedule(config.optim, config.steps)
-        self.state = update.init_state(models.load(config.student.path)[1], tx)
+        self.state = update.init_state(
+            _load(config.student.path, "float32"), tx, average=config.teacher.follow == "average"
+        )
         shared: dict[str, Any] = {
-            "vocabulary": setup.vocabulary,
+            "vocabulary": setup.alignment.vocabulary,
             "token_chunk": config.scoring.token_chunk,
             "remat": config.optim.remat,
         }
         terms = setup.terms
         rollout_loss = objectives.make_rollout_loss(
-            terms, setup.student, reference_config, **shared
+            terms, setup.student, setup.reference, scored_V=self.scored_V, **shared
         )
         golden_loss = objectives.make_golden_loss(terms, setup.student, **shared)
         self.update = update.make_update(
@@ -98,9 +106,13 @@ class _Run:
             golden_loss if terms.lambda_gold else None,
             microbatch_tokens=config.optim.microbatch_tokens,
             dtype=self.dtype,
+            decay=config.teacher.decay,
         )
         self.batches = data.make_batches(
-            config.data, batch=config.rollout.prompts_per_step, seed=config.seed
+            setup.train,
+            batch=config.rollout.prompts_per_step,
+            seed=config.seed,
+            shuffle=config.data.shuffle,
         )
         self.first = saved.latest or 0
         if self.first:
@@ -120,18 +132,20 @@ class _Run:
         if first:
             progress.say(f"resumed at step {first}")
         else:
-            before = self._evaluate(0)
+            before = self._evaluate(0) if self.setup.held_out else {}
             log.write({"step": 0} | self._eval_keys(before))
-            progress.say(f"step 0: held-out accuracy {before['accuracy']:.1%}")
+            if before:
+                progress.say(f"step 0: {display.headline(before)}")
         for step in range(first + 1, config.steps + 1):
             last = step == config.steps
             row, rollout, scores = self._step(step, next(self.batches))
             _require_finite(step, row)
             progress.step(step, row)
-            if last or (config.eval.every and step % config.eval.every == 0):
+            due = last or (config.eval.every and step % config.eval.every == 0)
+            if due and self.setup.held_out:
                 summary = self._evaluate(step)
                 row |= self._eval_keys(summary)
-                progress.say(f"step {step}: held-out accuracy {summary['accuracy']:.1%}")
+                progress.say(f"step {step}: {display.headline(summary)}")
             if last or step % config.log.every == 0 or any(key.startswith("eval/") for key in row):
                 log.write({"step": step} | row)
                 if rollout is not None and scores is not None:
@@ -141,10 +155,14 @@ class _Run:
                 self.saved.save(step, self.state, self.batches)
         log.close()
         samples.close()
-        table = {"student before": self._summary(0), "student after": self._summary(config.steps)}
-        if self.teacher is not None and config.eval.teacher:
-            table["teacher"] = self._evaluate("teacher")
-        progress.say(f"\n{display.table(table)}\n\nwritten to {self.folder}")
+        table: dict[str, Summary] = {}
+        if self.setup.held_out:
+            table["student before"] = self._summary(0)
+            table["student after"] = self._summary(config.steps)
+            if self.setup.teacher is not None and config.eval.teacher:
+                table["teacher"] = self._evaluate("teacher")
+            progress.say(f"\n{display.table(table)}\n")
+        progress.say(f"written to {self.folder}")
         return Result(self.state, table)
 
     def _step(
@@ -155,26 +173,23 @@ class _Run:
         clock = _Clock()
         row: Summary = {}
         rollout = scores = rollout_rows = golden_rows = None
-        prompts = self._prompts(problems)
+        setup = self.setup
+        prompts = setup.student_style.prompts(problems, setup.tokenizer)
         golden = self._golden(problems) if terms.lambda_gold else []
-        longest = [len(p) + len(g) for p, g in zip(prompts, golden, strict=False)]  # none: empty
         if terms.needs_rollouts:
             weights = _cast(self.state.params, self.dtype)
             rollout = self._rollout(step, weights, prompts)
             clock.lap("rollout", rollout.response_length_B.sum())
-            longest += rollout.length_B.tolist()
-        width = rows.bucket(max(longest), self.setup.width)  # of every row in this step
-        if rollout is not None:
-            rollout = rows.trim(rollout, width)
-            scores = self._score(weights, rollout)
-            row |= self._measure(rollout, scores)
+            scores = self._score(weights, rollout, problems)
+            mask_BT = rows.scored_mask(rollout, setup.alignment.scored, setup.first_pieces)
+            row |= self._measure(rollout, scores, mask_BT)
             clock.lap("score", rollout.response_length_B.sum())
             rollout_rows = rows.rollout_rows(
-                rollout, scores, truncated=loss.truncated, aggregation=loss.aggregation
+                rollout, scores, mask_BT, truncated=loss.truncated, aggregation=loss.aggregation
             )
             del weights  # the update donates the state they may share
         if golden:
-            batch = data.golden_rows(prompts, golden, width=width)
+            batch = data.golden_rows(prompts, golden, width=setup.width)
             golden_rows = rows.golden_rows(*batch, aggregation=loss.gold_aggregation)
         row |= self._update(rollout_rows, golden_rows)
         clock.lap("update", row.get("rollout/tokens", 0.0) + sum(map(len, golden)))
@@ -183,10 +198,21 @@ class _Run:
         row["memory/peak_gib"] = _peak_gib()
         return row, rollout, scores
 
-    def _prompts(self, problems: list[data.Problem]) -> list[list[int]]:
-        limit = self.config.rollout.max_prompt_tokens
-        tokenizer = self.setup.tokenizer
-        return [data.prompt_ids(p, tokenizer, self.config.data, limit) for p in problems]
+    def _frozen_teacher(self) -> models.Params | None:
+        """The teacher's weights, its output rows in the order of the student's ids."""
+        setup, section = self.setup, self.config.teacher
+        if setup.teacher is None or section.follow != "frozen":
+            return None
+        teacher = _load(section.path, section.dtype)
+        if setup.alignment.renumbered:
+            teacher = models.with_head_rows(teacher, jnp.asarray(setup.alignment.teacher_ids))
+        return teacher
+
+    def _teacher_now(self, student: models.Params) -> models.Params:
+        """The weights that score: frozen, the student's own (also without a teacher), or their average."""
+        if self.teacher is not None:
+            return self.teacher
+        return student if self.state.average is None else _cast(self.state.average, self.dtype)
 
     def _rollout(self, step: int, weights: models.Params, prompts: list[list[int]]) -> Rollout:
         section = self.config.rollout
@@ -198,34 +224,52 @@ class _Run:
             max_response_tokens=section.max_response_tokens,
             temperature=section.temperature,
             top_p=section.top_p,
-            stop_ids=self.setup.stop_ids,
+            stop_ids=self.setup.alignment.stop_ids,
             slots=section.slots or None,
             max_prompt_tokens=section.max_prompt_tokens,
-            vocabulary=self.setup.vocabulary,
+            vocabulary=self.setup.alignment.vocabulary,
+            drawn_V=self.drawn_V,
+            scored_V=self.scored_V,
         )
 
-    def _score(self, weights: models.Params, rollout: Rollout) -> Scores:
+    def _score(
+        self, weights: models.Params, rollout: Rollout, problems: list[data.Problem]
+    ) -> Scores:
         """Student and teacher on the rollouts; without a teacher the student stands in for it."""
         setup, config = self.setup, self.config
+        teacher_rows = None
+        if setup.separate_prompts:
+            prompts = setup.teacher_style.prompts(problems, setup.teacher_tokenizer)
+            teacher_rows = rows.teacher_rows(
+                rollout,
+                [prompt for prompt in prompts for _ in range(config.rollout.samples_per_prompt)],
+                setup.alignment.teacher_ids,
+                width=setup.teacher_width,
+            )
         return scoring.score(
             weights,
             setup.student,
-            weights if self.teacher is None else self.teacher,
+            self._teacher_now(weights),
             setup.teacher or setup.student,
-            jnp.asarray(rollout.tokens_BT),
-            jnp.asarray(rollout.length_B),
-            vocabulary=setup.vocabulary,
+            rollout.tokens_BT,
+            rollout.length_B,
+            vocabulary=setup.alignment.vocabulary,
             top_k=config.scoring.overlap_top_k,
             token_chunk=config.scoring.token_chunk,
             microbatch_tokens=config.optim.microbatch_tokens,
+            teacher_rows=teacher_rows,
+            scored_V=self.scored_V,
         )
 
-    def _measure(self, rollout: Rollout, scores: Scores) -> dict[str, float]:
-        on_device = metrics.score_metrics(scores, jnp.asarray(rollout.response_mask_BT))
+    def _measure(
+        self, rollout: Rollout, scores: Scores, mask_BT: np.ndarray
+    ) -> dict[str, float]:
+        on_device = metrics.score_metrics(scores, mask_BT)
         decode = self.setup.tokenizer.decode
         row = metrics.rollout_metrics(
             rollout,
-            np.asarray(scores.student_logprob_BT),
+            scores.student_logprob_BT,
+            mask_BT,
             [decode(rollout.response(i)) for i in range(len(rollout.length_B))],
             tail=self.config.metrics.repetition_tail,
             threshold=self.config.metrics.repetition_threshold,
@@ -233,8 +277,8 @@ class _Run:
         return row | {name: float(x) for name, x in jax.device_get(on_device).items()}
 
     def _golden(self, problems: list[data.Problem]) -> list[list[int]]:
-        end = self.setup.student.eos_token_ids[0]
-        return [[*self.setup.tokenizer.encode(p.solution), end] for p in problems]
+        texts = [problem.solution for problem in problems]
+        return [[*ids, self.setup.golden_end] for ids in self.setup.tokenizer.encode_all(texts)]
 
     def _update(self, rollout_rows: Any, golden_rows: Any) -> dict[str, float]:
         """`updates_per_rollout` optimizer steps, each on its share of the prompts; mean measurements."""
@@ -244,8 +288,8 @@ class _Run:
             self.state, some = self.update(
                 self.state,
                 self.reference,
-                rollout_rows and rows.part(rollout_rows, i, parts),
-                golden_rows and rows.part(golden_rows, i, parts),
+                rollout_rows and rows.share(rollout_rows, i, parts),
+                golden_rows and rows.share(golden_rows, i, parts),
             )
             measured.append(some)
         rows_of_parts = jax.device_get(measured)
@@ -254,24 +298,26 @@ class _Run:
     def _evaluate(self, step: int | str) -> Summary:
         """Held-out answers of the student as it is, or of the "teacher", written to eval/STEP/."""
         setup, config = self.setup, self.config
-        if step == "teacher":
-            params, model = self.teacher, setup.teacher
-        else:
-            params, model = _cast(self.state.params, self.dtype), setup.student
-        assert params is not None  # "teacher" is asked for only where there is one
-        assert model is not None
+        params, model, prompts = _cast(self.state.params, self.dtype), setup.student, setup.prompts
+        width, drawn_V = config.rollout.max_prompt_tokens, self.drawn_V
+        if step == "teacher" and setup.teacher is not None:
+            params, model, prompts = self._teacher_now(params), setup.teacher, setup.teacher_prompts
+            width = setup.teacher_width - config.rollout.max_response_tokens
+            drawn_V = self.scored_V  # in the student's ids, of which it has no others
         return evaluate(
             params,
             model,
             setup.tokenizer,
-            setup.problems,
-            setup.prompts,
+            setup.held_out,
+            prompts,
+            max_prompt_tokens=width,
             key=key_for(config.seed, 0, Stream.EVAL),
             section=config.eval,
             rollout=config.rollout,
             repetition=config.metrics,
-            stop_ids=setup.stop_ids,
-            vocabulary=setup.vocabulary,
+            stop_ids=setup.alignment.stop_ids,
+            vocabulary=setup.alignment.vocabulary,
+            drawn_V=drawn_V,
             grader=self.grader,
             out=self.folder / "eval" / str(step) / f"{self._benchmark}.jsonl",
         )
@@ -283,7 +329,8 @@ class _Run:
 
     @property
     def _benchmark(self) -> str:
-        return self.config.eval.data.partition(":")[0]
+        """The name of the held-out data: that of its file, or `tiny`."""
+        return pathlib.PurePath(self.config.eval.data.partition(":")[0]).stem
 
     def _eval_keys(self, summary: Summary) -> Summary:
         return {f"eval/{self._benchmark}/{name}": value for name, value in summary.items()}
@@ -338,8 +385,8 @@ def _dtype(name: str) -> jnp.dtype:
     return jnp.dtype(name)
 
 
-def _frozen(section: Any, path: str) -> models.Params:
-    return models.load(path, dtype=_dtype(section.dtype))[1]
+def _load(path: str, dtype: str) -> models.Params:
+    return models.load(path, dtype=_dtype(dtype))[1]
 
 
 def _cast(params: models.Params, dtype: jnp.dtype) -> models.Params:

@@ -12,6 +12,9 @@ import flax.struct
 import jax
 import numpy as np
 
+# A jax.Array or a numpy one: records are made on the host and enter jitted functions as they are.
+Array = Any
+
 
 class Outcome(IntEnum):
     """Why a rollout ended. An end token in the last slot of the budget is EOS, not BUDGET."""
@@ -70,15 +73,30 @@ class Scores(flax.struct.PyTreeNode):
       student_overlap_mass_BT, teacher_overlap_mass_BT: probability each puts on the shared ids.
     """
 
-    student_logprob_BT: jax.Array
-    teacher_logprob_BT: jax.Array
-    student_entropy_BT: jax.Array
-    teacher_entropy_BT: jax.Array
-    reverse_kl_BT: jax.Array
-    overlap_ratio_BT: jax.Array
-    overlap_advantage_BT: jax.Array
-    student_overlap_mass_BT: jax.Array
-    teacher_overlap_mass_BT: jax.Array
+    student_logprob_BT: Array
+    teacher_logprob_BT: Array
+    student_entropy_BT: Array
+    teacher_entropy_BT: Array
+    reverse_kl_BT: Array
+    overlap_ratio_BT: Array
+    overlap_advantage_BT: Array
+    student_overlap_mass_BT: Array
+    teacher_overlap_mass_BT: Array
+
+
+class TeacherRows(flax.struct.PyTreeNode):
+    """The same responses behind the teacher's own prompts, in the teacher's ids.
+
+    Attributes:
+      tokens_BT: int32, of a width of their own.
+      length_B: int32.
+      offset_B: int32, the teacher's prompt length less the student's: token t of the student's row
+        is token t + offset of this one.
+    """
+
+    tokens_BT: Array
+    length_B: Array
+    offset_B: Array
 
 
 class RolloutRows(flax.struct.PyTreeNode):
@@ -91,24 +109,32 @@ class RolloutRows(flax.struct.PyTreeNode):
       advantage_BT, sampler_logprob_BT: float32, constants.
     """
 
-    tokens_BT: jax.Array
-    length_B: jax.Array
-    weight_BT: jax.Array
-    advantage_BT: jax.Array
-    sampler_logprob_BT: jax.Array
+    tokens_BT: Array
+    length_B: Array
+    weight_BT: Array
+    advantage_BT: Array
+    sampler_logprob_BT: Array
 
 
 class GoldenRows(flax.struct.PyTreeNode):
     """Golden solutions as the update takes them; fields as in `RolloutRows`."""
 
-    tokens_BT: jax.Array
-    length_B: jax.Array
-    weight_BT: jax.Array
+    tokens_BT: Array
+    length_B: Array
+    weight_BT: Array
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """What training changes, and all that a checkpoint needs of it: float32 master weights."""
+    """What training changes, and all that a checkpoint needs of it.
+
+    Attributes:
+      step: int32, optimizer steps taken.
+      params: float32 master weights.
+      opt_state: Optax's.
+      average: float32 moving average of `params` where it is the teacher, else None.
+    """
 
     step: jax.Array
     params: Any
     opt_state: Any
+    average: Any = None

@@ -1,13 +1,14 @@
-"""One optimizer step: gradients summed over micro-batches, then Optax, jitted with the state donated."""
+"""One optimizer step: gradients summed over micro-batches, then Optax; every buffer is donated."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from opd_jax import scoring
+from opd_jax import batching
 from opd_jax.models import decoder
 from opd_jax.objectives import GoldenLoss, RolloutLoss
 from opd_jax.types import GoldenRows, RolloutRows, TrainState
@@ -20,17 +21,18 @@ Update = Callable[
 
 def make_schedule(section: Any, steps: int) -> optax.Schedule:
     """Learning rate by step from the config section `optim`: linear warm-up, then the named schedule."""
-    rest = max(steps - section.warmup_steps, 1)
+    warmup_steps = section.warmup_steps or round(section.warmup_fraction * steps)
+    rest = max(steps - warmup_steps, 1)
     after = {
         "constant": optax.constant_schedule(section.learning_rate),
         "linear": optax.linear_schedule(section.learning_rate, 0.0, rest),
         "cosine": optax.cosine_decay_schedule(section.learning_rate, rest),
     }[section.schedule]
-    if not section.warmup_steps:
+    if not warmup_steps:
         return after
-    first = section.learning_rate / section.warmup_steps  # not 0: the first step counts
-    warmup = optax.linear_schedule(first, section.learning_rate, section.warmup_steps)
-    return optax.join_schedules([warmup, after], [section.warmup_steps])
+    first = section.learning_rate / warmup_steps  # not 0: the first step counts
+    warmup = optax.linear_schedule(first, section.learning_rate, warmup_steps)
+    return optax.join_schedules([warmup, after], [warmup_steps])
 
 
 def make_optimizer(section: Any, steps: int) -> optax.GradientTransformation:
@@ -45,10 +47,20 @@ def make_optimizer(section: Any, steps: int) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(section.grad_clip), adamw)
 
 
-def init_state(params: decoder.Params, tx: optax.GradientTransformation) -> TrainState:
-    """State at step 0 with float32 master weights."""
-    params = jax.tree.map(lambda w: jnp.array(w, jnp.float32), params)
-    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params))
+def init_state(
+    params: decoder.Params, tx: optax.GradientTransformation, *, average: bool = False
+) -> TrainState:
+    """State at step 0. It takes over float32 `params`: the first update donates their buffers.
+
+    `average` starts a moving average of the weights, at the weights.
+    """
+    params = jax.tree.map(lambda w: w.astype(jnp.float32), params)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=tx.init(params),
+        average=jax.tree.map(jnp.copy, params) if average else None,
+    )
 
 
 def make_update(
@@ -58,15 +70,33 @@ def make_update(
     *,
     microbatch_tokens: int,
     dtype: jnp.dtype,
+    decay: float = 0.0,
 ) -> Update:
-    """update(state, reference, rollout_rows, golden_rows) -> (state, metrics), jitted; `state` is donated.
+    """update(state, reference, rollout_rows, golden_rows) -> (state, metrics); `state` is donated.
 
-    Rows go through in micro-batches of at most `microbatch_tokens` (one row at least); because every
+    Rows (host arrays) go through in micro-batches of like length (batching.split); because every
     token carries its share of the global mean, the sum of their gradients is the gradient of the
     whole batch. The forward and backward passes compute in `dtype`; master weights and gradients are
-    float32. A non-finite gradient leaves parameters and optimizer untouched and is reported as
-    `optim/grad_norm`.
+    float32. `decay` is that of the moving average, where the state has one. A non-finite gradient
+    leaves parameters and optimizer untouched and is reported as `optim/grad_norm`.
     """
+    accumulate = {
+        "rollout": _make_accumulate(rollout_loss, dtype) if rollout_loss else None,
+        "golden": _make_accumulate(_on_golden(golden_loss), dtype) if golden_loss else None,
+    }
+
+    @partial(jax.jit, donate_argnums=(0,))
+    def apply(state: TrainState, grads: Any, total: jax.Array) -> tuple[TrainState, jax.Array]:
+        norm = optax.tree.norm(grads)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        average = state.average
+        if average is not None:
+            average = jax.tree.map(lambda a, w: decay * a + (1.0 - decay) * w, average, params)
+        new = state.replace(params=params, opt_state=opt_state, average=average)
+        finite = jnp.isfinite(norm) & jnp.isfinite(total)
+        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+        return new.replace(step=state.step + 1), norm
 
     def update(
         state: TrainState,
@@ -74,29 +104,46 @@ def make_update(
         rollout_rows: RolloutRows | None,
         golden_rows: GoldenRows | None,
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        total, grads = jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params)
-        parts: dict[str, jax.Array] = {}
-        batches: list[tuple[Callable, Any]] = []
-        if rollout_loss is not None and rollout_rows is not None:
-            on_policy = rollout_loss
-            batches.append((lambda params, rows: on_policy(params, reference, rows), rollout_rows))
-        if golden_loss is not None and golden_rows is not None:
-            batches.append((golden_loss, golden_rows))
-        for loss, rows in batches:
-            value, some, grads = _accumulate(
-                loss, state.params, rows, grads, microbatch_tokens, dtype
-            )
-            total, parts = total + value, parts | some
-        norm = optax.tree.norm(grads)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        new = state.replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state)
-        finite = jnp.isfinite(norm) & jnp.isfinite(total)
-        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
-        metrics = {f"loss/{name}": value for name, value in parts.items()}
-        metrics |= {"loss/total": total, "optim/grad_norm": norm}
-        return new.replace(step=state.step + 1), metrics
+        grads, sums = _zeros_like(state.params), {"total": jnp.zeros(())}
+        for kind, rows in (("rollout", rollout_rows), ("golden", golden_rows)):
+            add = accumulate[kind]
+            if add is None or rows is None:
+                continue
+            width = rows.tokens_BT.shape[1]
+            for part in batching.split(rows.length_B, width=width, tokens=microbatch_tokens):
+                value, parts, grads = add(
+                    state.params, reference, batching.gather(rows, part), grads
+                )
+                for name, x in (parts | {"total": value}).items():
+                    sums[name] = sums.get(name, 0.0) + x
+        state, norm = apply(state, grads, sums["total"])
+        metrics = {f"loss/{name}": value for name, value in sums.items()}
+        return state, metrics | {"optim/grad_norm": norm}
 
-    return jax.jit(update, donate_argnums=(0,))
+    return update
+
+
+def _make_accumulate(loss: Callable, dtype: jnp.dtype) -> Callable:
+    """(params, reference, rows, grads) -> (loss, its parts, grads + its gradient); grads are donated."""
+
+    def compute(master: Any, reference: Any, rows: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return loss(jax.tree.map(lambda w: w.astype(dtype), master), reference, rows)
+
+    @partial(jax.jit, donate_argnums=(3,))
+    def accumulate(params: Any, reference: Any, rows: Any, grads: Any) -> tuple:
+        (value, parts), new = jax.value_and_grad(compute, has_aux=True)(params, reference, rows)
+        return value, parts, jax.tree.map(jnp.add, grads, new)
+
+    return accumulate
+
+
+def _on_golden(loss: GoldenLoss) -> Callable:
+    return lambda params, _, rows: loss(params, rows)
+
+
+@jax.jit
+def _zeros_like(params: Any) -> Any:
+    return jax.tree.map(jnp.zeros_like, params)
 
 
 def _decayed(params: Any) -> Any:
@@ -104,22 +151,3 @@ def _decayed(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(
         lambda path, _: path[-1].key in ("kernel", "embedding"), params
     )
-
-
-def _accumulate(
-    loss: Callable, params: Any, rows: Any, grads: Any, microbatch_tokens: int, dtype: jnp.dtype
-) -> tuple[jax.Array, dict[str, jax.Array], Any]:
-    """Add the gradient of `loss` over all rows to `grads`; also its value and parts."""
-    rows = scoring.split_rows(rows, microbatch_tokens)
-
-    def compute(master: Any, micro: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        return loss(jax.tree.map(lambda w: w.astype(dtype), master), micro)
-
-    def one(carry: tuple, micro: Any) -> tuple[tuple, None]:
-        value_and_parts, new_grads = jax.value_and_grad(compute, has_aux=True)(params, micro)
-        return jax.tree.map(jnp.add, carry, (value_and_parts, new_grads)), None
-
-    shapes = jax.eval_shape(compute, params, jax.tree.map(lambda x: x[0], rows))
-    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    ((value, parts), grads), _ = jax.lax.scan(one, (zero, grads), rows)
-    return value, parts, grads

@@ -95,7 +95,8 @@ def test_rollout_metrics_by_hand():
         # prompt and padding hold anything
         [[np.nan, np.inf, 0.1, -0.3, np.nan], [np.nan, 0.0, 0.2, 0.0, 0.0]], np.float32
     )  # fmt: skip
-    got = metrics.rollout_metrics(made, scored, ["a" * 90, "a" * 300], **SMALL)
+    mask_BT = made.response_mask_BT
+    got = metrics.rollout_metrics(made, scored, mask_BT, ["a" * 90, "a" * 300], **SMALL)
     expected = {
         "rollout/truncation_rate": 0.5,
         "rollout/repetition_rate": 0.5,  # the first text is too short to be flagged
@@ -107,6 +108,8 @@ def test_rollout_metrics_by_hand():
     }
     assert got == pytest.approx(expected, rel=1e-5)
     assert {type(value) for value in got.values()} == {float}
+    none = metrics.rollout_metrics(made, scored, mask_BT & False, ["a", "b"], **SMALL)
+    assert none["rollout/sampler_logprob_gap_max"] == none["rollout/sampler_logprob_gap_mean"] == 0
 
 
 def test_score_metrics_by_hand():

@@ -11,6 +11,7 @@ import scipy.special
 from opd_jax import scoring
 from opd_jax.errors import ShapeError
 from opd_jax.models import decoder
+from opd_jax.types import TeacherRows
 from tests.conftest import noisy_params, random_rows, tiny_config
 
 pytestmark = pytest.mark.short
@@ -163,7 +164,7 @@ def test_a_teacher_that_is_the_student_has_nothing_to_say(student):
     assert not np.asarray(got.reverse_kl_BT).any()
     np.testing.assert_array_equal(got.student_logprob_BT, got.teacher_logprob_BT)
     np.testing.assert_array_equal(got.student_entropy_BT, got.teacher_entropy_BT)
-    np.testing.assert_array_equal(np.asarray(got.overlap_ratio_BT)[:, 1:], 1.0)
+    np.testing.assert_array_equal(got.overlap_ratio_BT[SCORED], 1.0)
     np.testing.assert_allclose(got.overlap_advantage_BT, 0.0, atol=1e-7)
 
 
@@ -180,19 +181,71 @@ def test_ids_beyond_the_vocabulary_carry_no_mass(student, teacher):
 def test_micro_batches_and_chunks_change_nothing(student, teacher, microbatch_tokens, token_chunk):
     got = scores(student, teacher, microbatch_tokens=microbatch_tokens, token_chunk=token_chunk)
     want = scores(student, teacher)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), got, want)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a[SCORED], b[SCORED], atol=2e-6), got, want
+    )
 
 
-def test_split_rows_fills_up_the_last_micro_batch():
-    # 7 tokens take 2 rows of 3: three micro-batches of 2 rows, the sixth row is empty.
-    tokens, length = jnp.arange(1, 16).reshape(5, 3), jnp.array([3, 2, 1, 3, 2])
-    parts, lengths = scoring.split_rows((tokens, length), 7)
-    assert parts[:, :, 0].tolist() == [[1, 4], [7, 10], [13, 0]]
-    assert parts[2].tolist() == [[13, 14, 15], [0, 0, 0]]
-    assert lengths.tolist() == [[3, 2], [1, 3], [2, 0]]
-    # One row at least, and micro-batches of about equal size: 4 rows would fit, 3 + 2 are taken.
-    assert scoring.split_rows(tokens, 1).shape == (5, 1, 3)
-    assert scoring.split_rows(tokens, 12).shape == (2, 3, 3)
+def test_ids_that_are_not_scored_carry_no_mass(student, teacher):
+    """Holes in the shared ids equal a vocabulary from which those ids are struck out."""
+    scored_V = np.ones(VOCAB, bool)
+    scored_V[[3, 40, 89]] = False
+    got = scores(student, teacher, scored_V=scored_V)
+    cut = {}
+    for name, params, config in (("p", student, STUDENT), ("q", teacher, TEACHER)):
+        logprob = full_logprob(params, config, VOCAB)[..., scored_V]
+        cut[name] = scipy.special.log_softmax(logprob, axis=-1)
+    p = np.exp(cut["p"])
+    column = np.cumsum(scored_V)[np.asarray(TOKENS)] - 1
+    fine = SCORED & scored_V[np.asarray(TOKENS)]
+    assert 0 < fine.sum() < SCORED.sum()  # a token that is not scored occurs
+    for name, want in {
+        "student_logprob_BT": np.take_along_axis(cut["p"], column[..., None], -1)[..., 0],
+        "teacher_logprob_BT": np.take_along_axis(cut["q"], column[..., None], -1)[..., 0],
+        "reverse_kl_BT": (p * (cut["p"] - cut["q"])).sum(-1),
+        "student_entropy_BT": -(p * cut["p"]).sum(-1),
+    }.items():
+        np.testing.assert_allclose(getattr(got, name)[fine], want[fine], atol=5e-6, err_msg=name)
+
+
+def test_the_teacher_reads_the_response_behind_a_prompt_of_its_own(student, teacher):
+    """Rows of 2 prompt tokens for the student; the teacher's prompts are longer, equal, shorter."""
+    prompts = [[7, 8, 9, 10], [11, 12], [13], [14, 15, 16], [17, 18]]
+    tokens, length = np.asarray(TOKENS), np.asarray(LENGTH)
+    other = np.zeros((ROWS, WIDTH + 3), np.int32)
+    for b, prompt in enumerate(prompts):
+        row = [*prompt, *tokens[b, 2 : length[b]]]
+        other[b, : len(row)] = row
+    offset = np.array([len(prompt) - 2 for prompt in prompts], np.int32)
+    rows = TeacherRows(tokens_BT=other, length_B=length + offset, offset_B=offset)
+    got = scores(student, teacher, teacher_rows=rows)
+    want = np.asarray(
+        scoring.token_logprob(teacher, TEACHER, other, length + offset, vocabulary=VOCAB)
+    )
+    for b, prompt in enumerate(prompts):
+        np.testing.assert_allclose(
+            got.teacher_logprob_BT[b, 2 : length[b]],
+            want[b, len(prompt) : length[b] + offset[b]],
+            atol=2e-6,
+        )
+    alone = scores(student, teacher)
+    np.testing.assert_allclose(got.student_logprob_BT, alone.student_logprob_BT, atol=2e-6)
+    same = np.abs(got.teacher_logprob_BT - alone.teacher_logprob_BT)[:, 2:].max()
+    assert same > 0.01  # the prompt matters
+
+
+def test_a_renumbered_teacher_speaks_the_students_ids(student, teacher):
+    """The student's id 35 is the teacher's 95."""
+    ids = np.arange(VOCAB)
+    ids[35] = 95
+    renumbered = decoder.with_head_rows(teacher, jnp.asarray(ids))
+    got = scores(student, renumbered)
+    logits = np.asarray(decoder.forward(teacher, TEACHER, TOKENS, LENGTH), np.float64)[..., ids]
+    want = of_tokens(
+        np.concatenate([logits[:, :1] * 0, scipy.special.log_softmax(logits, -1)[:, :-1]], axis=1)
+    )
+    np.testing.assert_allclose(got.teacher_logprob_BT[SCORED], want[SCORED], atol=5e-6)
+    assert 35 in np.asarray(TOKENS)[SCORED]
 
 
 def sizes(jaxpr) -> Iterator[int]:
@@ -216,9 +269,9 @@ def test_no_array_of_batch_time_vocabulary(student):
         return scoring.token_logprob(params, config, TOKENS, LENGTH, token_chunk=8).sum()
 
     def pair(params):
-        return scoring.score(
-            params, config, params, config, TOKENS, LENGTH,
-            vocabulary=1000, top_k=4, token_chunk=8, microbatch_tokens=75,
+        return scoring.score_part(
+            params, config, params, config, TOKENS, LENGTH, None, None,
+            vocabulary=1000, top_k=4, token_chunk=8,
         )  # fmt: skip
 
     def everything(params):

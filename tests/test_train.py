@@ -33,7 +33,7 @@ def folders(tmp_path_factory) -> pathlib.Path:
 
 
 def small(folders: pathlib.Path, method: str = "stable_opd"):
-    """A run of seconds: 4 prompts x 2 rollouts of 12 tokens, golden rows of up to 120."""
+    """A run of seconds: 4 prompts x 2 rollouts of 124 tokens at most."""
     config = configuration.default()
     config.student.path = str(folders / "student")
     config.teacher.path = str(folders / "teacher")
@@ -41,11 +41,11 @@ def small(folders: pathlib.Path, method: str = "stable_opd"):
     config.rollout.prompts_per_step = 4
     config.rollout.samples_per_prompt = 2
     config.rollout.max_prompt_tokens = 36
-    config.rollout.max_response_tokens = 110
+    config.rollout.max_response_tokens = 124
     config.scoring.token_chunk = 256
     config.loss.pg_weight, config.loss.lambda_gold, config.loss.beta_kl = METHODS[method]
     config.optim.learning_rate = 1e-2
-    config.optim.microbatch_tokens = 600
+    config.optim.microbatch_tokens = 640
     config.checkpoint.every = 2
     config.eval.problems = 4
     config.metrics.repetition_tail = 20

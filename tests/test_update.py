@@ -68,13 +68,16 @@ TOY_PARAMS = {
 
 
 def toy_rollout_loss(params, reference, rows):
-    y_BT = jnp.tanh(rows.advantage_BT @ params["dense"]["kernel"] + params["dense"]["bias"][None])
+    width = rows.advantage_BT.shape[1]
+    kernel, bias = params["dense"]["kernel"][:width, :width], params["dense"]["bias"][None, :width]
+    y_BT = jnp.tanh(jnp.where(rows.weight_BT > 0, rows.advantage_BT, 0.0) @ kernel + bias)
     loss = jnp.sum(rows.weight_BT * y_BT**2)
     return loss, {"opd": loss}
 
 
 def toy_golden_loss(params, rows):
-    loss = jnp.sum(rows.weight_BT * rows.tokens_BT * params["dense"]["bias"][None] ** 2)
+    bias = params["dense"]["bias"][None, : rows.tokens_BT.shape[1]]
+    loss = jnp.sum(rows.weight_BT * rows.tokens_BT * bias**2)
     return loss, {"sft": loss}
 
 
@@ -102,7 +105,12 @@ def model_update(*, golden: float, beta: float, limbs: bool, rows: int = B):
 
 
 def sgd_state():
-    return update.init_state(PARAMS, OPTIMIZERS["sgd"])
+    return update.init_state(fresh(PARAMS), OPTIMIZERS["sgd"])
+
+
+def fresh(params):
+    """A copy: the state takes its parameters over, and the update donates them."""
+    return jax.tree.map(jnp.copy, params)
 
 
 def moved(params, start=PARAMS):
@@ -114,9 +122,9 @@ def moved(params, start=PARAMS):
 @pytest.mark.parametrize("rows", [1, 2, 3])
 def test_micro_batches_change_nothing(name, rows):
     tx = OPTIMIZERS[name]
-    whole, whole_metrics = toy_update(tx)(update.init_state(TOY_PARAMS, tx), None, ROWS, GOLDEN)
+    whole, whole_metrics = toy_update(tx)(update.init_state(fresh(TOY_PARAMS), tx), None, ROWS, GOLDEN)
     split, split_metrics = toy_update(tx, rows)(
-        update.init_state(TOY_PARAMS, tx), None, ROWS, GOLDEN
+        update.init_state(fresh(TOY_PARAMS), tx), None, ROWS, GOLDEN
     )
     assert distance(split.params, whole.params) < 1e-6
     assert distance(moved(split.params, TOY_PARAMS), moved(whole.params, TOY_PARAMS)) < 1e-5
@@ -174,7 +182,7 @@ def test_plain_opd_equals_ten_lines_of_it():
 def test_a_non_finite_gradient_leaves_the_state_untouched():
     tx = OPTIMIZERS["adamw"]
     step = toy_update(tx)
-    state, _ = step(update.init_state(TOY_PARAMS, tx), None, ROWS, GOLDEN)
+    state, _ = step(update.init_state(fresh(TOY_PARAMS), tx), None, ROWS, GOLDEN)
     before = jax.tree.map(np.array, (state.params, state.opt_state))
     spoilt = ROWS.replace(advantage_BT=ROWS.advantage_BT.at[1, 3].set(jnp.nan))
     state, metrics = step(state, None, spoilt, GOLDEN)
@@ -204,7 +212,7 @@ def test_three_updates_trace_once():
     step = update.make_update(
         optax.sgd(0.1), counted, None, microbatch_tokens=2 * T, dtype=jnp.float32
     )
-    state, counts = update.init_state(TOY_PARAMS, optax.sgd(0.1)), []
+    state, counts = update.init_state(fresh(TOY_PARAMS), optax.sgd(0.1)), []
     for _ in range(3):
         state, _ = step(state, None, ROWS, None)
         counts.append(len(traces))
@@ -215,10 +223,31 @@ def test_three_updates_trace_once():
 
 def test_the_state_is_donated():
     tx = OPTIMIZERS["adamw"]
-    state = update.init_state(TOY_PARAMS, tx)
+    state = update.init_state(fresh(TOY_PARAMS), tx)
     toy_update(tx)(state, None, ROWS, GOLDEN)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.params, state.opt_state)))
-    assert not TOY_PARAMS["dense"]["bias"].is_deleted()  # init_state made a copy
+
+
+def test_the_state_takes_over_float32_parameters_without_a_copy():
+    params = fresh(TOY_PARAMS)
+    state = update.init_state(params, OPTIMIZERS["sgd"], average=True)
+    assert state.params["dense"]["kernel"] is params["dense"]["kernel"]
+    assert state.average["dense"]["kernel"] is not params["dense"]["kernel"]
+
+
+def test_the_moving_average_by_hand():
+    """From 1, weights w1 and w2: 0.9 * 1 + 0.1 * w1, then 0.9 of that + 0.1 * w2."""
+    tx = optax.sgd(0.1)
+    step = update.make_update(
+        tx, toy_rollout_loss, None, microbatch_tokens=B * T, dtype=jnp.float32, decay=0.9
+    )
+    state = update.init_state(fresh(TOY_PARAMS), tx, average=True)
+    expected = np.asarray(TOY_PARAMS["dense"]["bias"])
+    for _ in range(2):
+        state, _ = step(state, None, ROWS, None)
+        expected = 0.9 * expected + 0.1 * np.asarray(state.params["dense"]["bias"])
+    np.testing.assert_allclose(state.average["dense"]["bias"], expected, rtol=1e-6)
+    assert np.abs(expected - np.asarray(state.params["dense"]["bias"])).max() > 1e-4
 
 
 def test_bfloat16_compute_keeps_float32_masters():
@@ -231,14 +260,14 @@ def test_bfloat16_compute_keeps_float32_masters():
     tx = optax.sgd(1e-4)
     step = update.make_update(tx, watched, None, microbatch_tokens=2 * T, dtype=jnp.bfloat16)
     halves = jax.tree.map(lambda w: w.astype(jnp.bfloat16), TOY_PARAMS)
-    state, metrics = step(update.init_state(halves, tx), None, ROWS, None)
+    state, metrics = step(update.init_state(fresh(halves), tx), None, ROWS, None)
     assert seen == {jnp.dtype(jnp.bfloat16)}
     assert {w.dtype for w in jax.tree.leaves(state.params)} == {jnp.dtype(jnp.float32)}
     assert metrics["optim/grad_norm"].dtype == jnp.float32
     change = state.params["dense"]["bias"] - 1.0  # bfloat16 next to 1 counts in steps of 2^-8
     assert 0 < np.max(np.abs(change)) < 2**-9
     exact, _ = toy_update(optax.sgd(1e-4))(
-        update.init_state(halves, tx), None, ROWS, jax.tree.map(jnp.zeros_like, GOLDEN)
+        update.init_state(fresh(halves), tx), None, ROWS, jax.tree.map(jnp.zeros_like, GOLDEN)
     )
     assert distance(change, exact.params["dense"]["bias"] - 1.0) < 0.02
 

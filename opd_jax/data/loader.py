@@ -1,42 +1,69 @@
-"""Batches of problems by Grain: one global shuffle from the seed, and an iterator that checkpoints."""
+"""Batches of problems by Grain, and what the models are shown of them: prompts and golden rows."""
 
+import dataclasses
+import re
 from collections.abc import Sequence
-from typing import Any
 
 import grain
 import numpy as np
 
-from opd_jax.data import tiny
 from opd_jax.data.problem import Problem
-from opd_jax.data.source import split_of
 from opd_jax.data.tokenizer import Tokenizer
 from opd_jax.errors import DataError
 
 
-def make_batches(section: Any, *, batch: int, seed: int) -> grain.DatasetIterator:
-    """Endless batches (lists of `Problem`) from the config section `data`.
+@dataclasses.dataclass(frozen=True)
+class PromptStyle:
+    """How a problem is put to a model.
 
-    Every epoch visits each problem once, in an order of its own drawn from the seed.
+    Attributes:
+      template: text of the user's turn; {problem}, {answer} and {solution} are filled in.
+      system: text of the system's turn; "" for the problem's own, if it has one.
     """
-    split = split_of(section.train, field="data.train")
-    dataset = grain.MapDataset.range(section.size).seed(seed)
-    if section.shuffle:
-        dataset = dataset.shuffle()
-    problems = dataset.repeat().map(lambda index: tiny.problem(split, int(index)))
-    return iter(problems.batch(batch, drop_remainder=True, batch_fn=list).to_iter_dataset())
+
+    template: str = "{problem}"
+    system: str = ""
+
+    def turns(self, problem: Problem) -> tuple[str, str]:
+        """The texts of the user's and the system's turn."""
+        fields = {
+            "problem": problem.prompt, "answer": problem.answer, "solution": problem.solution,
+        }  # fmt: skip
+        text = re.sub(r"\{(problem|answer|solution)\}", lambda m: fields[m[1]], self.template)
+        return text, self.system or problem.system
+
+    def prompts(self, problems: Sequence[Problem], tokenizer: Tokenizer) -> list[list[int]]:
+        """Prompt ids of each problem, through the tokenizer's chat template."""
+        return tokenizer.chats([self.turns(problem) for problem in problems])
 
 
-def prompt_ids(problem: Problem, tokenizer: Tokenizer, section: Any, limit: int) -> list[int]:
-    """Prompt of a problem through the chat template. Raises DataError where it exceeds `limit`."""
-    ids = tokenizer.chat(
-        problem.prompt, template=section.prompt_template, system=section.system_prompt
-    )
-    if not 1 <= len(ids) <= limit:
+def make_batches(
+    problems: Sequence[Problem],
+    *,
+    batch: int,
+    seed: int,
+    shuffle: bool,
+    shard: tuple[int, int] = (0, 1),
+) -> grain.DatasetIterator:
+    """Endless batches (lists of `Problem`); the iterator's state goes into checkpoints.
+
+    Every epoch visits each problem once, in an order of its own drawn from the seed; batches run on
+    over the end of an epoch. `shard` = (index, count) takes this process's part of every batch of
+    `batch` problems, so that the processes together see what one process alone would see.
+
+    Raises DataError where the batch does not divide among the processes.
+    """
+    index, count = shard
+    if batch % count:
         raise DataError(
-            f"problem {problem.id}: its prompt has {len(ids)} tokens, wanted 1 to "
-            f"rollout.max_prompt_tokens={limit}; set --config.rollout.max_prompt_tokens={len(ids)}"
+            f"rollout.prompts_per_step={batch} does not divide among {count} processes; "
+            f"set --config.rollout.prompts_per_step={-(-batch // count) * count}"
         )
-    return ids
+    dataset = grain.MapDataset.range(len(problems)).seed(seed)
+    if shuffle:
+        dataset = dataset.shuffle()
+    mine = dataset.repeat()[index::count].map(lambda i: problems[int(i)])
+    return iter(mine.batch(batch // count, drop_remainder=True, batch_fn=list).to_iter_dataset())
 
 
 def golden_rows(

@@ -3,7 +3,7 @@
 import collections
 import operator
 import pathlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,8 @@ BAD_ROWS = ("refuse", "skip")
 class Problems(Sequence[Problem]):
     """Problems by index, read when they are asked for. Made by `open_problems`.
 
-    `name` is what the config named, `skipped` counts the rows that are left out by reason.
+    `name` is what the config named, `skipped` counts the rows that are left out by reason;
+    `generated` problems are made by rule and all alike.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class Problems(Sequence[Problem]):
         columns: dict[str, str],
     ):
         self.name = name
+        self.generated = name.startswith("tiny:")
         self.skipped = skipped
         self._read = read
         self._kept = kept  # index of a problem -> index of its row
@@ -50,18 +52,18 @@ class Problems(Sequence[Problem]):
             return [self._read(int(i)) for i in self._kept[index]]
         return self._read(int(self._kept[operator.index(index)]))
 
-    def without(self, indices: Collection[int], reason: str) -> "Problems":
-        """The same problems less those at `indices`, which are counted under `reason`.
+    def without(self, bad: Mapping[str, Collection[int]]) -> "Problems":
+        """The same problems less those whose indices stand under some reason, which are counted.
 
         Raises DataError where none is left.
         """
         dropped = np.zeros(len(self), bool)
-        dropped[list(indices)] = True
-        skipped = dict(self.skipped)
-        if dropped.any():
-            skipped[reason] = skipped.get(reason, 0) + int(dropped.sum())
+        skipped = collections.Counter(self.skipped)
+        for reason, indices in bad.items():
+            dropped[list(indices)] = True
+            skipped[reason] += len(indices)
         return Problems(
-            self.name, self._read, self._kept[~dropped], skipped=skipped, columns=self._columns
+            self.name, self._read, self._kept[~dropped], skipped=dict(skipped), columns=self._columns
         )
 
     def describe(self) -> str:

@@ -16,7 +16,12 @@ from opd_jax.errors import ModelError
 class Tokenizer:
     """Text to ids and back for one model folder. Nothing is fetched, no code of the folder runs."""
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, *, chat_template: str = "", enable_thinking: bool = True):
+        """Read the folder.
+
+        `chat_template` is a Jinja file to use in place of the folder's own; `enable_thinking` is
+        handed to the template, which may know of it (Qwen3's does).
+        """
         if not (pathlib.Path(path) / "tokenizer.json").is_file():
             raise ModelError(
                 f"{path}/tokenizer.json is missing; copy the tokenizer files into the model folder"
@@ -30,22 +35,43 @@ class Tokenizer:
             raise ModelError(
                 f"{path}: cannot read the tokenizer ({reason}); copy it again"
             ) from None
+        if chat_template:
+            self.hf.chat_template = _template(chat_template)
         self.path = path
+        self.enable_thinking = enable_thinking
         self.size = len(self.hf)
 
-    def chat(self, problem: str, *, template: str = "{problem}", system: str = "") -> list[int]:
-        """Ids of a prompt: `template` with the problem filled in, through the chat template.
+    @property
+    def has_template(self) -> bool:
+        """Whether prompts go through a chat template; a base model may have none."""
+        return bool(self.hf.chat_template)
 
-        Without a chat template the text is encoded as it is (a base model).
+    def render(self, text: str, *, system: str = "", reply: str | None = None) -> str:
+        """The text of a prompt: an optional system turn and a user's turn, ready for the answer.
+
+        With `reply`, the text of the closed conversation instead. Without a chat template the prompt
+        is the text itself (a base model), and a system turn has no place in it.
+
+        Raises ModelError where the template is missing but needed, or refuses the turns.
         """
-        text = template.replace("{problem}", problem)
-        if not self.hf.chat_template:
-            return self.encode((system + "\n" if system else "") + text)
+        if not self.has_template:
+            if system:
+                raise ModelError(
+                    f"{self.path}: the tokenizer has no chat template, wanted one for the system "
+                    "prompt; name a Jinja file by --config.student.chat_template or "
+                    "--config.teacher.chat_template, or clear the system prompt"
+                )
+            return text + (reply or "")
         messages = [{"role": "system", "content": system}] if system else []
         messages.append({"role": "user", "content": text})
+        if reply is not None:
+            messages.append({"role": "assistant", "content": reply})
         try:  # in transformers' sandbox; the template is a program from the model folder
-            rendered = self.hf.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
+            return self.hf.apply_chat_template(
+                messages,
+                tokenize=False,
+                add_generation_prompt=reply is None,
+                enable_thinking=self.enable_thinking,
             )
         except Exception as error:  # jinja's own, and whatever a template raises
             reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -53,11 +79,31 @@ class Tokenizer:
                 f"{self.path}: its chat template cannot render a {messages[0]['role']} turn "
                 f"({reason}); correct chat_template"
             ) from None
-        return self.encode(rendered)
+
+    def chat(self, text: str, *, system: str = "") -> list[int]:
+        """Ids of a prompt; see `render`."""
+        return self.encode(self.render(text, system=system))
+
+    def chats(self, prompts: list[tuple[str, str]]) -> list[list[int]]:
+        """Ids of many prompts, given as (text, system); fast tokenizers use every core."""
+        return self.encode_all([self.render(text, system=system) for text, system in prompts])
+
+    def end_of_turn(self) -> int | None:
+        """The special token with which the chat template closes the model's turn, if it does."""
+        if not self.has_template:
+            return None
+        marker = "0123456789"
+        after = self.render("?", reply=marker).rpartition(marker)[2]
+        special = set(self.hf.get_added_vocab().values())
+        return next((i for i in self.encode(after) if i in special), None)
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text as it stands, no special tokens added."""
         return self.hf.encode(text, add_special_tokens=False)
+
+    def encode_all(self, texts: list[str]) -> list[list[int]]:
+        """`encode` of many texts."""
+        return self.hf(texts, add_special_tokens=False)["input_ids"] if texts else []
 
     def decode(self, ids: list[int]) -> str:
         """Text of the ids, special tokens left out."""
@@ -66,3 +112,16 @@ class Tokenizer:
     def vocabulary(self) -> dict[str, int]:
         """Token string -> id, added tokens included."""
         return self.hf.get_vocab()
+
+    def added(self) -> set[int]:
+        """Ids of the tokens added to the trained vocabulary: special ones and their like."""
+        return set(self.hf.get_added_vocab().values())
+
+
+def _template(path: str) -> str:
+    try:
+        return pathlib.Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(
+            f"chat template {path!r} cannot be read ({error}); give the path of a Jinja file"
+        ) from None

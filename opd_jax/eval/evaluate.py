@@ -3,6 +3,7 @@
 import json
 import math
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,12 +24,14 @@ def evaluate(
     problems: Sequence[data.Problem],
     prompts: Sequence[Sequence[int]],
     *,
+    max_prompt_tokens: int,
     key: jax.Array,
     section: Any,
     rollout: Any,
     repetition: Any,
     stop_ids: Sequence[int],
     vocabulary: int,
+    drawn_V: np.ndarray | None = None,
     grader: Grader,
     out: pathlib.Path,
 ) -> dict[str, float]:
@@ -38,8 +41,10 @@ def evaluate(
     line an answer to `out` (JSONL: id, prompt, answer, gold, grade, outcome, length) and the summary
     beside it (`out` with .json). Answers are drawn from `key`, so evaluation leaves training alone.
 
-    Returns accuracy (mean over problems of the mean over samples), stderr (over problems),
-    truncation_rate, repetition_rate, length_mean, unparsed and timeouts (shares of answers).
+    Returns truncation_rate, repetition_rate, length_mean; where every problem has a gold answer
+    accuracy (mean over problems of the mean over samples), stderr (over problems), unparsed and
+    timeouts (shares of answers); and with `section.match` the share of answers it is found in,
+    `matched`.
     """
     k = section.samples
     sampled = generate(
@@ -52,37 +57,49 @@ def evaluate(
         top_p=section.top_p,
         stop_ids=stop_ids,
         slots=rollout.slots or 256,
-        max_prompt_tokens=rollout.max_prompt_tokens,
+        max_prompt_tokens=max_prompt_tokens,
         vocabulary=vocabulary,
+        drawn_V=drawn_V,
     )
     answers = [problem for problem in problems for _ in range(k)]
     texts = [tokenizer.decode(sampled.response(i)) for i in range(len(answers))]
-    grades = grader.grade((text, p.answer) for text, p in zip(texts, answers, strict=True))
+    graded = all(problem.answer for problem in problems)
+    grades = (
+        grader.grade((text, p.answer) for text, p in zip(texts, answers, strict=True))
+        if graded
+        else [None] * len(texts)
+    )
     flagged = [
         metrics.repetitive(
             text, tail=repetition.repetition_tail, threshold=repetition.repetition_threshold
         )
         for text in texts
     ]
-    correct = np.array([g is Grade.CORRECT for g in grades], float).reshape(-1, k).mean(axis=1)
     summary = {
-        "accuracy": float(correct.mean()),
-        "stderr": float(correct.std(ddof=1) / math.sqrt(len(correct))) if len(correct) > 1 else 0.0,
         "truncation_rate": float(metrics.truncated(sampled.outcome_B).mean()),
         "repetition_rate": float(np.mean(flagged)),
         "length_mean": float(sampled.response_length_B.mean()),
-        "unparsed": float(np.mean([g is Grade.UNPARSED for g in grades])),
-        "timeouts": float(np.mean([g is Grade.TIMEOUT for g in grades])),
     }
+    if graded:
+        correct = np.array([g is Grade.CORRECT for g in grades], float).reshape(-1, k).mean(axis=1)
+        spread = correct.std(ddof=1) if len(correct) > 1 else 0.0
+        summary |= {
+            "accuracy": float(correct.mean()),
+            "stderr": float(spread / math.sqrt(len(correct))),
+            "unparsed": float(np.mean([g is Grade.UNPARSED for g in grades])),
+            "timeouts": float(np.mean([g is Grade.TIMEOUT for g in grades])),
+        }
+    if section.match:
+        summary["matched"] = float(np.mean([bool(re.search(section.match, t)) for t in texts]))
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("w", encoding="utf-8") as file:
-        for i, (problem, text) in enumerate(zip(answers, texts, strict=True)):
+        for i, (problem, text, grade) in enumerate(zip(answers, texts, grades, strict=True)):
             row = {
                 "id": problem.id,
                 "prompt": problem.prompt,
                 "answer": text,
                 "gold": problem.answer,
-                "grade": grades[i].value,
+                "grade": grade.value if grade else None,
                 "outcome": Outcome(int(sampled.outcome_B[i])).name.lower(),
                 "length": int(sampled.response_length_B[i]),
                 "repetitive": flagged[i],

@@ -1,7 +1,7 @@
 """The student, teacher and reference: Hugging Face folders as pure functions of parameter trees."""
 
 from opd_jax.models.architecture import ModelConfig
-from opd_jax.models.decoder import Params, forward
+from opd_jax.models.decoder import Params, forward, with_head_rows
 from opd_jax.models.hf import load, load_config, save
 
-__all__ = ["ModelConfig", "Params", "forward", "load", "load_config", "save"]
+__all__ = ["ModelConfig", "Params", "forward", "load", "load_config", "save", "with_head_rows"]

@@ -19,9 +19,11 @@ import jax.numpy as jnp
 from opd_jax.models import rope
 from opd_jax.models.architecture import ModelConfig
 from opd_jax.models.attention import attend_cached, attend_causal
+from opd_jax.types import Array
 
 Params = dict[str, Any]
 Cache = tuple[jax.Array, jax.Array]  # keys, values: [B, S, K, H]
+EXCLUDED = -1e30  # a finite logit of no mass: exp gives 0 exactly, and 0 * EXCLUDED is not nan
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
@@ -137,9 +139,25 @@ def head(params: Params) -> jax.Array:
     return params["head"]["kernel"] if "head" in params else params["embed"]["embedding"]
 
 
-def logits(head_VD: jax.Array, hidden: jax.Array) -> jax.Array:
-    """hidden @ head^T with float32 accumulation and result: [..., D], [V, D] -> [..., V]."""
-    return jnp.einsum("...D,VD->...V", hidden, head_VD, preferred_element_type=jnp.float32)
+def with_head_rows(params: Params, ids_V: jax.Array) -> Params:
+    """The same model with the rows `ids_V` of its output matrix, in that order: its ids renumbered."""
+    return params | {"head": {"kernel": head(params)[ids_V]}}
+
+
+def logits(
+    head_VD: jax.Array, hidden: jax.Array, allowed_V: Array | None = None
+) -> jax.Array:
+    """hidden @ head^T with float32 accumulation and result: [..., D], [V, D] -> [..., V].
+
+    Ids outside `allowed_V` (bool) get `EXCLUDED`: no mass, and 0 in p log p and in p (log p - log q).
+    """
+    out = jnp.einsum("...D,VD->...V", hidden, head_VD, preferred_element_type=jnp.float32)
+    return out if allowed_V is None else exclude(out, allowed_V)
+
+
+def exclude(logits: jax.Array, allowed_V: Array) -> jax.Array:
+    """Logits [..., V] with `EXCLUDED` in place of those that are not allowed."""
+    return jnp.where(jnp.expand_dims(allowed_V, range(logits.ndim - 1)), logits, EXCLUDED)
 
 
 def forward(

@@ -55,6 +55,8 @@ def generate(
     slots: int | None = None,
     max_prompt_tokens: int | None = None,
     vocabulary: int | None = None,
+    drawn_V: np.ndarray | None = None,
+    scored_V: np.ndarray | None = None,
     chunk: int = 128,
 ) -> Rollout:
     """Sample one response a prompt.
@@ -70,6 +72,7 @@ def generate(
       max_prompt_tokens: fixes the width of the rows (default: the longest prompt), so that batches
         of other prompts meet the same compiled program.
       vocabulary: sample among the first ids only.
+      drawn_V, scored_V: bool [vocabulary], see `sampling.sample`.
       chunk: decode steps between two looks from the host.
 
     Returns: `Rollout` with rows of max_prompt_tokens + max_response_tokens, in the prompts' order.
@@ -100,7 +103,7 @@ def generate(
         state = _decode_chunk(
             layers, model_config, state,
             steps=chunk, temperature=temperature, top_p=top_p, stop_ids=tuple(stop_ids),
-            vocabulary=vocabulary,
+            vocabulary=vocabulary, drawn_V=drawn_V, scored_V=scored_V,
         )  # fmt: skip
         done = np.flatnonzero(~np.asarray(state.live_B) & (owner >= 0))
         if len(done):
@@ -233,6 +236,8 @@ def _decode_chunk(
     top_p: float,
     stop_ids: tuple[int, ...],
     vocabulary: int | None,
+    drawn_V: jax.Array | None,
+    scored_V: jax.Array | None,
 ) -> Slots:
     """Up to `steps` tokens for every live slot; stops early when none is live."""
     head_VD = decoder.head(layers)[:vocabulary]
@@ -248,7 +253,12 @@ def _decode_chunk(
         # The key of a token is folded from its position in the row.
         key_B = jax.vmap(jax.random.fold_in)(state.key_B, state.length_B)
         token_B, logprob_B = sample(
-            decoder.logits(head_VD, hidden_BD), key_B, temperature=temperature, top_p=top_p
+            decoder.logits(head_VD, hidden_BD),
+            key_B,
+            temperature=temperature,
+            top_p=top_p,
+            drawn_V=drawn_V,
+            scored_V=scored_V,
         )
         target_B = jnp.where(state.live_B, state.length_B, state.tokens_BT.shape[1])  # else dropped
         length_B = state.length_B + state.live_B

@@ -3,19 +3,32 @@
 import jax
 import jax.numpy as jnp
 
+from opd_jax.models import decoder
+
 _BISECTIONS = 30
 
 
 def sample(
-    logits_BV: jax.Array, key_B: jax.Array, *, temperature: float, top_p: float
+    logits_BV: jax.Array,
+    key_B: jax.Array,
+    *,
+    temperature: float,
+    top_p: float,
+    drawn_V: jax.Array | None = None,
+    scored_V: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Draw one token a row -> (token_B int32, logprob_B float32).
 
     The draw is from softmax(logits / temperature) cut to its nucleus of mass `top_p`; temperature 0
     takes the most likely token. The log-prob is that of the model itself, untempered and uncut, so
-    it can be compared with the scorer's whatever the sampling settings.
+    it can be compared with the scorer's whatever the sampling settings. Only ids in `drawn_V` are
+    drawn, and log-probs are normalised over the ids in `scored_V` (bool; None: all of them); an id
+    that is drawn and not scored has log-prob 0.
     """
     logits_BV = logits_BV.astype(jnp.float32)
+    scored_BV = logits_BV if scored_V is None else decoder.exclude(logits_BV, scored_V)
+    if drawn_V is not None:
+        logits_BV = decoder.exclude(logits_BV, drawn_V)
     if temperature == 0.0:
         token_B = jnp.argmax(logits_BV, axis=-1)
     else:
@@ -24,8 +37,11 @@ def sample(
             tempered_BV = nucleus(tempered_BV, top_p)
         noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, logits_BV.shape[1:]))(key_B)
         token_B = jnp.argmax(tempered_BV + noise_BV, axis=-1)
-    chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0]
-    return token_B.astype(jnp.int32), chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
+    chosen_B = jnp.take_along_axis(scored_BV, token_B[:, None], axis=-1)[:, 0]
+    logprob_B = chosen_B - jax.nn.logsumexp(scored_BV, axis=-1)
+    if scored_V is not None:
+        logprob_B = jnp.where(scored_V[token_B], logprob_B, 0.0)
+    return token_B.astype(jnp.int32), logprob_B
 
 
 def nucleus(logits_BV: jax.Array, top_p: float) -> jax.Array:

@@ -7,18 +7,19 @@ import numpy as np
 import pytest
 
 from opd_jax import data
-from opd_jax.config import default
 from opd_jax.data import loader
-from opd_jax.errors import ConfigError, DataError
+from opd_jax.errors import DataError
 
 SIZE = 12
 
 
-def section(**changes: object):
-    """The config section `data`, of 12 problems."""
-    made = default().data
-    made.update({"size": SIZE} | changes)
-    return made
+def problems(size: int = SIZE, split: str = "train"):
+    """The first problems of a split."""
+    return data.open_problems(f"tiny:{split}", field="data.train", size=size)
+
+
+def batches_of(seed: int, *, batch: int, shuffle: bool = True, **changes: object):
+    return data.make_batches(problems(), batch=batch, seed=seed, shuffle=shuffle, **changes)
 
 
 def indices(batches, count: int) -> list[list[int]]:
@@ -30,7 +31,7 @@ def indices(batches, count: int) -> list[list[int]]:
 
 
 def order(seed: int, *, epochs: int = 1, batch: int = 4, **changes: object) -> list[int]:
-    batches = data.make_batches(section(**changes), batch=batch, seed=seed)
+    batches = batches_of(seed, batch=batch, **changes)
     return list(itertools.chain(*indices(batches, epochs * SIZE // batch)))
 
 
@@ -53,61 +54,57 @@ def test_order_depends_on_the_seed_alone():
 
 
 def test_batches_hold_the_problems_of_the_split():
-    batch = next(data.make_batches(section(train="tiny:sft", shuffle=False), batch=3, seed=0))
+    batch = next(data.make_batches(problems(split="sft"), batch=3, seed=0, shuffle=False))
     assert batch == [data.problem("sft", i) for i in range(3)]
 
 
 @pytest.mark.parametrize("taken", [0, 2, 4])  # before, within and beyond the first epoch of 3
 def test_state_resumes_exactly(taken):
-    straight = data.make_batches(section(), batch=4, seed=1)
+    straight = batches_of(1, batch=4)
     for _ in range(taken):
         next(straight)
     state = straight.get_state()
-    resumed = data.make_batches(section(), batch=4, seed=1)
+    resumed = batches_of(1, batch=4)
     resumed.set_state(state)
     assert indices(resumed, 7) == indices(straight, 7)
 
 
-def test_unknown_split_is_a_config_error():
-    assert data.split_of("tiny:sft", field="data.train") == "sft"
-    for name in ("tiny:nosuch", "tiny", "train", "other:train"):
-        with pytest.raises(ConfigError, match=r"^data\.train='" + name + "', wanted one of tiny:"):
-            data.make_batches(section(train=name), batch=2, seed=0)
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_together_see_what_one_alone_sees(count):
+    alone = indices(batches_of(5, batch=4), 7)
+    shards = [indices(batches_of(5, batch=4, shard=(i, count)), 7) for i in range(count)]
+    for whole, *parts in zip(alone, *shards, strict=True):
+        assert sorted(itertools.chain(*parts)) == sorted(whole)
+        assert all(len(part) == 4 // count for part in parts)
+
+
+def test_a_batch_that_does_not_divide_among_the_processes_is_refused():
+    with pytest.raises(DataError, match=r"3 processes; set --config\.rollout\.prompts_per_step=6"):
+        batches_of(0, batch=4, shard=(0, 3))
 
 
 # prompts
 
-PROBLEM = data.Problem(id="tiny-train-5", prompt="abc", solution="", answer="")
+PROBLEM = data.Problem("p", prompt="2+{answer}?", solution="so {problem}", answer="4", system="row's")
 
 
-def letters(text: str, *, template: str, system: str) -> list[int]:
-    """Stands in for Tokenizer.chat: a token a letter."""
-    return [ord(letter) for letter in system + template.replace("{problem}", text)]
+def test_a_style_fills_in_problem_answer_and_solution_once():
+    style = data.PromptStyle("<{problem}|{answer}|{solution}> in \\boxed{}")
+    assert style.turns(PROBLEM) == ("<2+{answer}?|4|so {problem}> in \\boxed{}", "row's")
 
 
-TOKENIZER = types.SimpleNamespace(chat=letters)
+def test_the_systems_turn_of_the_config_replaces_that_of_the_row():
+    assert data.PromptStyle(system="ours").turns(PROBLEM) == ("2+{answer}?", "ours")
 
 
-def test_prompt_fills_template_and_system():
-    ids = data.prompt_ids(
-        PROBLEM, TOKENIZER, section(prompt_template="<{problem}>", system_prompt="s"), 6
-    )
-    assert bytes(ids) == b"s<abc>"
+def test_prompts_go_through_the_chat_template():
+    def chats(prompts: list[tuple[str, str]]) -> list[list[int]]:
+        """Stands in for the tokenizer's: a token a letter."""
+        return [[ord(letter) for letter in f"{system}:{text}"] for text, system in prompts]
 
-
-def test_a_prompt_too_long_names_the_field():
-    message = (
-        r"problem tiny-train-5: its prompt has 3 tokens, wanted 1 to rollout\.max_prompt_tokens=2; "
-        r"set --config\.rollout\.max_prompt_tokens=3"
-    )
-    with pytest.raises(DataError, match=message):
-        data.prompt_ids(PROBLEM, TOKENIZER, section(), 2)
-    assert len(data.prompt_ids(PROBLEM, TOKENIZER, section(), 3)) == 3
-
-
-def test_an_empty_prompt_is_refused():
-    with pytest.raises(DataError, match="its prompt has 0 tokens"):
-        data.prompt_ids(PROBLEM, TOKENIZER, section(prompt_template=""), 5)
+    tokenizer = types.SimpleNamespace(chats=chats)
+    ids = data.PromptStyle("<{problem}>", "s").prompts([PROBLEM, PROBLEM], tokenizer)
+    assert [bytes(row) for row in ids] == [b"s:<2+{answer}?>"] * 2
 
 
 # golden rows

@@ -45,14 +45,30 @@ def test_digits_are_single_tokens(tokenizer):
 def test_chat_template(tokenizer):
     rendered = "<|im_start|>user\nAdd 5.<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.chat("Add 5.") == tokenizer.encode(rendered)
-    assert tokenizer.chat("5.", template="Add {problem}") == tokenizer.encode(rendered)
     system = "<|im_start|>system\nBe brief.<|im_end|>\n"
     assert tokenizer.chat("Add 5.", system="Be brief.") == tokenizer.encode(system + rendered)
 
 
-def test_braces_of_a_template_are_left_alone(tokenizer):
-    asked = tokenizer.chat("Add 5.", template="{problem} Answer in \\boxed{}.")
-    assert "Add 5. Answer in \\boxed{}." in tokenizer.decode(asked)
+def test_many_prompts_equal_one_by_one(tokenizer):
+    prompts = [("Add 5.", ""), ("Add 6.", "Be brief."), ("é", "")]
+    assert tokenizer.chats(prompts) == [tokenizer.chat(t, system=s) for t, s in prompts]
+    assert tokenizer.chats([]) == []
+
+
+def test_the_template_tells_how_a_turn_ends(tokenizer):
+    assert tokenizer.end_of_turn() == tokenizer.vocabulary()["<|im_end|>"]
+    closed = tokenizer.render("Add 5.", reply="7")
+    assert closed.endswith("<|im_start|>assistant\n7<|im_end|>\n")
+
+
+def test_a_chat_template_from_a_file(folder, tmp_path):
+    file = tmp_path / "plain.jinja"
+    file.write_text("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}\n")
+    tokenizer = data.Tokenizer(folder, chat_template=str(file))
+    assert tokenizer.render("Add 5.", system="Be brief.") == "<system>Be brief.<user>Add 5."
+    assert tokenizer.end_of_turn() is None  # this one does not close a turn
+    with pytest.raises(ModelError, match=r"chat template '.*nosuch' cannot be read"):
+        data.Tokenizer(folder, chat_template=str(tmp_path / "nosuch"))
 
 
 def test_special_tokens_are_one_id_and_not_text(tokenizer):
@@ -66,7 +82,11 @@ def test_special_tokens_are_one_id_and_not_text(tokenizer):
 def test_a_base_model_has_no_template(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "base", ignore=shutil.ignore_patterns("*.jinja"))
     base = data.Tokenizer(str(tmp_path / "base"))
-    assert base.chat("Add 5.", system="Be brief.") == base.encode("Be brief.\nAdd 5.")
+    assert not base.has_template
+    assert base.chat("Add 5.") == base.encode("Add 5.")
+    assert base.end_of_turn() is None
+    with pytest.raises(ModelError, match=r"no chat template, wanted one for the system prompt"):
+        base.chat("Add 5.", system="Be brief.")
 
 
 def test_missing_and_broken_folders(folder, tmp_path):

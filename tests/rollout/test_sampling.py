@@ -103,6 +103,26 @@ def test_logprob_is_that_of_the_model_whatever_the_settings(temperature, top_p):
     np.testing.assert_allclose(logprob, want, atol=1e-6)
 
 
+def test_only_allowed_ids_are_drawn_and_logprobs_are_over_the_scored_ones():
+    """Ids 0 and 3 are never drawn; id 6 is drawn, but stands outside the scored distribution."""
+    drawn_V = np.array([0, 1, 1, 0, 1, 1, 1], bool)
+    scored_V = np.array([0, 1, 1, 0, 1, 1, 0], bool)
+    keys = jax.random.split(jax.random.key(0), 20_000)
+    token, logprob = sample(
+        jnp.tile(LOGITS, (20_000, 1)), keys, temperature=1.0, top_p=1.0,
+        drawn_V=drawn_V, scored_V=scored_V,
+    )  # fmt: skip
+    prob = np.where(drawn_V, scipy.special.softmax(LOGITS.astype(np.float64)), 0.0)
+    expected = 20_000 * prob[drawn_V] / prob.sum()
+    count = np.bincount(np.asarray(token), minlength=7)
+    assert count[~drawn_V].sum() == 0
+    chi2 = np.sum((count[drawn_V] - expected) ** 2 / expected)
+    assert chi2 < scipy.stats.chi2.isf(1e-3, df=4)
+    log_p = LOGITS - scipy.special.logsumexp(LOGITS[scored_V])
+    want = np.where(scored_V, log_p, 0.0)[np.asarray(token)]
+    np.testing.assert_allclose(logprob, want, atol=1e-6)
+
+
 def test_bfloat16_logits_give_float32_logprobs(strict_dtypes):
     logits = jnp.asarray(np.tile(LOGITS, (4, 1)), jnp.bfloat16)
     keys = jax.random.split(jax.random.key(0), 4)

@@ -1,0 +1,54 @@
+"""On-policy self-distillation: the teacher is the student itself, shown a prompt of its own.
+
+python launch/train.py --config=configs/opsd.py:smollm2-135m
+
+The recipe `smollm2-135m` internalises a system prompt: the teacher is told to answer in French, the
+student is told nothing, and after training it answers in French without being told. On 2 CPU cores
+the share of French answers to held-out questions rises from near 0 to a clear majority within half
+an hour (docs/opsd.md). With other recipes, or `data.teacher_prompt_template`, the teacher sees the
+answer or the whole golden solution instead (2605.11182).
+
+`teacher.follow` says which weights teach: those of step 0 (frozen), their moving average (average),
+or the student's own (live).
+"""
+
+import pathlib
+
+from ml_collections import ConfigDict
+
+from configs import recipes
+
+SYSTEM_PROMPT = "You are a French assistant. Always answer in French."
+# At least three of the commonest French words: English answers do not hold them.
+FRENCH = r"(?is)(?:\b(?:le|la|les|des|du|est|une|et|dans|que|qui|pour|il|un|ce|pas)\b.*){3}"
+
+
+def get_config(recipe: str | None = None) -> ConfigDict:
+    """The teacher's weights and tokenizer are the student's; only what it is shown differs."""
+    config = recipes.recipe(recipe)
+    config.teacher.path = "student"
+    if (recipe or "tiny").startswith("smollm2-135m"):
+        _internalise(config)
+    else:
+        config.data.teacher_prompt_template = recipes.PRIVILEGED
+    return config
+
+
+def _internalise(config: ConfigDict) -> None:
+    """Questions in, French out: short answers, so that half an hour of a laptop is enough."""
+    here = pathlib.Path(__file__).parent
+    config.data.train = config.data.train or str(here / "questions" / "train.jsonl")
+    config.data.prompt_template = "{problem}"
+    config.data.teacher_prompt_template = "same"
+    config.data.teacher_system_prompt = SYSTEM_PROMPT
+    config.steps = 60
+    config.rollout.prompts_per_step = 32
+    config.rollout.samples_per_prompt = 1
+    config.rollout.max_prompt_tokens = 64
+    config.rollout.max_response_tokens = 48
+    config.optim.learning_rate = 2e-5
+    config.eval.data = config.eval.data or str(here / "questions" / "test.jsonl")
+    config.eval.match = FRENCH
+    config.eval.temperature = 0.7
+    config.eval.every = 10
+    config.eval.teacher = True

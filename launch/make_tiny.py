@@ -7,6 +7,7 @@ distribution for the teacher's word on its rollouts to teach.
 """
 
 import pathlib
+import shutil
 import sys
 
 from absl import flags
@@ -111,6 +112,9 @@ def make(name: str, out: pathlib.Path, workdir: pathlib.Path) -> None:
         config = sft_config(str(start), split, steps, rate)
         run = train.run(config, str(workdir / f"{name}-{number}"), command=sys.argv)
         params = run.state.params
+    shutil.rmtree(
+        out / name, ignore_errors=True
+    )  # the one that is made again; save never overwrites
     hf.save(str(out / name), model, params, tokenizer)
 
 

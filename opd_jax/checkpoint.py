@@ -10,8 +10,10 @@ from typing import Any
 
 import grain
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
+from opd_jax.errors import WorkdirError
 from opd_jax.types import TrainState
 
 
@@ -61,3 +63,58 @@ class Checkpoints:
             ),
         )
         return restored["state"]
+
+
+def restore_params(
+    workdir: pathlib.Path, abstract_params: Any, *, step: int | None = None
+) -> tuple[int, Any]:
+    """Read only the parameters of a step (default: the newest) -> (step, host arrays).
+
+    `abstract_params` gives their tree and shapes; the optimiser's state is left on the disk.
+    Nothing in the workdir is changed.
+
+    Raises WorkdirError: no checkpoint, not this step, or one of another model or damaged.
+    """
+    folder = (workdir / "checkpoints").absolute()
+    if not folder.is_dir():
+        raise WorkdirError(
+            f"workdir {str(workdir)!r} holds no checkpoints/; wait for the run's first checkpoint, "
+            "or give the workdir of a run"
+        )
+    options = ocp.CheckpointManagerOptions(create=False)
+    with ocp.CheckpointManager(folder, options=options) as manager:
+        steps = sorted(manager.all_steps())
+        if not steps:
+            raise WorkdirError(
+                f"workdir {str(workdir)!r} holds no finished checkpoint; "
+                "wait for the run's first one, or resume the run"
+            )
+        step = steps[-1] if step is None else step
+        if step not in steps:
+            raise WorkdirError(
+                f"workdir {str(workdir)!r} has no checkpoint of step {step}; "
+                f"there are those of {', '.join(map(str, steps))}"
+            )
+        item = {"params": abstract_params}
+        host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+        try:
+            restored = manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.PyTreeRestore(item, restore_args=host, partial_restore=True)
+                ),
+            )
+        except Exception as error:  # Orbax and TensorStore raise whatever their parts raise
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise WorkdirError(
+                f"{folder / str(step)}: cannot restore the parameters ({reason:.200}); it is damaged "
+                "or of another model: export an earlier step with --step"
+            ) from error
+    params = restored["state"]["params"]
+    got, want = (jax.tree.map(lambda leaf: leaf.shape, tree) for tree in (params, abstract_params))
+    if got != want:
+        raise WorkdirError(
+            f"{folder / str(step)}: its parameters have other shapes than student.path of "
+            "config.json asks for; restore the model folder that the run started from"
+        )
+    return step, params

@@ -151,7 +151,9 @@ def make_terms(config: ConfigDict) -> objectives.Terms:
 
 
 def _architecture(section: Any) -> models.ModelConfig:
-    return models.load_config(section.path)  # TEMPORARY
+    return models.load_config(
+        section.path, rope_theta=section.rope_theta, max_position=section.max_position
+    )
 
 
 def _tokenizer(section: Any) -> data.Tokenizer:

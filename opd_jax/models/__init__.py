@@ -2,6 +2,16 @@
 
 from opd_jax.models.architecture import ModelConfig
 from opd_jax.models.decoder import Params, forward, with_head_rows
-from opd_jax.models.hf import load, load_config, save
+from opd_jax.models.hf import load, load_config
+from opd_jax.models.saving import check_free, save
 
-__all__ = ["ModelConfig", "Params", "forward", "load", "load_config", "save", "with_head_rows"]
+__all__ = [
+    "ModelConfig",
+    "Params",
+    "check_free",
+    "forward",
+    "load",
+    "load_config",
+    "save",
+    "with_head_rows",
+]

@@ -5,19 +5,24 @@ import difflib
 from typing import Any
 
 from opd_jax.errors import ModelError
+from opd_jax.models import scaling
+from opd_jax.models.fields import LARGEST, flag, integer, number, show
+from opd_jax.models.scaling import RopeScaling
 
 SUPPORTED = ("llama", "qwen2", "qwen3")
 
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """Position scaling of RoPE: kind "linear" or "llama3", with the fields of transformers' config."""
-
-    kind: str
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 1.0
-    original_max_position: int = 0
+# What transformers takes where config.json leaves a field out. The sizes have no default here:
+# a file without them is broken, whatever transformers makes of it.
+_QWEN: dict[str, Any] = {
+    "num_key_value_heads": 32, "max_position_embeddings": 32_768, "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+}  # fmt: skip
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": _QWEN | {"num_key_value_heads": None, "max_position_embeddings": 2048,
+                      "eos_token_id": 2},
+    "qwen2": _QWEN,
+    "qwen3": _QWEN | {"head_dim": 128},
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +47,13 @@ class ModelConfig:
     rope_scaling: RopeScaling | None = None
 
 
-def from_hf(config: dict[str, Any], *, source: str) -> ModelConfig:
+def from_hf(
+    config: dict[str, Any], *, source: str, rope_theta: float = 0.0, max_position: int = 0
+) -> ModelConfig:
     """Read a Hugging Face config (`config.json` as a dict); `source` names it in errors.
+
+    A field that is left out means what it means to transformers; the sizes must be there.
+    `rope_theta` and `max_position` act as if the file said so; 0 leaves the file's value.
 
     Raises ModelError for another architecture, a missing or impossible field, or a feature that
     would change the logits and is not implemented (sliding windows, unknown RoPE scaling).
@@ -53,67 +63,57 @@ def from_hf(config: dict[str, Any], *, source: str) -> ModelConfig:
         near = difflib.get_close_matches(str(kind), SUPPORTED, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise ModelError(
-            f"{source}: model_type is {kind!r}{hint}, wanted one of {', '.join(SUPPORTED)}; "
+            f"{source}: model_type is {show(kind)}{hint}, wanted one of {', '.join(SUPPORTED)}; "
             "use a checkpoint of one of these families"
         )
+    config = _DEFAULTS[kind] | config | _overrides(config, source, rope_theta, max_position)
 
-    def integer(name: str, default: int | None = None) -> int:
+    def size(name: str, when_null: int | None = None) -> int:
         value = config.get(name)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ModelError(
-                f"{source}: {name} is {value!r}, wanted a positive integer; "
-                "download the folder again or correct the file"
-            )
-        return value
+        return integer(when_null if value is None else value, name, source)
 
     _refuse_unsupported(config, source)
-    heads, hidden = integer("num_attention_heads"), integer("hidden_size")
-    kv_heads = integer("num_key_value_heads", heads)
+    heads, hidden = size("num_attention_heads"), size("hidden_size")
+    kv_heads = size("num_key_value_heads", heads)
     if heads % kv_heads:
         raise ModelError(
             f"{source}: num_attention_heads={heads} is not a multiple of "
-            f"num_key_value_heads={kv_heads}; correct the file"
+            f"num_key_value_heads={kv_heads} (32 where a Qwen config leaves it out); "
+            "correct the file"
         )
-    head_dim = integer("head_dim", hidden // heads)
+    head_dim = size("head_dim", hidden // heads)
     if head_dim % 2:
         raise ModelError(
             f"{source}: head_dim={head_dim} is odd, RoPE wants an even one; correct it"
         )
-    theta, scaling = _rope(config, source)
+    positions = size("max_position_embeddings")
+    theta, rope_scaling = scaling.read(config, positions, source=source)
+    vocab_size = size("vocab_size")
     return ModelConfig(
         model_type=kind,
-        vocab_size=integer("vocab_size"),
+        vocab_size=vocab_size,
         hidden_size=hidden,
-        intermediate_size=integer("intermediate_size"),
-        num_layers=integer("num_hidden_layers"),
+        intermediate_size=size("intermediate_size"),
+        num_layers=size("num_hidden_layers"),
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         rope_theta=theta,
-        rms_norm_eps=_number(config.get("rms_norm_eps", 1e-6), "rms_norm_eps", source),
-        max_position=integer("max_position_embeddings"),
-        tie_embeddings=_flag(config, "tie_word_embeddings", source),
+        rms_norm_eps=number(config["rms_norm_eps"], "rms_norm_eps", source),
+        max_position=positions,
+        tie_embeddings=flag(config.get("tie_word_embeddings"), "tie_word_embeddings", source),
         qkv_bias=kind == "qwen2",
         qk_norm=kind == "qwen3",
-        eos_token_ids=eos_ids(config.get("eos_token_id"), source=source),
-        rope_scaling=scaling,
+        eos_token_ids=eos_ids(config.get("eos_token_id"), vocab_size, source=source),
+        rope_scaling=rope_scaling,
     )
 
 
 def to_hf(model: ModelConfig) -> dict[str, Any]:
     """The `config.json` that transformers reads back as the same model."""
     name = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[model.model_type]
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": model.rope_theta}
-    if scaling := model.rope_scaling:
-        rope |= {"rope_type": scaling.kind, "factor": scaling.factor}
-        if scaling.kind == "llama3":
-            rope |= {
-                "low_freq_factor": scaling.low_freq_factor,
-                "high_freq_factor": scaling.high_freq_factor,
-                "original_max_position_embeddings": scaling.original_max_position,
-            }
-    config: dict[str, Any] = {
+    ids = list(model.eos_token_ids)
+    return {
         "architectures": [f"{name}ForCausalLM"],
         "model_type": model.model_type,
         "vocab_size": model.vocab_size,
@@ -126,39 +126,29 @@ def to_hf(model: ModelConfig) -> dict[str, Any]:
         "hidden_act": "silu",
         "max_position_embeddings": model.max_position,
         "rms_norm_eps": model.rms_norm_eps,
-        "rope_theta": model.rope_theta,
-        "rope_parameters": rope,
         "tie_word_embeddings": model.tie_embeddings,
-    }
-    if model.eos_token_ids:
-        ids = list(model.eos_token_ids)
-        config["eos_token_id"] = ids[0] if len(ids) == 1 else ids
-    return config
+        # Written out where there is none: a Llama config that leaves it out means 2.
+        "eos_token_id": None if not ids else ids[0] if len(ids) == 1 else ids,
+    } | scaling.write(model.rope_theta, model.rope_scaling)
 
 
-def eos_ids(value: Any, *, source: str) -> tuple[int, ...]:
-    """`eos_token_id` as written by transformers (absent, a number or a list), as a tuple."""
+def eos_ids(value: Any, vocab_size: int, *, source: str) -> tuple[int, ...]:
+    """`eos_token_id` as written by transformers (absent, a number or a list), as a tuple.
+
+    Raises ModelError for what is no token id or not in the vocabulary: such a model never stops.
+    """
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
         raise ModelError(
-            f"{source}: eos_token_id is {value!r}, wanted a token id or a list of them"
+            f"{source}: eos_token_id is {show(value)}, wanted a token id or a list of them; "
+            "correct the file"
+        )
+    if ids and max(ids) >= vocab_size:
+        raise ModelError(
+            f"{source}: eos_token_id is {show(value)}, which the vocabulary of {vocab_size} ids "
+            "does not hold, so that no answer would end; correct the file"
         )
     return tuple(dict.fromkeys(ids))
-
-
-def _flag(config: dict[str, Any], name: str, source: str) -> bool:
-    value = config.get(name) or False
-    if not isinstance(value, bool):
-        raise ModelError(f"{source}: {name} is {value!r}, wanted true or false; correct the file")
-    return value
-
-
-def _number(value: Any, name: str, source: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e12:
-        raise ModelError(
-            f"{source}: {name} is {value!r}, wanted a positive number; correct the file"
-        )
-    return float(value)
 
 
 def _refuse_unsupported(config: dict[str, Any], source: str) -> None:
@@ -166,7 +156,7 @@ def _refuse_unsupported(config: dict[str, Any], source: str) -> None:
     sliding = config.get("use_sliding_window") or "sliding_attention" in layers
     for bad, what in (
         (sliding, "sliding-window attention is on (use_sliding_window / layer_types)"),
-        (config.get("hidden_act", "silu") != "silu", f"hidden_act={config.get('hidden_act')!r}"),
+        (config["hidden_act"] != "silu", f"hidden_act={show(config['hidden_act'])}"),
         (config.get("mlp_bias"), "mlp_bias is on"),
         (
             config.get("model_type") != "qwen2" and config.get("attention_bias"),
@@ -181,37 +171,31 @@ def _refuse_unsupported(config: dict[str, Any], source: str) -> None:
             )
 
 
-def _rope(config: dict[str, Any], source: str) -> tuple[float, RopeScaling | None]:
-    """Base and scaling from `rope_parameters` (transformers >= 5) or `rope_theta` + `rope_scaling`."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise ModelError(
-            f"{source}: the RoPE field is {rope!r}, wanted an object; correct the file"
-        )
-    theta = _number(
-        rope.get("rope_theta", config.get("rope_theta", 10_000.0)), "rope_theta", source
-    )
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return theta, None
-    if kind == "linear":
-        return theta, RopeScaling("linear", _number(rope.get("factor"), "rope factor", source))
-    if kind == "llama3":
-        original = rope.get("original_max_position_embeddings")
-        scaling = RopeScaling(
-            "llama3",
-            _number(rope.get("factor"), "rope factor", source),
-            _number(rope.get("low_freq_factor"), "low_freq_factor", source),
-            _number(rope.get("high_freq_factor"), "high_freq_factor", source),
-            int(_number(original, "original_max_position_embeddings", source)),
-        )
-        if not scaling.low_freq_factor < scaling.high_freq_factor:
+def _overrides(
+    config: dict[str, Any], source: str, rope_theta: float, max_position: int
+) -> dict[str, Any]:
+    """The fields that the two overrides replace, checked."""
+    changes: dict[str, Any] = {}
+    if _given(rope_theta):
+        if not (isinstance(rope_theta, int | float) and 1 < rope_theta < 1e12):
             raise ModelError(
-                f"{source}: low_freq_factor={scaling.low_freq_factor} is not below "
-                f"high_freq_factor={scaling.high_freq_factor}; correct the file"
+                f"{source}: rope_theta is overridden by {show(rope_theta)}, wanted a number above "
+                "1, or 0 to keep the file's; correct the override"
             )
-        return theta, scaling
-    raise ModelError(
-        f"{source}: RoPE scaling {kind!r} is not implemented, wanted default, linear or llama3; "
-        "use a checkpoint with one of these"
-    )
+        changes["rope_theta"] = rope_theta
+        for name in ("rope_scaling", "rope_parameters"):
+            if isinstance(config.get(name), dict):
+                changes[name] = config[name] | {"rope_theta": rope_theta}
+    if _given(max_position):
+        if not (isinstance(max_position, int) and 1 < max_position <= LARGEST):
+            raise ModelError(
+                f"{source}: max_position is overridden by {show(max_position)}, wanted a whole "
+                f"number from 2 to {LARGEST}, or 0 to keep the file's; correct the override"
+            )
+        changes["max_position_embeddings"] = max_position
+    return changes
+
+
+def _given(override: Any) -> bool:
+    """Only a number that is 0 leaves the file's value: False and None are mistakes."""
+    return isinstance(override, bool) or override != 0

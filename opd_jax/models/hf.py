@@ -1,52 +1,30 @@
-"""Hugging Face folders in and out: config.json + safetensors (one file, or shards and an index).
+"""Hugging Face folders in: config.json + safetensors (one file, or shards and an index).
 
 Nothing but JSON and safetensors is read: no pickle, no code from the folder.
 """
 
 import dataclasses
-import json
+import math
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from opd_jax.errors import ModelError
-from opd_jax.models import architecture, decoder
+from opd_jax.models import architecture, decoder, layout
 from opd_jax.models.architecture import ModelConfig
+from opd_jax.models.weights import Tensor, open_tensors, read_json
 
-# Our name within a layer -> (name in the file, transposed). Dense kernels are [in, out] here.
-_LAYER = {
-    "attention_norm.scale": ("input_layernorm.weight", False),
-    "query.kernel": ("self_attn.q_proj.weight", True),
-    "query.bias": ("self_attn.q_proj.bias", False),
-    "key.kernel": ("self_attn.k_proj.weight", True),
-    "key.bias": ("self_attn.k_proj.bias", False),
-    "value.kernel": ("self_attn.v_proj.weight", True),
-    "value.bias": ("self_attn.v_proj.bias", False),
-    "query_norm.scale": ("self_attn.q_norm.weight", False),
-    "key_norm.scale": ("self_attn.k_norm.weight", False),
-    "output.kernel": ("self_attn.o_proj.weight", True),
-    "mlp_norm.scale": ("post_attention_layernorm.weight", False),
-    "gate.kernel": ("mlp.gate_proj.weight", True),
-    "up.kernel": ("mlp.up_proj.weight", True),
-    "down.kernel": ("mlp.down_proj.weight", True),
-}
-_TOP = {
-    "embed.embedding": "model.embed_tokens.weight",
-    "norm.scale": "model.norm.weight",
-    "head.kernel": "lm_head.weight",
-}
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
-_FLOATS = ("float32", "bfloat16", "float16")
+Index = tuple[slice, ...]
 
 
-def load_config(path: str) -> ModelConfig:
+def load_config(path: str, *, rope_theta: float = 0.0, max_position: int = 0) -> ModelConfig:
     """Read and check `config.json` (and the end tokens of `generation_config.json`), no weights.
+
+    `rope_theta` and `max_position` replace the file's values; 0 keeps them. LUFFY's 16k student,
+    for one, is Qwen2.5-Math-7B with 40000 and 16384.
 
     Raises ModelError: folder or file missing, broken JSON, unsupported architecture.
     """
@@ -56,148 +34,176 @@ def load_config(path: str) -> ModelConfig:
             f"model folder {path!r} does not exist; "
             "give the path of a folder with config.json, model.safetensors and tokenizer.json"
         )
-    config = architecture.from_hf(_json(folder / "config.json"), source=f"{path}/config.json")
+    config = architecture.from_hf(
+        read_json(folder / "config.json"),
+        source=f"{path}/config.json",
+        rope_theta=rope_theta,
+        max_position=max_position,
+    )
     generation = folder / "generation_config.json"
     if generation.is_file():
-        ids = architecture.eos_ids(_json(generation).get("eos_token_id"), source=str(generation))
+        value = read_json(generation).get("eos_token_id")
+        ids = architecture.eos_ids(value, config.vocab_size, source=str(generation))
         merged = tuple(dict.fromkeys(config.eos_token_ids + ids))
         config = dataclasses.replace(config, eos_token_ids=merged)
     return config
 
 
-def load(path: str, dtype: Any = None) -> tuple[ModelConfig, decoder.Params]:
-    """Read a folder -> (config, params); `dtype` converts on the way, None keeps the file's.
+def load(
+    path: str,
+    dtype: Any = None,
+    *,
+    shardings: Any = None,
+    rope_theta: float = 0.0,
+    max_position: int = 0,
+) -> tuple[ModelConfig, decoder.Params]:
+    """Read a folder -> (config, params).
+
+    Args:
+      path: a folder with config.json and safetensors.
+      dtype: converted to on the way; None keeps the file's.
+      shardings: a tree of `jax.sharding.Sharding` like the params: of each leaf only the slices
+        that this process's devices hold are read, one at a time; None: the default device.
+      rope_theta, max_position: see `load_config`.
+
+    Host memory beside the result stays within a buffer of weights.CHUNK bytes and, where the
+    devices have memory of their own, the largest shard of a leaf.
 
     Raises ModelError naming file and tensor: missing, truncated, wrong shape or dtype, not finite.
+    Names, shapes and dtypes of all tensors are checked before the first is read.
     """
-    config = load_config(path)
-    folder = pathlib.Path(path)
-    files = _files(folder)
-    wanted = jax.tree_util.tree_leaves_with_path(decoder.abstract_params(config))
-    params: decoder.Params = {}
-    for key_path, leaf in wanted:
-        name = ".".join(str(k.key) for k in key_path)
-        target = params
-        *parents, last = name.split(".")
-        for parent in parents:
-            target = target.setdefault(parent, {})
-        target[last] = jnp.asarray(_read(folder, files, name, leaf.shape, dtype))
+    config = load_config(path, rope_theta=rope_theta, max_position=max_position)
+    wanted = decoder.abstract_params(config)
+    if shardings is None:
+        shardings = jax.tree.map(lambda _: None, wanted)
+    with open_tensors(pathlib.Path(path)) as tensors:
+        found = jax.tree_util.tree_map_with_path(
+            lambda key_path, leaf: _find(path, tensors, layout.leaf_name(key_path), leaf.shape),
+            wanted,
+        )
+        dtypes = jax.tree.map(
+            lambda parts: parts.dtype if dtype is None else np.dtype(dtype), found
+        )
+        host = _Host(max(jax.tree.leaves(jax.tree.map(_shard_bytes, wanted, dtypes, shardings))))
+        params = jax.tree.map(
+            lambda leaf, parts, dtype, sharding: _place(leaf.shape, parts, dtype, sharding, host),
+            wanted,
+            found,
+            dtypes,
+            shardings,
+        )
     return config, params
 
 
-def save(path: str, config: ModelConfig, params: decoder.Params, tokenizer: Any = None) -> None:
-    """Write the folder `load` and transformers read: config, generation config, weights, tokenizer.
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """The tensors of one leaf, in the order of its layers; not a pytree, so a leaf of one."""
 
-    `tokenizer`: anything with `save_pretrained`. Overwrites files of the same names.
-    """
-    folder = pathlib.Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors: dict[str, np.ndarray] = {}
-    for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        name = ".".join(str(k.key) for k in key_path)
-        array = np.asarray(leaf)
-        for file_name, index, transposed in _tensors(name, array.shape[0]):
-            piece = array if index is None else array[index]
-            tensors[file_name] = np.ascontiguousarray(piece.T if transposed else piece)
-    save_file(tensors, folder / _SINGLE, metadata={"format": "pt"})
-    dtype = str(next(iter(tensors.values())).dtype)
-    _write_json(folder / "config.json", architecture.to_hf(config) | {"dtype": dtype})
-    if config.eos_token_ids:
-        ids = list(config.eos_token_ids)
-        _write_json(folder / "generation_config.json", {"eos_token_id": ids})
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+    tensors: tuple[Tensor, ...]
+    stacked: bool
+    transposed: bool
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype they share; float32 where layers differ."""
+        kinds = {tensor.dtype for tensor in self.tensors}
+        return kinds.pop() if len(kinds) == 1 else np.dtype(np.float32)
 
 
-def _tensors(name: str, layers: int) -> Iterator[tuple[str, int | None, bool]]:
-    """The file's tensors that make up our leaf `name`: (file name, layer, transposed)."""
-    if name.startswith("layers."):
-        file_name, transposed = _LAYER[name.removeprefix("layers.")]
-        for i in range(layers):
-            yield f"model.layers.{i}.{file_name}", i, transposed
-    else:
-        yield _TOP[name], None, False
-
-
-def _files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
-    """Which file holds each tensor."""
-    if (folder / _INDEX).is_file():
-        weight_map = _json(folder / _INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ModelError(f"{folder / _INDEX}: no weight_map; download the folder again")
-        for shard in sorted(set(map(str, weight_map.values()))):
-            if pathlib.PurePath(shard).name != shard or not (folder / shard).is_file():
-                raise ModelError(f"{folder / _INDEX}: shard {shard!r} is not in the folder; add it")
-        return {name: folder / shard for name, shard in weight_map.items()}
-    single = folder / _SINGLE
-    if not single.is_file():
-        raise ModelError(
-            f"{folder}: neither {_SINGLE} nor {_INDEX} is there; "
-            "opd_jax reads safetensors only (no pickle .bin files): convert the weights"
-        )
-    with _open(single) as file:
-        return {name: single for name in file.keys()}  # noqa: SIM118 (safe_open has no __iter__)
-
-
-def _read(
-    folder: pathlib.Path, files: dict[str, pathlib.Path], name: str, shape: tuple, dtype: Any
-) -> np.ndarray:
-    """One leaf of the parameter tree, layers stacked, checked against the shape config.json gives."""
-    leaf: np.ndarray | None = None
-    for file_name, index, transposed in _tensors(name, shape[0]):
-        if file_name not in files:
+def _find(path: str, tensors: dict[str, Tensor], name: str, shape: tuple[int, ...]) -> _Parts:
+    """The tensors that make up a leaf, checked against the shape that config.json gives it."""
+    found = []
+    transposed, stacked = False, False
+    for part in layout.parts(name, shape[0]):
+        tensor = tensors.get(part.name)
+        if tensor is None:
             raise ModelError(
-                f"{folder}: tensor {file_name} is missing, config.json asks for it; "
+                f"{path}: tensor {part.name} is missing, config.json asks for it; "
                 "download the folder again"
             )
-        with _open(files[file_name]) as file:
-            try:
-                tensor = file.get_tensor(file_name)
-            except (SafetensorError, ValueError, TypeError, AttributeError) as error:
-                raise ModelError(f"{files[file_name]}: cannot read {file_name}: {error}") from error
-        tensor = tensor.T if transposed else tensor
-        want = shape if index is None else shape[1:]
-        if tensor.shape != want:
+        transposed, stacked = part.transposed, part.layer is not None
+        got = tensor.shape[::-1] if transposed else tensor.shape
+        want = shape[1:] if stacked else shape
+        if got != want:
             raise ModelError(
-                f"{files[file_name]}: {file_name} has shape {tensor.shape} here, config.json "
+                f"{tensor.path}: {part.name} has shape {got} here, config.json "
                 f"asks for {want} (kernels are shown [in, out]); the folder mixes two models"
             )
-        if str(tensor.dtype) not in _FLOATS:
-            raise ModelError(
-                f"{files[file_name]}: {file_name} has dtype {tensor.dtype}, "
-                f"wanted one of {', '.join(_FLOATS)}"
-            )
-        if not np.isfinite(tensor.astype(np.float32)).all():
-            raise ModelError(
-                f"{files[file_name]}: {file_name} holds NaN or infinity; use another checkpoint"
-            )
-        if leaf is None:
-            leaf = np.empty(shape, np.dtype(dtype) if dtype is not None else tensor.dtype)
-        leaf[... if index is None else index] = tensor
-    assert leaf is not None  # every leaf has at least one layer: from_hf checks it
-    return leaf
+        _ = tensor.dtype  # refused here if it is no float
+        found.append(tensor)
+    return _Parts(tuple(found), stacked, transposed)
 
 
-def _open(path: pathlib.Path) -> Any:
-    try:
-        return safe_open(path, framework="numpy")
-    except (SafetensorError, OSError) as error:
-        raise ModelError(
-            f"{path}: not a readable safetensors file ({error}); download it again"
-        ) from error
+class _Host:
+    """Host memory that a shard is read into on its way to its devices.
+
+    CPU: fresh and aligned, so that JAX takes it over as the array, without a copy. Elsewhere: one
+    buffer for all shards, because JAX lets go of fresh ones later than it has copied them. (Never
+    one buffer on CPU: an array may be an alias of it, whatever `may_alias` says.)
+    """
+
+    def __init__(self, largest: int):
+        self._largest, self._shared = largest, np.empty(0, np.uint8)
+
+    def buffer(self, size: int, platform: str) -> np.ndarray:
+        """`size` bytes; what an earlier call gave is lost, except on CPU."""
+        if platform == "cpu":
+            fresh = np.empty(size + 63, np.uint8)
+            return fresh[-fresh.ctypes.data % 64 :][:size]
+        if not len(self._shared):
+            self._shared = np.empty(self._largest, np.uint8)
+        return self._shared[:size]
 
 
-def _json(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{path} is missing; download the folder again") from None
-    except (ValueError, OSError, RecursionError) as error:
-        raise ModelError(f"{path}: not readable JSON ({error}); download it again") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path}: holds {type(value).__name__}, wanted an object")
-    return value
+def _shard_bytes(
+    leaf: jax.ShapeDtypeStruct, dtype: np.dtype, sharding: jax.sharding.Sharding | None
+) -> int:
+    shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
+    return math.prod(shape) * dtype.itemsize
 
 
-def _write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+def _place(
+    shape: tuple[int, ...],
+    parts: _Parts,
+    dtype: np.dtype,
+    sharding: jax.sharding.Sharding | None,
+    host: _Host,
+) -> jax.Array:
+    """One leaf on its devices; each distinct shard of it is read once."""
+
+    def put(index: Index, devices: Sequence[jax.Device | None], platform: str) -> list[jax.Array]:
+        sizes = [len(range(*s.indices(n))) for s, n in zip(index, shape, strict=True)]
+        buffer = host.buffer(math.prod(sizes) * dtype.itemsize, platform)
+        shard = buffer.view(dtype).reshape(sizes)
+        _read_into(shard, parts, index)
+        copies = [jax.device_put(shard, device) for device in devices]
+        return jax.block_until_ready(copies)  # only then may the buffer be written again
+
+    if sharding is None:  # uncommitted, on the default device (not jnp.asarray: it copies twice)
+        return put(tuple(slice(None) for _ in shape), [None], _default_platform())[0]
+    holders: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        assert index is not None
+        bounds = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
+        holders.setdefault(bounds, []).append(device)
+    shards = []
+    for bounds, devices in holders.items():
+        shards += put(tuple(slice(*bound) for bound in bounds), devices, devices[0].platform)
+    return jax.make_array_from_single_device_arrays(shape, sharding, shards)
+
+
+def _default_platform() -> str:
+    """Asked of an array, since jax.default_device may say otherwise than jax.default_backend."""
+    return next(iter(jax.device_put(np.zeros(())).devices())).platform
+
+
+def _read_into(out: np.ndarray, parts: _Parts, index: Index) -> None:
+    """Fill `out` with the slice `index` of a leaf: layers stacked, kernels transposed."""
+    if not parts.stacked:
+        parts.tensors[0].read_into(out, index)
+        return
+    for target, tensor in zip(out, parts.tensors[index[0]], strict=True):
+        if parts.transposed:
+            tensor.read_into(target.T, index[:0:-1])
+        else:
+            tensor.read_into(target, index[1:])

@@ -1,10 +1,13 @@
 """Rotary position embedding in the Hugging Face layout (first half, second half)."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from opd_jax.models.architecture import ModelConfig
+from opd_jax.models.scaling import RopeScaling
 
 
 def inverse_frequencies(config: ModelConfig) -> np.ndarray:
@@ -16,6 +19,8 @@ def inverse_frequencies(config: ModelConfig) -> np.ndarray:
         return inverse
     if scaling.kind == "linear":
         return inverse / np.float32(scaling.factor)
+    if scaling.kind == "yarn":
+        return _yarn(inverse, scaling, config)
     # llama3: long wavelengths are divided by the factor, short ones kept, blended in between.
     wavelength = 2 * np.pi / inverse
     low = scaling.original_max_position / scaling.low_freq_factor
@@ -29,11 +34,27 @@ def inverse_frequencies(config: ModelConfig) -> np.ndarray:
     return np.where(between, blended, inverse).astype(np.float32)
 
 
+def attention_factor(scaling: RopeScaling | None) -> float:
+    """What yarn multiplies cosines and sines with, and so the logits with its square; else 1."""
+    if scaling is None or scaling.kind != "yarn":
+        return 1.0
+    if scaling.attention_factor:
+        return scaling.attention_factor
+
+    def magnitude(mscale: float) -> float:
+        return 1.0 if scaling.factor <= 1 else 0.1 * mscale * math.log(scaling.factor) + 1.0
+
+    if scaling.mscale and scaling.mscale_all_dim:
+        return magnitude(scaling.mscale) / magnitude(scaling.mscale_all_dim)
+    return magnitude(1.0)
+
+
 def rotary(config: ModelConfig, position_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine tables of the positions, float32 [B, T, 1, H/2]."""
     inverse = jnp.asarray(inverse_frequencies(config))[None, None, None]
     angle = position_BT.astype(jnp.float32)[..., None, None] * inverse
-    return jnp.cos(angle), jnp.sin(angle)
+    factor = attention_factor(config.rope_scaling)
+    return jnp.cos(angle) * factor, jnp.sin(angle) * factor
 
 
 def rotate(x_BTNH: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -42,3 +63,26 @@ def rotate(x_BTNH: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x_BTNH.dtype)
+
+
+def _yarn(inverse: np.ndarray, scaling: RopeScaling, config: ModelConfig) -> np.ndarray:
+    """YaRN (arXiv 2309.00071): pairs that turn often keep their frequency, slow ones are divided.
+
+    In between is a linear ramp over the pair's index, from where a pair makes beta_fast turns in
+    the original context to where it makes beta_slow.
+    """
+    size = config.head_dim
+
+    def pair_with_turns(turns: float) -> float:
+        wavelength = scaling.original_max_position / (turns * 2 * math.pi)
+        return size * math.log(wavelength) / (2 * math.log(config.rope_theta))
+
+    low, high = pair_with_turns(scaling.beta_fast), pair_with_turns(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, size - 1)
+    if low == high:
+        high += 0.001  # as transformers does: no division by zero
+    ramp = np.clip((np.arange(size // 2, dtype=np.float32) - low) / (high - low), 0, 1)
+    kept = (1 - ramp).astype(np.float32)
+    return (inverse / np.float32(scaling.factor) * (1 - kept) + inverse * kept).astype(np.float32)

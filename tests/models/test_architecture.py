@@ -3,7 +3,8 @@
 import pytest
 
 from opd_jax.errors import ModelError
-from opd_jax.models.architecture import RopeScaling, eos_ids, from_hf, to_hf
+from opd_jax.models.architecture import eos_ids, from_hf, to_hf
+from opd_jax.models.scaling import RopeScaling
 from tests.conftest import tiny_config
 
 SOURCE = "folder/config.json"
@@ -13,6 +14,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }  # fmt: skip
 SCALED = RopeScaling("llama3", 8.0, 1.0, 4.0, 64)
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 
 
 def hf_config(**changes: object) -> dict:
@@ -63,8 +65,35 @@ def test_rope_theta_of_old_and_new_configs():
         ({"rope_scaling": LLAMA3}, SCALED),
         ({"rope_parameters": LLAMA3 | {"rope_theta": 3e4}}, SCALED),
         ({"rope_scaling": None}, None),
+        ({"rope_scaling": YARN}, RopeScaling("yarn", 4.0, original_max_position=64)),
+        ({"rope_parameters": YARN}, RopeScaling("yarn", 4.0, original_max_position=64)),
+        # transformers lets the older field win, and fills in the model's own length.
+        ({"rope_scaling": LLAMA3, "rope_parameters": YARN}, SCALED),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": None}},
+            RopeScaling("yarn", 1.0, original_max_position=256),
+        ),
+        (
+            {"rope_scaling": YARN | {"factor": None}},
+            RopeScaling("yarn", 256 / 64, original_max_position=64),
+        ),
+        (
+            {"rope_scaling": YARN, "original_max_position_embeddings": 32},
+            RopeScaling("yarn", 4.0, original_max_position=32),
+        ),
+        (
+            {
+                "rope_scaling": YARN
+                | {"beta_fast": 16, "beta_slow": 2, "attention_factor": 1.5, "truncate": False}
+                | {"mscale": 0.7, "mscale_all_dim": 0.9}
+            },
+            RopeScaling(
+                "yarn", 4.0, original_max_position=64, beta_fast=16.0, beta_slow=2.0,
+                attention_factor=1.5, mscale=0.7, mscale_all_dim=0.9, truncate=False,
+            ),
+        ),
     ],
-)
+)  # fmt: skip
 def test_rope_scaling_of_old_and_new_configs(fields, scaling):
     assert from_hf(hf_config(**fields), source=SOURCE).rope_scaling == scaling
 
@@ -83,7 +112,37 @@ def test_key_value_heads_default_to_heads():
     ("value", "ids"), [(None, ()), (5, (5,)), ([5, 3, 5], (5, 3)), ([], ()), (0, (0,))]
 )
 def test_eos_is_absent_a_number_or_a_list(value, ids):
-    assert eos_ids(value, source=SOURCE) == ids
+    assert eos_ids(value, 99, source=SOURCE) == ids
+
+
+def test_overrides_act_as_if_the_file_said_so():
+    def read(**changes):
+        return from_hf(hf_config(**changes), source=SOURCE, rope_theta=4e4, max_position=512)
+
+    plain = from_hf(hf_config(rope_theta=4e4, max_position_embeddings=512), source=SOURCE)
+    assert read() == plain
+    assert (plain.rope_theta, plain.max_position) == (4e4, 512)
+    for name in ("rope_scaling", "rope_parameters"):
+        scaled = read(**{name: LLAMA3 | {"rope_theta": 3e4}})
+        assert (scaled.rope_theta, scaled.rope_scaling) == (4e4, SCALED)
+    file = hf_config()
+    assert from_hf(file, source=SOURCE, rope_theta=0.0, max_position=0) == from_hf(
+        hf_config(), source=SOURCE
+    )
+    read(rope_parameters=YARN)
+    assert file == hf_config()  # what was read is not changed
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [("rope_theta", value) for value in (-1.0, 1.0, 1e13, float("nan"), float("inf"), "1e4", True)]
+    + [("max_position", value) for value in (-1, 1, 10**12, 512.0, "512", False, None)],
+)
+def test_bad_overrides(override, value):
+    with pytest.raises(ModelError, match=f"{override} is overridden by ") as error:
+        from_hf(hf_config(), source=SOURCE, **{override: value})
+    assert str(error.value).startswith(SOURCE)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -95,9 +154,16 @@ def test_eos_is_absent_a_number_or_a_list(value, ids):
         tiny_config(model_type="llama", qkv_bias=False, eos_token_ids=()),
         tiny_config(model_type="llama", qkv_bias=False, rope_scaling=SCALED),
         tiny_config(rope_scaling=RopeScaling("linear", 4.0)),
+        tiny_config(rope_scaling=RopeScaling("yarn", 4.0, original_max_position=64)),
+        tiny_config(
+            rope_scaling=RopeScaling(
+                "yarn", 4.0, original_max_position=64, beta_fast=16.0, attention_factor=1.5,
+                mscale=0.7, mscale_all_dim=0.9, truncate=False,
+            )
+        ),
     ],
-    ids=["qwen2", "qwen3", "llama", "llama no eos", "llama3 scaling", "linear scaling"],
-)
+    ids=["qwen2", "qwen3", "llama", "llama no eos", "llama3", "linear", "yarn", "yarn, all given"],
+)  # fmt: skip
 def test_round_trip(model):
     assert from_hf(to_hf(model), source=SOURCE) == model
 
@@ -127,7 +193,30 @@ def test_round_trip(model):
         ({"mlp_bias": True}, "mlp_bias"),
         ({"attention_bias": True}, "attention_bias"),
         ({"quantization_config": {"bits": 4}}, "quantised"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'"),
+        ({"model_type": ["llama"]}, "model_type"),
+        ({"model_type": {"a": "b" * 500}}, "model_type"),
+        ({"model_type": 3}, "model_type is 3"),
+        ({"model_type": None}, "model_type is None"),
+        ({"eos_token_id": 99}, "the vocabulary of 99 ids"),
+        ({"eos_token_id": [7, 10**30]}, "the vocabulary of 99 ids"),
+        ({"vocab_size": 10**30}, "vocab_size"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
+        ({"hidden_size": 10**400}, "hidden_size"),
+        ({"rope_theta": 10**400}, "rope_theta"),
+        ({"rope_theta": 1}, "rope_theta"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "flat"),
+        ({"rope_scaling": {"rope_type": ["yarn"]}}, "['yarn']"),
+        ({"rope_scaling": YARN | {"factor": -4.0}}, "rope factor"),
+        ({"rope_scaling": YARN | {"beta_fast": 1, "beta_slow": 32}}, "beta_slow=32.0"),
+        ({"rope_scaling": YARN | {"attention_factor": 0.0}}, "attention_factor"),
+        ({"rope_scaling": YARN | {"mscale": "1"}}, "mscale"),
+        ({"rope_scaling": YARN | {"truncate": 1}}, "truncate"),
+        (
+            {"rope_scaling": YARN | {"original_max_position_embeddings": 0}},
+            "original_max_position_embeddings",
+        ),
         ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "'dynamic'"),
         ({"rope_scaling": {"type": "linear"}}, "rope factor"),
         ({"rope_scaling": {**LLAMA3, "low_freq_factor": None}}, "low_freq_factor"),
@@ -141,6 +230,7 @@ def test_refusals_name_source_and_field_in_one_line(changes, field):
     assert message.startswith(f"{SOURCE}: ")
     assert field in message
     assert "\n" not in message
+    assert len(message) < 300
 
 
 def test_an_unknown_family_hints_at_a_near_name():

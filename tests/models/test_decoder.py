@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from opd_jax.models import decoder, rope
-from opd_jax.models.architecture import RopeScaling
+from opd_jax.models.scaling import RopeScaling
 from tests.conftest import noisy_params, random_rows, tiny_config
 
 CONFIGS = {
@@ -135,9 +135,39 @@ def test_rotation_by_hand():
         # Wavelengths 2 pi / f: 6.28 is under 100/4 (kept), 628 and 6283 over 100/1 (divided by 8);
         # 62.83 lies between: b = (100/62.83 - 1) / (4 - 1) = 0.19718, f = (1-b) 0.1/8 + b 0.1.
         (RopeScaling("llama3", 8.0, 1.0, 4.0, 100), [1.0, 0.02975353, 0.00125, 0.000125]),
+        # Pairs with 32 turns and 1 turn in 1000 positions: 8 ln(1000 / (32 2 pi)) / (2 ln 1e4) =
+        # 0.697 and 2.202, rounded outwards to 0 and 3; 1/1, 3/4, 2/4, 1/4 of each frequency is left.
+        (RopeScaling("yarn", 4.0, original_max_position=1000), [1.0, 0.075, 0.005, 0.00025]),
+        # Not rounded, the ramp runs from 0.69667 to 2.20182: 0, 0.20153, 0.86591, 1.
+        (
+            RopeScaling("yarn", 4.0, original_max_position=1000, truncate=False),
+            [1.0, 0.0848854, 0.00350565, 0.00025],
+        ),
     ],
-    ids=["plain", "linear", "llama3"],
+    ids=["plain", "linear", "llama3", "yarn", "yarn not rounded"],
 )
 def test_frequencies_by_hand(scaling, want):
     config = tiny_config(head_dim=8, rope_theta=1e4, rope_scaling=scaling)
     np.testing.assert_allclose(rope.inverse_frequencies(config), want, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "want"),
+    [
+        ({}, 1.1386294),  # 0.1 ln 4 + 1
+        ({"factor": 0.5}, 1.0),
+        ({"attention_factor": 1.5, "mscale": 2.0, "mscale_all_dim": 1.0}, 1.5),
+        ({"mscale": 2.0, "mscale_all_dim": 1.0}, 1.2772589 / 1.1386294),
+        ({"mscale": 2.0}, 1.1386294),  # one of the two alone says nothing
+    ],
+)
+def test_yarn_scales_cosines_and_sines_by_hand(changes, want):
+    scaling = RopeScaling(**{"kind": "yarn", "factor": 4.0, "original_max_position": 64} | changes)
+    np.testing.assert_allclose(rope.attention_factor(scaling), want, rtol=1e-6)
+    cos, sin = rope.rotary(tiny_config(rope_scaling=scaling), jnp.arange(3)[None])
+    np.testing.assert_allclose(cos[0, 0], want, rtol=1e-6)
+    np.testing.assert_allclose(cos**2 + sin**2, want**2, rtol=1e-5)
+
+
+def test_only_yarn_scales_cosines():
+    assert rope.attention_factor(None) == rope.attention_factor(RopeScaling("linear", 4.0)) == 1.0

@@ -28,6 +28,15 @@ CASES = {
             "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
         },
     },
+    "qwen2 yarn": {
+        "model_type": "qwen2",
+        "tie_word_embeddings": True,
+        "head_dim": 8,
+        "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "beta_fast": 8,
+            "original_max_position_embeddings": 16,
+        },
+    },
 }  # fmt: skip
 
 
@@ -47,7 +56,7 @@ def write_folder(folder: pathlib.Path, case: str) -> None:
         "mlp.gate_proj.weight": (24, 16), "mlp.up_proj.weight": (24, 16),
         "mlp.down_proj.weight": (16, 24),
     }  # fmt: skip
-    if case == "qwen2":
+    if case.startswith("qwen2"):
         layer |= {f"self_attn.{x}_proj.bias": (key,) for x in "kv"}
         layer |= {"self_attn.q_proj.bias": (query,)}
     if case == "qwen3":

@@ -1,0 +1,50 @@
+"""Where each leaf of our parameter tree lies in a Hugging Face checkpoint."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+# Our name within a layer -> (name in the file, transposed). Dense kernels are [in, out] here.
+_LAYER = {
+    "attention_norm.scale": ("input_layernorm.weight", False),
+    "query.kernel": ("self_attn.q_proj.weight", True),
+    "query.bias": ("self_attn.q_proj.bias", False),
+    "key.kernel": ("self_attn.k_proj.weight", True),
+    "key.bias": ("self_attn.k_proj.bias", False),
+    "value.kernel": ("self_attn.v_proj.weight", True),
+    "value.bias": ("self_attn.v_proj.bias", False),
+    "query_norm.scale": ("self_attn.q_norm.weight", False),
+    "key_norm.scale": ("self_attn.k_norm.weight", False),
+    "output.kernel": ("self_attn.o_proj.weight", True),
+    "mlp_norm.scale": ("post_attention_layernorm.weight", False),
+    "gate.kernel": ("mlp.gate_proj.weight", True),
+    "up.kernel": ("mlp.up_proj.weight", True),
+    "down.kernel": ("mlp.down_proj.weight", True),
+}
+_TOP = {
+    "embed.embedding": "model.embed_tokens.weight",
+    "norm.scale": "model.norm.weight",
+    "head.kernel": "lm_head.weight",
+}
+
+
+class Part(NamedTuple):
+    """One tensor of a file: its name, the layer of our leaf that it is (None: all), transposed."""
+
+    name: str
+    layer: int | None
+    transposed: bool
+
+
+def leaf_name(path: tuple[Any, ...]) -> str:
+    """`layers.query.kernel` of a key path of jax.tree_util."""
+    return ".".join(str(key.key) for key in path)
+
+
+def parts(leaf: str, layers: int) -> Iterator[Part]:
+    """The tensors that make up our leaf, in the order of its layers."""
+    if leaf.startswith("layers."):
+        name, transposed = _LAYER[leaf.removeprefix("layers.")]
+        for i in range(layers):
+            yield Part(f"model.layers.{i}.{name}", i, transposed)
+    else:
+        yield Part(_TOP[leaf], None, False)

@@ -65,7 +65,9 @@ def default() -> ConfigDict:
     scoring = config.scoring = ConfigDict()
     scoring.token_chunk = 2048  # tokens whose logits exist at one time
     scoring.overlap_top_k = 16  # k of the overlap metrics (2604.13016 uses 16)
-    scoring.special_tokens = "remap"  # ids with two meanings: remap | mask | keep (data/alignment.py)
+    scoring.special_tokens = (
+        "remap"  # ids with two meanings: remap | mask | keep (data/alignment.py)
+    )
     scoring.mask_first = ()  # texts whose first occurrence in a response is not scored (2603.25562)
 
     loss = config.loss = ConfigDict()
@@ -181,7 +183,9 @@ def validate(config: ConfigDict) -> None:
     try:
         re.compile(config.eval.match)
     except re.error as error:
-        raise _wrong("eval.match", repr(config.eval.match), f"a regular expression ({error})") from None
+        raise _wrong(
+            "eval.match", repr(config.eval.match), f"a regular expression ({error})"
+        ) from None
     if config.loss.pg_weight and config.rollout.temperature == 0:
         raise _wrong("rollout.temperature", 0, "a number above 0: greedy rollouts do not explore")
     prompts, updates = config.rollout.prompts_per_step, config.optim.updates_per_rollout

@@ -261,9 +261,7 @@ class _Run:
             scored_V=self.scored_V,
         )
 
-    def _measure(
-        self, rollout: Rollout, scores: Scores, mask_BT: np.ndarray
-    ) -> dict[str, float]:
+    def _measure(self, rollout: Rollout, scores: Scores, mask_BT: np.ndarray) -> dict[str, float]:
         on_device = metrics.score_metrics(scores, mask_BT)
         decode = self.setup.tokenizer.decode
         row = metrics.rollout_metrics(

@@ -28,9 +28,7 @@ def test_ids_with_two_meanings_and_first_occurrences_are_left_out():
     scored_V[7] = False
     got = rows.scored_mask(ROLLOUT, scored_V, [(4,), (5, 6)])
     # Row 0: response 4 5 4 7: the first 4, the first of {5, 6}, and 7. Row 1: 5 6 6 5: the first 5.
-    np.testing.assert_array_equal(
-        got, np.array([[0, 0, 0, 1, 0, 0], [0, 0, 0, 1, 1, 1]], bool)
-    )
+    np.testing.assert_array_equal(got, np.array([[0, 0, 0, 1, 0, 0], [0, 0, 0, 1, 1, 1]], bool))
 
 
 def test_an_id_beyond_the_vocabulary_in_the_prompt_is_no_error():

@@ -122,7 +122,9 @@ def moved(params, start=PARAMS):
 @pytest.mark.parametrize("rows", [1, 2, 3])
 def test_micro_batches_change_nothing(name, rows):
     tx = OPTIMIZERS[name]
-    whole, whole_metrics = toy_update(tx)(update.init_state(fresh(TOY_PARAMS), tx), None, ROWS, GOLDEN)
+    whole, whole_metrics = toy_update(tx)(
+        update.init_state(fresh(TOY_PARAMS), tx), None, ROWS, GOLDEN
+    )
     split, split_metrics = toy_update(tx, rows)(
         update.init_state(fresh(TOY_PARAMS), tx), None, ROWS, GOLDEN
     )

@@ -105,9 +105,7 @@ def align(
     stops += [i for i in range(vocabulary) if scored[i] and int(ids[i]) in ends]
     drawn = scored.copy()
     drawn[stops] = True
-    differing = tuple(
-        Differing(i, mine[i], theirs[i], treatment[i]) for i in treatment if both[i]
-    )
+    differing = tuple(Differing(i, mine[i], theirs[i], treatment[i]) for i in treatment if both[i])
     return Alignment(
         vocabulary, ids, scored, drawn, tuple(dict.fromkeys(stops)), differing, int((~both).sum())
     )

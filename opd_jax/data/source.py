@@ -63,7 +63,11 @@ class Problems(Sequence[Problem]):
             dropped[list(indices)] = True
             skipped[reason] += len(indices)
         return Problems(
-            self.name, self._read, self._kept[~dropped], skipped=dict(skipped), columns=self._columns
+            self.name,
+            self._read,
+            self._kept[~dropped],
+            skipped=dict(skipped),
+            columns=self._columns,
         )
 
     def describe(self) -> str:

@@ -144,9 +144,7 @@ def with_head_rows(params: Params, ids_V: jax.Array) -> Params:
     return params | {"head": {"kernel": head(params)[ids_V]}}
 
 
-def logits(
-    head_VD: jax.Array, hidden: jax.Array, allowed_V: Array | None = None
-) -> jax.Array:
+def logits(head_VD: jax.Array, hidden: jax.Array, allowed_V: Array | None = None) -> jax.Array:
     """hidden @ head^T with float32 accumulation and result: [..., D], [V, D] -> [..., V].
 
     Ids outside `allowed_V` (bool) get `EXCLUDED`: no mass, and 0 in p log p and in p (log p - log q).

@@ -77,7 +77,9 @@ def test_remap_gives_an_end_token_the_teachers_and_masks_the_rest(qwen, r1):
     assert got.teacher_ids[259] == 259  # <tool> is the same to both
     report = "\n".join(data.alignment_report(got, qwen, r1, rows=(300, 320)))
     assert "258 of 260 ids scored" in report
-    assert "id 258: <|im_end|> to the student, <Assistant> to the teacher: remapped to <end>" in report
+    assert (
+        "id 258: <|im_end|> to the student, <Assistant> to the teacher: remapped to <end>" in report
+    )
     assert "id 257: <|im_start|> to the student, <User> to the teacher: masked" in report
     assert "only one of them opens <think>" in report
 

@@ -85,7 +85,9 @@ def test_a_batch_that_does_not_divide_among_the_processes_is_refused():
 
 # prompts
 
-PROBLEM = data.Problem("p", prompt="2+{answer}?", solution="so {problem}", answer="4", system="row's")
+PROBLEM = data.Problem(
+    "p", prompt="2+{answer}?", solution="so {problem}", answer="4", system="row's"
+)
 
 
 def test_a_style_fills_in_problem_answer_and_solution_once():

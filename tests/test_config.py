@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from configs import opd, sft, stable_opd
+from configs import opd, opsd, recipes, sft, stable_opd
 from opd_jax import config as configuration
 from opd_jax.errors import ConfigError
 
@@ -22,22 +22,30 @@ def with_field(field: str, value: object):
     return config
 
 
-@pytest.mark.parametrize("module", [stable_opd, opd, sft])
-def test_shipped_configs_are_valid(module):
-    configuration.validate(module.get_config())
-    configuration.validate(module.get_config("tiny"))
+METHODS = {"stable_opd": stable_opd, "opd": opd, "sft": sft, "opsd": opsd}
 
 
-@pytest.mark.parametrize("module", [stable_opd, opd, sft])
-def test_golden_config(module, update_golden):
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("recipe", recipes.RECIPES)
+def test_shipped_configs_are_valid(name, recipe):
+    options = "" if recipe == "tiny" else ",data=problems.jsonl"
+    configuration.validate(METHODS[name].get_config(recipe + options))
+
+
+def test_the_recipe_is_tiny_where_none_is_named():
+    named, unnamed = (opd.get_config(recipe).to_dict() for recipe in ("tiny", None))
+    assert named == unnamed
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("recipe", recipes.RECIPES)
+def test_golden_config(name, recipe, update_golden):
     """A changed default shows as a diff of a text file."""
-    flat = configuration.flatten(module.get_config().to_dict())
-    lines = [
-        f"{k} = {json.dumps(v if not k.endswith('path') else pathlib.Path(v).name)}"
-        for k, v in sorted(flat.items())
-    ]
+    flat = configuration.flatten(METHODS[name].get_config(recipe).to_dict())
+    here = str(pathlib.Path(opsd.__file__).parents[1])
+    lines = [f"{k} = {json.dumps(v).replace(here, '.')}" for k, v in sorted(flat.items())]
     text = "\n".join(lines) + "\n"
-    file = GOLDEN / f"{module.__name__.split('.')[-1]}-tiny.txt"
+    file = GOLDEN / f"{name}-{recipe}.txt"
     if update_golden:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
@@ -65,6 +73,18 @@ def test_methods_differ_in_numbers_only():
         ("loss.aggregation", "mean", "token, sequence"),
         ("student.dtype", "float8", "auto, float32, bfloat16"),
         ("student.path", "", "student.path"),
+        ("data.train", "", "data.train='', wanted a file of problems"),
+        ("data.prompt_template", "Solve it", "wanted a text that holds {problem}"),
+        ("data.teacher_prompt_template", "{solution}", "wanted a text that holds {problem}"),
+        ("data.system_prompt", "same", "the student's own texts"),
+        ("data.bad_rows", "skp", "--config.data.bad_rows=skip"),
+        ("data.epochs", -1.0, "data.epochs=-1.0"),
+        ("scoring.special_tokens", "remapped", "--config.scoring.special_tokens=remap"),
+        ("teacher.follow", "liv", "--config.teacher.follow=live"),
+        ("teacher.follow", "live", "set --config.teacher.path=student"),
+        ("teacher.decay", 1.5, "0 to 1"),
+        ("student.max_position", -1, "student.max_position=-1"),
+        ("eval.match", "(", "eval.match='(', wanted a regular expression"),
         ("teacher.path", "", "teacher.path"),
         ("optim.updates_per_rollout", 3, "--config.rollout.prompts_per_step=18"),
         ("optim.microbatch_tokens", 10, "--config.optim.microbatch_tokens="),
@@ -101,6 +121,30 @@ def test_nothing_to_train_is_refused():
     config.loss.pg_weight = 0.0
     with pytest.raises(ConfigError, match="nothing would be trained"):
         configuration.validate(config)
+
+
+def test_recipe_options_set_what_most_runs_change():
+    config = stable_opd.get_config(
+        "qwen2.5-math-7b,student=a/b,teacher=r1-distill-7b,data=x.jsonl,eval=y.json"
+    )
+    assert config.student.path == "a/b"
+    assert config.teacher.path == "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B"
+    assert (config.data.train, config.eval.data) == ("x.jsonl", "y.json")
+    assert config.scoring.mask_first == ("<", "think", ">")
+
+
+def test_a_teacher_that_is_named_needs_no_help():
+    alone = stable_opd.get_config("smollm2-135m,data=x.jsonl")
+    assert alone.teacher.path == "student"
+    assert "{solution}" in alone.data.teacher_prompt_template
+    helped = stable_opd.get_config("smollm2-135m,data=x.jsonl,teacher=DIR")
+    assert (helped.teacher.path, helped.data.teacher_prompt_template) == ("DIR", "same")
+
+
+@pytest.mark.parametrize("option", ["techer=x", "teacher", "teacher=", ""])
+def test_unknown_options_are_refused(option):
+    with pytest.raises(ConfigError, match="wanted one of student=VALUE, teacher=VALUE"):
+        opd.get_config(f"smollm2-135m,{option}")
 
 
 def test_unknown_recipe_names_the_nearest():

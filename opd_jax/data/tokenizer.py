@@ -8,7 +8,7 @@ os.environ.setdefault(
     "TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"
 )  # that torch is not here is intended
 
-from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerFast
 
 from opd_jax.errors import ModelError
 
@@ -27,9 +27,9 @@ class Tokenizer:
                 f"{path}/tokenizer.json is missing; copy the tokenizer files into the model folder"
             )
         try:
-            self.hf: Any = AutoTokenizer.from_pretrained(
-                path, local_files_only=True, trust_remote_code=False
-            )
+            # Not AutoTokenizer: the class it picks by model_type may rebuild the splitting of text
+            # and add tokens (<|endoftext|> to R1-Distill) that the checkpoint was not trained with.
+            self.hf: Any = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
         except Exception as error:  # the tokenizers library raises bare Exception
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ModelError(

@@ -135,8 +135,12 @@ def make_setup(config: ConfigDict) -> Setup:
 
 
 def _resolved(config: ConfigDict) -> ConfigDict:
-    """A copy in which a teacher that is the student has the student's path and positions."""
+    """A copy in which models are folders, and a teacher that is the student has its path and positions."""
     config = config.copy_and_resolve_references()
+    for role in ("student", "teacher", "reference"):
+        used = role != "teacher" or config.loss.pg_weight
+        if used and config[role].path and config[role].path != "student":
+            config[role].path = models.locate(config[role].path)
     if config.teacher.path == "student":
         for field in ("path", "rope_theta", "max_position", "enable_thinking"):
             config.teacher[field] = config.student[field]

@@ -164,6 +164,101 @@ def test_teacher_equal_to_student_leaves_the_student_where_it_is(folders, tmp_pa
     jax.tree.map(np.testing.assert_array_equal, result.state.params, before)
 
 
+def questions(folder: pathlib.Path, count: int = 12, **more: object) -> str:
+    """A file of problems without solutions or answers."""
+    rows = [{"problem": f"Start with {i}, add 2.", **more} for i in range(count)]
+    file = folder / "questions.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+def self_distillation(folders, tmp_path, follow: str):
+    config = small(folders, "opd")
+    config.teacher.path = "student"
+    config.teacher.follow = follow
+    config.teacher.decay = 0.5
+    config.data.teacher_system_prompt = "Add."
+    config.data.train = config.eval.data = questions(tmp_path)
+    config.eval.match = "[0-9a-z]"
+    config.rollout.max_response_tokens = 20
+    config.steps = 2
+    return config
+
+
+@pytest.mark.parametrize("follow", ["frozen", "average", "live"])
+def test_self_distillation_on_a_file_of_questions(folders, tmp_path, follow, capsys):
+    config = self_distillation(folders, tmp_path, follow)
+    result = train.run(config, str(tmp_path / "run"), command=[])
+    rows = lines(tmp_path / "run", "metrics.jsonl")
+    assert rows[1]["score/advantage_mean"] != 0.0  # another prompt, another distribution
+    assert {"eval/questions/matched", "eval/questions/length_mean"} <= rows[0].keys()
+    assert "eval/questions/accuracy" not in rows[0]  # nothing to hold an answer against
+    assert set(result.table) == {"student before", "student after", "teacher"}
+    said = capsys.readouterr().out
+    assert "12 problems of 12 rows" in said
+    assert "answers that match" in said
+    if follow == "average":
+        assert result.state.average is not None
+        config.steps = 4
+        resumed = train.run(config, str(tmp_path / "run"), command=[])
+        straight = train.run(config, str(tmp_path / "straight"), command=[])
+        jax.tree.map(np.testing.assert_array_equal, resumed.state, straight.state)
+    else:
+        assert result.state.average is None
+
+
+def test_a_live_teacher_with_the_students_prompt_has_nothing_to_say(folders, tmp_path):
+    config = self_distillation(folders, tmp_path, "live")
+    config.data.teacher_system_prompt = "same"
+    train.run(config, str(tmp_path / "run"), command=[])
+    for row in lines(tmp_path / "run", "metrics.jsonl")[1:]:
+        assert row["score/advantage_mean"] == row["optim/grad_norm"] == 0.0
+
+
+def test_a_run_without_held_out_data_measures_none(folders, tmp_path, capsys):
+    config = small(folders, "sft")
+    config.eval.data = ""
+    config.steps = 1
+    assert train.run(config, str(tmp_path / "run"), command=[]).table == {}
+    assert not (tmp_path / "run" / "eval").exists()
+    assert "accuracy" not in capsys.readouterr().out
+
+
+def test_rows_that_do_not_fit_are_skipped_and_counted_where_the_config_says_so(
+    folders, tmp_path, capsys
+):
+    file = pathlib.Path(questions(tmp_path, solution="1+2=3.\n\\boxed{3}"))
+    bad = [
+        {"problem": "Add 1. " * 40, "solution": "x"},
+        {"problem": "Add 1.", "solution": "7" * 200},
+    ]
+    with file.open("a") as out:
+        out.write("".join(json.dumps(row) + "\n" for row in bad) + "{broken\n")
+    config = small(folders, "sft")
+    config.data.train, config.eval.data, config.steps = str(file), "", 1
+    with pytest.raises(DataError, match=r"questions\.jsonl, line 15, .*bad_rows=skip"):
+        train.run(config, str(tmp_path / "run"), command=[])
+    config.data.bad_rows = "skip"
+    train.run(config, str(tmp_path / "run"), command=[])
+    said = capsys.readouterr().out
+    assert "12 problems of 15 rows" in said
+    for reason in ("prompt too long 1", "golden solution too long 1"):
+        assert reason in said
+    config.data.bad_rows = "refuse"
+    file.write_text(file.read_text().replace("{broken\n", ""))
+    with pytest.raises(DataError, match=r"problem questions-13: its prompt has \d+ tokens, wanted"):
+        train.run(config, str(tmp_path / "other"), command=[])
+
+
+def test_epochs_set_the_steps(folders, tmp_path):
+    config = small(folders, "sft")
+    config.data.train = questions(tmp_path, count=10, solution="1+2=3.\n\\boxed{3}")
+    config.data.epochs, config.eval.data = 0.8, ""
+    result = train.run(config, str(tmp_path / "run"), command=[])  # 8 problems, 4 a step
+    assert int(result.state.step) == 2
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["steps"] == 2
+
+
 def test_several_updates_a_rollout(folders, tmp_path):
     config = small(folders)
     config.optim.updates_per_rollout = 2

@@ -3,6 +3,7 @@
 from opd_jax.models.architecture import ModelConfig
 from opd_jax.models.decoder import Params, forward, with_head_rows
 from opd_jax.models.hf import load, load_config
+from opd_jax.models.hub import locate
 from opd_jax.models.saving import check_free, save
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "forward",
     "load",
     "load_config",
+    "locate",
     "save",
     "with_head_rows",
 ]

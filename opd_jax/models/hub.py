@@ -1,0 +1,33 @@
+"""Models by hub name: found in the local cache, or fetched once where there is a network."""
+
+import contextlib
+import os
+import re
+
+from opd_jax.errors import ModelError
+
+# Weights, settings and tokenizer; never code or pickles.
+_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
+
+
+def locate(path: str) -> str:
+    """The folder of a model: `path` itself where it exists, else that of the hub's model of that name.
+
+    Only a name of the form OWNER/MODEL asks the network, and only where the cache does not hold it.
+    Raises ModelError: no such folder and no such name, or the hub cannot be reached.
+    """
+    if os.path.exists(path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or path[0] in "./":
+        return path  # a folder that does not exist is refused where it is read
+    from huggingface_hub import snapshot_download  # only those who name a hub model need it
+
+    with contextlib.suppress(Exception):  # not in the cache, or only in part
+        return snapshot_download(path, allow_patterns=_FILES, local_files_only=True)
+    try:
+        print(f"fetching {path} from the Hugging Face hub", flush=True)
+        return snapshot_download(path, allow_patterns=_FILES)
+    except Exception as error:  # the hub's client raises whatever its layers raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"model {path!r} is neither a folder nor can it be fetched from the hub ({reason:.200}); "
+            "give the path of a Hugging Face folder"
+        ) from None

@@ -181,7 +181,9 @@ def _flags(row: Row, column: str, count: int) -> list[bool]:
     if marks is None:  # not checked by anybody: the caller may (prepare_data grades)
         return [True] * count
     if not isinstance(marks, list) or len(marks) != count:
-        raise _Unusable(f"has {count} generations, but {column} does not have as many marks")
+        raise _Unusable(
+            f"has {count} generations, but {column} does not have as many marks", "no solution"
+        )
     return [mark is True for mark in marks]
 
 
@@ -244,7 +246,7 @@ def _boxed_gsm8k(text: str) -> str:
     r"""GSM8K's solution: calculator marks removed, "#### 1,000" as a last line \boxed{1000}."""
     match = _GSM8K.search(text)
     assert match is not None  # callers have looked
-    steps = _CALCULATOR.sub("", text[: match.start()])
+    steps = _CALCULATOR.sub("", text[: match.start()]).rstrip()
     return f"{steps}\n\\boxed{{{_number(match)}}}"
 
 

@@ -109,6 +109,8 @@ def read_problem(
     if need_answer and answer is None:
         part("answer", ANSWER, _answer, True)
     name, taken_id = part("id", ID, _scalar, False)
+    if not system and isinstance(row.get("system"), str):  # as prepare_data writes it
+        system = row["system"].strip() and row["system"]
     problem = Problem(
         id=name or f"{pathlib.Path(path).name.split('.')[0]}-{number}",
         prompt=prompt,

@@ -6,7 +6,7 @@ from opd_jax import cli
 from opd_jax.data import prepare_config
 from opd_jax.errors import ConfigError
 
-cli.define_config("configs/prepare_data.py")
+cli.define_config("configs/prepare_data.py", fields=prepare_config.default)
 flags.DEFINE_string("out", None, "folder of the result; a run that was killed goes on in its own")
 
 

@@ -16,12 +16,18 @@ FLAGS = flags.FLAGS
 EXIT_USER, EXIT_FLAGS = 1, 2
 
 
-def define_config(default: str) -> None:
-    """The `--config=FILE.py[:RECIPE]` flag; every field can be overridden (`--config.steps=10`)."""
+def define_config(default: str, *, fields: Callable[[], ConfigDict] = training_fields) -> None:
+    """The `--config=FILE.py[:RECIPE]` flag; every field can be overridden (`--config.steps=10`).
+
+    `fields` makes the tree that the entry point's config files start from.
+    """
     sys.path.insert(
         0, str(pathlib.Path(__file__).parents[1])
     )  # config files import configs.recipes
-    config_flags.DEFINE_config_file("config", default, "experiment file, with :RECIPE after it")
+    try:
+        config_flags.DEFINE_config_file("config", default, "experiment file, with :RECIPE after it")
+    except Exception as error:  # overrides of the default file are applied here already
+        _fail(str(explain(error, sys.argv[1:], fields())), EXIT_USER)
 
 
 def main(run: Callable[[], None], *, fields: Callable[[], ConfigDict] = training_fields) -> None:

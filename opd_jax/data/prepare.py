@@ -1,6 +1,6 @@
 """Raw problems with solutions -> sft.jsonl and opd.jsonl: filtered, decontaminated, split.
 
-A row is dropped for the first reason that holds, in the order of `_judge`; every drop is a line of
+A row is dropped for the first reason that holds, in the order of `judge.judge`; every drop is a line of
 dropped.jsonl. Rows are worked on in blocks, each saved with a marker when it is done: a run that is
 killed goes on after the last block, and its result is that of a run that was not. Memory holds one
 block, the benchmarks, and some 100 bytes a kept row.
@@ -8,7 +8,6 @@ block, the benchmarks, and some 100 bytes a kept row.
 
 import collections
 import glob
-import hashlib
 import itertools
 import json
 import os
@@ -21,17 +20,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from opd_jax.config import flatten
-from opd_jax.data.columns import UNFINISHED, WRONG, read_problem
 from opd_jax.data.decontaminate import Benchmarks, Encoder, load_encoder, read_benchmarks
 from opd_jax.data.files import Row, RowError, stream
+from opd_jax.data.judge import judge, problem_key
 from opd_jax.data.prepare_config import validate
-from opd_jax.data.problem import Problem
 from opd_jax.data.tokenizer import Tokenizer
 from opd_jax.errors import DataError, WorkdirError
-from opd_jax.eval.grade import Grade, Grader
+from opd_jax.eval.grade import Grader
 
-_REASONS = {UNFINISHED: "unfinished", WRONG: "wrong"}  # of columns.py, as the report calls them
-_CONTAMINATED = "contaminated"
 Say = Callable[[str], None]
 
 
@@ -106,14 +102,14 @@ def _claim(folder: pathlib.Path, config: ConfigDict, paths: list[str]) -> None:
     file = folder / "config.json"
     try:
         if not file.exists():
-            if folder.exists() and any(folder.iterdir()):
+            if folder.exists() and {item.name for item in folder.iterdir()} - {"config.json.tmp"}:
                 raise WorkdirError(
                     f"{str(folder)!r} is not empty and was not made by prepare_data; "
                     "give a new folder with --out"
                 )
             folder.mkdir(parents=True, exist_ok=True)
             _write(file, [json.dumps(mine, indent=2) + "\n"])
-        theirs = json.loads(file.read_text(encoding="utf-8"))
+        theirs = dict(json.loads(file.read_text(encoding="utf-8")))
         (folder / "blocks").mkdir(exist_ok=True)
     except OSError as error:
         if isinstance(error, WorkdirError):
@@ -121,7 +117,7 @@ def _claim(folder: pathlib.Path, config: ConfigDict, paths: list[str]) -> None:
         raise WorkdirError(
             f"{str(folder)!r} cannot be written ({error.strerror}); give another --out"
         ) from None
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise WorkdirError(f"{file} cannot be read ({error}); give a new --out") from None
     different = [name for name in sorted(mine | theirs) if mine.get(name) != theirs.get(name)]
     if different:
@@ -153,14 +149,17 @@ def _work(
             marker = name.with_suffix(".json")
             markers.append(marker)
             if not marker.exists():
-                made = _judge(block, config, benchmarks, tokenizer, grader, seen)
+                made = judge(
+                    block, config=config, benchmarks=benchmarks, tokenizer=tokenizer, grader=grader,
+                    seen=seen,
+                )  # fmt: skip
                 for kind, lines in made["rows"].items():
                     _write(name.with_suffix(f".{kind}.jsonl"), map(_line, lines))
                 _write(marker, [json.dumps({k: v for k, v in made.items() if k != "rows"})])
                 say(f"{len(markers) * config.block - config.block + len(block):,} rows")
             elif not config.filter.duplicates:
                 kept = _lines(name.with_suffix(".kept.jsonl"))
-                seen.update(_key(row["problem"]) for row in kept)
+                seen.update(problem_key(row["problem"]) for row in kept)
     finally:
         if grader:
             grader.close()
@@ -171,94 +170,6 @@ def _rows(paths: list[str]) -> Iterator[tuple[str, int, Row | RowError]]:
     for path in paths:
         for number, row in stream(path):
             yield path, number, row
-
-
-def _judge(
-    block: list[tuple[str, int, Row | RowError]],
-    config: ConfigDict,
-    benchmarks: Benchmarks,
-    tokenizer: Tokenizer | None,
-    grader: Grader | None,
-    seen: set[int],
-) -> dict[str, Any]:
-    """Kept and dropped rows of a block, how many fell for what, and the benchmark problems found."""
-    keep = config.filter
-    dropped: dict[int, dict[str, Any]] = {}  # place in the block -> line of dropped.jsonl
-    problems: dict[int, Problem] = {}
-    hits: dict[str, set[int]] = {method: set() for method in benchmarks.methods}
-    rows_hit: collections.Counter[str] = collections.Counter()
-
-    def drop(place: int, reason: str, **more: Any) -> None:
-        path, number, _ = block[place]
-        problem = problems.pop(place, None)
-        line = {"source": path, "line": number, "id": problem.id if problem else None}
-        dropped[place] = line | {"reason": reason} | more
-
-    for place, (path, number, row) in enumerate(block):
-        try:
-            if isinstance(row, RowError):
-                raise row
-            problems[place], _ = read_problem(
-                row, path=path, number=number, columns=config.data.columns,
-                need_solution=keep.solution, need_answer=keep.answer,
-            )  # fmt: skip
-        except RowError as error:
-            unreadable = isinstance(row, RowError) or error.reason == "no problem"
-            if config.data.bad_rows == "refuse" and unreadable:
-                raise
-            drop(place, _REASONS.get(error.reason, error.reason), detail=str(error))
-    if grader:
-        doubtful = [i for i in problems if not _vouched(block[i][2])]
-        pairs = [(problems[i].solution, problems[i].answer) for i in doubtful]
-        for place, grade in zip(doubtful, grader.grade(pairs), strict=True):
-            if grade is not Grade.CORRECT:
-                drop(place, "wrong", detail=f"math-verify: {grade.value}")
-    if tokenizer:
-        for place in list(problems):
-            length = len(tokenizer.encode(problems[place].solution))
-            if length > keep.max_tokens:
-                drop(place, "too long", detail=f"{length} tokens")
-    places = list(problems)
-    for place, matches in zip(
-        places, benchmarks.find([problems[i].prompt for i in places]), strict=True
-    ):
-        if not matches:
-            continue
-        of = [(benchmarks.problems[match.problem], match) for match in matches]
-        for match in matches:
-            hits[match.method].add(match.problem)
-        # A row counts once for each method, each benchmark, and each benchmark by any method.
-        rows_hit.update({f"{b.benchmark} {match.method}" for b, match in of})
-        rows_hit.update({f"{b.benchmark} any" for b, _ in of} | {f"any {m.method}" for _, m in of})
-        drop(place, _CONTAMINATED, problem=problems[place].prompt, matches=[
-            {"benchmark": b.benchmark, "id": b.id, "line": b.number, "method": match.method,
-             "score": match.score, "problem": b.prompt} for b, match in of
-        ])  # fmt: skip
-    if not keep.duplicates:
-        for place in list(problems):
-            key = _key(problems[place].prompt)
-            if key in seen:
-                drop(place, "duplicate")
-            seen.add(key)
-    kept = [_kept(problem, *block[place][:2]) for place, problem in problems.items()]
-    return {
-        "read": len(block),
-        "reasons": collections.Counter(line["reason"] for line in dropped.values()),
-        "hits": {method: sorted(places) for method, places in hits.items()},
-        "rows_hit": dict(sorted(rows_hit.items())),
-        "rows": {"kept": kept, "dropped": [dropped[place] for place in sorted(dropped)]},
-    }
-
-
-def _vouched(row: Row | RowError) -> bool:
-    """Whether somebody ran math-verify already; read_problem has followed what was found."""
-    return isinstance(row, dict) and isinstance(row.get("correctness_math_verify"), list)
-
-
-def _kept(problem: Problem, path: str, number: int) -> dict[str, Any]:
-    row = {"id": problem.id, "problem": problem.prompt, "solution": problem.solution,
-           "answer": problem.answer, "source": path, "line": number}  # fmt: skip
-    return row | ({"system": problem.system} if problem.system else {})
 
 
 # The result
@@ -277,23 +188,27 @@ def _assemble(
         rows_hit.update(count["rows_hit"])
         for method, places in count["hits"].items():
             hits[method].update(places)
-    keys = np.array(
-        [_key(row["problem"], config.seed) for m in markers for row in _lines(_kept_file(m))],
+    _write(
+        folder / "dropped.jsonl",
+        (line for m in markers for line in _text_lines(m.with_suffix(".dropped.jsonl"))),
+    )
+    keys = np.fromiter(
+        (
+            problem_key(row["problem"], config.seed)
+            for m in markers
+            for row in _lines(_kept_file(m))
+        ),
         np.uint64,
     )
     if not len(keys):
         why = ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items()))
         raise DataError(
-            f"data.train={config.data.train!r}: no row is kept ({why}); see the rows' reasons with "
-            "--config.data.bad_rows=refuse, or loosen --config.filter"
+            f"data.train={config.data.train!r}: no row is kept ({why}); {folder / 'dropped.jsonl'} "
+            "says why of each; correct --config.data.columns or loosen --config.filter"
         )
     sft, opd = _split(keys, config.split)
     for name, chosen in (("sft", sft), ("opd", opd)):
         _write(folder / f"{name}.jsonl", _chosen(markers, chosen))
-    _write(
-        folder / "dropped.jsonl",
-        (line for m in markers for line in _text_lines(m.with_suffix(".dropped.jsonl"))),
-    )
     names = dict.fromkeys(problem.benchmark for problem in benchmarks.problems)
     contamination = {
         name: {
@@ -363,16 +278,6 @@ def _kept_file(marker: pathlib.Path) -> pathlib.Path:
     return marker.with_suffix(".kept.jsonl")
 
 
-def _key(problem: str, seed: int | None = None) -> int:
-    """64 bits of a problem's text, white space aside; with a seed, for the split.
-
-    Signs count here, unlike in decontamination: 2+3 and 2-3 are two problems.
-    """
-    text = " ".join(problem.split())
-    data = text if seed is None else f"{seed} {text}"
-    return int.from_bytes(hashlib.blake2b(data.encode(), digest_size=8).digest(), "big")
-
-
 def _line(row: dict[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
@@ -389,8 +294,13 @@ def _text_lines(file: pathlib.Path) -> Iterator[str]:
 def _write(file: pathlib.Path, lines: Iterable[str]) -> None:
     """The whole file or nothing of it: a kill leaves no half-written one."""
     temporary = file.with_name(file.name + ".tmp")
-    with temporary.open("w", encoding="utf-8", newline="\n") as opened:
-        opened.writelines(lines)
-        opened.flush()
-        os.fsync(opened.fileno())
-    temporary.replace(file)
+    try:
+        with temporary.open("w", encoding="utf-8", newline="\n") as opened:
+            opened.writelines(lines)
+            opened.flush()
+            os.fsync(opened.fileno())
+        temporary.replace(file)
+    except OSError as error:
+        raise WorkdirError(
+            f"{file} cannot be written ({error.strerror}); make room and run the same command again"
+        ) from None

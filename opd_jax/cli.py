@@ -1,12 +1,14 @@
 """What every entry point in launch/ shares: flags, exit statuses, one-line errors."""
 
+import functools
 import pathlib
 import sys
 from collections.abc import Callable
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
+from opd_jax.config import default as training_fields
 from opd_jax.config import explain
 from opd_jax.errors import OpdError
 
@@ -14,20 +16,29 @@ FLAGS = flags.FLAGS
 EXIT_USER, EXIT_FLAGS = 1, 2
 
 
-def define_config(default: str) -> None:
-    """The `--config=FILE.py[:RECIPE]` flag; every field can be overridden (`--config.steps=10`)."""
+def define_config(default: str, *, fields: Callable[[], ConfigDict] = training_fields) -> None:
+    """The `--config=FILE.py[:RECIPE]` flag; every field can be overridden (`--config.steps=10`).
+
+    `fields` makes the tree that the entry point's config files start from.
+    """
     sys.path.insert(
         0, str(pathlib.Path(__file__).parents[1])
     )  # config files import configs.recipes
-    config_flags.DEFINE_config_file("config", default, "experiment file, with :RECIPE after it")
+    try:
+        config_flags.DEFINE_config_file("config", default, "experiment file, with :RECIPE after it")
+    except Exception as error:  # overrides of the default file are applied here already
+        _fail(str(explain(error, sys.argv[1:], fields())), EXIT_USER)
 
 
-def main(run: Callable[[], None]) -> None:
-    """Parse the command line and call `run`; exits 0, 1 (an OpdError, one line) or 2 (wrong flags)."""
-    app.run(lambda _: _guarded(run), flags_parser=_parse)
+def main(run: Callable[[], None], *, fields: Callable[[], ConfigDict] = training_fields) -> None:
+    """Parse the command line and call `run`; exits 0, 1 (an OpdError, one line) or 2 (wrong flags).
+
+    `fields` makes the tree that the entry point's config files start from.
+    """
+    app.run(lambda _: _guarded(run), flags_parser=functools.partial(_parse, fields=fields))
 
 
-def _parse(arguments: list[str]) -> list[str]:
+def _parse(arguments: list[str], *, fields: Callable[[], ConfigDict]) -> list[str]:
     try:
         rest = FLAGS(arguments)
         if "config" in FLAGS:
@@ -35,7 +46,7 @@ def _parse(arguments: list[str]) -> list[str]:
     except Exception as error:  # absl's own, or whatever a config file or an override raises
         if isinstance(error, flags.Error) and "--config" not in str(error):
             _fail(f"{error}; see --help", EXIT_FLAGS)
-        _fail(str(explain(error, arguments)), EXIT_USER)
+        _fail(str(explain(error, arguments, fields())), EXIT_USER)
     if len(rest) > 1:
         _fail(f"got {rest[1]!r}, wanted flags only; see --help", EXIT_FLAGS)
     return rest

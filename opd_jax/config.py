@@ -225,9 +225,14 @@ def near(name: str, known: list[str]) -> str:
     return f"did you mean {match[0]!r}?" if match else f"known: {', '.join(sorted(known))}"
 
 
-def explain(error: Exception, arguments: list[str]) -> ConfigError:
-    """One line of ours for what ml_collections raises about a `--config` file or override."""
-    known = flatten(default().to_dict())
+def explain(
+    error: Exception, arguments: list[str], fields: ConfigDict | None = None
+) -> ConfigError:
+    """One line of ours for what ml_collections raises about a `--config` file or override.
+
+    `fields` is the tree that the file starts from; None = the training config's.
+    """
+    known = flatten((fields or default()).to_dict())
     for argument in arguments:
         match = re.match(r"--?config\.([\w.]+)(?:=(.*))?$", argument)
         if match and match[1] not in known:

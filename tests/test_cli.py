@@ -50,3 +50,12 @@ def test_help_and_another_working_directory(tmp_path):
     )  # fmt: skip
     assert done.returncode == 1
     assert "steps=0" in done.stderr
+
+
+def test_a_wrong_field_of_the_default_config_is_one_line():
+    """absl applies overrides of a default file when the flag is defined, before any parsing."""
+    done = train("--config.rollout.temprature=1")
+    assert done.returncode == 1
+    assert done.stderr == (
+        "error: config.rollout.temprature is not a field; did you mean 'rollout.temperature'?\n"
+    )

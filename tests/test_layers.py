@@ -13,15 +13,16 @@ LAYER = {
     "losses": 2, "models": 2, "data": 2, "checkpoint": 2, "eval.grade": 2,
     "config": 3, "metrics": 3, "scoring": 3, "rollout": 3,
     "objectives": 4, "rows": 4, "workdir": 4, "cli": 4, "eval.evaluate": 4,
+    "data.decontaminate": 4, "data.prepare_config": 4, "data.judge": 5, "data.prepare": 6,
     "update": 5, "setup": 5, "export": 5,
     "train": 6,
 }  # fmt: skip
 
 
 def room(module: str) -> str:
-    """`opd_jax.models.hf` -> `models`; eval has rooms of its own."""
+    """`opd_jax.models.hf` -> `models`; files that LAYER names are rooms of their own."""
     parts = module.split(".")[1:]
-    return ".".join(parts[:2]) if parts[0] == "eval" and len(parts) > 1 else parts[0]
+    return ".".join(parts[:2]) if ".".join(parts[:2]) in LAYER else parts[0]
 
 
 def imported_rooms(file: pathlib.Path) -> set[str]:

@@ -109,6 +109,11 @@ def read_problem(
     if need_answer and answer is None:
         part("answer", ANSWER, _answer, True)
     name, taken_id = part("id", ID, _scalar, False)
+    if not system:  # as prepare_data writes it
+        try:
+            system = _text(row.get("system"))
+        except _Unusable:
+            system = ""
     problem = Problem(
         id=name or f"{pathlib.Path(path).name.split('.')[0]}-{number}",
         prompt=prompt,
@@ -145,7 +150,7 @@ def _prompt(value: Any, row: Row) -> tuple[str, str]:
     if not users:
         raise _Unusable("has no user turn")
     systems = [text for role, text in turns if role == "system"]
-    return _text(users[-1]), systems[0] if systems else ""
+    return _text(users[-1]), _unicode(systems[0]) if systems else ""
 
 
 def _solution(value: Any, row: Row) -> str:
@@ -181,7 +186,9 @@ def _flags(row: Row, column: str, count: int) -> list[bool]:
     if marks is None:  # not checked by anybody: the caller may (prepare_data grades)
         return [True] * count
     if not isinstance(marks, list) or len(marks) != count:
-        raise _Unusable(f"has {count} generations, but {column} does not have as many marks")
+        raise _Unusable(
+            f"has {count} generations, but {column} does not have as many marks", "no solution"
+        )
     return [mark is True for mark in marks]
 
 
@@ -217,11 +224,15 @@ def _text(value: Any) -> str:
         raise _Unusable(f"is {_kind(value)}")
     if not value.strip():
         raise _Unusable("is empty")
+    return _unicode(value)
+
+
+def _unicode(text: str) -> str:
     try:
-        value.encode()
+        text.encode()
     except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
         raise _Unusable("is not valid Unicode") from None
-    return value
+    return text
 
 
 def _chat(value: Any) -> list[tuple[str, str]]:
@@ -244,7 +255,7 @@ def _boxed_gsm8k(text: str) -> str:
     r"""GSM8K's solution: calculator marks removed, "#### 1,000" as a last line \boxed{1000}."""
     match = _GSM8K.search(text)
     assert match is not None  # callers have looked
-    steps = _CALCULATOR.sub("", text[: match.start()])
+    steps = _CALCULATOR.sub("", text[: match.start()]).rstrip()
     return f"{steps}\n\\boxed{{{_number(match)}}}"
 
 
@@ -260,5 +271,6 @@ def _kind(value: Any) -> str:
 
 
 def _names(row: Row) -> str:
-    names = sorted(str(name) for name in row)
+    # Whatever a file calls its columns, an error is one line that can be printed.
+    names = sorted(" ".join(str(n).encode(errors="replace").decode().split()) for n in row)
     return (", ".join(names[:20]) + (", ..." if len(names) > 20 else "")) or "no columns"

@@ -25,6 +25,8 @@ EXTENSIONS = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 Row = dict[str, Any]
 _BATCH = 256  # Parquet rows that are Python objects at one time
 _CACHE_BYTES = 2**30  # of decoded Parquet row groups, as Arrow arrays
+# What pyarrow raises of broken files: its own errors, and Python's for names that are not UTF-8.
+_ARROW_ERRORS = (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError)
 
 
 class RowError(DataError):
@@ -180,7 +182,7 @@ class _ParquetRows(Rows):
                 try:
                     with _parquet(self.path) as file:
                         self._cache[group] = file.read_row_group(group)
-                except (pa.ArrowException, OSError) as error:
+                except _ARROW_ERRORS as error:
                     raise _broken_parquet(self.path, error) from None
                 while len(self._cache) > 1 and (
                     sum(table.nbytes for table in self._cache.values()) > _CACHE_BYTES
@@ -227,7 +229,7 @@ def _stream_parquet(path: str) -> Iterator[tuple[int, Row | RowError]]:
             for batch in file.iter_batches(_BATCH, use_threads=False):
                 yield from _arrow_rows(path, batch, first)
                 first += batch.num_rows
-        except (pa.ArrowException, OSError) as error:
+        except _ARROW_ERRORS as error:
             raise _broken_parquet(path, error) from None
 
 
@@ -302,7 +304,7 @@ def _json_list(path: str) -> list[Any]:
 def _parquet(path: str) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path, pre_buffer=False)
-    except (pa.ArrowException, OSError) as error:
+    except _ARROW_ERRORS as error:
         raise _broken_parquet(path, error) from None
 
 

@@ -163,7 +163,9 @@ def split_of(name: str, *, field: str) -> str:
 def _is_file(name: str) -> bool:
     """Whether a name is meant as a path; whether it can be read is for `files` to say."""
     path = pathlib.Path(name)
-    return not name.startswith("tiny:") and bool(path.suffix or "/" in name or path.exists())
+    if not name or name.startswith("tiny:"):
+        return False
+    return bool(path.suffix or "/" in name or path.exists())
 
 
 def _columns(counts: collections.Counter[str]) -> str:

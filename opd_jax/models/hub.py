@@ -7,7 +7,7 @@ import re
 from opd_jax.errors import ModelError
 
 # Weights, settings and tokenizer; never code or pickles.
-_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
+_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 
 
 def locate(path: str) -> str:

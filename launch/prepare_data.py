@@ -1,0 +1,24 @@
+"""Prepare data: python launch/prepare_data.py --config=configs/prepare_data.py[:RECIPE] --out=DIR."""
+
+from absl import flags
+
+from opd_jax import cli
+from opd_jax.data import prepare_config
+from opd_jax.errors import ConfigError
+
+cli.define_config("configs/prepare_data.py", fields=prepare_config.default)
+flags.DEFINE_string("out", None, "folder of the result; a run that was killed goes on in its own")
+
+
+def main() -> None:
+    """Filter, decontaminate and split the rows; print the counts."""
+    from opd_jax.data import prepare  # after the flags are known to be right
+
+    if not cli.FLAGS.out:
+        raise ConfigError("--out is missing, wanted a folder for the result; give --out=DIR")
+    report = prepare.prepare(cli.FLAGS.config, cli.FLAGS.out)
+    print(prepare.table(report))
+
+
+if __name__ == "__main__":
+    cli.main(main, fields=prepare_config.default)

@@ -1,0 +1,115 @@
+"""What becomes of each row of a block: kept, or dropped for the first reason that holds."""
+
+import collections
+import hashlib
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from opd_jax.data.columns import UNFINISHED, WRONG, read_problem
+from opd_jax.data.decontaminate import Benchmarks
+from opd_jax.data.files import Row, RowError
+from opd_jax.data.problem import Problem
+from opd_jax.data.tokenizer import Tokenizer
+from opd_jax.eval.grade import Grade, Grader
+
+_REASONS = {UNFINISHED: "unfinished", WRONG: "wrong"}  # of columns.py, as the report calls them
+
+
+def judge(
+    block: list[tuple[str, int, Row | RowError]],
+    *,
+    config: ConfigDict,
+    benchmarks: Benchmarks,
+    tokenizer: Tokenizer | None,
+    grader: Grader | None,
+    seen: set[int],
+) -> dict[str, Any]:
+    """Kept and dropped rows of a block, how many fell for what, and the benchmark problems found."""
+    keep = config.filter
+    dropped: dict[int, dict[str, Any]] = {}  # place in the block -> line of dropped.jsonl
+    problems: dict[int, Problem] = {}
+    hits: dict[str, set[int]] = {method: set() for method in benchmarks.methods}
+    rows_hit: collections.Counter[str] = collections.Counter()
+
+    def drop(place: int, reason: str, **more: Any) -> None:
+        path, number, _ = block[place]
+        problem = problems.pop(place, None)
+        line = {"source": path, "line": number, "id": problem.id if problem else None}
+        dropped[place] = line | {"reason": reason} | more
+
+    for place, (path, number, row) in enumerate(block):
+        try:
+            if isinstance(row, RowError):
+                raise row
+            problems[place], _ = read_problem(
+                row, path=path, number=number, columns=config.data.columns,
+                need_solution=keep.solution, need_answer=keep.answer,
+            )  # fmt: skip
+        except RowError as error:
+            unreadable = isinstance(row, RowError) or error.reason == "no problem"
+            if config.data.bad_rows == "refuse" and unreadable:
+                raise
+            drop(place, _REASONS.get(error.reason, error.reason), detail=str(error))
+    if grader:
+        doubtful = [i for i in problems if not _vouched(block[i][2])]
+        pairs = [(problems[i].solution, problems[i].answer) for i in doubtful]
+        for place, grade in zip(doubtful, grader.grade(pairs), strict=True):
+            if grade is not Grade.CORRECT:
+                drop(place, "wrong", detail=f"math-verify: {grade.value}")
+    if tokenizer:
+        for place in list(problems):
+            length = len(tokenizer.encode(problems[place].solution))
+            if length > keep.max_tokens:
+                drop(place, "too long", detail=f"{length} tokens")
+    places = list(problems)
+    for place, matches in zip(
+        places, benchmarks.find([problems[i].prompt for i in places]), strict=True
+    ):
+        if not matches:
+            continue
+        of = [(benchmarks.problems[match.problem], match) for match in matches]
+        for match in matches:
+            hits[match.method].add(match.problem)
+        # A row counts once for each method, each benchmark, and each benchmark by any method.
+        rows_hit.update({f"{b.benchmark} {match.method}" for b, match in of})
+        rows_hit.update({f"{b.benchmark} any" for b, _ in of} | {f"any {m.method}" for _, m in of})
+        drop(place, "contaminated", problem=problems[place].prompt, matches=[
+            {"benchmark": b.benchmark, "id": b.id, "line": b.number, "method": match.method,
+             "score": match.score, "problem": b.prompt} for b, match in of
+        ])  # fmt: skip
+    if not keep.duplicates:
+        for place in list(problems):
+            key = problem_key(problems[place].prompt)
+            if key in seen:
+                drop(place, "duplicate")
+            seen.add(key)
+    kept = [_kept(problem, *block[place][:2]) for place, problem in problems.items()]
+    return {
+        "read": len(block),
+        "reasons": collections.Counter(line["reason"] for line in dropped.values()),
+        "hits": {method: sorted(places) for method, places in hits.items()},
+        "rows_hit": dict(sorted(rows_hit.items())),
+        "rows": {"kept": kept, "dropped": [dropped[place] for place in sorted(dropped)]},
+    }
+
+
+def problem_key(problem: str, seed: int | None = None) -> int:
+    """64 bits of a problem's text, white space aside; with a seed, for the split.
+
+    Signs count here, unlike in decontamination: 2+3 and 2-3 are two problems.
+    """
+    text = " ".join(problem.split())
+    data = text if seed is None else f"{seed} {text}"
+    return int.from_bytes(hashlib.blake2b(data.encode(), digest_size=8).digest(), "big")
+
+
+def _vouched(row: Row | RowError) -> bool:
+    """Whether somebody ran math-verify already; read_problem has followed what was found."""
+    return isinstance(row, dict) and isinstance(row.get("correctness_math_verify"), list)
+
+
+def _kept(problem: Problem, path: str, number: int) -> dict[str, Any]:
+    row = {"id": problem.id, "problem": problem.prompt, "solution": problem.solution,
+           "answer": problem.answer, "source": path, "line": number}  # fmt: skip
+    return row | ({"system": problem.system} if problem.system else {})

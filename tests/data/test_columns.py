@@ -1,0 +1,213 @@
+"""Which column is what: the shapes that people publish, named columns, and what an error says."""
+
+import decimal
+
+import pytest
+
+from opd_jax.data.columns import UNFINISHED, WRONG, Columns, reach, read_problem
+from opd_jax.data.files import RowError
+from opd_jax.data.problem import Problem
+
+CHAT = [{"role": "system", "content": "think"}, {"content": "1+1?", "role": "user"}]
+
+
+def read(row: dict, **changes: object) -> Problem:
+    return taken(row, **changes)[0]
+
+
+def taken(row: dict, *, columns: Columns = Columns(), **needs: bool) -> tuple[Problem, Columns]:  # noqa: B008
+    return read_problem(row, path="d/rows.jsonl", number=3, columns=columns, **needs)
+
+
+def refused(row: dict, **changes: object) -> RowError:
+    with pytest.raises(RowError) as error:
+        read(row, **changes)
+    assert "\n" not in str(error.value)
+    assert str(error.value).startswith("d/rows.jsonl, line 3: ")
+    return error.value
+
+
+def test_plain():
+    row = {"problem": "1+1?", "solution": "It is 2.", "answer": "2", "id": "x", "other": None}
+    assert taken(row) == (
+        Problem(id="x", prompt="1+1?", solution="It is 2.", answer="2"),
+        Columns("problem", "solution", "answer", "id"),
+    )
+
+
+def test_without_id_the_file_and_line_are_it():
+    assert read({"question": "1+1?"}) == Problem("rows-3", "1+1?", "", "")
+    assert read({"question": "1+1?", "id": 7}).id == "7"
+    assert read({"question": "1+1?", "extra_info": {"index": 0}}).id == "0"
+
+
+def test_gsm8k_by_hand():
+    answer = "She has 48/2 = <<48/2=24>>24.\nIt is 1,000*<<3*4=12>>2.\n#### 2,024"
+    problem, columns = taken({"question": "How many?", "answer": answer})
+    assert problem.solution == "She has 48/2 = 24.\nIt is 1,000*2.\n\\boxed{2024}"
+    assert problem.answer == "2024"
+    assert (columns.solution, columns.answer) == ("answer", "answer")
+    assert read({"question": "?", "answer": "x\n#### -3.5"}).answer == "-3.5"
+    assert read({"question": "?", "answer": "x\n#### $10"}).answer == "10"
+
+
+def test_gsm8k_in_named_columns():
+    row = {"q": "?", "a": "x <<1+1=2>>\n#### 2"}
+    named = Columns(problem="q", solution="a", answer="a")
+    assert read(row, columns=named) == Problem("rows-3", "?", "x\n\\boxed{2}", "2")
+
+
+def test_a_heading_is_not_a_gsm8k_answer():
+    row = {"problem": "?", "solution": "#### Part 1\nIt is \\boxed{2}.\n#### The end"}
+    assert read(row).solution == row["solution"]
+    assert read(row).answer == "2"
+
+
+def test_verl_chat():
+    row = {"prompt": CHAT, "reward_model": {"ground_truth": "2", "style": "rule"}}
+    assert taken(row) == (
+        Problem("rows-3", "1+1?", "", "2", system="think"),
+        Columns("prompt", "", "reward_model.ground_truth", ""),
+    )
+    row["target"] = [{"role": "assistant", "content": "<think>\nhm</think> 2"}]  # LUFFY
+    assert read(row, need_solution=True).solution == "<think>\nhm</think> 2"
+
+
+def test_the_last_user_turn_is_the_problem():
+    turns = [
+        {"role": "user", "content": "first"},
+        {"role": "assistant", "content": "a"},
+        {"role": "user", "content": "last"},
+    ]
+    assert read({"prompt": turns}).prompt == "last"
+    assert read({"messages": turns}).solution == ""  # nobody answered it
+
+
+def test_messages_hold_the_solution_too():
+    turns = [*CHAT, {"role": "assistant", "content": "so \\boxed{2}"}]
+    assert read({"messages": turns}) == Problem("rows-3", "1+1?", "so \\boxed{2}", "2", "think")
+    shared = [{"from": "human", "value": "1+1?"}, {"from": "gpt", "value": "2!"}]
+    assert read({"conversations": shared}).solution == "2!"
+
+
+def openr1(finished: list | None, correct: list | None) -> dict:
+    row = {
+        "problem": "?", "solution": "a human's", "answer": "2", "uuid": "u",
+        "generations": ["one", "two", "three"], "messages": [*CHAT, {"role": "assistant", "content": "m"}],
+    }  # fmt: skip
+    if finished is not None:
+        row |= {"is_reasoning_complete": finished}
+    if correct is not None:
+        row |= {"correctness_math_verify": correct}
+    return row
+
+
+@pytest.mark.parametrize(
+    ("finished", "correct", "solution"),
+    [
+        ([True, True, True], [True, True, True], "one"),
+        ([False, True, True], [True, False, True], "three"),
+        ([True, True, True], [None, True, False], "two"),
+        ([True, True, True], None, "one"),
+        (None, [False, True, True], "two"),
+        (None, None, "one"),
+        ([False, True, False], [True, False, True], ""),  # not the human's, and not `messages`
+        ([True], [True, True, True], ""),
+    ],
+)
+def test_openr1_takes_the_first_finished_and_correct_generation(finished, correct, solution):
+    problem = read(openr1(finished, correct))
+    assert problem.solution == solution
+    assert (problem.id, problem.answer) == ("u", "2")
+
+
+def test_openr1_says_what_the_generations_lack():
+    assert refused(openr1([False] * 3, [True] * 3), need_solution=True).reason == UNFINISHED
+    assert refused(openr1([True] * 3, [False] * 3), need_solution=True).reason == WRONG
+    assert refused(openr1([True], [True] * 3), need_solution=True).reason == "no solution"
+    error = refused(openr1([True, False, True], [False, True, None]), need_solution=True)
+    assert "column 'generations' has no finished generation with correctness_math_ver" in str(error)
+
+
+def test_olympiad_lists():
+    row = {"question": "?", "solution": ["first way", "second"], "final_answer": ["$2$", 3.0]}
+    assert read(row) == Problem("rows-3", "?", "first way", "$2$, 3")
+
+
+def test_the_last_box_is_the_answer_where_no_column_is():
+    solution = "\\boxed{1} then \\boxed{\\frac{1}{2}} \\boxed{3"
+    problem, columns = taken({"problem": "?", "solution": solution})
+    assert problem.answer == "\\frac{1}{2}"
+    assert columns.answer == "solution"
+    assert read({"problem": "?", "solution": "\\boxed{ }"}).answer == ""
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (142, "142"), (142.0, "142"), (-0.5, "-0.5"), (0, "0"), (1e20, "1" + "0" * 20), (" 7 ", "7"),
+        (decimal.Decimal("2.50"), "2.50"), (decimal.Decimal("4.0"), "4"),
+    ],
+)  # fmt: skip
+def test_numbers_become_text(value, text):
+    assert read({"problem": "?", "answer": value}).answer == text
+
+
+@pytest.mark.parametrize("value", [True, float("nan"), float("inf"), {}, [], None, "", "  ", b"x"])
+def test_what_is_not_an_answer(value):
+    row = {"problem": "?", "answer": value}
+    assert read(row).answer == ""
+    assert refused(row, need_answer=True).reason == "no answer"
+
+
+def test_dotted_paths():
+    row = {"a": {"b": [{"c": 1}, {"c": 2}]}, "x.y": 3, "x": {"y": 4}}
+    assert reach(row, "a.b.1.c") == 2
+    assert reach(row, "a.b.-1.c") == 2
+    assert reach(row, "x.y") == 3
+    row |= {"question": "?", "answer": 0}
+    assert read(row, columns=Columns(answer="a.b.0.c", id="x.y")).answer == "1"
+    for column in ("a.c", "a.b.2", "a.b.c", "a.b.0.c.d", "none", ""):
+        assert reach(row, column) is not None
+    error = refused(row, columns=Columns(answer="a.b.2.c"))  # named, so it must be there
+    assert "no answer (column 'a.b.2.c' is not there)" in str(error)
+
+
+def test_a_named_column_wins_over_the_names_people_use():
+    row = {"problem": "no", "q": "yes", "solution": "no", "s": "yes"}
+    problem = read(row, columns=Columns(problem="q", solution="s"))
+    assert (problem.prompt, problem.solution) == ("yes", "yes")
+
+
+def test_empty_columns_are_passed_over():
+    row = {"problem": "", "question": None, "query": "?", "solution": " ", "output": "2"}
+    assert taken(row) == (Problem("rows-3", "?", "2", ""), Columns("query", "output", "", ""))
+
+
+@pytest.mark.parametrize(
+    ("row", "needs", "says"),
+    [
+        ({"text": "?", "reply": 1}, {}, "no problem (none of problem, question, prompt, query, "
+         "instruction, messages, conversations is there); it has reply, text; "
+         "set --config.data.columns.problem=COLUMN"),
+        ({}, {}, "it has no columns"),
+        ({"problem": 5}, {}, "no problem (column 'problem' is int); it has problem"),
+        ({"problem": "\ud800"}, {}, "column 'problem' is not valid Unicode"),
+        ({"prompt": [{"role": "assistant", "content": "a"}]}, {}, "'prompt' has no user turn"),
+        ({"prompt": ["a"]}, {}, "is a list, but not of chat turns"),
+        ({"prompt": [{"role": "user"}]}, {}, "has a chat turn without role and content"),
+        ({"problem": "?"}, {"need_answer": True}, "no answer (none of answer, final_answer, "
+         "reward_model.ground_truth, ground_truth, expected_answer, gold_answer is there); "
+         "it has problem; set --config.data.columns.answer=COLUMN"),
+        ({"problem": "?", "answer": {"x": 1}}, {"need_answer": True}, "'answer' is an object"),
+        ({"problem": "?", "solution": 4}, {"need_solution": True}, "no solution (column 'solution' is int"),
+        ({"problem": "?", "answer": "2"}, {"need_solution": True}, "data.columns.solution=COLUMN"),
+    ],
+)  # fmt: skip
+def test_errors_name_the_line_the_field_and_the_fix(row, needs, says):
+    assert says in str(refused(row, **needs))
+
+
+def test_many_columns_are_not_all_listed():
+    error = refused({f"c{i:03}": 0 for i in range(50)})
+    assert "c019, ...; set" in str(error)

@@ -18,6 +18,7 @@ from opd_jax.export import export
 from opd_jax.models import decoder
 from opd_jax.rollout import generate
 from opd_jax.types import TrainState
+from tests.models.test_hf import assert_same_trees
 
 pytestmark = pytest.mark.real
 NEW_TOKENS = 64
@@ -157,10 +158,7 @@ def test_export_gives_the_same_text(folder, ours, prompts, their_texts, tmp_path
     with checkpoint.Checkpoints(run, keep=1) as saved:
         saved.save(3, state, data.make_batches(config.data, batch=1, seed=0))
     assert export(str(run), str(tmp_path / "out")) == 3
-    for a, b in zip(
-        *(jax.tree.leaves(p) for p in (models.load(str(tmp_path / "out"))[1], ours[1]))
-    ):
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    assert_same_trees(models.load(str(tmp_path / "out"))[1], ours[1])
     exported = theirs_of(str(tmp_path / "out"))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     for question, prompt in zip(QUESTIONS, prompts, strict=True):

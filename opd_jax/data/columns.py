@@ -109,6 +109,11 @@ def read_problem(
     if need_answer and answer is None:
         part("answer", ANSWER, _answer, True)
     name, taken_id = part("id", ID, _scalar, False)
+    if not system:  # as prepare_data writes it
+        try:
+            system = _text(row.get("system"))
+        except _Unusable:
+            system = ""
     problem = Problem(
         id=name or f"{pathlib.Path(path).name.split('.')[0]}-{number}",
         prompt=prompt,

@@ -13,8 +13,8 @@ LAYER = {
     "losses": 2, "models": 2, "data": 2, "checkpoint": 2, "eval.grade": 2,
     "config": 3, "metrics": 3, "scoring": 3, "rollout": 3,
     "objectives": 4, "rows": 4, "workdir": 4, "cli": 4, "eval.evaluate": 4,
-    "update": 5, "setup": 5, "export": 5,
-    "train": 6,
+    "update": 5, "setup": 5, "export": 5, "sample_file": 5,
+    "train": 6, "sample": 6,
 }  # fmt: skip
 
 

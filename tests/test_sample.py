@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import pathlib
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -305,6 +307,22 @@ def test_the_file_is_what_sft_trains_on(straight):
     ready = setup.make_setup(config)  # also looks whether every solution fits
     assert [p.solution for p in ready.train] == [row["solution"] for row in rows(straight)]
     assert "solution from solution, answer from answer, id from id" in "".join(ready.notes)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "says"),
+    [(["--out=a.jsonl"], 1, "--config.teacher.path=DIR"), ([], 2, "--out")],
+)
+def test_command(arguments, status, says, tmp_path):
+    root = pathlib.Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, str(root / "launch" / "sample.py"), f"--config={root}/configs/sft.py", *arguments],
+        capture_output=True, text=True, timeout=120, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == status
+    assert says in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_sampling_of_the_paper():

@@ -171,6 +171,12 @@ def qwen3_1_7b(config: ConfigDict) -> None:
     config.rollout.top_p = 1.0  # Table 2
     config.rollout.max_prompt_tokens = 1024  # Table 2
     config.rollout.max_response_tokens = 7168  # Table 2
+    config.sample.problems = 200_000  # C.1: "we sample 200K math prompts"
+    config.sample.temperature = 0.7  # C.1
+    config.sample.top_p = 0.95  # C.1
+    config.sample.max_response_tokens = 12_288  # C.1
+    config.sample.batch = 512
+    config.sample.slots = 48  # 2 GB of keys and values each, in bfloat16
     config.loss.aggregation = "token"  # its code
     config.optim.learning_rate = 1e-6  # Table 2
     config.optim.weight_decay = 0.01  # its code

@@ -62,6 +62,17 @@ def default() -> ConfigDict:
     rollout.top_p = 1.0
     rollout.slots = 0  # sequences decoded at one time; 0 = all of a step's
 
+    sample = config.sample = ConfigDict()  # the teacher's solutions, by launch/sample.py
+    sample.problems = 0  # the first of data.train; 0 = all
+    sample.samples = 1  # solutions a problem
+    sample.batch = 64  # problems sampled, graded and written at one time
+    sample.slots = 0  # sequences decoded at one time; 0 = all of a batch's
+    sample.temperature = 0.7  # 2604.13016, C.1: "temperature 0.7, top-p=0.95"
+    sample.top_p = 0.95
+    sample.max_response_tokens = 0  # 0 = rollout.max_response_tokens
+    sample.keep_wrong = False  # also solutions whose answer is wrong, or cannot be read
+    sample.keep_repetitive = False  # also those that `metrics` calls repetitive
+
     scoring = config.scoring = ConfigDict()
     scoring.token_chunk = 2048  # tokens whose logits exist at one time
     scoring.overlap_top_k = 16  # k of the overlap metrics (2604.13016 uses 16)
@@ -129,20 +140,21 @@ def validate(config: ConfigDict) -> None:
                   "rollout.max_prompt_tokens", "rollout.max_response_tokens", "scoring.token_chunk",
                   "scoring.overlap_top_k", "optim.microbatch_tokens", "optim.updates_per_rollout",
                   "checkpoint.keep", "eval.problems", "eval.samples", "metrics.repetition_tail",
-                  "log.every"):  # fmt: skip
+                  "log.every", "sample.samples", "sample.batch"):  # fmt: skip
         _range(flat, field, 1, math.inf)
     for field in ("rollout.slots", "loss.lambda_gold", "loss.beta_kl", "loss.pg_weight",
                   "optim.warmup_steps", "optim.weight_decay", "checkpoint.every", "eval.every",
                   "rollout.temperature", "eval.temperature", "log.rollouts", "seed",
                   "loss.clip_high", "data.epochs", "student.rope_theta", "student.max_position",
                   "teacher.rope_theta", "teacher.max_position", "reference.rope_theta",
-                  "reference.max_position"):  # fmt: skip
+                  "reference.max_position", "sample.problems", "sample.slots",
+                  "sample.temperature", "sample.max_response_tokens"):  # fmt: skip
         _range(flat, field, 0, math.inf)
     for field in ("rollout.top_p", "eval.top_p", "optim.beta1", "optim.beta2", "loss.clip_low",
-                  "teacher.decay", "optim.warmup_fraction"):  # fmt: skip
+                  "teacher.decay", "optim.warmup_fraction", "sample.top_p"):  # fmt: skip
         _range(flat, field, 0, 1)
     for field in ("optim.learning_rate", "optim.grad_clip", "metrics.repetition_threshold",
-                  "rollout.top_p", "eval.top_p"):  # fmt: skip
+                  "rollout.top_p", "eval.top_p", "sample.top_p"):  # fmt: skip
         if not 0 < flat[field] < math.inf:
             raise _wrong(field, flat[field], "a finite number above 0")
     for field, choices in (
@@ -186,6 +198,11 @@ def validate(config: ConfigDict) -> None:
         raise _wrong(
             "eval.match", repr(config.eval.match), f"a regular expression ({error})"
         ) from None
+    if config.sample.temperature == 0 and config.sample.samples > 1:
+        raise ConfigError(
+            f"sample.samples={config.sample.samples} with sample.temperature=0 gives the same "
+            "solution every time; set --config.sample.samples=1 or a temperature above 0"
+        )
     if config.loss.pg_weight and config.rollout.temperature == 0:
         raise _wrong("rollout.temperature", 0, "a number above 0: greedy rollouts do not explore")
     prompts, updates = config.rollout.prompts_per_step, config.optim.updates_per_rollout

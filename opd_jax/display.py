@@ -33,11 +33,14 @@ class Progress:
                 shown.append(f"{name} {row[key]:{form}}")
         if "speed/rollout_tokens_per_s" in row:
             shown.append(f"{row['speed/rollout_tokens_per_s']:,.0f} tok/s sampled")
-        line = "  ".join(shown)
+        self.show("  ".join(shown), always=step in (self._first + 1, self._steps))
+
+    def show(self, line: str, *, always: bool) -> None:
+        """The line of the moment; where lines stay, one in ten seconds, and those that `always` show."""
         if self._live:
             width = os.get_terminal_size().columns
             print("\r\x1b[K" + line[: width - 1], end="", flush=True)
-        elif step in (self._first + 1, self._steps) or time.monotonic() - self._said > 10:
+        elif always or time.monotonic() - self._said > 10:
             print(line, flush=True)
             self._said = time.monotonic()
 

@@ -10,6 +10,7 @@ class Stream(IntEnum):
 
     ROLLOUT = 1
     EVAL = 2
+    SAMPLE = 3  # cold-start solutions of the teacher; the step is the batch of problems
 
 
 def key_for(seed: int, step: int, stream: Stream) -> jax.Array:

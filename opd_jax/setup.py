@@ -1,9 +1,11 @@
 """What is known of a run before its weights are loaded: everything that can be refused, refused here."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from opd_jax import config as configuration
@@ -12,6 +14,7 @@ from opd_jax.errors import ConfigError, DataError, ModelError
 
 _BLOCK = 1024  # problems tokenised at one time
 _GENERATED_CHECKED = 256  # generated problems are all alike
+Misfit = tuple[str, str]  # why a problem cannot be used: in short, and in a sentence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,15 +62,15 @@ class Setup:
 def make_setup(config: ConfigDict) -> Setup:
     """Read and check all but the weights. Raises an OpdError; writes and compiles nothing."""
     configuration.validate(config)
-    config = _resolved(config)
+    config = resolved(config)
     terms = make_terms(config)
-    student = _architecture(config.student)
-    tokenizer = _tokenizer(config.student)
+    student = architecture(config.student)
+    tokenizer = open_tokenizer(config.student)
     teacher, teacher_tokenizer = None, tokenizer
     notes: list[str] = []
     if terms.pg_weight:
-        teacher = _architecture(config.teacher)
-        teacher_tokenizer = _tokenizer(config.teacher)
+        teacher = architecture(config.teacher)
+        teacher_tokenizer = open_tokenizer(config.teacher)
         alignment = data.align(
             tokenizer, teacher_tokenizer,
             student_ends=student.eos_token_ids, teacher_ends=teacher.eos_token_ids,
@@ -81,14 +84,14 @@ def make_setup(config: ConfigDict) -> Setup:
         alignment = data.alone(vocabulary, student.eos_token_ids)
     _check_models(config, student, teacher, alignment)
     reference_section = config.reference if config.reference.path else config.student
-    reference = _architecture(reference_section)
+    reference = architecture(reference_section)
     if terms.beta_kl and reference.vocab_size < alignment.vocabulary:
         raise ModelError(
             f"{reference_section.path}: the reference has {reference.vocab_size} ids, fewer than the "
             f"student's {alignment.vocabulary}; set --config.reference.path to a model with the "
             "student's tokenizer"
         )
-    styles = _styles(config.data)
+    styles = prompt_styles(config.data)
     needs_answer = any("{answer}" in style.template for style in styles)
     needs_solution = bool(terms.lambda_gold) or any("{solution}" in s.template for s in styles)
     train = data.open_problems(
@@ -134,12 +137,11 @@ def make_setup(config: ConfigDict) -> Setup:
     return _with_data(setup, train, held_out)
 
 
-def _resolved(config: ConfigDict) -> ConfigDict:
+def resolved(config: ConfigDict) -> ConfigDict:
     """A copy in which models are folders, and a teacher that is the student has its path and positions."""
     config = config.copy_and_resolve_references()
     for role in ("student", "teacher", "reference"):
-        used = role != "teacher" or config.loss.pg_weight
-        if used and config[role].path and config[role].path != "student":
+        if config[role].path and config[role].path != "student":
             config[role].path = models.locate(config[role].path)
     if config.teacher.path == "student":
         for field in ("path", "rope_theta", "max_position", "enable_thinking"):
@@ -154,19 +156,28 @@ def make_terms(config: ConfigDict) -> objectives.Terms:
     return objectives.Terms(**{name: config.loss[name] for name in names})
 
 
-def _architecture(section: Any) -> models.ModelConfig:
+def compute_dtype(name: str) -> jnp.dtype:
+    """The dtype of a role's `dtype` field: auto is bfloat16 on GPU and float32 elsewhere."""
+    if name == "auto":
+        name = "bfloat16" if jax.default_backend() == "gpu" else "float32"
+    return jnp.dtype(name)
+
+
+def architecture(section: Any) -> models.ModelConfig:
+    """A role's architecture, its positions as configured. `section` is student, teacher, reference."""
     return models.load_config(
         section.path, rope_theta=section.rope_theta, max_position=section.max_position
     )
 
 
-def _tokenizer(section: Any) -> data.Tokenizer:
+def open_tokenizer(section: Any) -> data.Tokenizer:
+    """A role's tokenizer and chat template."""
     return data.Tokenizer(
         section.path, chat_template=section.chat_template, enable_thinking=section.enable_thinking
     )
 
 
-def _styles(section: Any) -> tuple[data.PromptStyle, data.PromptStyle]:
+def prompt_styles(section: Any) -> tuple[data.PromptStyle, data.PromptStyle]:
     """The student's and the teacher's way to be shown a problem."""
     student = data.PromptStyle(section.prompt_template, section.system_prompt)
     own = {"template": section.teacher_prompt_template, "system": section.teacher_system_prompt}
@@ -259,51 +270,90 @@ def _that_fit(
     Raises DataError at the first that does not, unless data.bad_rows = "skip".
     """
     count = min(len(problems), _GENERATED_CHECKED) if problems.generated else len(problems)
-    bad: dict[str, list[int]] = {}
     longest = setup.config.rollout.max_prompt_tokens
-    for start in range(0, count, _BLOCK):
-        block = [problems[i] for i in range(start, min(start + _BLOCK, count))]
+
+    def misfits(block: list[data.Problem]) -> list[Misfit | None]:
+        nonlocal longest
         sizes = [len(ids) for ids in setup.student_style.prompts(block, setup.tokenizer)]
         others = [0] * len(block)
         if setup.separate_prompts:
             prompts = setup.teacher_style.prompts(block, setup.teacher_tokenizer)
             others = [len(ids) for ids in prompts]
-        for i, problem in enumerate(block):
-            misfit = _misfit(setup, problem, sizes[i], others[i], golden=golden)
+        found = [
+            _misfit(setup, problem, sizes[i], others[i], golden=golden)
+            for i, problem in enumerate(block)
+        ]
+        fitting = [size for size, why in zip(others, found, strict=True) if why is None]
+        longest = max([longest, *fitting])
+        return found
+
+    skip = setup.config.data.bad_rows == "skip"
+    return without_misfits(problems, misfits, field=field, count=count, skip=skip), longest
+
+
+def without_misfits(
+    problems: data.Problems,
+    misfits: Callable[[list[data.Problem]], list[Misfit | None]],
+    *,
+    field: str,
+    count: int,
+    skip: bool,
+) -> data.Problems:
+    """The problems less those of the first `count` in which `misfits` finds something wrong.
+
+    `misfits` is called on blocks, in order. Raises DataError at the first misfit, unless `skip`.
+    """
+    bad: dict[str, list[int]] = {}
+    for start in range(0, count, _BLOCK):
+        block = problems[start : min(start + _BLOCK, count)]
+        for i, misfit in enumerate(misfits(block)):
             if misfit is None:
-                longest = max(longest, others[i])
-            elif setup.config.data.bad_rows == "skip":
-                bad.setdefault(misfit[0], []).append(start + i)
-            else:
+                continue
+            if not skip:
                 raise DataError(
-                    f"{field}: problem {problem.id}: {misfit[1]}; or leave such rows out: "
+                    f"{field}: problem {block[i].id}: {misfit[1]}; or leave such rows out: "
                     "--config.data.bad_rows=skip"
                 )
-    return problems.without(bad) if bad else problems, longest
+            bad.setdefault(misfit[0], []).append(start + i)
+    return problems.without(bad) if bad else problems
+
+
+def prompt_misfit(tokens: int, limit: int) -> Misfit | None:
+    """What is wrong with a prompt of so many tokens under rollout.max_prompt_tokens = `limit`."""
+    if tokens < 1:
+        return "empty prompt", "its prompt is empty; correct --config.data.prompt_template"
+    if tokens > limit:
+        return (
+            "prompt too long",
+            f"its prompt has {tokens} tokens, wanted at most rollout.max_prompt_tokens={limit}; "
+            f"set --config.rollout.max_prompt_tokens={tokens}",
+        )
+    return None
+
+
+def teacher_misfit(tokens: int, teacher: models.ModelConfig, response: int) -> Misfit | None:
+    """What is wrong with a teacher's prompt of so many tokens beside `response` tokens."""
+    room = teacher.max_position - response
+    if tokens > room:
+        return (
+            "teacher's prompt too long",
+            f"the teacher's prompt has {tokens} tokens, wanted at most {room} beside the response; "
+            f"set --config.teacher.max_position={tokens + response}",
+        )
+    return None
 
 
 def _misfit(
     setup: Setup, problem: data.Problem, prompt: int, teacher_prompt: int, *, golden: bool
-) -> tuple[str, str] | None:
-    """Why a problem does not fit, in short and in a sentence. `prompt`s are counts of tokens."""
+) -> Misfit | None:
+    """Why a problem does not fit. `prompt`s are counts of tokens."""
     rollout = setup.config.rollout
-    if prompt < 1:
-        return "empty prompt", "its prompt is empty; correct --config.data.prompt_template"
-    if prompt > rollout.max_prompt_tokens:
-        return (
-            "prompt too long",
-            f"its prompt has {prompt} tokens, wanted at most rollout.max_prompt_tokens="
-            f"{rollout.max_prompt_tokens}; set --config.rollout.max_prompt_tokens={prompt}",
-        )
+    if misfit := prompt_misfit(prompt, rollout.max_prompt_tokens):
+        return misfit
     if setup.teacher is not None:
-        room = setup.teacher.max_position - rollout.max_response_tokens
-        if teacher_prompt > room:
-            return (
-                "teacher's prompt too long",
-                f"the teacher's prompt has {teacher_prompt} tokens, wanted at most {room} beside "
-                f"the response; set --config.teacher.max_position="
-                f"{teacher_prompt + rollout.max_response_tokens}",
-            )
+        misfit = teacher_misfit(teacher_prompt, setup.teacher, rollout.max_response_tokens)
+        if misfit:
+            return misfit
     room = setup.width - prompt
     if golden and len(problem.solution.encode()) >= room:  # no token is shorter than a byte
         size = len(setup.tokenizer.encode(problem.solution)) + 1

@@ -35,7 +35,7 @@ from opd_jax.eval.evaluate import evaluate
 from opd_jax.eval.grade import Grader
 from opd_jax.keys import Stream, key_for
 from opd_jax.rollout import generate
-from opd_jax.setup import Setup, make_setup
+from opd_jax.setup import Setup, compute_dtype, make_setup
 from opd_jax.types import Outcome, Rollout, Scores, TrainState
 
 Summary = dict[str, float]
@@ -73,7 +73,7 @@ class _Run:
         config = setup.config
         self.setup, self.config, self.folder = setup, config, folder
         self.grader, self.saved = grader, saved
-        self.dtype = _dtype(config.student.dtype)
+        self.dtype = compute_dtype(config.student.dtype)
         self.scored_V = None if setup.alignment.scored.all() else setup.alignment.scored
         self.drawn_V = None if setup.alignment.drawn.all() else setup.alignment.drawn
         self.teacher = self._frozen_teacher()
@@ -377,14 +377,8 @@ class _Clock:
         return self._row | {"time/step_s": self._last - self._began}
 
 
-def _dtype(name: str) -> jnp.dtype:
-    if name == "auto":
-        name = "bfloat16" if jax.default_backend() == "gpu" else "float32"
-    return jnp.dtype(name)
-
-
 def _load(path: str, dtype: str) -> models.Params:
-    return models.load(path, dtype=_dtype(dtype))[1]
+    return models.load(path, dtype=compute_dtype(dtype))[1]
 
 
 def _cast(params: models.Params, dtype: jnp.dtype) -> models.Params:

@@ -26,10 +26,7 @@ def check(path: pathlib.Path, config: ConfigDict) -> None:
 
     Raises WorkdirError that names the path or every field that differs.
     """
-    above = path
-    while not above.exists():
-        above = above.parent
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+    if above := obstacle(path):
         raise WorkdirError(
             f"workdir {str(path)!r} cannot be written ({above} is read-only or not a folder); "
             "give another one with --workdir"
@@ -47,11 +44,7 @@ def check(path: pathlib.Path, config: ConfigDict) -> None:
     except (ValueError, AttributeError) as error:
         raise WorkdirError(f"{file} cannot be read ({error}); give a new --workdir") from None
     new = configuration.flatten(json.loads(configuration.to_json(config)))
-    changed = [
-        f"{name}: {old.get(name)!r} there, {new.get(name)!r} now"
-        for name in sorted(old | new)
-        if old.get(name) != new.get(name) and not name.startswith(_SAFE)
-    ]
+    changed = [text for text in differences(old, new) if not text.startswith(_SAFE)]
     if changed:
         raise WorkdirError(
             f"workdir {str(path)!r} belongs to another config ({'; '.join(changed)}); "
@@ -59,22 +52,44 @@ def check(path: pathlib.Path, config: ConfigDict) -> None:
         )
 
 
+def obstacle(folder: pathlib.Path) -> pathlib.Path | None:
+    """What keeps a folder from being made or written into: the nearest path that exists; or None."""
+    while not folder.exists():
+        folder = folder.parent
+    writable = folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+    return None if writable else folder
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """`FIELD: OLD there, NEW now` of every field in which two flat configs differ."""
+    return [
+        f"{name}: {old.get(name)!r} there, {new.get(name)!r} now"
+        for name in sorted(old | new)
+        if old.get(name) != new.get(name)
+    ]
+
+
+def provenance(command: list[str]) -> dict[str, Any]:
+    """What is needed, beside the config, to repeat a run: versions, commit, devices, command."""
+    return {
+        "command": command,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in _PACKAGES},
+        "devices": [device.device_kind for device in jax.devices()],
+        "processor": platform.machine(),
+        "cores": os.cpu_count(),
+    }
+
+
 def create(path: pathlib.Path, config: ConfigDict, command: list[str]) -> None:
     """Make the folder; write config.json, and run.json with what is needed to repeat the run."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         (path / "config.json").write_text(configuration.to_json(config), encoding="utf-8")
-        run = {
-            "command": command,
-            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "commit": _commit(),
-            "python": platform.python_version(),
-            "packages": {name: metadata.version(name) for name in _PACKAGES},
-            "devices": [device.device_kind for device in jax.devices()],
-            "processor": platform.machine(),
-            "cores": os.cpu_count(),
-        }
-        (path / "run.json").write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+        run = json.dumps(provenance(command), indent=2) + "\n"
+        (path / "run.json").write_text(run, encoding="utf-8")
     except OSError as error:
         raise WorkdirError(
             f"workdir {str(path)!r} cannot be written ({error.strerror}); "

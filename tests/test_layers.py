@@ -14,8 +14,8 @@ LAYER = {
     "config": 3, "metrics": 3, "scoring": 3, "rollout": 3,
     "objectives": 4, "rows": 4, "workdir": 4, "cli": 4, "eval.evaluate": 4,
     "data.decontaminate": 4, "data.prepare_config": 4, "data.judge": 5, "data.prepare": 6,
-    "update": 5, "setup": 5, "export": 5,
-    "train": 6,
+    "update": 5, "setup": 5, "export": 5, "sample_file": 5,
+    "train": 6, "sample": 6,
 }  # fmt: skip
 
 

@@ -1,0 +1,23 @@
+"""Cold start: python launch/sample.py --config=CONFIG[:RECIPE] --out=FILE.jsonl."""
+
+import sys
+
+from absl import flags
+
+from opd_jax import cli
+
+cli.define_config("configs/opd.py")
+flags.DEFINE_string(
+    "out", None, "file to write, .jsonl; its report stands beside it", required=True
+)
+
+
+def main() -> None:
+    """Write solutions of the config's teacher to its problems, as data for configs/sft.py."""
+    from opd_jax import sample  # JAX starts only after the flags are known to be right
+
+    sample.run(cli.FLAGS.config, cli.FLAGS.out, command=sys.argv)
+
+
+if __name__ == "__main__":
+    cli.main(main)

@@ -1,0 +1,212 @@
+"""The file that sampling leaves, and what it grows from batch by batch.
+
+FILE.jsonl.partial grows by one line a batch; its first line says what it belongs to. A line torn by
+a kill is cut off, and its batch is sampled again. When all is done, the rows become FILE.jsonl and
+the report FILE.report.json, each whole or not at all, and the partial file goes.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import IO, Any
+
+from opd_jax import config as configuration
+from opd_jax import workdir
+from opd_jax.errors import WorkdirError
+
+# Fields that samples depend on, and those among them that change none.
+_TOUCHES = ("seed", "teacher.", "data.", "rollout.max_prompt_tokens", "sample.", "metrics.")
+_SAFE = ("sample.slots", "data.shuffle", "data.epochs", "teacher.follow", "teacher.decay")
+
+
+class Partial:
+    """FILE.jsonl.partial, open and locked; a context manager.
+
+    Attributes:
+      done: what `append` was given for each batch so far.
+    """
+
+    def __init__(self, file: pathlib.Path, header: dict[str, Any]):
+        """Open it, or make it with `header` (config, sha256) as its first line.
+
+        Raises WorkdirError where it belongs to another config, or another process is at work on it.
+        """
+        self.file, self.path = file, partial_path(file)
+        with _writing(file):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a+b")
+        try:
+            self._lock()
+            with _writing(file):
+                self.done = self._resume(header)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def append(self, batch: dict[str, Any], rows: list[dict[str, str]]) -> None:
+        """Add a batch: what is said of it, and its rows. On disk when this returns."""
+        with _writing(self.file):
+            self._file.write(_line({"batch": batch, "rows": rows}))
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def finish(self, report: dict[str, Any], *, write: bool) -> None:
+        """Write the report and, if `write`, the rows of all batches as the file; then go."""
+        with _writing(self.file):
+            text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+            with _replacing(report_path(self.file)) as target:
+                target.write(text.encode())
+            if write:
+                with _replacing(self.file) as target:
+                    for _, line in self._batches():
+                        target.writelines(map(_line, line["rows"]))
+            self.path.unlink(missing_ok=True)
+
+    def __enter__(self) -> "Partial":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise WorkdirError(
+                f"{self.path} is being written by another process; wait for it, or give a new --out"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+
+    def _resume(self, header: dict[str, Any]) -> list[dict[str, Any]]:
+        """Check whose file it is, cut off torn lines, and return what is said of each batch."""
+        ours = _line(header)
+        self._file.seek(0)
+        first = self._file.readline()
+        if not first.endswith(b"\n") and ours.startswith(first):  # new, or torn in the first line
+            self._file.truncate(0)
+            self._file.write(ours)
+            self._file.flush()
+            return []
+        try:
+            there = _identity(json.loads(first))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise WorkdirError(
+                f"{self.path} is in the way and was not written by launch/sample.py; "
+                "give a new --out, or remove it"
+            ) from None
+        _require_same(self.path, there, header)
+        end, done = len(first), []
+        for size, line in self._batches():
+            end += size
+            done.append(line["batch"])
+        self._file.truncate(end)
+        return done
+
+    def _batches(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """(bytes, object) of every line after the first, up to one that is torn."""
+        self._file.seek(0)
+        next(self._file)
+        for line in self._file:  # bytes: only a line feed ends a line
+            if not line.endswith(b"\n"):
+                return
+            try:
+                yield len(line), json.loads(line)
+            except ValueError:
+                return
+
+
+def check_place(file: pathlib.Path) -> None:
+    """Refuse an output that cannot be written, or that data.open_problems would not read."""
+    if file.suffix != ".jsonl":
+        raise WorkdirError(
+            f"out={str(file)!r}, wanted a name that ends in .jsonl; give --out={file}.jsonl"
+        )
+    if file.is_dir():
+        raise WorkdirError(f"out={str(file)!r} is a folder, wanted a file; give another --out")
+    if above := workdir.obstacle(file.parent):
+        raise WorkdirError(
+            f"out={str(file)!r} cannot be written ({above} is read-only or not a folder); "
+            "give another one with --out"
+        )
+
+
+def finished(file: pathlib.Path, header: dict[str, Any]) -> dict[str, Any] | None:
+    """The report of a file that is there already; None where there is no file.
+
+    Raises WorkdirError where it was made from another config, or nothing says from which.
+    """
+    if not file.exists():
+        return None
+    path = report_path(file)
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        there = _identity(report)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise WorkdirError(
+            f"{file} exists, and {path}, which would say what it was made from, cannot be read; "
+            "give a new --out, or remove the file"
+        ) from None
+    _require_same(file, there, header)
+    return report
+
+
+def report_path(file: pathlib.Path) -> pathlib.Path:
+    """FILE.report.json of FILE.jsonl."""
+    return file.with_suffix(".report.json")
+
+
+def partial_path(file: pathlib.Path) -> pathlib.Path:
+    """FILE.jsonl.partial of FILE.jsonl: where it exists, there is something left to do."""
+    return file.with_name(file.name + ".partial")
+
+
+def _identity(header: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What samples depend on: fields of the config, and what the problems say."""
+    flat = configuration.flatten(header["config"])
+    touching = {name: x for name, x in flat.items() if name.startswith(_TOUCHES)}
+    fields = {name: x for name, x in touching.items() if not name.startswith(_SAFE)}
+    return fields, {"the problems' sha256": header["sha256"][:12]}
+
+
+def _require_same(path: pathlib.Path, there: Any, header: dict[str, Any]) -> None:
+    fields, problems = (
+        workdir.differences(old, new) for old, new in zip(there, _identity(header), strict=True)
+    )
+    if changed := fields or problems:  # other fields often mean other problems
+        raise WorkdirError(
+            f"{path} belongs to another config ({'; '.join(changed)}); "
+            "give a new --out, or the old values to go on with it"
+        )
+
+
+@contextlib.contextmanager
+def _writing(file: pathlib.Path) -> Iterator[None]:
+    """Whatever the operating system refuses, as one line."""
+    try:
+        yield
+    except WorkdirError:
+        raise
+    except OSError as error:
+        raise WorkdirError(
+            f"{file} cannot be written ({error.strerror or error}); mend that and give the same "
+            "command again: what is done is kept"
+        ) from None
+
+
+@contextlib.contextmanager
+def _replacing(path: pathlib.Path) -> Iterator[IO[bytes]]:
+    """A file beside `path` that takes its place when all is written."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as target:
+        yield target
+        target.flush()
+        os.fsync(target.fileno())
+    temporary.replace(path)
+
+
+def _line(found: Any) -> bytes:
+    return (json.dumps(found, ensure_ascii=False) + "\n").encode()

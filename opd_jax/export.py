@@ -4,7 +4,7 @@ import json
 import pathlib
 from typing import Any
 
-from opd_jax import checkpoint, models
+from opd_jax import checkpoint, data, models
 from opd_jax.errors import ConfigError, WorkdirError
 from opd_jax.models import decoder
 
@@ -15,7 +15,8 @@ def export(workdir: str, out: str, *, step: int | None = None, dtype: str = "flo
     """Write the student of a run as the folder `out`, which transformers loads; returns its step.
 
     Only the parameters are read from the checkpoint. Tokenizer, chat template, generation settings
-    and the rest of config.json come from the folder that the run started from (`student.path`).
+    and the rest of config.json come from the folder that the run started from (`student.path`), the
+    chat template from `student.chat_template` where the run had one.
 
     Args:
       workdir: folder of a run, finished or not.
@@ -41,7 +42,13 @@ def export(workdir: str, out: str, *, step: int | None = None, dtype: str = "flo
     step, params = checkpoint.restore_params(
         pathlib.Path(workdir), decoder.abstract_params(config), step=step
     )
+    template = student.get("chat_template") and data.Tokenizer(
+        source, chat_template=student["chat_template"]
+    )
     models.save(out, config, params, source=source, dtype=dtype)
+    if template:  # the template that the run used, in place of the folder's own
+        file = pathlib.Path(out) / "chat_template.jinja"
+        file.write_text(template.hf.chat_template, encoding="utf-8")
     return step
 
 

@@ -30,7 +30,8 @@ def write_run(folder: pathlib.Path, steps: tuple[int, ...], model: pathlib.Path 
     config.student.path = str(model)
     workdir.create(folder, config, [])
     _, params = models.load(str(model))
-    batches = data.make_batches(config.data, batch=2, seed=0)
+    problems = data.open_problems("tiny:train", field="data.train", size=9)
+    batches = data.make_batches(problems, batch=2, seed=0, shuffle=True)
     with checkpoint.Checkpoints(folder, keep=9) as saved:
         for step in steps:
             moved = jax.tree.map(lambda w, step=step: w + step, params)
@@ -62,6 +63,24 @@ def test_the_newest_or_the_named_step(run, tmp_path, step, taken):
     start_config, start = models.load(str(STUDENT))
     assert config == start_config
     assert_same_trees(params, jax.tree.map(lambda w: w + taken, start))
+
+
+def test_the_chat_template_of_the_run_goes_with_the_model(run, tmp_path):
+    from transformers import AutoTokenizer
+
+    template = tmp_path / "mine.jinja"
+    template.write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}")
+    shutil.copytree(run, tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    config["student"]["chat_template"] = str(template)
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    export(str(tmp_path / "run"), str(tmp_path / "out"))
+    turn = [{"role": "user", "content": "1 + 1"}]
+    for tokenizer in (
+        AutoTokenizer.from_pretrained(tmp_path / "out"),
+        data.Tokenizer(str(tmp_path / "out")).hf,
+    ):
+        assert tokenizer.apply_chat_template(turn, tokenize=False) == "[1 + 1]"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -19,8 +19,8 @@ from ml_collections import ConfigDict
 from configs import recipes
 
 SYSTEM_PROMPT = "You are a French assistant. Always answer in French."
-# At least three of the commonest French words: English answers do not hold them.
-FRENCH = r"(?is)(?:\b(?:le|la|les|des|du|est|une|et|dans|que|qui|pour|il|un|ce|pas)\b.*){3}"
+# At least two of the commonest French words: English answers do not hold them.
+FRENCH = r"(?is)(?:\b(?:le|la|les|des|du|est|une|et|dans|que|qui|pour|il|un|ce|pas)\b.*){2}"
 
 
 def get_config(recipe: str | None = None) -> ConfigDict:
@@ -41,12 +41,12 @@ def _internalise(config: ConfigDict) -> None:
     config.data.prompt_template = "{problem}"
     config.data.teacher_prompt_template = "same"
     config.data.teacher_system_prompt = SYSTEM_PROMPT
-    config.steps = 60
+    config.steps = 30
     config.rollout.prompts_per_step = 32
     config.rollout.samples_per_prompt = 1
-    config.rollout.max_prompt_tokens = 64
-    config.rollout.max_response_tokens = 48
-    config.optim.learning_rate = 2e-5
+    config.rollout.max_prompt_tokens = 48
+    config.rollout.max_response_tokens = 24  # which language it is shows early
+    config.optim.learning_rate = 1e-4
     config.eval.data = config.eval.data or str(here / "questions" / "test.jsonl")
     config.eval.match = FRENCH
     config.eval.temperature = 0.7

@@ -12,6 +12,8 @@ from typing import TypeVar
 import jax
 import numpy as np
 
+from opd_jax.types import TeacherRows
+
 Tree = TypeVar("Tree")
 
 
@@ -57,6 +59,12 @@ def gather(rows: Tree, part: MicroBatch) -> Tree:
         return np.pad(taken, [(0, part.count - len(part.rows))] + [(0, 0)] * (x.ndim - 1))
 
     return jax.tree.map(one, rows)
+
+
+def gather_teacher(rows: TeacherRows, part: MicroBatch) -> TeacherRows:
+    """The teacher's rows of a micro-batch, as wide as their own longest needs."""
+    width = bucket(int(np.max(rows.length_B[part.rows])), rows.tokens_BT.shape[1])
+    return gather(rows, dataclasses.replace(part, width=width))
 
 
 def scatter(out_BT: np.ndarray, values: jax.Array, part: MicroBatch) -> None:

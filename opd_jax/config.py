@@ -14,7 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from opd_jax.errors import ConfigError
-from opd_jax.losses import AGGREGATIONS, ESTIMATORS
+from opd_jax.losses import AGGREGATIONS, DIRECTIONS, ESTIMATORS
 
 DTYPES = ("auto", "float32", "bfloat16")
 
@@ -83,6 +83,9 @@ def default() -> ConfigDict:
 
     loss = config.loss = ConfigDict()
     loss.pg_weight = 1.0  # w_pg of the clipped surrogate on the teacher's log-ratio
+    loss.divergence_weight = 0.0  # w_div of D(student, teacher) over the full vocabulary
+    loss.direction = "reverse"  # KL(student || teacher) | forward: KL(teacher || student) | jsd
+    loss.jsd_beta = 0.5  # b of the generalised Jensen-Shannon divergence
     loss.lambda_gold = 0.0  # weight of the supervised loss on golden solutions
     loss.beta_kl = 0.0  # weight of KL(student || reference) on visited prefixes
     loss.kl_estimator = "full"  # full | k1 | k2 | k3
@@ -145,7 +148,8 @@ def validate(config: ConfigDict) -> None:
     for field in ("rollout.slots", "loss.lambda_gold", "loss.beta_kl", "loss.pg_weight",
                   "optim.warmup_steps", "optim.weight_decay", "checkpoint.every", "eval.every",
                   "rollout.temperature", "eval.temperature", "log.rollouts", "seed",
-                  "loss.clip_high", "data.epochs", "student.rope_theta", "student.max_position",
+                  "loss.clip_high", "loss.divergence_weight", "data.epochs",
+                  "student.rope_theta", "student.max_position",
                   "teacher.rope_theta", "teacher.max_position", "reference.rope_theta",
                   "reference.max_position", "sample.problems", "sample.slots",
                   "sample.temperature", "sample.max_response_tokens"):  # fmt: skip
@@ -159,7 +163,7 @@ def validate(config: ConfigDict) -> None:
             raise _wrong(field, flat[field], "a finite number above 0")
     for field, choices in (
         ("student.dtype", DTYPES), ("teacher.dtype", DTYPES), ("reference.dtype", DTYPES),
-        ("loss.kl_estimator", ESTIMATORS), ("loss.aggregation", AGGREGATIONS),
+        ("loss.kl_estimator", ESTIMATORS), ("loss.direction", DIRECTIONS), ("loss.aggregation", AGGREGATIONS),
         ("loss.gold_aggregation", AGGREGATIONS),
         ("loss.truncated", ("keep", "mask")), ("optim.schedule", ("constant", "linear", "cosine")),
         ("teacher.follow", ("frozen", "average", "live")), ("data.bad_rows", ("refuse", "skip")),
@@ -172,13 +176,19 @@ def validate(config: ConfigDict) -> None:
         )
     if not config.student.path:
         raise _wrong("student.path", "''", "the path of a Hugging Face folder")
-    if not (config.loss.pg_weight or config.loss.lambda_gold or config.loss.beta_kl):
+    weights = ("pg_weight", "divergence_weight", "lambda_gold", "beta_kl")
+    if not any(config.loss[name] for name in weights):
         raise ConfigError(
-            "loss.pg_weight, loss.lambda_gold and loss.beta_kl are all 0, wanted one above 0: "
-            "nothing would be trained; set --config.loss.pg_weight=1"
+            f"loss.{', loss.'.join(weights)} are all 0, wanted one above 0: nothing would be "
+            "trained; set --config.loss.pg_weight=1"
         )
-    if config.loss.pg_weight and not config.teacher.path:
-        raise _wrong("teacher.path", "''", "the path of a Hugging Face folder (loss.pg_weight > 0)")
+    if (config.loss.pg_weight or config.loss.divergence_weight) and not config.teacher.path:
+        raise _wrong(
+            "teacher.path", "''",
+            "a Hugging Face folder (loss.pg_weight or loss.divergence_weight is above 0)",
+        )  # fmt: skip
+    if not 0 < config.loss.jsd_beta < 1:
+        raise _wrong("loss.jsd_beta", config.loss.jsd_beta, "a number between 0 and 1")
     if config.teacher.follow != "frozen" and config.teacher.path != "student":
         raise ConfigError(
             f"teacher.follow={config.teacher.follow} is for a teacher that is the student, got "

@@ -13,6 +13,7 @@ from opd_jax.shapes import check_shapes
 
 ESTIMATORS = ("full", "k1", "k2", "k3")
 AGGREGATIONS = ("token", "sequence")
+DIRECTIONS = ("reverse", "forward", "jsd")
 
 
 def opd_advantage(*, teacher_logprob_BT: jax.Array, student_logprob_BT: jax.Array) -> jax.Array:
@@ -62,6 +63,48 @@ def exact_kl(*, p_logprob_BTV: jax.Array, q_logprob_BTV: jax.Array) -> jax.Array
     log_p = jnp.where(possible, p_logprob_BTV, 0.0)
     log_q = jnp.where(possible, jax.lax.stop_gradient(q_logprob_BTV), 0.0)
     return jnp.sum(jnp.where(possible, jnp.exp(log_p) * (log_p - log_q), 0.0), axis=-1)
+
+
+def forward_kl(*, p_logprob_BTV: jax.Array, q_logprob_BTV: jax.Array) -> jax.Array:
+    """KL(q || p) = sum_v q(v) (log q(v) - log p(v)) at every prefix. [B, T]; gradient through p only.
+
+    Its gradient in the student's logits is p - q: ids that the student hardly ever samples are
+    pulled up at once, where reverse KL pulls them in proportion to p.
+    """
+    check_shapes(p_logprob_BTV=p_logprob_BTV, q_logprob_BTV=q_logprob_BTV)
+    q_logprob_BTV = jax.lax.stop_gradient(q_logprob_BTV)
+    possible = q_logprob_BTV > -jnp.inf
+    log_q = jnp.where(possible, q_logprob_BTV, 0.0)
+    log_p = jnp.where(possible, p_logprob_BTV, 0.0)
+    return jnp.sum(jnp.where(possible, jnp.exp(log_q) * (log_q - log_p), 0.0), axis=-1)
+
+
+def generalised_jsd(
+    *, p_logprob_BTV: jax.Array, q_logprob_BTV: jax.Array, beta: float
+) -> jax.Array:
+    """JSD_b = b KL(q || m) + (1 - b) KL(p || m), m = b q + (1 - b) p, 0 < b < 1. [B, T].
+
+    The convention of TRL's GKD, as OPSD uses it with b = 1/2; gradient through p, in m as well.
+    """
+    check_shapes(p_logprob_BTV=p_logprob_BTV, q_logprob_BTV=q_logprob_BTV)
+    log_q = jnp.maximum(jax.lax.stop_gradient(q_logprob_BTV), -1e30)  # 0 * -inf would be nan
+    log_p = jnp.maximum(p_logprob_BTV, -1e30)
+    log_m = jnp.logaddexp(log_q + jnp.log(beta), log_p + jnp.log1p(-beta))
+    from_q_BTV = jnp.exp(log_q) * (log_q - log_m)
+    from_p_BTV = jnp.exp(log_p) * (log_p - log_m)
+    return jnp.sum(beta * from_q_BTV + (1.0 - beta) * from_p_BTV, axis=-1)
+
+
+def divergence(
+    *, p_logprob_BTV: jax.Array, q_logprob_BTV: jax.Array, direction: str, jsd_beta: float
+) -> jax.Array:
+    """D(student, teacher) over the full vocabulary by the named direction. [B, T]."""
+    if direction == "jsd":
+        return generalised_jsd(
+            p_logprob_BTV=p_logprob_BTV, q_logprob_BTV=q_logprob_BTV, beta=jsd_beta
+        )
+    named = {"reverse": exact_kl, "forward": forward_kl}[direction]
+    return named(p_logprob_BTV=p_logprob_BTV, q_logprob_BTV=q_logprob_BTV)
 
 
 def kl_k1(*, logprob_BT: jax.Array, reference_logprob_BT: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
 """The loss of a run: which terms, with which weights, on which rows.
 
-    L = w_pg L_PG  +  beta_kl KL(student || reference)      on rollouts
-      + lambda_gold L_SFT                                    on golden solutions
+    L = w_pg L_PG  +  w_div D(student, teacher)  +  beta_kl KL(student || reference)    on rollouts
+      + lambda_gold L_SFT                                                 on golden solutions
 
 A method is a set of numbers. A term whose weight is 0 is not traced: no forward pass, no memory.
 """
@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from opd_jax import losses, scoring
 from opd_jax.models import decoder
 from opd_jax.models.architecture import ModelConfig
-from opd_jax.types import Array, GoldenRows, RolloutRows
+from opd_jax.types import Array, Frozen, GoldenRows, RolloutRows
 
 RolloutLoss = Callable[
-    [decoder.Params, decoder.Params | None, RolloutRows], tuple[jax.Array, dict[str, jax.Array]]
+    [decoder.Params, Frozen, RolloutRows], tuple[jax.Array, dict[str, jax.Array]]
 ]
 GoldenLoss = Callable[[decoder.Params, GoldenRows], tuple[jax.Array, dict[str, jax.Array]]]
 
@@ -28,6 +28,9 @@ class Terms:
     """The numbers of the loss; fields as in the config section `loss`."""
 
     pg_weight: float
+    divergence_weight: float
+    direction: str
+    jsd_beta: float
     lambda_gold: float
     beta_kl: float
     kl_estimator: str
@@ -37,60 +40,80 @@ class Terms:
     @property
     def needs_rollouts(self) -> bool:
         """Whether any term is taken on the student's own rollouts."""
-        return self.pg_weight != 0 or self.beta_kl != 0
+        return self.needs_teacher or self.beta_kl != 0
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether any term asks the teacher."""
+        return self.pg_weight != 0 or self.divergence_weight != 0
 
 
 def make_rollout_loss(
     terms: Terms,
     config: ModelConfig,
-    reference_config: ModelConfig,
+    frozen_configs: Frozen,
     *,
     vocabulary: int,
     token_chunk: int,
     remat: bool,
     scored_V: Array | None = None,
 ) -> RolloutLoss:
-    """loss(params, reference_params, rows) -> (w_pg L_PG + beta_kl KL, its parts), sums of weighted tokens.
+    """loss(params, frozen, rows) -> (w_pg L_PG + w_div D + beta_kl KL, its parts), sums of weighted tokens.
 
-    `reference_params` is None exactly where beta_kl is 0. Log-probs are normalised over `scored_V`.
+    `frozen` holds the reference where beta_kl is not 0 and the teacher where divergence_weight is
+    not; `frozen_configs` their architectures. Log-probs are normalised over `scored_V`.
     """
+    beside = [
+        name
+        for name, weight in (("teacher", terms.divergence_weight), ("reference", terms.beta_kl))
+        if weight
+    ]
 
     def token_terms(
         student_CV: jax.Array,
-        reference_CV: jax.Array | None = None,
-        *,
+        *others_CV: jax.Array,
         token_C: jax.Array,
         advantage: jax.Array,
         sampler_logprob: jax.Array,
     ) -> dict[str, jax.Array]:
         logprob_C = scoring.take(student_CV, token_C)
-        out = {
-            "opd": losses.clipped_surrogate(
+        out = {}
+        if terms.pg_weight:
+            out["opd"] = losses.clipped_surrogate(
                 logprob_BT=logprob_C[None],
                 sampler_logprob_BT=sampler_logprob[None],
                 advantage_BT=advantage[None],
                 clip_low=terms.clip_low,
                 clip_high=terms.clip_high,
             )[0]
-        }
-        if reference_CV is not None:
+        other = dict(zip(beside, others_CV, strict=True))
+        if "teacher" in other:
+            out["divergence"] = losses.divergence(
+                p_logprob_BTV=student_CV[None],
+                q_logprob_BTV=other["teacher"][None],
+                direction=terms.direction,
+                jsd_beta=terms.jsd_beta,
+            )[0]
+        if "reference" in other:
             out["reference_kl"] = _reference_kl(
-                terms.kl_estimator, student_CV, reference_CV, logprob_C, token_C
+                terms.kl_estimator, student_CV, other["reference"], logprob_C, token_C
             )
         return out
 
     def loss(
-        params: decoder.Params, reference: decoder.Params | None, rows: RolloutRows
+        params: decoder.Params, frozen: Frozen, rows: RolloutRows
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         heads = [decoder.head(params)[:vocabulary]]
         hiddens = [
             decoder.hidden_states(params, config, rows.tokens_BT, rows.length_B, remat=remat)
         ]
-        if reference is not None:
-            hidden = decoder.hidden_states(
-                reference, reference_config, rows.tokens_BT, rows.length_B
-            )
-            heads.append(decoder.head(reference)[:vocabulary])
+        for name in beside:
+            weights = getattr(frozen, name)
+            hidden = scoring.teacher_states(
+                weights, getattr(frozen_configs, name), rows.tokens_BT, rows.length_B,
+                rows.teacher if name == "teacher" else None,
+            )  # fmt: skip
+            heads.append(jax.lax.stop_gradient(decoder.head(weights)[:vocabulary]))
             hiddens.append(jax.lax.stop_gradient(hidden))
         counts_BT = rows.weight_BT > 0  # inf elsewhere would be 0 * inf = nan in the gradient
         parts = scoring.map_tokens(
@@ -106,10 +129,12 @@ def make_rollout_loss(
             scored_V=scored_V,
         )
         sums = {name: _weighted_sum(x_BT, rows.weight_BT) for name, x_BT in parts.items()}
-        total = terms.pg_weight * sums["opd"]
-        if reference is not None:
-            total = total + terms.beta_kl * sums["reference_kl"]
-        return total, sums
+        weight_of = {
+            "opd": terms.pg_weight,
+            "divergence": terms.divergence_weight,
+            "reference_kl": terms.beta_kl,
+        }
+        return sum((weight_of[name] * x for name, x in sums.items()), jnp.zeros(())), sums
 
     return loss
 

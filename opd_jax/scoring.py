@@ -6,7 +6,6 @@ float32, hands them to a function, and keeps only what that returns; in the back
 chunk's logits are made again.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -88,6 +87,20 @@ def align(hidden_BTD: jax.Array, offset_B: jax.Array, width: int) -> jax.Array:
     return jnp.take_along_axis(hidden_BTD, index_BT[:, :, None], axis=1)
 
 
+def teacher_states(
+    teacher: decoder.Params,
+    config: ModelConfig,
+    tokens_BT: jax.Array,
+    length_B: jax.Array,
+    other: TeacherRows | None,
+) -> jax.Array:
+    """The teacher's hidden states [B, T, D] over the student's rows, read behind its own prompts if any."""
+    if other is None:
+        return decoder.hidden_states(teacher, config, tokens_BT, length_B)
+    hidden = decoder.hidden_states(teacher, config, other.tokens_BT, other.length_B)
+    return align(hidden, other.offset_B, tokens_BT.shape[1])
+
+
 def take(logprob_CV: jax.Array, token_C: jax.Array) -> jax.Array:
     """log p of the given ids: [C, V], [C] -> [C]."""
     return jnp.take_along_axis(logprob_CV, token_C[:, None], axis=-1, mode="clip")[:, 0]
@@ -144,7 +157,7 @@ def score(
     measured = []
     for part in batching.split(length_B, width=tokens_BT.shape[1], tokens=microbatch_tokens):
         tokens, length = batching.gather((tokens_BT, length_B), part)
-        other = None if teacher_rows is None else _teacher_part(teacher_rows, part)
+        other = None if teacher_rows is None else batching.gather_teacher(teacher_rows, part)
         scores = score_part(
             student, student_config, teacher, teacher_config, tokens, length, other, scored_V,
             vocabulary=vocabulary, top_k=top_k, token_chunk=token_chunk,
@@ -156,12 +169,6 @@ def score(
             out.setdefault(f"{name}_BT", np.zeros(tokens_BT.shape, np.float32))
             batching.scatter(out[f"{name}_BT"], values, part)
     return Scores(**out)
-
-
-def _teacher_part(rows: TeacherRows, part: batching.MicroBatch) -> TeacherRows:
-    longest = int(rows.length_B[part.rows].max())
-    width = batching.bucket(longest, rows.tokens_BT.shape[1])
-    return batching.gather(rows, dataclasses.replace(part, width=width))
 
 
 @partial(
@@ -183,14 +190,7 @@ def score_part(
     token_chunk: int,
 ) -> dict[str, jax.Array]:
     """`score` of one micro-batch, traced once for each of its shapes; dict of [B, T] by name."""
-    if other is None:
-        teacher_BTD = decoder.hidden_states(teacher, teacher_config, tokens_BT, length_B)
-    else:
-        teacher_BTD = align(
-            decoder.hidden_states(teacher, teacher_config, other.tokens_BT, other.length_B),
-            other.offset_B,
-            tokens_BT.shape[1],
-        )
+    teacher_BTD = teacher_states(teacher, teacher_config, tokens_BT, length_B, other)
     return map_tokens(
         partial(_pair_statistics, top_k=top_k),
         (decoder.head(student)[:vocabulary], decoder.head(teacher)[:vocabulary]),

@@ -68,7 +68,7 @@ def make_setup(config: ConfigDict) -> Setup:
     tokenizer = open_tokenizer(config.student)
     teacher, teacher_tokenizer = None, tokenizer
     notes: list[str] = []
-    if terms.pg_weight:
+    if terms.needs_teacher:
         teacher = architecture(config.teacher)
         teacher_tokenizer = open_tokenizer(config.teacher)
         alignment = data.align(
@@ -144,7 +144,7 @@ def resolved(config: ConfigDict) -> ConfigDict:
         if config[role].path and config[role].path != "student":
             config[role].path = models.locate(config[role].path)
     if config.teacher.path == "student":
-        for field in ("path", "rope_theta", "max_position", "enable_thinking"):
+        for field in ("path", "rope_theta", "max_position"):
             config.teacher[field] = config.student[field]
         config.teacher.chat_template = config.teacher.chat_template or config.student.chat_template
     return config

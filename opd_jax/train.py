@@ -8,9 +8,6 @@ import dataclasses
 import json
 import math
 import pathlib
-import resource
-import sys
-import time
 from typing import Any
 
 import jax
@@ -30,13 +27,14 @@ from opd_jax import (
     update,
     workdir,
 )
+from opd_jax.clock import Clock, peak_gib
 from opd_jax.errors import ConfigError, NonFiniteError
 from opd_jax.eval.evaluate import evaluate
 from opd_jax.eval.grade import Grader
 from opd_jax.keys import Stream, key_for
 from opd_jax.rollout import generate
 from opd_jax.setup import Setup, compute_dtype, make_setup
-from opd_jax.types import Outcome, Rollout, Scores, TrainState
+from opd_jax.types import Frozen, Outcome, Rollout, Scores, TeacherRows, TrainState
 
 Summary = dict[str, float]
 
@@ -97,7 +95,11 @@ class _Run:
         }
         terms = setup.terms
         rollout_loss = objectives.make_rollout_loss(
-            terms, setup.student, setup.reference, scored_V=self.scored_V, **shared
+            terms,
+            setup.student,
+            Frozen(reference=setup.reference, teacher=setup.teacher),
+            scored_V=self.scored_V,
+            **shared,
         )
         golden_loss = objectives.make_golden_loss(terms, setup.student, **shared)
         self.update = update.make_update(
@@ -170,7 +172,7 @@ class _Run:
     ) -> tuple[Summary, Rollout | None, Scores | None]:
         """One batch of prompts: roll out, score, update. Returns the step's metrics and what they are of."""
         terms, loss = self.setup.terms, self.config.loss
-        clock = _Clock()
+        clock = Clock()
         row: Summary = {}
         rollout = scores = rollout_rows = golden_rows = None
         setup = self.setup
@@ -180,13 +182,16 @@ class _Run:
             weights = _cast(self.state.params, self.dtype)
             rollout = self._rollout(step, weights, prompts)
             clock.lap("rollout", rollout.response_length_B.sum())
-            scores = self._score(weights, rollout, problems)
+            teacher_rows = self._teacher_rows(rollout, problems)
+            scores = self._score(weights, rollout, teacher_rows)
             mask_BT = rows.scored_mask(rollout, setup.alignment.scored, setup.first_pieces)
             row |= self._measure(rollout, scores, mask_BT)
             clock.lap("score", rollout.response_length_B.sum())
             rollout_rows = rows.rollout_rows(
                 rollout, scores, mask_BT, truncated=loss.truncated, aggregation=loss.aggregation
             )
+            if terms.divergence_weight:
+                rollout_rows = rollout_rows.replace(teacher=teacher_rows)
             del weights  # the update donates the state they may share
         if golden:
             batch = data.golden_rows(prompts, golden, width=setup.width)
@@ -195,7 +200,7 @@ class _Run:
         clock.lap("update", row.get("rollout/tokens", 0.0) + sum(map(len, golden)))
         row |= clock.row()
         row["optim/learning_rate"] = float(self.schedule(step - 1))
-        row["memory/peak_gib"] = _peak_gib()
+        row["memory/peak_gib"] = peak_gib()
         return row, rollout, scores
 
     def _frozen_teacher(self) -> models.Params | None:
@@ -232,20 +237,24 @@ class _Run:
             scored_V=self.scored_V,
         )
 
+    def _teacher_rows(self, rollout: Rollout, problems: list[data.Problem]) -> TeacherRows | None:
+        """The rollouts as the teacher reads them, where that is not as the student does."""
+        setup, samples = self.setup, self.config.rollout.samples_per_prompt
+        if not setup.separate_prompts:
+            return None
+        prompts = setup.teacher_style.prompts(problems, setup.teacher_tokenizer)
+        return rows.teacher_rows(
+            rollout,
+            [prompt for prompt in prompts for _ in range(samples)],
+            setup.alignment.teacher_ids,
+            width=setup.teacher_width,
+        )
+
     def _score(
-        self, weights: models.Params, rollout: Rollout, problems: list[data.Problem]
+        self, weights: models.Params, rollout: Rollout, teacher_rows: TeacherRows | None
     ) -> Scores:
         """Student and teacher on the rollouts; without a teacher the student stands in for it."""
         setup, config = self.setup, self.config
-        teacher_rows = None
-        if setup.separate_prompts:
-            prompts = setup.teacher_style.prompts(problems, setup.teacher_tokenizer)
-            teacher_rows = rows.teacher_rows(
-                rollout,
-                [prompt for prompt in prompts for _ in range(config.rollout.samples_per_prompt)],
-                setup.alignment.teacher_ids,
-                width=setup.teacher_width,
-            )
         return scoring.score(
             weights,
             setup.student,
@@ -283,9 +292,12 @@ class _Run:
         parts = self.config.optim.updates_per_rollout
         measured = []
         for i in range(parts):
+            teacher = None
+            if self.setup.terms.divergence_weight:
+                teacher = self._teacher_now(_cast(self.state.params, self.dtype))
             self.state, some = self.update(
                 self.state,
-                self.reference,
+                Frozen(reference=self.reference, teacher=teacher),
                 rollout_rows and rows.share(rollout_rows, i, parts),
                 golden_rows and rows.share(golden_rows, i, parts),
             )
@@ -358,25 +370,6 @@ class _Run:
         return [one(i) for i in range(min(self.config.log.rollouts, len(rollout.length_B)))]
 
 
-class _Clock:
-    """Seconds and tokens a second of a step's stages."""
-
-    def __init__(self) -> None:
-        self._began = self._last = time.perf_counter()
-        self._row: Summary = {}
-
-    def lap(self, stage: str, tokens: float) -> None:
-        """The stage that has just ended, and how many tokens it was about."""
-        now = time.perf_counter()
-        self._row[f"time/{stage}_s"] = now - self._last
-        self._row[f"speed/{stage}_tokens_per_s"] = float(tokens) / (now - self._last)
-        self._last = now
-
-    def row(self) -> Summary:
-        """The `time/*` and `speed/*` keys."""
-        return self._row | {"time/step_s": self._last - self._began}
-
-
 def _load(path: str, dtype: str) -> models.Params:
     return models.load(path, dtype=compute_dtype(dtype))[1]
 
@@ -388,16 +381,6 @@ def _cast(params: models.Params, dtype: jnp.dtype) -> models.Params:
 
 def _rounded(values: np.ndarray) -> list[float]:
     return [round(float(x), 5) for x in values]
-
-
-def _peak_gib() -> float:
-    """Peak memory of the first device, or of the process where the device does not tell (CPU)."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    peak = stats.get("peak_bytes_in_use")
-    if peak is None:
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return peak / 2**30
 
 
 def _require_finite(step: int, row: dict[str, float]) -> None:

@@ -99,6 +99,13 @@ class TeacherRows(flax.struct.PyTreeNode):
     offset_B: Array
 
 
+class Frozen(flax.struct.PyTreeNode):
+    """Weights that a loss reads and never changes; None where no term needs them."""
+
+    reference: Any = None
+    teacher: Any = None
+
+
 class RolloutRows(flax.struct.PyTreeNode):
     """Rollouts as the update takes them.
 
@@ -107,6 +114,7 @@ class RolloutRows(flax.struct.PyTreeNode):
       weight_BT: float32, each token's share of the mean; 0 outside the response, sums to 1 over
         the global batch.
       advantage_BT, sampler_logprob_BT: float32, constants.
+      teacher: the responses behind the teacher's prompts; None where it reads the same rows.
     """
 
     tokens_BT: Array
@@ -114,6 +122,7 @@ class RolloutRows(flax.struct.PyTreeNode):
     weight_BT: Array
     advantage_BT: Array
     sampler_logprob_BT: Array
+    teacher: TeacherRows | None = None
 
 
 class GoldenRows(flax.struct.PyTreeNode):

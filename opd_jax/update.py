@@ -11,10 +11,10 @@ import optax
 from opd_jax import batching
 from opd_jax.models import decoder
 from opd_jax.objectives import GoldenLoss, RolloutLoss
-from opd_jax.types import GoldenRows, RolloutRows, TrainState
+from opd_jax.types import Frozen, GoldenRows, RolloutRows, TrainState
 
 Update = Callable[
-    [TrainState, decoder.Params | None, RolloutRows | None, GoldenRows | None],
+    [TrainState, Frozen, RolloutRows | None, GoldenRows | None],
     tuple[TrainState, dict[str, jax.Array]],
 ]
 
@@ -72,7 +72,7 @@ def make_update(
     dtype: jnp.dtype,
     decay: float = 0.0,
 ) -> Update:
-    """update(state, reference, rollout_rows, golden_rows) -> (state, metrics); `state` is donated.
+    """update(state, frozen, rollout_rows, golden_rows) -> (state, metrics); `state` is donated.
 
     Rows (host arrays) go through in micro-batches of like length (batching.split); because every
     token carries its share of the global mean, the sum of their gradients is the gradient of the
@@ -100,7 +100,7 @@ def make_update(
 
     def update(
         state: TrainState,
-        reference: decoder.Params | None,
+        frozen: Frozen,
         rollout_rows: RolloutRows | None,
         golden_rows: GoldenRows | None,
     ) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -111,9 +111,7 @@ def make_update(
                 continue
             width = rows.tokens_BT.shape[1]
             for part in batching.split(rows.length_B, width=width, tokens=microbatch_tokens):
-                value, parts, grads = add(
-                    state.params, reference, batching.gather(rows, part), grads
-                )
+                value, parts, grads = add(state.params, frozen, _gather(rows, part), grads)
                 for name, x in (parts | {"total": value}).items():
                     sums[name] = sums.get(name, 0.0) + x
         state, norm = apply(state, grads, sums["total"])
@@ -124,17 +122,26 @@ def make_update(
 
 
 def _make_accumulate(loss: Callable, dtype: jnp.dtype) -> Callable:
-    """(params, reference, rows, grads) -> (loss, its parts, grads + its gradient); grads are donated."""
+    """(params, frozen, rows, grads) -> (loss, its parts, grads + its gradient); grads are donated."""
 
-    def compute(master: Any, reference: Any, rows: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        return loss(jax.tree.map(lambda w: w.astype(dtype), master), reference, rows)
+    def compute(master: Any, frozen: Frozen, rows: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return loss(jax.tree.map(lambda w: w.astype(dtype), master), frozen, rows)
 
     @partial(jax.jit, donate_argnums=(3,))
-    def accumulate(params: Any, reference: Any, rows: Any, grads: Any) -> tuple:
-        (value, parts), new = jax.value_and_grad(compute, has_aux=True)(params, reference, rows)
+    def accumulate(params: Any, frozen: Frozen, rows: Any, grads: Any) -> tuple:
+        (value, parts), new = jax.value_and_grad(compute, has_aux=True)(params, frozen, rows)
         return value, parts, jax.tree.map(jnp.add, grads, new)
 
     return accumulate
+
+
+def _gather(rows: Any, part: batching.MicroBatch) -> Any:
+    """A micro-batch of the rows; the teacher's have a width of their own."""
+    teacher = getattr(rows, "teacher", None)
+    if teacher is None:
+        return batching.gather(rows, part)
+    taken = batching.gather(rows.replace(teacher=None), part)
+    return taken.replace(teacher=batching.gather_teacher(teacher, part))
 
 
 def _on_golden(loss: GoldenLoss) -> Callable:

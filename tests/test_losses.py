@@ -204,6 +204,75 @@ def test_exact_kl_of_impossible_ids_is_finite_backwards(logits):
     np.testing.assert_array_equal(gradient, 0.0)
 
 
+# forward_kl, generalised_jsd, divergence
+
+
+def directed(x_TV, y_TV, direction: str, beta: float = 0.5):
+    return losses.divergence(
+        p_logprob_BTV=jax.nn.log_softmax(x_TV)[None],
+        q_logprob_BTV=jax.nn.log_softmax(y_TV)[None],
+        direction=direction,
+        jsd_beta=beta,
+    )[0]
+
+
+@pytest.mark.parametrize(
+    ("direction", "beta", "value"),
+    [
+        ("reverse", 0.5, 0.218012),
+        # 0.25 log(1/2) + 0.25 log(5/6) + 0.5 log(5/2) = -0.173287 - 0.045580 + 0.458145
+        ("forward", 0.5, 0.239278),
+        # m = (0.375, 0.275, 0.35): KL(q||m) = 0.053143, KL(p||m) = 0.058021, half of both
+        ("jsd", 0.5, 0.055582),
+        # m = (0.4375, 0.2875, 0.275): 0.25 * 0.124074 + 0.75 * 0.015843
+        ("jsd", 0.25, 0.042901),
+    ],
+)
+def test_divergences_by_hand(direction, beta, value):
+    got = directed(jnp.log(jnp.array([P])), jnp.log(jnp.array([Q])), direction, beta)
+    np.testing.assert_allclose(got, [value], rtol=1e-4)
+
+
+def test_forward_kl_gradient_is_p_minus_q(logits):
+    student, other = (jnp.asarray(x, jnp.float32) for x in logits)
+    gradient = jax.grad(lambda x: jnp.sum(directed(x, other, "forward")))(student)
+    np.testing.assert_allclose(gradient, jax.nn.softmax(student) - jax.nn.softmax(other), atol=1e-6)
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
+def test_jsd_gradient_by_finite_differences(logits, beta):
+    with jax.enable_x64(True):
+        student, other = map(jnp.asarray, logits)
+        check_grads(lambda x: directed(x, other, "jsd", beta), (student,), order=1, modes=["rev"])
+
+
+@pytest.mark.parametrize("direction", losses.DIRECTIONS)
+def test_divergences_of_equal_distributions_and_of_impossible_ids(logits, direction):
+    student, other = (jnp.asarray(x, jnp.float32) for x in logits)
+    np.testing.assert_allclose(directed(student, student, direction), 0.0, atol=1e-6)
+    wider = [jnp.pad(x, ((0, 0), (0, 3)), constant_values=-jnp.inf) for x in (student, other)]
+    np.testing.assert_allclose(
+        directed(*wider, direction), directed(student, other, direction), rtol=1e-5
+    )
+    to_teacher = jax.grad(lambda y: jnp.sum(directed(student, y, direction)))(other)
+    np.testing.assert_array_equal(to_teacher, 0.0)  # the teacher is a constant
+    gradient = jax.grad(lambda x: jnp.sum(directed(x, wider[1], direction)))(wider[0])
+    assert np.all(np.isfinite(gradient))
+    np.testing.assert_array_equal(gradient[:, -3:], 0.0)
+
+
+def test_jsd_tends_to_the_two_kls_at_its_ends(logits):
+    """JSD_b / b -> KL(q || p) for b -> 0, JSD_b / (1 - b) -> KL(p || q) for b -> 1."""
+    with jax.enable_x64(True):
+        x, y = map(jnp.asarray, logits)
+        np.testing.assert_allclose(
+            directed(x, y, "jsd", 1e-5) / 1e-5, directed(x, y, "forward"), rtol=1e-3
+        )
+        np.testing.assert_allclose(
+            directed(x, y, "jsd", 1 - 1e-5) / 1e-5, directed(x, y, "reverse"), rtol=1e-3
+        )
+
+
 # kl_k1, kl_k2, kl_k3
 
 

@@ -11,14 +11,15 @@ import pytest
 from opd_jax import losses, objectives, scoring
 from opd_jax.models import decoder
 from opd_jax.objectives import Terms
-from opd_jax.types import GoldenRows, RolloutRows
+from opd_jax.types import Frozen, GoldenRows, RolloutRows, TeacherRows
 from tests.conftest import distance, random_params, random_rows, tiny_config
 
 CONFIG = tiny_config(num_layers=2)
 VOCABULARY = CONFIG.vocab_size
 TERMS = Terms(
-    pg_weight=0.7, lambda_gold=0.3, beta_kl=0.2, kl_estimator="full", clip_low=0.2, clip_high=0.3
-)
+    pg_weight=0.7, divergence_weight=0.0, direction="reverse", jsd_beta=0.25, lambda_gold=0.3,
+    beta_kl=0.2, kl_estimator="full", clip_low=0.2, clip_high=0.3,
+)  # fmt: skip
 SHARED = {"token_chunk": 7, "remat": False}  # 4 rows of 10 tokens: the last chunk is not full
 STUDENT, REFERENCE = random_params(CONFIG, seed=0), random_params(CONFIG, seed=1)
 
@@ -27,8 +28,10 @@ STUDENT, REFERENCE = random_params(CONFIG, seed=0), random_params(CONFIG, seed=1
 def rollout_loss(estimator: str = "full", vocabulary: int = VOCABULARY):
     """((total, parts), gradient) of (params, reference, rows), jitted once for all tests."""
     terms = dataclasses.replace(TERMS, kl_estimator=estimator)
-    loss = objectives.make_rollout_loss(terms, CONFIG, CONFIG, vocabulary=vocabulary, **SHARED)
-    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+    frozen = Frozen(reference=CONFIG)
+    loss = objectives.make_rollout_loss(terms, CONFIG, frozen, vocabulary=vocabulary, **SHARED)
+    made = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    return lambda params, reference, rows: made(params, Frozen(reference=reference), rows)
 
 
 def token_logprobs(params, rows, vocabulary: int = VOCABULARY) -> tuple[jax.Array, jax.Array]:
@@ -135,8 +138,10 @@ def test_a_teacher_equal_to_the_student_teaches_nothing(rows):
     np.testing.assert_array_equal(advantage_BT, 0.0)
     rows = rows.replace(advantage_BT=advantage_BT, sampler_logprob_BT=scores.student_logprob_BT)
     terms = dataclasses.replace(TERMS, beta_kl=0.0)
-    loss = objectives.make_rollout_loss(terms, CONFIG, CONFIG, vocabulary=VOCABULARY, **SHARED)
-    (total, parts), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(STUDENT, None, rows)
+    loss = objectives.make_rollout_loss(terms, CONFIG, Frozen(), vocabulary=VOCABULARY, **SHARED)
+    (total, parts), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(
+        STUDENT, Frozen(), rows
+    )
     assert parts.keys() == {"opd"}  # no reference, no KL
     assert total == 0.0
     assert largest(gradient) < 1e-7
@@ -212,8 +217,48 @@ def test_golden_loss_equals_the_direct_sum(rows):
     assert distance(gradient, expected_gradient) < 1e-5
 
 
+def direct_divergence(params, teacher, rows, teacher_tokens, offset, direction):
+    """D(student, teacher) over whole logits, the teacher's read at t + offset of its own rows."""
+    p = token_logprobs(params, rows)[1]
+    length = rows.length_B + offset
+    logits = jax.nn.log_softmax(decoder.forward(teacher, CONFIG, teacher_tokens, length))
+    at = jnp.arange(9)[None] + offset[:, None]
+    q = jnp.take_along_axis(logits, at[:, :, None], axis=1)
+    m = jnp.log(0.25 * jnp.exp(q) + 0.75 * jnp.exp(p))
+    d = {
+        "reverse": jnp.exp(p) * (p - q),
+        "forward": jnp.exp(q) * (q - p),
+        "jsd": 0.25 * jnp.exp(q) * (q - m) + 0.75 * jnp.exp(p) * (p - m),
+    }[direction]
+    return jnp.sum(rows.weight_BT[:, 1:] * jnp.sum(d, axis=-1))
+
+
+@pytest.mark.parametrize("direction", losses.DIRECTIONS)
+def test_divergence_equals_the_direct_sum_behind_a_prompt_of_the_teachers_own(rows, direction):
+    """The teacher's rows begin with two tokens more."""
+    tokens = np.concatenate([np.full((4, 2), 5), np.asarray(rows.tokens_BT)], axis=1)
+    offset = np.full(4, 2, np.int32)
+    own = TeacherRows(tokens_BT=tokens, length_B=rows.length_B + 2, offset_B=offset)
+    terms = dataclasses.replace(
+        TERMS, pg_weight=0.0, beta_kl=0.0, divergence_weight=0.6, direction=direction
+    )
+    frozen = Frozen(teacher=CONFIG)
+    loss = objectives.make_rollout_loss(terms, CONFIG, frozen, vocabulary=VOCABULARY, **SHARED)
+    (total, parts), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(
+        STUDENT, Frozen(teacher=REFERENCE), rows.replace(teacher=own)
+    )
+    expected, expected_gradient = jax.jit(
+        jax.value_and_grad(direct_divergence), static_argnames="direction"
+    )(STUDENT, REFERENCE, rows, jnp.asarray(tokens), jnp.asarray(offset), direction=direction)
+    np.testing.assert_allclose(parts["divergence"], expected, rtol=1e-5)
+    np.testing.assert_allclose(total, 0.6 * expected, rtol=1e-5)
+    assert distance(gradient, jax.tree.map(lambda g: 0.6 * g, expected_gradient)) < 1e-5
+    assert largest(gradient) > 1e-2
+
+
 def test_needs_rollouts():
     supervised = dataclasses.replace(TERMS, pg_weight=0.0, beta_kl=0.0)
+    assert dataclasses.replace(supervised, divergence_weight=1.0).needs_teacher
     assert not supervised.needs_rollouts
     assert dataclasses.replace(supervised, pg_weight=1.0).needs_rollouts
     assert dataclasses.replace(supervised, beta_kl=0.1).needs_rollouts

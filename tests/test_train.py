@@ -207,6 +207,22 @@ def test_self_distillation_on_a_file_of_questions(folders, tmp_path, follow, cap
         assert result.state.average is None
 
 
+@pytest.mark.parametrize("follow", ["frozen", "live"])
+def test_divergence_from_a_teacher_with_another_prompt(folders, tmp_path, follow):
+    """Full-vocabulary JSD in place of the policy gradient, two updates a rollout."""
+    config = self_distillation(folders, tmp_path, follow)
+    config.loss.pg_weight, config.loss.divergence_weight = 0.0, 1.0
+    config.loss.direction = "jsd"
+    config.optim.updates_per_rollout = 2
+    config.eval.teacher = False
+    result = train.run(config, str(tmp_path / "run"), command=[])
+    rows = lines(tmp_path / "run", "metrics.jsonl")
+    assert int(result.state.step) == 4
+    assert all(row["loss/divergence"] > 0 for row in rows[1:])
+    assert rows[1]["loss/total"] == rows[1]["loss/divergence"]
+    assert all(np.isfinite(value) for row in rows for value in row.values())
+
+
 def test_a_live_teacher_with_the_students_prompt_has_nothing_to_say(folders, tmp_path):
     config = self_distillation(folders, tmp_path, "live")
     config.data.teacher_system_prompt = "same"

@@ -12,7 +12,7 @@ from opd_jax import losses, objectives, update
 from opd_jax.config import default
 from opd_jax.models import decoder
 from opd_jax.objectives import Terms
-from opd_jax.types import GoldenRows, RolloutRows
+from opd_jax.types import Frozen, GoldenRows, RolloutRows
 from tests.conftest import distance, random_params, random_rows, tiny_config
 
 pytestmark = pytest.mark.short
@@ -91,13 +91,13 @@ def toy_update(tx, rows: int = B, dtype=jnp.float32):
 def model_update(*, golden: float, beta: float, limbs: bool, rows: int = B):
     """SGD on the model; `limbs`: with golden loss and reference, whatever their weights are."""
     terms = Terms(
-        pg_weight=1.0, lambda_gold=golden, beta_kl=beta, kl_estimator="full",
-        clip_low=0.2, clip_high=0.2,
+        pg_weight=1.0, divergence_weight=0.0, direction="reverse", jsd_beta=0.5,
+        lambda_gold=golden, beta_kl=beta, kl_estimator="full", clip_low=0.2, clip_high=0.2,
     )  # fmt: skip
     shared = {"vocabulary": CONFIG.vocab_size, "token_chunk": 16, "remat": False}
     return update.make_update(
         OPTIMIZERS["sgd"],
-        objectives.make_rollout_loss(terms, CONFIG, CONFIG, **shared),
+        objectives.make_rollout_loss(terms, CONFIG, Frozen(reference=CONFIG), **shared),
         objectives.make_golden_loss(terms, CONFIG, **shared) if limbs else None,
         microbatch_tokens=rows * T,
         dtype=jnp.float32,
@@ -123,10 +123,10 @@ def moved(params, start=PARAMS):
 def test_micro_batches_change_nothing(name, rows):
     tx = OPTIMIZERS[name]
     whole, whole_metrics = toy_update(tx)(
-        update.init_state(fresh(TOY_PARAMS), tx), None, ROWS, GOLDEN
+        update.init_state(fresh(TOY_PARAMS), tx), Frozen(), ROWS, GOLDEN
     )
     split, split_metrics = toy_update(tx, rows)(
-        update.init_state(fresh(TOY_PARAMS), tx), None, ROWS, GOLDEN
+        update.init_state(fresh(TOY_PARAMS), tx), Frozen(), ROWS, GOLDEN
     )
     assert distance(split.params, whole.params) < 1e-6
     assert distance(moved(split.params, TOY_PARAMS), moved(whole.params, TOY_PARAMS)) < 1e-5
@@ -135,9 +135,11 @@ def test_micro_batches_change_nothing(name, rows):
 
 
 def test_micro_batches_change_nothing_with_the_model():
-    whole, _ = model_update(golden=0.3, beta=0.2, limbs=True)(sgd_state(), REFERENCE, ROWS, GOLDEN)
+    whole, _ = model_update(golden=0.3, beta=0.2, limbs=True)(
+        sgd_state(), Frozen(reference=REFERENCE), ROWS, GOLDEN
+    )
     split, _ = model_update(golden=0.3, beta=0.2, limbs=True, rows=2)(
-        sgd_state(), REFERENCE, ROWS, GOLDEN
+        sgd_state(), Frozen(reference=REFERENCE), ROWS, GOLDEN
     )
     assert distance(split.params, whole.params) < 1e-6
     assert distance(moved(split.params), moved(whole.params)) < 1e-5
@@ -145,17 +147,17 @@ def test_micro_batches_change_nothing_with_the_model():
 
 def test_order_of_rows_changes_nothing():
     step = model_update(golden=0.3, beta=0.2, limbs=True)
-    one, _ = step(sgd_state(), REFERENCE, ROWS, GOLDEN)
-    other, _ = step(sgd_state(), REFERENCE, permuted(ROWS), permuted(GOLDEN))
+    one, _ = step(sgd_state(), Frozen(reference=REFERENCE), ROWS, GOLDEN)
+    other, _ = step(sgd_state(), Frozen(reference=REFERENCE), permuted(ROWS), permuted(GOLDEN))
     assert distance(moved(other.params), moved(one.params)) < 1e-5
 
 
 def test_weights_of_zero_give_plain_opd_bit_for_bit():
     plain, plain_metrics = model_update(golden=0.0, beta=0.0, limbs=False)(
-        sgd_state(), None, ROWS, None
+        sgd_state(), Frozen(), ROWS, None
     )
     limbs, metrics = model_update(golden=0.0, beta=0.0, limbs=True)(
-        sgd_state(), REFERENCE, ROWS, GOLDEN
+        sgd_state(), Frozen(reference=REFERENCE), ROWS, GOLDEN
     )
     jax.tree.map(np.testing.assert_array_equal, limbs.params, plain.params)
     assert plain_metrics.keys() == {"loss/opd", "loss/total", "optim/grad_norm"}
@@ -174,7 +176,9 @@ def test_plain_opd_equals_ten_lines_of_it():
         return -jnp.sum(jnp.where(mask, best, 0.0)) / jnp.sum(mask)
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(PARAMS)
-    new, metrics = model_update(golden=0.0, beta=0.0, limbs=False)(sgd_state(), None, ROWS, None)
+    new, metrics = model_update(golden=0.0, beta=0.0, limbs=False)(
+        sgd_state(), Frozen(), ROWS, None
+    )
     np.testing.assert_allclose(metrics["loss/total"], value, rtol=1e-5)
     np.testing.assert_allclose(metrics["optim/grad_norm"], optax.tree.norm(gradient), rtol=1e-5)
     assert distance(moved(new.params), jax.tree.map(lambda g: -0.1 * g, gradient)) < 1e-5
@@ -184,21 +188,23 @@ def test_plain_opd_equals_ten_lines_of_it():
 def test_a_non_finite_gradient_leaves_the_state_untouched():
     tx = OPTIMIZERS["adamw"]
     step = toy_update(tx)
-    state, _ = step(update.init_state(fresh(TOY_PARAMS), tx), None, ROWS, GOLDEN)
+    state, _ = step(update.init_state(fresh(TOY_PARAMS), tx), Frozen(), ROWS, GOLDEN)
     before = jax.tree.map(np.array, (state.params, state.opt_state))
     spoilt = ROWS.replace(advantage_BT=ROWS.advantage_BT.at[1, 3].set(jnp.nan))
-    state, metrics = step(state, None, spoilt, GOLDEN)
+    state, metrics = step(state, Frozen(), spoilt, GOLDEN)
     assert not np.isfinite(metrics["optim/grad_norm"])
     jax.tree.map(np.testing.assert_array_equal, (state.params, state.opt_state), before)
     assert state.step == 2
-    state, metrics = step(state, None, ROWS, GOLDEN)  # and it goes on from there
+    state, metrics = step(state, Frozen(), ROWS, GOLDEN)  # and it goes on from there
     assert np.isfinite(metrics["optim/grad_norm"])
     assert distance(state.params, before[0]) > 1e-5
 
 
 def test_a_nan_advantage_reaches_the_gradient_norm_of_the_model():
     spoilt = ROWS.replace(advantage_BT=ROWS.advantage_BT.at[1, 3].set(jnp.nan))
-    new, metrics = model_update(golden=0.0, beta=0.0, limbs=False)(sgd_state(), None, spoilt, None)
+    new, metrics = model_update(golden=0.0, beta=0.0, limbs=False)(
+        sgd_state(), Frozen(), spoilt, None
+    )
     assert ROWS.weight_BT[1, 3] > 0
     assert not np.isfinite(metrics["optim/grad_norm"])
     jax.tree.map(np.testing.assert_array_equal, new.params, PARAMS)
@@ -216,7 +222,7 @@ def test_three_updates_trace_once():
     )
     state, counts = update.init_state(fresh(TOY_PARAMS), optax.sgd(0.1)), []
     for _ in range(3):
-        state, _ = step(state, None, ROWS, None)
+        state, _ = step(state, Frozen(), ROWS, None)
         counts.append(len(traces))
     assert counts[0] > 0
     assert counts == [counts[0]] * 3
@@ -226,7 +232,7 @@ def test_three_updates_trace_once():
 def test_the_state_is_donated():
     tx = OPTIMIZERS["adamw"]
     state = update.init_state(fresh(TOY_PARAMS), tx)
-    toy_update(tx)(state, None, ROWS, GOLDEN)
+    toy_update(tx)(state, Frozen(), ROWS, GOLDEN)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.params, state.opt_state)))
 
 
@@ -246,7 +252,7 @@ def test_the_moving_average_by_hand():
     state = update.init_state(fresh(TOY_PARAMS), tx, average=True)
     expected = np.asarray(TOY_PARAMS["dense"]["bias"])
     for _ in range(2):
-        state, _ = step(state, None, ROWS, None)
+        state, _ = step(state, Frozen(), ROWS, None)
         expected = 0.9 * expected + 0.1 * np.asarray(state.params["dense"]["bias"])
     np.testing.assert_allclose(state.average["dense"]["bias"], expected, rtol=1e-6)
     assert np.abs(expected - np.asarray(state.params["dense"]["bias"])).max() > 1e-4
@@ -262,14 +268,14 @@ def test_bfloat16_compute_keeps_float32_masters():
     tx = optax.sgd(1e-4)
     step = update.make_update(tx, watched, None, microbatch_tokens=2 * T, dtype=jnp.bfloat16)
     halves = jax.tree.map(lambda w: w.astype(jnp.bfloat16), TOY_PARAMS)
-    state, metrics = step(update.init_state(fresh(halves), tx), None, ROWS, None)
+    state, metrics = step(update.init_state(fresh(halves), tx), Frozen(), ROWS, None)
     assert seen == {jnp.dtype(jnp.bfloat16)}
     assert {w.dtype for w in jax.tree.leaves(state.params)} == {jnp.dtype(jnp.float32)}
     assert metrics["optim/grad_norm"].dtype == jnp.float32
     change = state.params["dense"]["bias"] - 1.0  # bfloat16 next to 1 counts in steps of 2^-8
     assert 0 < np.max(np.abs(change)) < 2**-9
     exact, _ = toy_update(optax.sgd(1e-4))(
-        update.init_state(fresh(halves), tx), None, ROWS, jax.tree.map(jnp.zeros_like, GOLDEN)
+        update.init_state(fresh(halves), tx), Frozen(), ROWS, jax.tree.map(jnp.zeros_like, GOLDEN)
     )
     assert distance(change, exact.params["dense"]["bias"] - 1.0) < 0.02
 

@@ -1,0 +1,36 @@
+"""Where time and memory went: seconds and tokens a second of a step's stages, peak memory."""
+
+import resource
+import sys
+import time
+
+import jax
+
+
+class Clock:
+    """Seconds and tokens a second of a step's stages."""
+
+    def __init__(self) -> None:
+        self._began = self._last = time.perf_counter()
+        self._row: dict[str, float] = {}
+
+    def lap(self, stage: str, tokens: float) -> None:
+        """The stage that has just ended, and how many tokens it was about."""
+        now = time.perf_counter()
+        self._row[f"time/{stage}_s"] = now - self._last
+        self._row[f"speed/{stage}_tokens_per_s"] = float(tokens) / (now - self._last)
+        self._last = now
+
+    def row(self) -> dict[str, float]:
+        """The `time/*` and `speed/*` keys."""
+        return self._row | {"time/step_s": self._last - self._began}
+
+
+def peak_gib() -> float:
+    """Peak memory of the first device, or of the process where the device does not tell (CPU)."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    peak = stats.get("peak_bytes_in_use")
+    if peak is None:
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peak / 2**30

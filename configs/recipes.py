@@ -95,7 +95,7 @@ def smollm2_135m(config: ConfigDict) -> None:
     config.data.prompt_template = "{problem}\n" + BOXED
     config.data.teacher_prompt_template = PRIVILEGED
     config.steps = 40
-    config.rollout.prompts_per_step = 8
+    config.rollout.prompts_per_step = 4
     config.rollout.samples_per_prompt = 2
     config.rollout.max_prompt_tokens = 192
     config.rollout.max_response_tokens = 192

@@ -57,16 +57,52 @@ def run(config: ConfigDict, path: str, *, command: list[str]) -> Result:
     config = setup.config
     workdir.check(folder, config)
     print(f"workdir {folder}", *setup.notes, sep="\n", flush=True)
+    weights = _load_weights(setup)  # a broken file is refused before anything is written
     workdir.create(folder, config, command)
     with Grader() as grader, checkpoint.Checkpoints(folder, keep=config.checkpoint.keep) as saved:
-        return _Run(setup, folder, grader, saved).loop()
+        return _Run(setup, weights, folder, grader, saved).loop()
+
+
+@dataclasses.dataclass
+class _Weights:
+    """The models of a run, read from their folders; None where no term or no folder is asked."""
+
+    student: models.Params  # float32 masters
+    teacher: models.Params | None  # its output rows in the order of the student's ids
+    reference: models.Params | None
+
+
+def _load_weights(setup: Setup) -> _Weights:
+    config = setup.config
+
+    def load(path: str, dtype: Any) -> models.Params:
+        return models.load(path, dtype=compute_dtype(dtype))[1]
+
+    teacher = reference = None
+    if setup.teacher is not None and config.teacher.follow == "frozen":
+        teacher = load(config.teacher.path, config.teacher.dtype)
+        if setup.alignment.renumbered:
+            teacher = models.with_head_rows(teacher, jnp.asarray(setup.alignment.teacher_ids))
+    if setup.terms.beta_kl:
+        path, dtype = setup.reference_section.path, config.reference.dtype
+        same = (path, dtype) == (config.teacher.path, config.teacher.dtype)
+        if same and teacher is not None and not setup.alignment.renumbered:
+            reference = teacher  # self-distillation: one copy of the weights for both
+        else:
+            reference = load(path, dtype)
+    return _Weights(load(config.student.path, "float32"), teacher, reference)
 
 
 class _Run:
     """The moving parts of one run: built by __init__, walked through by `loop`."""
 
     def __init__(
-        self, setup: Setup, folder: pathlib.Path, grader: Grader, saved: checkpoint.Checkpoints
+        self,
+        setup: Setup,
+        weights: _Weights,
+        folder: pathlib.Path,
+        grader: Grader,
+        saved: checkpoint.Checkpoints,
     ):
         config = setup.config
         self.setup, self.config, self.folder = setup, config, folder
@@ -74,19 +110,11 @@ class _Run:
         self.dtype = compute_dtype(config.student.dtype)
         self.scored_V = None if setup.alignment.scored.all() else setup.alignment.scored
         self.drawn_V = None if setup.alignment.drawn.all() else setup.alignment.drawn
-        self.teacher = self._frozen_teacher()
-        self.reference = None
-        if setup.terms.beta_kl:
-            section, same = setup.reference_section, config.teacher
-            shares = (section.path, config.reference.dtype) == (same.path, same.dtype)
-            if shares and self.teacher is not None and not setup.alignment.renumbered:
-                self.reference = self.teacher  # self-distillation: one copy of the weights for both
-            else:
-                self.reference = _load(section.path, config.reference.dtype)
+        self.teacher, self.reference = weights.teacher, weights.reference
         tx = update.make_optimizer(config.optim, config.steps)
         self.schedule = update.make_schedule(config.optim, config.steps)
         self.state = update.init_state(
-            _load(config.student.path, "float32"), tx, average=config.teacher.follow == "average"
+            weights.student, tx, average=config.teacher.follow == "average"
         )
         shared: dict[str, Any] = {
             "vocabulary": setup.alignment.vocabulary,
@@ -202,16 +230,6 @@ class _Run:
         row["optim/learning_rate"] = float(self.schedule(step - 1))
         row["memory/peak_gib"] = peak_gib()
         return row, rollout, scores
-
-    def _frozen_teacher(self) -> models.Params | None:
-        """The teacher's weights, its output rows in the order of the student's ids."""
-        setup, section = self.setup, self.config.teacher
-        if setup.teacher is None or section.follow != "frozen":
-            return None
-        teacher = _load(section.path, section.dtype)
-        if setup.alignment.renumbered:
-            teacher = models.with_head_rows(teacher, jnp.asarray(setup.alignment.teacher_ids))
-        return teacher
 
     def _teacher_now(self, student: models.Params) -> models.Params:
         """The weights that score: frozen, the student's own (also without a teacher), or their average."""
@@ -368,10 +386,6 @@ class _Run:
             }
 
         return [one(i) for i in range(min(self.config.log.rollouts, len(rollout.length_B)))]
-
-
-def _load(path: str, dtype: str) -> models.Params:
-    return models.load(path, dtype=compute_dtype(dtype))[1]
 
 
 def _cast(params: models.Params, dtype: jnp.dtype) -> models.Params:

@@ -2,10 +2,12 @@
 
 import json
 import pathlib
+import shutil
 
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from launch.make_tiny import make_tokenizer
 from opd_jax import config as configuration
@@ -326,6 +328,55 @@ def test_bad_input_is_refused_before_anything_is_written(folders, tmp_path, chan
         section, name = field.split(".")
         config[section][name] = value
     with pytest.raises(error, match=says) as raised:
+        train.run(config, str(tmp_path / "run"), command=[])
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "run").exists()
+
+
+def broken(folders, tmp_path, kind: str) -> str:
+    """A student folder in which one thing is wrong."""
+    folder = tmp_path / "student"
+    shutil.copytree(folders / "student", folder)
+    weights = folder / "model.safetensors"
+    if kind == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif kind == "nan":
+        tensors = {name: np.array(x) for name, x in load_file(weights).items()}
+        tensors["model.norm.weight"][3] = np.nan
+        save_file(tensors, weights)
+    elif kind == "shard":
+        index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+        weights.unlink()
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    elif kind == "end":
+        for name in ("config.json", "generation_config.json"):
+            fields = json.loads((folder / name).read_text())
+            fields["eos_token_id"] = None
+            (folder / name).write_text(json.dumps(fields))
+    elif kind == "architecture":
+        fields = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(fields | {"model_type": "mamba"}))
+    elif kind == "template":
+        (folder / "chat_template.jinja").unlink()
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("truncated", r"model\.safetensors: not a readable safetensors file"),
+        ("nan", r"model\.safetensors: model\.norm\.weight holds NaN or infinity"),
+        ("shard", r"shard 'model-00001-of-00002\.safetensors' is not in the folder"),
+        ("end", r"no eos_token_id in config\.json or generation_config\.json"),
+        ("architecture", r"config\.json: model_type is 'mamba'"),
+        ("template", r"no chat template, wanted one for the system prompt"),
+    ],
+)
+def test_a_broken_model_folder_is_named_before_anything_is_written(folders, tmp_path, kind, says):
+    config = small(folders, "sft")
+    config.student.path = broken(folders, tmp_path, kind)
+    config.data.system_prompt = "Add." if kind == "template" else ""
+    with pytest.raises(ModelError, match=says) as raised:
         train.run(config, str(tmp_path / "run"), command=[])
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "run").exists()

@@ -13,7 +13,7 @@ from configs import recipes
 
 def get_config(recipe: str | None = None) -> ConfigDict:
     """Only the golden term: no policy gradient, no reference."""
-    config = recipes.recipe(recipe)
+    config = recipes.recipe(recipe, without=("teacher",))
     config.teacher.path = ""
     config.data.teacher_prompt_template = config.data.teacher_system_prompt = "same"
     config.loss.pg_weight = 0.0
@@ -24,7 +24,8 @@ def get_config(recipe: str | None = None) -> ConfigDict:
 
 
 def _tiny(config: ConfigDict) -> None:
-    config.data.train = "tiny:sft"
+    if config.data.train == "tiny:train":  # not where a file was named
+        config.data.train = "tiny:sft"
 
 
 def _smollm2(config: ConfigDict) -> None:

@@ -2,7 +2,8 @@
 
 Rows are sorted, longest first, and cut into micro-batches of at most so many tokens; each is as wide
 as its longest row needs, rounded up to a quarter of the whole width. Four shapes at most are ever
-compiled, short rows do not pay for long ones, and the largest shape comes first.
+compiled, short rows do not pay for long ones, and the largest shape comes first. Where the teacher
+reads rows of its own, both kinds are cut to the same quarter of their widths.
 """
 
 import dataclasses
@@ -19,35 +20,47 @@ Tree = TypeVar("Tree")
 
 @dataclasses.dataclass(frozen=True)
 class MicroBatch:
-    """Which rows, in what shape: `rows` (indices), filled up with empty rows to `count`, of `width`."""
+    """Which rows, in what shape: `rows` (indices), filled up with empty rows to `count`, of `width`.
+
+    `teacher_width` is that of the teacher's rows, where it has its own.
+    """
 
     rows: np.ndarray
     count: int
     width: int
+    teacher_width: int = 0
 
 
-def bucket(longest: int, width: int) -> int:
-    """The least quarter of `width` that holds a row of `longest` tokens."""
-    quarter = math.ceil(width / 4)
-    return min(quarter * max(math.ceil(longest / quarter), 1), width)
-
-
-def split(length_B: np.ndarray, *, width: int, tokens: int) -> list[MicroBatch]:
+def split(
+    length_B: np.ndarray, *, width: int, tokens: int, teacher: TeacherRows | None = None
+) -> list[MicroBatch]:
     """Rows of the given lengths as micro-batches of at most `tokens` tokens (one row at least).
 
-    How many rows a micro-batch of some width holds depends on the size of the batch alone, so that
-    later batches of that size meet the same shapes.
+    `width` is that of the whole batch. `teacher`, the teacher's own rows, counts as well: no
+    micro-batch has more than `tokens` of its tokens either. How many rows a micro-batch of some width
+    holds depends on the size of the batch alone, so that later batches meet the same shapes.
     """
-    order = np.argsort(-np.asarray(length_B), kind="stable")
+    length_B = np.asarray(length_B)
+    teacher_width = 0 if teacher is None else teacher.tokens_BT.shape[1]
+    quarters_B = _quarters(length_B, width)
+    if teacher is not None:
+        quarters_B = np.maximum(quarters_B, _quarters(teacher.length_B, teacher_width))
+    order = np.lexsort((-length_B, -quarters_B))
     parts = []
     start = 0
     while start < len(order):
-        of_part = bucket(int(length_B[order[start]]), width)
-        most = max(tokens // of_part, 1)
+        quarters = int(quarters_B[order[start]])
+        widths = [min(math.ceil(whole / 4) * quarters, whole) for whole in (width, teacher_width)]
+        most = max(tokens // max(widths), 1)
         count = math.ceil(len(order) / math.ceil(len(order) / most))  # even shares
-        parts.append(MicroBatch(order[start : start + count], count, of_part))
+        parts.append(MicroBatch(order[start : start + count], count, *widths))
         start += count
     return parts
+
+
+def _quarters(length_B: np.ndarray, width: int) -> np.ndarray:
+    """How many quarters of `width` hold each row, 1 to 4."""
+    return np.clip(np.ceil(np.asarray(length_B) / math.ceil(width / 4)), 1, 4).astype(int)
 
 
 def gather(rows: Tree, part: MicroBatch) -> Tree:
@@ -62,9 +75,8 @@ def gather(rows: Tree, part: MicroBatch) -> Tree:
 
 
 def gather_teacher(rows: TeacherRows, part: MicroBatch) -> TeacherRows:
-    """The teacher's rows of a micro-batch, as wide as their own longest needs."""
-    width = bucket(int(np.max(rows.length_B[part.rows])), rows.tokens_BT.shape[1])
-    return gather(rows, dataclasses.replace(part, width=width))
+    """The teacher's rows of a micro-batch."""
+    return gather(rows, dataclasses.replace(part, width=part.teacher_width))
 
 
 def scatter(out_BT: np.ndarray, values: jax.Array, part: MicroBatch) -> None:

@@ -52,17 +52,29 @@ class Checkpoints:
         )
 
     def restore(self, state: TrainState, data: Any) -> TrainState:
-        """The newest state, laid out like `state` (which gives shapes); moves the iterator `data`."""
+        """The newest state, of the shapes and dtypes of `state`; moves the iterator `data`."""
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+        def placed(leaf: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
+
         restored = self._manager.restore(
             self.latest,
             args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(
-                    jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-                ),
+                state=ocp.args.StandardRestore(jax.tree.map(placed, state)),
                 data=grain.checkpoint.CheckpointRestore(data),
             ),
         )
         return restored["state"]
+
+
+def latest_step(workdir: pathlib.Path) -> int | None:
+    """Newest complete step of a workdir, None where there is none; changes nothing."""
+    folder = (workdir / "checkpoints").absolute()
+    if not folder.is_dir():
+        return None
+    with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(create=False)) as found:
+        return found.latest_step()
 
 
 def restore_params(

@@ -46,7 +46,7 @@ def default() -> ConfigDict:
     data.columns.id = ""
     data.bad_rows = "refuse"  # skip: rows that cannot be used are dropped and counted
     data.prompt_template = "{problem}"  # user's turn; {answer} and {solution} are filled in too
-    data.system_prompt = ""  # text of the system's turn; empty = the row's own, or none
+    data.system_prompt = ""  # system's turn; empty = the row's own, if any; none = no such turn
     data.teacher_prompt_template = "same"  # what the teacher is shown instead
     data.teacher_system_prompt = "same"
     data.shuffle = True  # global order, drawn from the seed
@@ -98,7 +98,7 @@ def default() -> ConfigDict:
     optim = config.optim = ConfigDict()
     optim.learning_rate = 1e-6
     optim.schedule = "constant"  # constant | linear | cosine, to 0 at `steps`
-    optim.warmup_steps = 0
+    optim.warmup_steps = 0  # optimizer steps, of which a rollout batch has updates_per_rollout
     optim.warmup_fraction = 0.0  # of `steps`, where warmup_steps is 0
     optim.beta1 = 0.9
     optim.beta2 = 0.999
@@ -202,6 +202,12 @@ def validate(config: ConfigDict) -> None:
             "data.prompt_template and data.system_prompt are the student's own texts, got 'same'; "
             "set --config.data.prompt_template={problem}"
         )
+    if not all(isinstance(text, str) and text for text in config.scoring.mask_first):
+        raise _wrong(
+            "scoring.mask_first", config.scoring.mask_first, 'texts, such as ("<","think")'
+        )
+    if config.seed >= 2**32:
+        raise _wrong("seed", config.seed, "a whole number below 2**32")
     try:
         re.compile(config.eval.match)
     except re.error as error:

@@ -67,9 +67,8 @@ def table(rows: dict[str, dict[str, float]]) -> str:
         "RepRate": lambda row: f"{row['repetition_rate']:.1%}",
         "mean length": lambda row: f"{row['length_mean']:.1f}",
     }
-    some = next(iter(rows.values()))
     for name, key in (("accuracy", "accuracy"), ("match", "matched")):
-        if key not in some:
+        if not all(key in row for row in rows.values()):
             del columns[name]
     width = {name: 16 if name == "accuracy" else max(len(name) + 3, 9) for name in columns}
     lines = [" " * 16 + "".join(f"{name:>{width[name]}}" for name in columns)]

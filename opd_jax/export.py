@@ -7,6 +7,7 @@ from typing import Any
 from opd_jax import checkpoint, data, models
 from opd_jax.errors import ConfigError, WorkdirError
 from opd_jax.models import decoder
+from opd_jax.setup import with_ends
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -16,7 +17,8 @@ def export(workdir: str, out: str, *, step: int | None = None, dtype: str = "flo
 
     Only the parameters are read from the checkpoint. Tokenizer, chat template, generation settings
     and the rest of config.json come from the folder that the run started from (`student.path`), the
-    chat template from `student.chat_template` where the run had one.
+    chat template from `student.chat_template` where the run had one. The template's end of turn, with
+    which the student learned to end, is among the exported end tokens.
 
     Args:
       workdir: folder of a run, finished or not.
@@ -42,13 +44,12 @@ def export(workdir: str, out: str, *, step: int | None = None, dtype: str = "flo
     step, params = checkpoint.restore_params(
         pathlib.Path(workdir), decoder.abstract_params(config), step=step
     )
-    template = student.get("chat_template") and data.Tokenizer(
-        source, chat_template=student["chat_template"]
-    )
-    models.save(out, config, params, source=source, dtype=dtype)
+    template = student.get("chat_template", "")
+    tokenizer = data.Tokenizer(source, chat_template=template)
+    models.save(out, with_ends(config, tokenizer), params, source=source, dtype=dtype)
     if template:  # the template that the run used, in place of the folder's own
         file = pathlib.Path(out) / "chat_template.jinja"
-        file.write_text(template.hf.chat_template, encoding="utf-8")
+        file.write_text(tokenizer.hf.chat_template, encoding="utf-8")
     return step
 
 

@@ -73,10 +73,11 @@ def make_rollout_loss(
         student_CV: jax.Array,
         *others_CV: jax.Array,
         token_C: jax.Array,
+        counts: jax.Array,
         advantage: jax.Array,
         sampler_logprob: jax.Array,
     ) -> dict[str, jax.Array]:
-        logprob_C = scoring.take(student_CV, token_C)
+        logprob_C = jnp.where(counts, scoring.take(student_CV, token_C), 0.0)
         out = {}
         if terms.pg_weight:
             out["opd"] = losses.clipped_surrogate(
@@ -96,7 +97,7 @@ def make_rollout_loss(
             )[0]
         if "reference" in other:
             out["reference_kl"] = _reference_kl(
-                terms.kl_estimator, student_CV, other["reference"], logprob_C, token_C
+                terms.kl_estimator, student_CV, other["reference"], logprob_C, token_C, counts
             )
         return out
 
@@ -122,6 +123,7 @@ def make_rollout_loss(
             tuple(hiddens),
             rows.tokens_BT,
             {
+                "counts": counts_BT,
                 "advantage": jnp.where(counts_BT, rows.advantage_BT, 0.0),
                 "sampler_logprob": jnp.where(counts_BT, rows.sampler_logprob_BT, 0.0),
             },
@@ -166,12 +168,14 @@ def _reference_kl(
     reference_CV: jax.Array,
     logprob_C: jax.Array,
     token_C: jax.Array,
+    counts_C: jax.Array,
 ) -> jax.Array:
-    """KL(student || reference) of a chunk of tokens by the named estimator. [C]."""
+    """KL(student || reference) of a chunk of tokens by the named estimator. [C]; 0 where none counts."""
     if estimator == "full":
         return losses.exact_kl(p_logprob_BTV=student_CV[None], q_logprob_BTV=reference_CV[None])[0]
     sampled = {"k1": losses.kl_k1, "k2": losses.kl_k2, "k3": losses.kl_k3}[estimator]
-    return sampled(logprob_BT=logprob_C, reference_logprob_BT=scoring.take(reference_CV, token_C))
+    reference_C = jnp.where(counts_C, scoring.take(reference_CV, token_C), 0.0)
+    return sampled(logprob_BT=logprob_C, reference_logprob_BT=reference_C)
 
 
 def _weighted_sum(values_BT: jax.Array, weight_BT: jax.Array) -> jax.Array:

@@ -1,14 +1,15 @@
 """From records to rows for the update: which tokens count, with which constants. Host arrays."""
 
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from opd_jax import losses, metrics
-from opd_jax.types import GoldenRows, Rollout, RolloutRows, Scores, TeacherRows
+from opd_jax.models import decoder
+from opd_jax.types import GoldenRows, Outcome, Rollout, RolloutRows, Scores, TeacherRows
 
 Rows = TypeVar("Rows", RolloutRows, GoldenRows)
 
@@ -95,3 +96,40 @@ def share(rows: Rows, index: int, parts: int) -> Rows:
     rows = jax.tree.map(one, rows)
     total = rows.weight_BT.sum()
     return rows.replace(weight_BT=rows.weight_BT / (total if total > 0 else 1.0))
+
+
+def as_lines(
+    step: int,
+    rollout: Rollout,
+    scores: Scores,
+    *,
+    count: int,
+    decode: Callable[[list[int]], str],
+) -> list[dict[str, Any]]:
+    """The first `count` rollouts of a step as rows of rollouts.jsonl, with what both models said."""
+    per_token = {
+        "sampler_logprob": rollout.sampler_logprob_BT,
+        "student_logprob": np.asarray(scores.student_logprob_BT),
+        "teacher_logprob": np.asarray(scores.teacher_logprob_BT),
+        "advantage": np.asarray(scores.teacher_logprob_BT - scores.student_logprob_BT),
+    }
+
+    def one(i: int) -> dict[str, Any]:
+        span = slice(int(rollout.prompt_length_B[i]), int(rollout.length_B[i]))
+        line = {
+            "step": step,
+            "id": i,
+            "prompt": decode(rollout.prompt(i)),
+            "response": decode(rollout.response(i)),
+            "prompt_ids": rollout.prompt(i),
+            "response_ids": rollout.response(i),
+            "outcome": Outcome(int(rollout.outcome_B[i])).name.lower(),
+        }
+        return line | {name: _rounded(values[i, span]) for name, values in per_token.items()}
+
+    return [one(i) for i in range(count)]
+
+
+def _rounded(values: np.ndarray) -> list[float | None]:
+    """None stands for a log-prob of a token that is outside what both models score."""
+    return [round(float(x), 5) if x > decoder.EXCLUDED / 2 else None for x in values]

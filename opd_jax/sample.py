@@ -23,7 +23,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from opd_jax import config as configuration
-from opd_jax import data, display, metrics, models, sample_file, workdir
+from opd_jax import data, display, fitting, metrics, models, sample_file, workdir
 from opd_jax import setup as roles
 from opd_jax.errors import ConfigError, DataError, ModelError
 from opd_jax.eval.grade import Grade, Grader
@@ -112,7 +112,7 @@ def run(config: ConfigDict, out: str, *, command: list[str]) -> dict[str, Any]:
 def make_plan(config: ConfigDict) -> Plan:
     """Read and check all but the weights. Raises an OpdError; writes and compiles nothing."""
     configuration.validate(config)
-    config = roles.resolved(config)
+    config = roles.resolved(config, ["teacher"])
     if not config.teacher.path:
         raise ConfigError(
             "teacher.path='', wanted the model that samples; set --config.teacher.path=DIR, or take "
@@ -120,8 +120,8 @@ def make_plan(config: ConfigDict) -> Plan:
         )
     budget = config.sample.max_response_tokens or config.rollout.max_response_tokens
     config.sample.max_response_tokens = budget
-    teacher = roles.architecture(config.teacher)
     tokenizer = roles.open_tokenizer(config.teacher)
+    teacher = roles.with_ends(roles.architecture(config.teacher), tokenizer)
     vocabulary = min(tokenizer.size, teacher.vocab_size)
     stop_ids = tuple(i for i in teacher.eos_token_ids if i < vocabulary)
     if not stop_ids:
@@ -137,10 +137,10 @@ def make_plan(config: ConfigDict) -> Plan:
     )  # fmt: skip
     limit = config.rollout.max_prompt_tokens
 
-    def misfit(tokens: int) -> roles.Misfit | None:
+    def misfit(tokens: int) -> fitting.Misfit | None:
         if style == student_style or tokens < 1:
-            return roles.prompt_misfit(tokens, limit)
-        return roles.teacher_misfit(tokens, teacher, budget)  # not the prompt that `limit` is for
+            return fitting.prompt_misfit(tokens, limit)
+        return fitting.teacher_misfit(tokens, teacher, budget)  # not the prompt that `limit` is for
 
     problems, width = _that_fit(problems, style, tokenizer, config, misfit)
     room = teacher.max_position - budget
@@ -286,25 +286,25 @@ def _that_fit(
     style: data.PromptStyle,
     tokenizer: data.Tokenizer,
     config: ConfigDict,
-    misfit: Callable[[int], roles.Misfit | None],
+    misfit: Callable[[int], fitting.Misfit | None],
 ) -> tuple[data.Problems, int]:
     """The problems of whose prompt's size `misfit` finds nothing wrong, and the largest size."""
     longest = 1
 
-    def misfits(block: list[data.Problem]) -> list[roles.Misfit | None]:
+    def misfits(block: list[data.Problem]) -> list[fitting.Misfit | None]:
         nonlocal longest
         sizes = [len(ids) for ids in style.prompts(block, tokenizer)]
         found = [misfit(size) for size in sizes]
-        fitting = [size for size, why in zip(sizes, found, strict=True) if why is None]
-        longest = max([longest, *fitting])
+        good = [size for size, why in zip(sizes, found, strict=True) if why is None]
+        longest = max([longest, *good])
         return found
 
     count = len(problems)
     if problems.generated:
         count = min(config.sample.problems or count, count)
     skip = config.data.bad_rows == "skip"
-    fitting = roles.without_misfits(problems, misfits, field="data.train", count=count, skip=skip)
-    return fitting, longest
+    kept = fitting.without_misfits(problems, misfits, field="data.train", count=count, skip=skip)
+    return kept, longest
 
 
 def _sha256(

@@ -155,7 +155,9 @@ def score(
     """
     tokens_BT, length_B = np.asarray(tokens_BT), np.asarray(length_B)
     measured = []
-    for part in batching.split(length_B, width=tokens_BT.shape[1], tokens=microbatch_tokens):
+    for part in batching.split(
+        length_B, width=tokens_BT.shape[1], tokens=microbatch_tokens, teacher=teacher_rows
+    ):
         tokens, length = batching.gather((tokens_BT, length_B), part)
         other = None if teacher_rows is None else batching.gather_teacher(teacher_rows, part)
         scores = score_part(

@@ -1,7 +1,8 @@
 """What is known of a run before its weights are loaded: everything that can be refused, refused here."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,11 +11,10 @@ from ml_collections import ConfigDict
 
 from opd_jax import config as configuration
 from opd_jax import data, models, objectives
-from opd_jax.errors import ConfigError, DataError, ModelError
+from opd_jax.errors import ConfigError, ModelError
+from opd_jax.fitting import Misfit, prompt_misfit, teacher_misfit, without_misfits
 
-_BLOCK = 1024  # problems tokenised at one time
-_GENERATED_CHECKED = 256  # generated problems are all alike
-Misfit = tuple[str, str]  # why a problem cannot be used: in short, and in a sentence
+_GENERATED_CHECKED = 2048  # generated problems are all alike
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,15 +62,18 @@ class Setup:
 def make_setup(config: ConfigDict) -> Setup:
     """Read and check all but the weights. Raises an OpdError; writes and compiles nothing."""
     configuration.validate(config)
-    config = resolved(config)
     terms = make_terms(config)
-    student = architecture(config.student)
+    config = resolved(
+        config,
+        ["student"] + terms.needs_teacher * ["teacher"] + bool(terms.beta_kl) * ["reference"],
+    )
     tokenizer = open_tokenizer(config.student)
+    student = with_ends(architecture(config.student), tokenizer)
     teacher, teacher_tokenizer = None, tokenizer
     notes: list[str] = []
     if terms.needs_teacher:
-        teacher = architecture(config.teacher)
         teacher_tokenizer = open_tokenizer(config.teacher)
+        teacher = with_ends(architecture(config.teacher), teacher_tokenizer)
         alignment = data.align(
             tokenizer, teacher_tokenizer,
             student_ends=student.eos_token_ids, teacher_ends=teacher.eos_token_ids,
@@ -120,8 +123,8 @@ def make_setup(config: ConfigDict) -> Setup:
         separate_prompts=teacher is not None
         and (
             styles[0] != styles[1]
-            or alignment.renumbered
-            or tokenizer.render("?") != teacher_tokenizer.render("?")
+            or bool(alignment.differing)
+            or not _same_prompts(tokenizer, teacher_tokenizer)
         ),
         alignment=alignment,
         first_pieces=tuple(_pieces(text, tokenizer) for text in config.scoring.mask_first),
@@ -137,17 +140,42 @@ def make_setup(config: ConfigDict) -> Setup:
     return _with_data(setup, train, held_out)
 
 
-def resolved(config: ConfigDict) -> ConfigDict:
-    """A copy in which models are folders, and a teacher that is the student has its path and positions."""
+def resolved(config: ConfigDict, roles: Sequence[str]) -> ConfigDict:
+    """A copy in which the models of `roles` are folders.
+
+    A teacher that is the student has the student's path and, where it names none of its own, the
+    student's positions and chat template.
+    """
     config = config.copy_and_resolve_references()
+    itself = config.teacher.path == "student"
     for role in ("student", "teacher", "reference"):
-        if config[role].path and config[role].path != "student":
-            config[role].path = models.locate(config[role].path)
-    if config.teacher.path == "student":
-        for field in ("path", "rope_theta", "max_position"):
-            config.teacher[field] = config.student[field]
-        config.teacher.chat_template = config.teacher.chat_template or config.student.chat_template
+        section = config[role]
+        if role in roles and section.path and section.path != "student":
+            section.path = models.locate(section.path)
+        if os.path.isdir(section.path):
+            section.path = os.path.abspath(section.path)  # the run may go on from another directory
+    if itself and "teacher" in roles:
+        config.teacher.path = os.path.abspath(models.locate(config.student.path))
+        for field in ("rope_theta", "max_position", "chat_template"):
+            config.teacher[field] = config.teacher[field] or config.student[field]
     return config
+
+
+def with_ends(model: models.ModelConfig, tokenizer: data.Tokenizer) -> models.ModelConfig:
+    """The model with the end of turn of its chat template among its end tokens."""
+    ends = dict.fromkeys([*model.eos_token_ids, tokenizer.end_of_turn()])
+    known = tuple(i for i in ends if i is not None and i < model.vocab_size)
+    return dataclasses.replace(model, eos_token_ids=known)
+
+
+def _same_prompts(student: data.Tokenizer, teacher: data.Tokenizer) -> bool:
+    """Whether both templates make the same ids of the same turns."""
+    if student.chat("?") != teacher.chat("?"):
+        return False
+    try:
+        return student.chat("?", system="?") == teacher.chat("?", system="?")
+    except ModelError:  # a template without system turns: such a prompt is refused when it comes
+        return student.has_template == teacher.has_template
 
 
 def make_terms(config: ConfigDict) -> objectives.Terms:
@@ -213,8 +241,8 @@ def _check_models(
 ) -> None:
     if not alignment.stop_ids:
         raise ModelError(
-            f"{config.student.path}: no eos_token_id in config.json or generation_config.json, "
-            "wanted at least one end token; add it to generation_config.json"
+            f"{config.student.path}: no eos_token_id in config.json or generation_config.json, and no "
+            "chat template that closes a turn, wanted an end token; add it to generation_config.json"
         )
     if config.scoring.overlap_top_k > (scored := int(alignment.scored.sum())):
         raise ConfigError(
@@ -249,6 +277,10 @@ def _with_data(setup: Setup, train: data.Problems, benchmark: data.Problems | No
         config.steps = max(
             round(config.data.epochs * len(train) / config.rollout.prompts_per_step), 1
         )
+        notes.append(
+            f"steps: {config.steps}, that is data.epochs={config.data.epochs:g} of "
+            f"{len(train)} problems, {config.rollout.prompts_per_step} a step"
+        )
     if not setup.tokenizer.has_template:
         notes.append("prompts: plain text, for the student's tokenizer has no chat template")
     return dataclasses.replace(
@@ -269,7 +301,9 @@ def _that_fit(
 
     Raises DataError at the first that does not, unless data.bad_rows = "skip".
     """
-    count = min(len(problems), _GENERATED_CHECKED) if problems.generated else len(problems)
+    told = any("{solution}" in s.template for s in (setup.student_style, setup.teacher_style))
+    alike = problems.generated and not told  # generated problems are, their solutions are not
+    count = min(len(problems), _GENERATED_CHECKED) if alike else len(problems)
     longest = setup.config.rollout.max_prompt_tokens
 
     def misfits(block: list[data.Problem]) -> list[Misfit | None]:
@@ -289,58 +323,6 @@ def _that_fit(
 
     skip = setup.config.data.bad_rows == "skip"
     return without_misfits(problems, misfits, field=field, count=count, skip=skip), longest
-
-
-def without_misfits(
-    problems: data.Problems,
-    misfits: Callable[[list[data.Problem]], list[Misfit | None]],
-    *,
-    field: str,
-    count: int,
-    skip: bool,
-) -> data.Problems:
-    """The problems less those of the first `count` in which `misfits` finds something wrong.
-
-    `misfits` is called on blocks, in order. Raises DataError at the first misfit, unless `skip`.
-    """
-    bad: dict[str, list[int]] = {}
-    for start in range(0, count, _BLOCK):
-        block = problems[start : min(start + _BLOCK, count)]
-        for i, misfit in enumerate(misfits(block)):
-            if misfit is None:
-                continue
-            if not skip:
-                raise DataError(
-                    f"{field}: problem {block[i].id}: {misfit[1]}; or leave such rows out: "
-                    "--config.data.bad_rows=skip"
-                )
-            bad.setdefault(misfit[0], []).append(start + i)
-    return problems.without(bad) if bad else problems
-
-
-def prompt_misfit(tokens: int, limit: int) -> Misfit | None:
-    """What is wrong with a prompt of so many tokens under rollout.max_prompt_tokens = `limit`."""
-    if tokens < 1:
-        return "empty prompt", "its prompt is empty; correct --config.data.prompt_template"
-    if tokens > limit:
-        return (
-            "prompt too long",
-            f"its prompt has {tokens} tokens, wanted at most rollout.max_prompt_tokens={limit}; "
-            f"set --config.rollout.max_prompt_tokens={tokens}",
-        )
-    return None
-
-
-def teacher_misfit(tokens: int, teacher: models.ModelConfig, response: int) -> Misfit | None:
-    """What is wrong with a teacher's prompt of so many tokens beside `response` tokens."""
-    room = teacher.max_position - response
-    if tokens > room:
-        return (
-            "teacher's prompt too long",
-            f"the teacher's prompt has {tokens} tokens, wanted at most {room} beside the response; "
-            f"set --config.teacher.max_position={tokens + response}",
-        )
-    return None
 
 
 def _misfit(

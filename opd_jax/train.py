@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import pathlib
+from functools import partial
 from typing import Any
 
 import jax
@@ -32,9 +33,11 @@ from opd_jax.errors import ConfigError, NonFiniteError
 from opd_jax.eval.evaluate import evaluate
 from opd_jax.eval.grade import Grader
 from opd_jax.keys import Stream, key_for
+from opd_jax.loading import Weights, load_weights
+from opd_jax.models import decoder
 from opd_jax.rollout import generate
 from opd_jax.setup import Setup, compute_dtype, make_setup
-from opd_jax.types import Frozen, Outcome, Rollout, Scores, TeacherRows, TrainState
+from opd_jax.types import Frozen, Rollout, Scores, TeacherRows, TrainState
 
 Summary = dict[str, float]
 
@@ -57,40 +60,17 @@ def run(config: ConfigDict, path: str, *, command: list[str]) -> Result:
     config = setup.config
     workdir.check(folder, config)
     print(f"workdir {folder}", *setup.notes, sep="\n", flush=True)
-    weights = _load_weights(setup)  # a broken file is refused before anything is written
+    first = checkpoint.latest_step(folder)
+    if first is not None and first > config.steps:
+        raise ConfigError(
+            f"steps={config.steps}, but the workdir {str(folder)!r} is at step {first}; "
+            f"set --config.steps={first} or more, or give a new --workdir"
+        )
+    # A broken file is refused before anything is written.
+    weights = load_weights(setup, student=first is None)
     workdir.create(folder, config, command)
     with Grader() as grader, checkpoint.Checkpoints(folder, keep=config.checkpoint.keep) as saved:
         return _Run(setup, weights, folder, grader, saved).loop()
-
-
-@dataclasses.dataclass
-class _Weights:
-    """The models of a run, read from their folders; None where no term or no folder is asked."""
-
-    student: models.Params  # float32 masters
-    teacher: models.Params | None  # its output rows in the order of the student's ids
-    reference: models.Params | None
-
-
-def _load_weights(setup: Setup) -> _Weights:
-    config = setup.config
-
-    def load(path: str, dtype: Any) -> models.Params:
-        return models.load(path, dtype=compute_dtype(dtype))[1]
-
-    teacher = reference = None
-    if setup.teacher is not None and config.teacher.follow == "frozen":
-        teacher = load(config.teacher.path, config.teacher.dtype)
-        if setup.alignment.renumbered:
-            teacher = models.with_head_rows(teacher, jnp.asarray(setup.alignment.teacher_ids))
-    if setup.terms.beta_kl:
-        path, dtype = setup.reference_section.path, config.reference.dtype
-        same = (path, dtype) == (config.teacher.path, config.teacher.dtype)
-        if same and teacher is not None and not setup.alignment.renumbered:
-            reference = teacher  # self-distillation: one copy of the weights for both
-        else:
-            reference = load(path, dtype)
-    return _Weights(load(config.student.path, "float32"), teacher, reference)
 
 
 class _Run:
@@ -99,7 +79,7 @@ class _Run:
     def __init__(
         self,
         setup: Setup,
-        weights: _Weights,
+        weights: Weights,
         folder: pathlib.Path,
         grader: Grader,
         saved: checkpoint.Checkpoints,
@@ -110,12 +90,11 @@ class _Run:
         self.dtype = compute_dtype(config.student.dtype)
         self.scored_V = None if setup.alignment.scored.all() else setup.alignment.scored
         self.drawn_V = None if setup.alignment.drawn.all() else setup.alignment.drawn
-        self.teacher, self.reference = weights.teacher, weights.reference
-        tx = update.make_optimizer(config.optim, config.steps)
-        self.schedule = update.make_schedule(config.optim, config.steps)
-        self.state = update.init_state(
-            weights.student, tx, average=config.teacher.follow == "average"
-        )
+        self.teacher, self.scorer = weights.teacher, weights.scorer
+        self.reference = weights.reference
+        updates = config.steps * config.optim.updates_per_rollout
+        tx = update.make_optimizer(config.optim, updates)
+        self.schedule = update.make_schedule(config.optim, updates)
         shared: dict[str, Any] = {
             "vocabulary": setup.alignment.vocabulary,
             "token_chunk": config.scoring.token_chunk,
@@ -145,20 +124,22 @@ class _Run:
             shuffle=config.data.shuffle,
         )
         self.first = saved.latest or 0
+        begin = partial(update.init_state, tx=tx, average=config.teacher.follow == "average")
         if self.first:
-            if self.first > config.steps:
-                raise ConfigError(
-                    f"steps={config.steps}, but the workdir {str(folder)!r} is at step {self.first}; "
-                    f"set --config.steps={self.first} or more, or give a new --workdir"
-                )
-            self.state = saved.restore(self.state, self.batches)
+            like = jax.eval_shape(begin, decoder.abstract_params(setup.student))
+            self.state = saved.restore(like, self.batches)
+        else:
+            student, weights.student = weights.student, None  # the state takes it over
+            assert student is not None  # read where there is no checkpoint
+            self.state = begin(student)
 
     def loop(self) -> Result:
         """Steps from where the run stands to `steps`, with evaluations, logs and checkpoints."""
         config, first = self.config, self.first
         progress = display.Progress(config.steps, first)
-        log = workdir.Lines(self.folder / "metrics.jsonl", resume_step=first)
-        samples = workdir.Lines(self.folder / "rollouts.jsonl", resume_step=first)
+        kept = first if first else -1  # without a checkpoint even step 0 is written anew
+        log = workdir.Lines(self.folder / "metrics.jsonl", resume_step=kept)
+        samples = workdir.Lines(self.folder / "rollouts.jsonl", resume_step=kept)
         if first:
             progress.say(f"resumed at step {first}")
         else:
@@ -179,18 +160,16 @@ class _Run:
             if last or step % config.log.every == 0 or any(key.startswith("eval/") for key in row):
                 log.write({"step": step} | row)
                 if rollout is not None and scores is not None:
-                    for sample in self._samples(step, rollout, scores):
-                        samples.write(sample)
+                    count = min(config.log.rollouts, len(rollout.length_B))
+                    decode = self.setup.tokenizer.decode
+                    for line in rows.as_lines(step, rollout, scores, count=count, decode=decode):
+                        samples.write(line)
             if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
                 self.saved.save(step, self.state, self.batches)
         log.close()
         samples.close()
-        table: dict[str, Summary] = {}
-        if self.setup.held_out:
-            table["student before"] = self._summary(0)
-            table["student after"] = self._summary(config.steps)
-            if self.setup.teacher is not None and config.eval.teacher:
-                table["teacher"] = self._evaluate("teacher")
+        table = self._table() if self.setup.held_out else {}
+        if table:
             progress.say(f"\n{display.table(table)}\n")
         progress.say(f"written to {self.folder}")
         return Result(self.state, table)
@@ -227,15 +206,18 @@ class _Run:
         row |= self._update(rollout_rows, golden_rows)
         clock.lap("update", row.get("rollout/tokens", 0.0) + sum(map(len, golden)))
         row |= clock.row()
-        row["optim/learning_rate"] = float(self.schedule(step - 1))
+        row["optim/learning_rate"] = float(
+            self.schedule(step * self.config.optim.updates_per_rollout - 1)
+        )
         row["memory/peak_gib"] = peak_gib()
         return row, rollout, scores
 
-    def _teacher_now(self, student: models.Params) -> models.Params:
-        """The weights that score: frozen, the student's own (also without a teacher), or their average."""
-        if self.teacher is not None:
-            return self.teacher
-        return student if self.state.average is None else _cast(self.state.average, self.dtype)
+    def _teacher_now(self) -> models.Params:
+        """The weights that score: frozen, the student's moving average, or its own."""
+        if self.scorer is not None:
+            return self.scorer
+        follows = self.state.params if self.state.average is None else self.state.average
+        return _cast(follows, self.dtype)
 
     def _rollout(self, step: int, weights: models.Params, prompts: list[list[int]]) -> Rollout:
         section = self.config.rollout
@@ -273,10 +255,11 @@ class _Run:
     ) -> Scores:
         """Student and teacher on the rollouts; without a teacher the student stands in for it."""
         setup, config = self.setup, self.config
+        live = config.teacher.follow == "live"
         return scoring.score(
             weights,
             setup.student,
-            self._teacher_now(weights),
+            weights if setup.teacher is None or live else self._teacher_now(),
             setup.teacher or setup.student,
             rollout.tokens_BT,
             rollout.length_B,
@@ -312,7 +295,7 @@ class _Run:
         for i in range(parts):
             teacher = None
             if self.setup.terms.divergence_weight:
-                teacher = self._teacher_now(_cast(self.state.params, self.dtype))
+                teacher = self._teacher_now()
             self.state, some = self.update(
                 self.state,
                 Frozen(reference=self.reference, teacher=teacher),
@@ -324,18 +307,28 @@ class _Run:
         return {name: float(np.mean([m[name] for m in rows_of_parts])) for name in measured[0]}
 
     def _evaluate(self, step: int | str) -> Summary:
-        """Held-out answers of the student as it is, or of the "teacher", written to eval/STEP/."""
+        """Held-out answers of the student as it is, or of the "teacher", written to eval/STEP/.
+
+        The teacher answers as itself: its own prompts, ids and end tokens.
+        """
         setup, config = self.setup, self.config
-        params, model, prompts = _cast(self.state.params, self.dtype), setup.student, setup.prompts
-        width, drawn_V = config.rollout.max_prompt_tokens, self.drawn_V
         if step == "teacher" and setup.teacher is not None:
-            params, model, prompts = self._teacher_now(params), setup.teacher, setup.teacher_prompts
+            params = self._teacher_now() if self.teacher is None else self.teacher
+            model, tokenizer, prompts = (
+                setup.teacher,
+                setup.teacher_tokenizer,
+                setup.teacher_prompts,
+            )
             width = setup.teacher_width - config.rollout.max_response_tokens
-            drawn_V = self.scored_V  # in the student's ids, of which it has no others
+            ids = data.alone(min(tokenizer.size, model.vocab_size), model.eos_token_ids)
+        else:
+            params = _cast(self.state.params, self.dtype)
+            model, tokenizer, prompts = setup.student, setup.tokenizer, setup.prompts
+            width, ids = config.rollout.max_prompt_tokens, setup.alignment
         return evaluate(
             params,
             model,
-            setup.tokenizer,
+            tokenizer,
             setup.held_out,
             prompts,
             max_prompt_tokens=width,
@@ -343,17 +336,29 @@ class _Run:
             section=config.eval,
             rollout=config.rollout,
             repetition=config.metrics,
-            stop_ids=setup.alignment.stop_ids,
-            vocabulary=setup.alignment.vocabulary,
-            drawn_V=drawn_V,
+            stop_ids=ids.stop_ids,
+            vocabulary=ids.vocabulary,
+            drawn_V=None if ids.drawn.all() else ids.drawn,
             grader=self.grader,
             out=self.folder / "eval" / str(step) / f"{self._benchmark}.jsonl",
         )
 
-    def _summary(self, step: int) -> Summary:
-        """The summary of an evaluation already made, maybe before a resume."""
+    def _table(self) -> dict[str, Summary]:
+        """The rows of the closing table. What an earlier part of the run did not measure is measured
+        now, or left out where its weights are gone."""
+        table = {}
+        if before := self._summary(0):
+            table["student before"] = before
+        last = self.config.steps
+        table["student after"] = self._summary(last) or self._evaluate(last)
+        if self.setup.teacher is not None and self.config.eval.teacher:
+            table["teacher"] = self._evaluate("teacher")
+        return table
+
+    def _summary(self, step: int) -> Summary | None:
+        """The summary of an evaluation already made, maybe before a resume; None without one."""
         file = self.folder / "eval" / str(step) / f"{self._benchmark}.json"
-        return json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
     @property
     def _benchmark(self) -> str:
@@ -363,38 +368,10 @@ class _Run:
     def _eval_keys(self, summary: Summary) -> Summary:
         return {f"eval/{self._benchmark}/{name}": value for name, value in summary.items()}
 
-    def _samples(self, step: int, rollout: Rollout, scores: Scores) -> list[dict[str, Any]]:
-        """The first rollouts of a step as rows of rollouts.jsonl."""
-        student = np.asarray(scores.student_logprob_BT)
-        teacher = np.asarray(scores.teacher_logprob_BT)
-        decode = self.setup.tokenizer.decode
-
-        def one(i: int) -> dict[str, Any]:
-            span = slice(int(rollout.prompt_length_B[i]), int(rollout.length_B[i]))
-            return {
-                "step": step,
-                "id": i,
-                "prompt": decode(rollout.prompt(i)),
-                "response": decode(rollout.response(i)),
-                "prompt_ids": rollout.prompt(i),
-                "response_ids": rollout.response(i),
-                "outcome": Outcome(int(rollout.outcome_B[i])).name.lower(),
-                "sampler_logprob": _rounded(rollout.sampler_logprob_BT[i, span]),
-                "student_logprob": _rounded(student[i, span]),
-                "teacher_logprob": _rounded(teacher[i, span]),
-                "advantage": _rounded((teacher - student)[i, span]),
-            }
-
-        return [one(i) for i in range(min(self.config.log.rollouts, len(rollout.length_B)))]
-
 
 def _cast(params: models.Params, dtype: jnp.dtype) -> models.Params:
     """The weights in the dtype to compute in; the very same arrays where that is theirs already."""
     return jax.tree.map(lambda w: w if w.dtype == dtype else w.astype(dtype), params)
-
-
-def _rounded(values: np.ndarray) -> list[float]:
-    return [round(float(x), 5) for x in values]
 
 
 def _require_finite(step: int, row: dict[str, float]) -> None:

@@ -109,8 +109,12 @@ def make_update(
             add = accumulate[kind]
             if add is None or rows is None:
                 continue
-            width = rows.tokens_BT.shape[1]
-            for part in batching.split(rows.length_B, width=width, tokens=microbatch_tokens):
+            for part in batching.split(
+                rows.length_B,
+                width=rows.tokens_BT.shape[1],
+                tokens=microbatch_tokens,
+                teacher=getattr(rows, "teacher", None),
+            ):
                 value, parts, grads = add(state.params, frozen, _gather(rows, part), grads)
                 for name, x in (parts | {"total": value}).items():
                     sums[name] = sums.get(name, 0.0) + x

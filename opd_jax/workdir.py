@@ -16,7 +16,7 @@ from opd_jax import config as configuration
 from opd_jax.errors import WorkdirError
 
 # Fields that may differ when a run goes on: they do not touch what is computed.
-_SAFE = ("steps", "eval.", "checkpoint.", "log.")
+_SAFE = ("steps", "data.epochs", "eval.", "checkpoint.", "log.")
 _PACKAGES = ("opd_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers",
              "grain", "ml-collections", "math-verify", "numpy")  # fmt: skip
 
@@ -125,7 +125,9 @@ def _line(row: dict[str, Any]) -> str:
 
 def _whole_lines(path: pathlib.Path) -> list[dict[str, Any]]:
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").split("\n"):  # not splitlines: texts hold U+2028
+        if not line:
+            continue
         try:
             rows.append(json.loads(line))
         except ValueError:

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from opd_jax import batching
+from opd_jax.types import TeacherRows
 
 pytestmark = pytest.mark.short
 
@@ -14,8 +15,21 @@ pytestmark = pytest.mark.short
     [(1, 200, 50), (50, 200, 50), (51, 200, 100), (200, 200, 200), (10, 10, 10), (7, 10, 9),
      (0, 200, 50), (1, 1, 1)],
 )  # fmt: skip
-def test_bucket_is_the_least_quarter_that_holds_the_row(longest, width, want):
-    assert batching.bucket(longest, width) == want
+def test_a_row_is_as_wide_as_the_least_quarter_that_holds_it(longest, width, want):
+    (part,) = batching.split(np.array([longest]), width=width, tokens=1000)
+    assert (part.width, part.teacher_width) == (want, 0)
+
+
+def test_the_teachers_rows_count_in_the_budget_and_share_the_quarter():
+    # Widths 8 and 24: the first row needs 1 quarter and 3 (18 of 24), the second 2 and 1.
+    teacher = TeacherRows(np.zeros((2, 24), int), np.array([18, 5]), np.zeros(2, int))
+    parts = batching.split(np.array([2, 4]), width=8, tokens=24, teacher=teacher)
+    assert [(p.rows.tolist(), p.count, p.width, p.teacher_width) for p in parts] == [
+        ([0], 1, 6, 18), ([1], 2, 4, 12),
+    ]  # fmt: skip
+    taken = batching.gather_teacher(teacher, parts[1])
+    assert taken.tokens_BT.shape == (2, 12)
+    assert taken.length_B.tolist() == [5, 0]
 
 
 def test_longest_rows_come_first_and_shapes_follow_the_longest_of_each():

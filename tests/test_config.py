@@ -90,6 +90,9 @@ def test_methods_differ_in_numbers_only():
         ("teacher.follow", "liv", "--config.teacher.follow=live"),
         ("teacher.follow", "live", "set --config.teacher.path=student"),
         ("teacher.decay", 1.5, "0 to 1"),
+        ("scoring.mask_first", (1, 2), "scoring.mask_first"),
+        ("scoring.mask_first", ("",), "scoring.mask_first"),
+        ("seed", 2**33, "below 2**32"),
         ("student.max_position", -1, "student.max_position=-1"),
         ("eval.match", "(", "eval.match='(', wanted a regular expression"),
         ("teacher.path", "", "teacher.path"),
@@ -137,7 +140,7 @@ def test_recipe_options_set_what_most_runs_change():
     assert config.student.path == "a/b"
     assert config.teacher.path == "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B"
     assert (config.data.train, config.eval.data) == ("x.jsonl", "y.json")
-    assert config.scoring.mask_first == ("<", "think", ">")
+    assert config.scoring.mask_first == ("<", "think")
 
 
 def test_a_teacher_that_is_named_needs_no_help():
@@ -146,6 +149,16 @@ def test_a_teacher_that_is_named_needs_no_help():
     assert "{solution}" in alone.data.teacher_prompt_template
     helped = stable_opd.get_config("smollm2-135m,data=x.jsonl,teacher=DIR")
     assert (helped.teacher.path, helped.data.teacher_prompt_template) == ("DIR", "same")
+
+
+def test_options_that_a_method_would_override_are_refused_or_kept():
+    assert sft.get_config().data.train == "tiny:sft"
+    assert sft.get_config("tiny,data=mine.jsonl").data.train == "mine.jsonl"
+    for method in (sft, opsd):
+        with pytest.raises(
+            ConfigError, match="got option 'teacher', wanted one of student=VALUE, d"
+        ):
+            method.get_config("tiny,teacher=x")
 
 
 @pytest.mark.parametrize("option", ["techer=x", "teacher", "teacher=", ""])

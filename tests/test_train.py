@@ -1,19 +1,23 @@
 """Whole runs on random models that a test can afford: files, keys, resume, outcomes of methods."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from configs import opsd
 from launch.make_tiny import make_tokenizer
 from opd_jax import config as configuration
-from opd_jax import models, train
+from opd_jax import models, train, workdir
 from opd_jax.errors import ConfigError, DataError, ModelError, NonFiniteError, WorkdirError
 from opd_jax.models import decoder
+from opd_jax.setup import make_setup
 
 METHODS = {"opd": (1.0, 0.0, 0.0), "stable_opd": (1.0, 0.1, 0.05), "sft": (0.0, 1.0, 0.0)}
 
@@ -41,6 +45,7 @@ def small(folders: pathlib.Path, method: str = "stable_opd"):
     config.teacher.path = str(folders / "teacher")
     config.steps = 4
     config.rollout.prompts_per_step = 4
+    config.data.size = 256  # problems; longer ones come later
     config.rollout.samples_per_prompt = 2
     config.rollout.max_prompt_tokens = 36
     config.rollout.max_response_tokens = 124
@@ -56,7 +61,11 @@ def small(folders: pathlib.Path, method: str = "stable_opd"):
 
 
 def lines(workdir: pathlib.Path, name: str) -> list[dict]:
-    return [json.loads(line) for line in (workdir / name).read_text().splitlines()]
+    return lines_of(workdir / name)
+
+
+def lines_of(file: pathlib.Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().split("\n") if line]
 
 
 def without_times(rows: list[dict]) -> list[dict]:
@@ -280,9 +289,58 @@ def test_epochs_set_the_steps(folders, tmp_path):
 def test_several_updates_a_rollout(folders, tmp_path):
     config = small(folders)
     config.optim.updates_per_rollout = 2
+    config.optim.schedule = "linear"
     config.steps = 2
     result = train.run(config, str(tmp_path / "run"), command=[])
     assert int(result.state.step) == 4
+    # 4 updates down to 0: rates 1, 3/4, 1/2, 1/4 of 0.01, of which the second and the last are logged
+    rates = [row["optim/learning_rate"] for row in lines(tmp_path / "run", "metrics.jsonl")[1:]]
+    assert rates == pytest.approx([0.0075, 0.0025])
+
+
+def test_a_teacher_with_fewer_rows_than_the_student_has_ids(folders, tmp_path):
+    """The student's tokenizer has one token more, which the teacher cannot write or read."""
+    student = tmp_path / "student"
+    model, params = models.load(str(folders / "student"))
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<more>"]})
+    wider = dataclasses.replace(model, vocab_size=model.vocab_size + 1)
+    row = params["embed"]["embedding"][:1]
+    params["embed"]["embedding"] = jnp.concatenate([params["embed"]["embedding"], row])
+    models.save(str(student), wider, params, tokenizer)
+    config = small(folders)
+    config.student.path = str(student)
+    config.steps = 1
+    result = train.run(config, str(tmp_path / "run"), command=[])
+    assert set(result.table) == {"student before", "student after", "teacher"}
+    assert np.isfinite(lines(tmp_path / "run", "metrics.jsonl")[1]["score/reverse_kl"])
+
+
+def test_what_an_earlier_part_did_not_measure_is_measured_at_the_end(folders, tmp_path):
+    config = small(folders, "sft")
+    config.steps, config.eval.data = 2, ""
+    train.run(config, str(tmp_path / "run"), command=[])
+    config.eval.data, config.eval.match = "tiny:test", "[0-9]"
+    table = train.run(config, str(tmp_path / "run"), command=[]).table
+    assert table.keys() == {"student after"}
+    assert "matched" in table["student after"]
+
+
+def test_a_line_may_hold_any_character(folders, tmp_path):
+    file = tmp_path / "lines.jsonl"
+    log = workdir.Lines(file, resume_step=-1)
+    rows = [{"step": 1, "text": "a\u2028b\u0085c"}, {"step": 2, "text": "d"}]
+    for row in rows:
+        log.write(row)
+    log.close()
+    workdir.Lines(file, resume_step=2).close()
+    assert lines_of(file) == rows
+
+
+def test_the_default_self_distillation_starts():
+    setup = make_setup(opsd.get_config())
+    assert setup.separate_prompts
+    assert setup.teacher_width > setup.width
 
 
 def test_non_finite_numbers_stop_the_run(folders, tmp_path):
@@ -348,7 +406,8 @@ def broken(folders, tmp_path, kind: str) -> str:
         index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
         weights.unlink()
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    elif kind == "end":
+    elif kind == "end":  # nor does a chat template say how a turn ends
+        (folder / "chat_template.jinja").unlink()
         for name in ("config.json", "generation_config.json"):
             fields = json.loads((folder / name).read_text())
             fields["eos_token_id"] = None

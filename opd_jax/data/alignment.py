@@ -59,7 +59,8 @@ class Alignment:
 def alone(vocabulary: int, stop_ids: Sequence[int]) -> Alignment:
     """The alignment of a run in which no other tokenizer takes part: every id counts."""
     ids, all_of_them = np.arange(vocabulary, dtype=np.int32), np.ones(vocabulary, bool)
-    return Alignment(vocabulary, ids, all_of_them, all_of_them, tuple(stop_ids))
+    stops = tuple(i for i in dict.fromkeys(stop_ids) if i < vocabulary)
+    return Alignment(vocabulary, ids, all_of_them, all_of_them, stops)
 
 
 def align(
@@ -92,7 +93,9 @@ def align(
         stops = [i for i in dict.fromkeys([*student_ends, *teacher_ends]) if i < vocabulary]
         drawn = both.copy()
         drawn[stops] = True
-        return Alignment(vocabulary, ids, both, drawn, tuple(stops), (), int((~both).sum()))
+        return Alignment(
+            vocabulary, ids, both, drawn, tuple(stops), (), _missing(mine, theirs, both)
+        )
     scored = same.copy()
     treatment = dict.fromkeys(np.flatnonzero(~same).tolist(), "masked")
     if special_tokens == "remap":
@@ -105,10 +108,15 @@ def align(
     stops += [i for i in range(vocabulary) if scored[i] and int(ids[i]) in ends]
     drawn = scored.copy()
     drawn[stops] = True
-    differing = tuple(Differing(i, mine[i], theirs[i], treatment[i]) for i in treatment if both[i])
-    return Alignment(
-        vocabulary, ids, scored, drawn, tuple(dict.fromkeys(stops)), differing, int((~both).sum())
+    differing = tuple(
+        Differing(i, mine[i], theirs[i] or "nothing", what)
+        for i, what in treatment.items()
+        if both[i] or scored[i]
     )
+    return Alignment(
+        vocabulary, ids, scored, drawn, tuple(dict.fromkeys(stops)), differing,
+        _missing(mine, theirs, scored),
+    )  # fmt: skip
 
 
 def report(
@@ -138,7 +146,8 @@ def report(
 def _boundary(student: Tokenizer, teacher: Tokenizer) -> list[str]:
     """How the two prompts end, where one of them opens the thinking and the other leaves it to do."""
     ends = [t.render("?").rpartition("?")[2] for t in (student, teacher)]
-    if ("<think>" in ends[0]) == ("<think>" in ends[1]):
+    opens = ["<think>" in end and "</think>" not in end for end in ends]
+    if opens[0] == opens[1]:
         return []
     return [
         f"  the student's prompt ends {ends[0]!r}, the teacher's {ends[1]!r}: only one of them opens "
@@ -146,6 +155,11 @@ def _boundary(student: Tokenizer, teacher: Tokenizer) -> list[str]:
         "template (--config.student.chat_template, --config.teacher.chat_template) or mask the "
         "pieces where they first occur (--config.scoring.mask_first)"
     ]
+
+
+def _missing(mine: list[str], theirs: list[str], scored: np.ndarray) -> int:
+    """How many of the student's tokens the teacher knows under no id."""
+    return sum(bool(text) and not theirs[i] and not scored[i] for i, text in enumerate(mine))
 
 
 def _texts(tokenizer: Tokenizer, rows: int) -> list[str]:

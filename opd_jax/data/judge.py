@@ -52,7 +52,7 @@ def judge(
                 raise
             drop(place, _REASONS.get(error.reason, error.reason), detail=str(error))
     if grader:
-        doubtful = [i for i in problems if not _vouched(block[i][2])]
+        doubtful = [i for i in problems if not _vouched(block[i][2], config.data.columns)]
         pairs = [(problems[i].solution, problems[i].answer) for i in doubtful]
         for place, grade in zip(doubtful, grader.grade(pairs), strict=True):
             if grade is not Grade.CORRECT:
@@ -104,9 +104,11 @@ def problem_key(problem: str, seed: int | None = None) -> int:
     return int.from_bytes(hashlib.blake2b(data.encode(), digest_size=8).digest(), "big")
 
 
-def _vouched(row: Row | RowError) -> bool:
-    """Whether somebody ran math-verify already; read_problem has followed what was found."""
-    return isinstance(row, dict) and isinstance(row.get("correctness_math_verify"), list)
+def _vouched(row: Row | RowError, columns: Any) -> bool:
+    """Whether somebody ran math-verify on the solution already; read_problem has followed the marks."""
+    if not isinstance(row, dict) or columns.solution not in ("", "generations"):
+        return False
+    return isinstance(row.get("correctness_math_verify"), list) and "generations" in row
 
 
 def _kept(problem: Problem, path: str, number: int) -> dict[str, Any]:

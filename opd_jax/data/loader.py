@@ -18,7 +18,7 @@ class PromptStyle:
 
     Attributes:
       template: text of the user's turn; {problem}, {answer} and {solution} are filled in.
-      system: text of the system's turn; "" for the problem's own, if it has one.
+      system: text of the system's turn; "" for the problem's own, if it has one, "none" for none.
     """
 
     template: str = "{problem}"
@@ -30,7 +30,7 @@ class PromptStyle:
             "problem": problem.prompt, "answer": problem.answer, "solution": problem.solution,
         }  # fmt: skip
         text = re.sub(r"\{(problem|answer|solution)\}", lambda m: fields[m[1]], self.template)
-        return text, self.system or problem.system
+        return text, "" if self.system == "none" else self.system or problem.system
 
     def prompts(self, problems: Sequence[Problem], tokenizer: Tokenizer) -> list[list[int]]:
         """Prompt ids of each problem, through the tokenizer's chat template."""

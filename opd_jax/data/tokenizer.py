@@ -39,7 +39,7 @@ class Tokenizer:
             self.hf.chat_template = _template(chat_template)
         self.path = path
         self.enable_thinking = enable_thinking
-        self.size = len(self.hf)
+        self.size = max(self.hf.get_vocab().values()) + 1
 
     @property
     def has_template(self) -> bool:
@@ -59,7 +59,7 @@ class Tokenizer:
                 raise ModelError(
                     f"{self.path}: the tokenizer has no chat template, wanted one for the system "
                     "prompt; name a Jinja file by --config.student.chat_template or "
-                    "--config.teacher.chat_template, or clear the system prompt"
+                    "--config.teacher.chat_template, or drop it: --config.data.system_prompt=none"
                 )
             return text + (reply or "")
         messages = [{"role": "system", "content": system}] if system else []
@@ -82,11 +82,17 @@ class Tokenizer:
 
     def chat(self, text: str, *, system: str = "") -> list[int]:
         """Ids of a prompt; see `render`."""
-        return self.encode(self.render(text, system=system))
+        return self.chats([(text, system)])[0]
 
     def chats(self, prompts: list[tuple[str, str]]) -> list[list[int]]:
-        """Ids of many prompts, given as (text, system); fast tokenizers use every core."""
-        return self.encode_all([self.render(text, system=system) for text, system in prompts])
+        """Ids of many prompts, given as (text, system); fast tokenizers use every core.
+
+        A chat template writes its special tokens itself; a plain prompt gets those that the tokenizer
+        puts around a text (a beginning token, for Llama).
+        """
+        texts = [self.render(text, system=system) for text, system in prompts]
+        plain = not self.has_template
+        return self.hf(texts, add_special_tokens=plain)["input_ids"] if texts else []
 
     def end_of_turn(self) -> int | None:
         """The special token with which the chat template closes the model's turn, if it does."""

@@ -2,12 +2,24 @@
 
 import contextlib
 import os
+import pathlib
 import re
 
 from opd_jax.errors import ModelError
+from opd_jax.models.weights import INDEX, SINGLE, read_json
 
 # Weights, settings and tokenizer; never code or pickles.
 _FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+
+
+def _complete(folder: pathlib.Path) -> bool:
+    """Whether a cached folder holds settings, tokenizer, and every file of weights."""
+    if not all((folder / name).is_file() for name in ("config.json", "tokenizer.json")):
+        return False
+    if (folder / SINGLE).is_file():
+        return True
+    shards = read_json(folder / INDEX)["weight_map"].values()
+    return all((folder / shard).is_file() for shard in shards)
 
 
 def locate(path: str) -> str:
@@ -20,8 +32,10 @@ def locate(path: str) -> str:
         return path  # a folder that does not exist is refused where it is read
     from huggingface_hub import snapshot_download  # only those who name a hub model need it
 
-    with contextlib.suppress(Exception):  # not in the cache, or only in part
-        return snapshot_download(path, allow_patterns=_FILES, local_files_only=True)
+    with contextlib.suppress(Exception):  # not in the cache
+        cached = snapshot_download(path, allow_patterns=_FILES, local_files_only=True)
+        if _complete(pathlib.Path(cached)):
+            return cached
     try:
         print(f"fetching {path} from the Hugging Face hub", flush=True)
         return snapshot_download(path, allow_patterns=_FILES)

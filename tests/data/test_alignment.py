@@ -106,6 +106,24 @@ def test_keep_compares_numbers(qwen, r1):
     assert set(got.stop_ids) == {258, 256}
 
 
+def test_an_id_that_the_teacher_has_elsewhere_is_not_missing(qwen, tmp_path):
+    """<tool> is 259 to the student and 256 to the teacher, which ends at 258."""
+    other = make(tmp_path, ("<tool>", "<|im_start|>", "<|im_end|>"))
+    got = align(qwen, other, teacher_ends=(258,))
+    assert got.teacher_ids[259] == 256
+    assert (got.missing, got.scored.tolist().count(False)) == (0, 1)  # <|endoftext|> has no role
+    report = "\n".join(data.alignment_report(got, qwen, other, rows=(260, 259)))
+    assert (
+        "id 259: <tool> to the student, nothing to the teacher: remapped to <tool> (256)" in report
+    )
+
+
+def test_a_closed_thinking_block_is_not_an_open_one(qwen, tmp_path):
+    closed = make(tmp_path, QWEN, CHATML + "<think>\n\n</think>")
+    got = align(qwen, closed, teacher_ends=(258,))
+    assert len(data.alignment_report(got, qwen, closed, rows=(260, 260))) == 1
+
+
 def test_ids_that_the_teacher_lacks_are_masked(qwen, tmp_path):
     smaller = make(tmp_path, QWEN[:3])
     got = align(qwen, smaller, teacher_ends=(258,))

@@ -99,6 +99,10 @@ def test_the_systems_turn_of_the_config_replaces_that_of_the_row():
     assert data.PromptStyle(system="ours").turns(PROBLEM) == ("2+{answer}?", "ours")
 
 
+def test_none_drops_the_systems_turn_of_the_row():
+    assert data.PromptStyle(system="none").turns(PROBLEM) == ("2+{answer}?", "")
+
+
 def test_prompts_go_through_the_chat_template():
     def chats(prompts: list[tuple[str, str]]) -> list[list[int]]:
         """Stands in for the tokenizer's: a token a letter."""

@@ -1,17 +1,25 @@
 """Hub names: local folders first, then the cache, then the network, then one line."""
 
+import json
+
 import huggingface_hub
 import pytest
 
 from opd_jax.errors import ModelError
+from opd_jax.models import hub as hub_module
 from opd_jax.models import locate
+from opd_jax.models.hub import _complete as complete
 
 pytestmark = pytest.mark.short
 
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A hub whose cache and network hold what a test puts there; records what it was asked."""
+    """A hub whose cache and network hold what a test puts there; records what it was asked.
+
+    A name's folder is complete unless its path says "part".
+    """
+    monkeypatch.setattr(hub_module, "_complete", lambda folder: "part" not in str(folder))
     asked, cache, network = [], {}, {}
 
     def snapshot_download(name, *, allow_patterns, local_files_only=False):
@@ -40,6 +48,26 @@ def test_the_cache_comes_before_the_network(hub):
     assert locate("o/cached") == "/cache/1"
     assert locate("o/new") == "/cache/2"
     assert asked == [("o/cached", True), ("o/new", True), ("o/new", False)]
+
+
+def test_a_cache_that_holds_a_part_is_not_enough(hub):
+    asked, cache, network = hub
+    cache["o/some"], network["o/some"] = "/cache/part", "/cache/whole"
+    assert locate("o/some") == "/cache/whole"
+    assert [local for _, local in asked] == [True, False]
+
+
+def test_a_complete_folder_has_settings_tokenizer_and_every_shard(tmp_path):
+    index = {"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}
+    for name in ("config.json", "tokenizer.json", "1.safetensors", "2.safetensors"):
+        assert not complete(tmp_path)
+        (tmp_path / name).write_text("{}")
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert complete(tmp_path)
+    (tmp_path / "2.safetensors").unlink()
+    assert not complete(tmp_path)
+    (tmp_path / "model.safetensors").write_text("")
+    assert complete(tmp_path)
 
 
 def test_a_name_that_is_nowhere_is_one_line(hub):

@@ -1,0 +1,45 @@
+"""The weights of a run: read from their folders, each once, in the dtypes they are used in."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+
+from opd_jax import models
+from opd_jax.setup import Setup, compute_dtype
+
+
+@dataclasses.dataclass
+class Weights:
+    """The models of a run as their folders have them; None where none is needed.
+
+    `scorer` is the teacher with its output rows in the order of the student's ids.
+    """
+
+    student: models.Params | None
+    teacher: models.Params | None
+    scorer: models.Params | None
+    reference: models.Params | None
+
+
+def load_weights(setup: Setup, *, student: bool) -> Weights:
+    """Read the models; the student, as float32 masters, only where no checkpoint holds it."""
+    config, alignment = setup.config, setup.alignment
+
+    def load(path: str, dtype: str) -> models.Params:
+        return models.load(path, dtype=compute_dtype(dtype))[1]
+
+    teacher = scorer = reference = None
+    if setup.teacher is not None and config.teacher.follow == "frozen":
+        teacher = scorer = load(config.teacher.path, config.teacher.dtype)
+        rows = setup.teacher.vocab_size
+        if alignment.renumbered or rows < alignment.vocabulary:
+            ids = np.minimum(alignment.teacher_ids, rows - 1)  # those beyond are not scored
+            scorer = models.with_head_rows(teacher, jnp.asarray(ids))
+    if setup.terms.beta_kl:
+        path, dtype = setup.reference_section.path, config.reference.dtype
+        same = (path, dtype) == (config.teacher.path, config.teacher.dtype)
+        # Self-distillation: one copy of the weights for both.
+        reference = teacher if same and teacher is not None else load(path, dtype)
+    own = load(config.student.path, "float32") if student else None
+    return Weights(own, teacher, scorer, reference)

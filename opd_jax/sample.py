@@ -120,8 +120,7 @@ def make_plan(config: ConfigDict) -> Plan:
         )
     budget = config.sample.max_response_tokens or config.rollout.max_response_tokens
     config.sample.max_response_tokens = budget
-    tokenizer = roles.open_tokenizer(config.teacher)
-    teacher = roles.with_ends(roles.architecture(config.teacher), tokenizer)
+    teacher, tokenizer = roles.open_model(config.teacher)
     vocabulary = min(tokenizer.size, teacher.vocab_size)
     stop_ids = tuple(i for i in teacher.eos_token_ids if i < vocabulary)
     if not stop_ids:

@@ -67,13 +67,11 @@ def make_setup(config: ConfigDict) -> Setup:
         config,
         ["student"] + terms.needs_teacher * ["teacher"] + bool(terms.beta_kl) * ["reference"],
     )
-    tokenizer = open_tokenizer(config.student)
-    student = with_ends(architecture(config.student), tokenizer)
+    student, tokenizer = open_model(config.student)
     teacher, teacher_tokenizer = None, tokenizer
     notes: list[str] = []
     if terms.needs_teacher:
-        teacher_tokenizer = open_tokenizer(config.teacher)
-        teacher = with_ends(architecture(config.teacher), teacher_tokenizer)
+        teacher, teacher_tokenizer = open_model(config.teacher)
         alignment = data.align(
             tokenizer, teacher_tokenizer,
             student_ends=student.eos_token_ids, teacher_ends=teacher.eos_token_ids,
@@ -198,11 +196,13 @@ def architecture(section: Any) -> models.ModelConfig:
     )
 
 
-def open_tokenizer(section: Any) -> data.Tokenizer:
-    """A role's tokenizer and chat template."""
-    return data.Tokenizer(
+def open_model(section: Any) -> tuple[models.ModelConfig, data.Tokenizer]:
+    """A role's architecture, with the end of turn of its chat template among its end tokens; its tokenizer."""
+    model = architecture(section)
+    tokenizer = data.Tokenizer(
         section.path, chat_template=section.chat_template, enable_thinking=section.enable_thinking
     )
+    return with_ends(model, tokenizer), tokenizer
 
 
 def prompt_styles(section: Any) -> tuple[data.PromptStyle, data.PromptStyle]:

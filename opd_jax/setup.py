@@ -197,7 +197,7 @@ def architecture(section: Any) -> models.ModelConfig:
 
 
 def open_model(section: Any) -> tuple[models.ModelConfig, data.Tokenizer]:
-    """A role's architecture, with the end of turn of its chat template among its end tokens; its tokenizer."""
+    """A role's architecture (its template's end of turn among its end tokens) and tokenizer."""
     model = architecture(section)
     tokenizer = data.Tokenizer(
         section.path, chat_template=section.chat_template, enable_thinking=section.enable_thinking

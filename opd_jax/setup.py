@@ -101,7 +101,7 @@ def make_setup(config: ConfigDict) -> Setup:
     )  # fmt: skip
     held_out = None
     if config.eval.data:
-        privileged = needs_solution and "{solution}" in styles[1].template
+        privileged = "{solution}" in styles[1].template
         held_out = data.open_problems(
             config.eval.data, field="eval.data", columns=config.data.columns,
             size=config.eval.problems, need_solution=privileged and config.eval.teacher,

@@ -41,7 +41,8 @@ class Problems(Sequence[Problem]):
         self._columns = columns
         if not len(kept):
             raise DataError(
-                f"{name} has no problem that can be used: {_counts(skipped)}; name another file"
+                f"{name} has no problem that can be used: {_counts(skipped)}; name another file, or "
+                "see what is wrong with the first row: --config.data.bad_rows=refuse"
             )
 
     def __len__(self) -> int:

@@ -1,0 +1,68 @@
+"""The papers' equations, one function each: arrays in, per-token arrays out, reduced by the caller.
+
+Symbols: p = pi_theta the student, q = pi_T the teacher, ref = pi_ref the reference, y_t the token
+that was sampled, s_t its prefix, S_t a support (some ids at a prefix). Log-probs are natural and
+float32; ids outside a support have log-prob -inf. "Constant" = no gradient. Eq. (n) without a paper
+is that of arXiv 2604.08527 (Stable-OPD).
+"""
+
+from opd_jax.losses.advantage import (
+    SUPPORT_WEIGHTS,
+    discounted,
+    group_advantage,
+    opd_advantage,
+    support_advantage,
+    truncated_importance,
+)
+from opd_jax.losses.divergence import (
+    DIRECTIONS,
+    FORMS,
+    divergence,
+    exact_kl,
+    forward_kl,
+    generalised_jsd,
+    renormalised,
+    skewed_forward_kl,
+    skewed_reverse_kl,
+    stop_gradient_reverse_kl,
+    with_rest,
+)
+from opd_jax.losses.reduction import AGGREGATIONS, token_weights
+from opd_jax.losses.sampled import (
+    ESTIMATORS,
+    clipped_surrogate,
+    entropy,
+    kl_k1,
+    kl_k2,
+    kl_k3,
+    sft_nll,
+)
+
+__all__ = [
+    "AGGREGATIONS",
+    "DIRECTIONS",
+    "ESTIMATORS",
+    "FORMS",
+    "SUPPORT_WEIGHTS",
+    "clipped_surrogate",
+    "discounted",
+    "divergence",
+    "entropy",
+    "exact_kl",
+    "forward_kl",
+    "generalised_jsd",
+    "group_advantage",
+    "kl_k1",
+    "kl_k2",
+    "kl_k3",
+    "opd_advantage",
+    "renormalised",
+    "sft_nll",
+    "skewed_forward_kl",
+    "skewed_reverse_kl",
+    "stop_gradient_reverse_kl",
+    "support_advantage",
+    "token_weights",
+    "truncated_importance",
+    "with_rest",
+]

@@ -1,0 +1,82 @@
+"""Advantages: what the surrogate is told about each sampled token, or each id of a support. Constants."""
+
+import jax
+import jax.numpy as jnp
+
+from opd_jax.shapes import check_shapes
+
+SUPPORT_WEIGHTS = ("student", "teacher", "uniform")
+
+
+def opd_advantage(*, teacher_logprob_BT: jax.Array, student_logprob_BT: jax.Array) -> jax.Array:
+    """A_t = log q(y_t|s_t) - log p(y_t|s_t), a constant. [B, T]. (2604.08527, reward and advantage)
+
+    No normalisation, discount or group baseline: its mean over rollouts is -KL(p || q).
+    """
+    check_shapes(teacher_logprob_BT=teacher_logprob_BT, student_logprob_BT=student_logprob_BT)
+    return jax.lax.stop_gradient(teacher_logprob_BT - student_logprob_BT)
+
+
+@jax.jit
+def discounted(*, reward_BT: jax.Array, discount: float) -> jax.Array:
+    """A_t = sum_{t' >= t} discount^(t' - t) r_t' of each row. [B, T]. (2603.25562; tinker-cookbook)
+
+    `reward_BT` is 0 where no token counts. discount = 0 is the token's own reward (variance ~ T^2),
+    1 the whole return (~ T^4).
+    """
+
+    def step(later_B: jax.Array, reward_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return (now_B := reward_B + discount * later_B), now_B
+
+    _, return_TB = jax.lax.scan(step, jnp.zeros_like(reward_BT[:, 0]), reward_BT.T, reverse=True)
+    return return_TB.T
+
+
+def group_advantage(*, reward_B: jax.Array, group: int, normalise: bool) -> jax.Array:
+    """(r_i - mean r) / (std r + 1e-6) over the `group` rollouts of a prompt, which stand together. [B].
+
+    GRPO (2402.03300), Eq. (1) of 2604.08527; `normalise` = False leaves the division out: Dr.GRPO
+    (2503.20783). The standard deviation is the unbiased one, as in verl. Equal rewards give 0.
+    """
+    reward_PG = reward_B.reshape(-1, group)
+    centred_PG = reward_PG - jnp.mean(reward_PG, axis=1, keepdims=True)
+    if normalise:
+        centred_PG = centred_PG / (jnp.std(reward_PG, axis=1, ddof=1, keepdims=True) + 1e-6)
+    return centred_PG.reshape(-1)
+
+
+def truncated_importance(
+    *, logprob_BT: jax.Array, sampler_logprob_BT: jax.Array, cap: float
+) -> jax.Array:
+    """min(p_old(y_t) / p_sampler(y_t), cap), a constant: tokens that the sampler overweighs. [B, T].
+
+    Token-level truncated importance sampling. p_old is the scorer's and p_sampler the sampler's
+    probability under the same weights; they differ by rounding and kernels. Multiplies the advantage:
+    the surrogate is linear in it.
+    """
+    check_shapes(logprob_BT=logprob_BT, sampler_logprob_BT=sampler_logprob_BT)
+    return jnp.minimum(jnp.exp(logprob_BT - sampler_logprob_BT), cap)
+
+
+def support_advantage(
+    *,
+    student_logprob_BTX: jax.Array,
+    teacher_logprob_BTX: jax.Array,
+    weight: str,
+    normalise: bool = True,
+) -> jax.Array:
+    """A_t(v) = w_t(v) (log q(v) - log p(v)) of each id of a support, a constant. [B, T, X].
+
+    2604.13016's code, "top-k": log-probs are those of the full vocabulary, w the student's or the
+    teacher's probabilities, or uniform, renormalised over the support unless `normalise` is False (as
+    the code has it for the symmetric difference). Put into the surrogate for every id it has the
+    gradient -sum_v w(v) (log q - log p) grad log p(v) at ratio 1, which is not that of any
+    renormalised KL. Ids outside the support (-inf) get 0.
+    """
+    check_shapes(student_logprob_BTX=student_logprob_BTX, teacher_logprob_BTX=teacher_logprob_BTX)
+    member = student_logprob_BTX > -jnp.inf
+    log_p, log_q = (jnp.where(member, x, 0.0) for x in (student_logprob_BTX, teacher_logprob_BTX))
+    basis = {"student": log_p, "teacher": log_q, "uniform": jnp.zeros_like(log_p)}[weight]
+    basis = jnp.where(member, basis, -1e30)
+    w_BTX = jax.nn.softmax(basis, axis=-1) if normalise else jnp.exp(basis)
+    return jax.lax.stop_gradient(jnp.where(member, w_BTX * (log_q - log_p), 0.0))

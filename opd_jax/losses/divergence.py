@@ -1,0 +1,160 @@
+"""Divergences of student and teacher at a prefix: over the vocabulary, or over a support of some ids.
+
+One more axis than a token has: V for the vocabulary, X for a support. Entries of -inf are outside
+(both models have them there) and contribute nothing, neither value nor gradient. Over a support the
+log-probs are still those of the full vocabulary, so they sum to less than 1; `form` says what is made
+of that. Gradients go through p only.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from opd_jax.shapes import check_shapes
+
+DIRECTIONS = ("reverse", "forward", "jsd", "skewed_reverse", "skewed_forward")
+FORMS = ("raw", "renormalised", "tail", "stop_gradient")
+_NEVER = -1e30  # a log-prob of no mass that may be multiplied by 0
+
+
+def exact_kl(*, p_logprob_BTV: jax.Array, q_logprob_BTV: jax.Array) -> jax.Array:
+    """KL(p || q) = sum_v p(v) (log p(v) - log q(v)) at every prefix. [B, T]; gradient through p only.
+
+    With q the reference: the per-prefix KL of 2604.08527, Eq. (6). With q the teacher: reverse KL.
+    Ids that p gives no mass (log p = -inf) contribute 0, and 0 to the gradient.
+    """
+    check_shapes(p_logprob_BTV=p_logprob_BTV, q_logprob_BTV=q_logprob_BTV)
+    possible = p_logprob_BTV > -jnp.inf  # chosen before the product: -inf * 0 is nan, backwards too
+    log_p = jnp.where(possible, p_logprob_BTV, 0.0)
+    log_q = jnp.where(possible, jax.lax.stop_gradient(q_logprob_BTV), 0.0)
+    return jnp.sum(jnp.where(possible, jnp.exp(log_p) * (log_p - log_q), 0.0), axis=-1)
+
+
+def forward_kl(*, p_logprob_BTV: jax.Array, q_logprob_BTV: jax.Array) -> jax.Array:
+    """KL(q || p) = sum_v q(v) (log q(v) - log p(v)) at every prefix. [B, T]; gradient through p only.
+
+    Its gradient in the student's logits is p - q: ids that the student hardly ever samples are
+    pulled up at once, where reverse KL pulls them in proportion to p.
+    """
+    check_shapes(p_logprob_BTV=p_logprob_BTV, q_logprob_BTV=q_logprob_BTV)
+    q_logprob_BTV = jax.lax.stop_gradient(q_logprob_BTV)
+    possible = q_logprob_BTV > -jnp.inf
+    log_q = jnp.where(possible, q_logprob_BTV, 0.0)
+    log_p = jnp.where(possible, p_logprob_BTV, 0.0)
+    return jnp.sum(jnp.where(possible, jnp.exp(log_q) * (log_q - log_p), 0.0), axis=-1)
+
+
+def stop_gradient_reverse_kl(*, p_logprob_BTV: jax.Array, q_logprob_BTV: jax.Array) -> jax.Array:
+    """sum_v p(v) (sg[log p(v)] - log q(v)): the value of `exact_kl`, another gradient. [B, T].
+
+    2605.11182, "notail_sg". The gradient is sum_v p (log p - log q) grad log p. That of `exact_kl` has
+    log p - log q + 1 there; the + 1 cancels where the p(v) sum to 1, and over a support, where they
+    do not, it pushes every id of it down, whatever the teacher says.
+    """
+    check_shapes(p_logprob_BTV=p_logprob_BTV, q_logprob_BTV=q_logprob_BTV)
+    possible = p_logprob_BTV > -jnp.inf
+    log_p = jnp.where(possible, p_logprob_BTV, 0.0)
+    log_q = jnp.where(possible, q_logprob_BTV, 0.0)
+    ratio = jax.lax.stop_gradient(log_p - log_q)
+    return jnp.sum(jnp.where(possible, jnp.exp(log_p) * ratio, 0.0), axis=-1)
+
+
+def generalised_jsd(
+    *, p_logprob_BTV: jax.Array, q_logprob_BTV: jax.Array, beta: float
+) -> jax.Array:
+    """JSD_b = b KL(q || m) + (1 - b) KL(p || m), m = b q + (1 - b) p, 0 < b < 1. [B, T].
+
+    The convention of TRL's GKD, as OPSD uses it with b = 1/2; gradient through p, in m as well.
+    """
+    check_shapes(p_logprob_BTV=p_logprob_BTV, q_logprob_BTV=q_logprob_BTV)
+    log_p, log_q = _possible(p_logprob_BTV, q_logprob_BTV)
+    log_m = _mixture(log_q, log_p, beta)
+    from_q_BTV = jnp.exp(log_q) * (log_q - log_m)
+    from_p_BTV = jnp.exp(log_p) * (log_p - log_m)
+    return jnp.sum(beta * from_q_BTV + (1.0 - beta) * from_p_BTV, axis=-1)
+
+
+def skewed_reverse_kl(
+    *, p_logprob_BTV: jax.Array, q_logprob_BTV: jax.Array, skew: float
+) -> jax.Array:
+    """KL(p || (1 - a) q + a p), a = `skew`, 0 < a < 1. [B, T]; gradient through p, in the mixture as well.
+
+    2402.03898 (DistiLLM), skew reverse KL; bounded by -log a where the teacher gives an id no mass.
+    """
+    check_shapes(p_logprob_BTV=p_logprob_BTV, q_logprob_BTV=q_logprob_BTV)
+    log_p, log_q = _possible(p_logprob_BTV, q_logprob_BTV)
+    return jnp.sum(jnp.exp(log_p) * (log_p - _mixture(log_p, log_q, skew)), axis=-1)
+
+
+def skewed_forward_kl(
+    *, p_logprob_BTV: jax.Array, q_logprob_BTV: jax.Array, skew: float
+) -> jax.Array:
+    """KL(q || (1 - a) p + a q), a = `skew`, 0 < a < 1. [B, T]; gradient through p. (2402.03898)"""
+    check_shapes(p_logprob_BTV=p_logprob_BTV, q_logprob_BTV=q_logprob_BTV)
+    log_p, log_q = _possible(p_logprob_BTV, q_logprob_BTV)
+    return jnp.sum(jnp.exp(log_q) * (log_q - _mixture(log_q, log_p, skew)), axis=-1)
+
+
+def renormalised(logprob_BTX: jax.Array) -> jax.Array:
+    """log p^(v) = log p(v) - log sum_{u in S} p(u): the distribution over the support alone. [B, T, X].
+
+    2604.13016, Eq. (5); 2603.25562. Entries of -inf stay; so does a support without any id.
+    """
+    member = logprob_BTX > -jnp.inf
+    some = jnp.any(member, axis=-1, keepdims=True)
+    safe = jnp.where(some, logprob_BTX, 0.0)  # logsumexp of nothing has no gradient
+    mass = jax.nn.logsumexp(safe, axis=-1, keepdims=True)
+    return jnp.where(member, jnp.where(member, safe, 0.0) - mass, -jnp.inf)
+
+
+def with_rest(logprob_BTX: jax.Array, rest_BT: jax.Array) -> jax.Array:
+    """A last entry for all ids outside the support together: log of their mass. [B, T, X + 1].
+
+    The tail bucket of 2605.11182: the entries sum to 1 again.
+    """
+    return jnp.concatenate([logprob_BTX, rest_BT[..., None]], axis=-1)
+
+
+def divergence(
+    *,
+    p_logprob_BTV: jax.Array,
+    q_logprob_BTV: jax.Array,
+    direction: str,
+    form: str = "raw",
+    p_rest_BT: jax.Array | None = None,
+    q_rest_BT: jax.Array | None = None,
+    jsd_beta: float = 0.5,
+    skew: float = 0.1,
+) -> jax.Array:
+    """D(student, teacher) over the last axis, by the named direction and form. [B, T].
+
+    form "raw": sums over the support as they are. "renormalised": of `renormalised` distributions.
+    "tail": of those `with_rest`, whose log-masses are `p_rest_BT`, `q_rest_BT`. "stop_gradient":
+    `stop_gradient_reverse_kl`, for direction "reverse". Over the whole vocabulary all four agree.
+    """
+    q_logprob_BTV = jax.lax.stop_gradient(q_logprob_BTV)
+    if form == "renormalised":
+        p_logprob_BTV, q_logprob_BTV = renormalised(p_logprob_BTV), renormalised(q_logprob_BTV)
+    elif form == "tail":
+        assert p_rest_BT is not None
+        assert q_rest_BT is not None
+        p_logprob_BTV = with_rest(p_logprob_BTV, p_rest_BT)
+        q_logprob_BTV = with_rest(q_logprob_BTV, jax.lax.stop_gradient(q_rest_BT))
+    pair = {"p_logprob_BTV": p_logprob_BTV, "q_logprob_BTV": q_logprob_BTV}
+    if form == "stop_gradient":
+        return stop_gradient_reverse_kl(**pair)
+    if direction == "jsd":
+        return generalised_jsd(**pair, beta=jsd_beta)
+    if direction.startswith("skewed"):
+        skewed = {"skewed_reverse": skewed_reverse_kl, "skewed_forward": skewed_forward_kl}
+        return skewed[direction](**pair, skew=skew)
+    return {"reverse": exact_kl, "forward": forward_kl}[direction](**pair)
+
+
+def _possible(p_logprob: jax.Array, q_logprob: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Log-probs without -inf, the teacher's as constants: 0 * -inf would be nan."""
+    return jnp.maximum(p_logprob, _NEVER), jnp.maximum(jax.lax.stop_gradient(q_logprob), _NEVER)
+
+
+def _mixture(first: jax.Array, second: jax.Array, share: float) -> jax.Array:
+    """log(share * first + (1 - share) * second), both given as logs."""
+    return jnp.logaddexp(first + jnp.log(share), second + jnp.log1p(-share))

@@ -14,7 +14,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from opd_jax.errors import ConfigError
-from opd_jax.losses import AGGREGATIONS, DIRECTIONS, ESTIMATORS
+from opd_jax.losses import AGGREGATIONS, DIRECTIONS, ESTIMATORS, FORMS, SUPPORT_WEIGHTS
+from opd_jax.supports import SUPPORTS
 
 DTYPES = ("auto", "float32", "bfloat16")
 
@@ -82,18 +83,39 @@ def default() -> ConfigDict:
     scoring.mask_first = ()  # texts whose first occurrence in a response is not scored (2603.25562)
 
     loss = config.loss = ConfigDict()
-    loss.pg_weight = 1.0  # w_pg of the clipped surrogate on the teacher's log-ratio
-    loss.divergence_weight = 0.0  # w_div of D(student, teacher) over the full vocabulary
+    loss.pg_weight = 1.0  # w_pg of the clipped surrogate
+    loss.teacher_coef = 1.0  # its advantage: this much of the teacher's log-ratio,
+    loss.group_coef = 0.0  # and this much of the group-relative verifiable reward (GRPO)
+    loss.group_normalise = True  # divide by the group's standard deviation; False: Dr.GRPO
+    loss.advantage = "sampled"  # the teacher's, of the sampled token | support: of every id of it
+    loss.advantage_clamp = 0.0  # the teacher's log-ratio is cut to this; 0 = not (2603.25562: 5)
+    loss.discount = (
+        0.0  # of the teacher's later log-ratios; 0 = a token's own, 1 = the whole return
+    )
+    loss.support_weight = "student"  # of ids in that advantage: student | teacher | uniform
+    loss.clip_low = 0.2
+    loss.clip_high = 0.2
+    loss.dual_clip = 0.0  # bound of the loss of a token with negative advantage; 0 = none (verl: 3)
+    loss.importance_cap = 0.0  # of scorer against sampler, a token; 0 = no such weight (often 2)
+    loss.divergence_weight = 0.0  # w_div of D(student, teacher)
+    loss.support = (
+        "full"  # ids that D or the advantage is over: full, or top-k of student | teacher
+    )
+    #                        | intersection | union | symmetric_difference
+    loss.top_k = 16
     loss.direction = "reverse"  # KL(student || teacher) | forward: KL(teacher || student) | jsd
+    #                             | skewed_reverse | skewed_forward
+    loss.form = "raw"  # sums over a support as they are | renormalised | tail | stop_gradient
     loss.jsd_beta = 0.5  # b of the generalised Jensen-Shannon divergence
+    loss.skew = 0.1  # a of the skewed ones (2402.03898)
     loss.lambda_gold = 0.0  # weight of the supervised loss on golden solutions
     loss.beta_kl = 0.0  # weight of KL(student || reference) on visited prefixes
     loss.kl_estimator = "full"  # full | k1 | k2 | k3
-    loss.clip_low = 0.2
-    loss.clip_high = 0.2
-    loss.aggregation = "sequence"  # of rollouts: mean over responses of their means, or over token
-    loss.gold_aggregation = "token"  # of golden solutions, likewise
-    loss.truncated = "keep"  # mask: rollouts that ran out of budget are left out of the loss
+    loss.aggregation = "sequence"  # of rollouts: mean over responses of their means | token
+    #                                | constant: sum over tokens / (responses * budget), Dr.GRPO
+    loss.gold_aggregation = "token"  # of golden solutions: token | sequence
+    loss.truncated = "keep"  # rollouts that ran out of budget: keep | mask | tail: leave out their
+    loss.truncated_tail = 256  # last so many tokens
 
     optim = config.optim = ConfigDict()
     optim.learning_rate = 1e-6
@@ -129,6 +151,7 @@ def default() -> ConfigDict:
     log = config.log = ConfigDict()
     log.every = 1  # steps between lines of metrics.jsonl
     log.rollouts = 1  # rollouts a logged step writes to rollouts.jsonl
+    log.gradients = 50  # steps between two looks at each term's own gradient; 0 = never
     return config.lock()
 
 
@@ -141,20 +164,23 @@ def validate(config: ConfigDict) -> None:
     flat = flatten(config.to_dict())
     for field in ("steps", "data.size", "rollout.prompts_per_step", "rollout.samples_per_prompt",
                   "rollout.max_prompt_tokens", "rollout.max_response_tokens", "scoring.token_chunk",
-                  "scoring.overlap_top_k", "optim.microbatch_tokens", "optim.updates_per_rollout",
+                  "scoring.overlap_top_k", "loss.top_k", "loss.truncated_tail",
+                  "optim.microbatch_tokens", "optim.updates_per_rollout",
                   "checkpoint.keep", "eval.problems", "eval.samples", "metrics.repetition_tail",
                   "log.every", "sample.samples", "sample.batch"):  # fmt: skip
         _range(flat, field, 1, math.inf)
     for field in ("rollout.slots", "loss.lambda_gold", "loss.beta_kl", "loss.pg_weight",
                   "optim.warmup_steps", "optim.weight_decay", "checkpoint.every", "eval.every",
-                  "rollout.temperature", "eval.temperature", "log.rollouts", "seed",
-                  "loss.clip_high", "loss.divergence_weight", "data.epochs",
+                  "rollout.temperature", "eval.temperature", "log.rollouts", "log.gradients", "seed",
+                  "loss.clip_high", "loss.divergence_weight", "loss.teacher_coef", "loss.group_coef",
+                  "loss.advantage_clamp", "loss.dual_clip", "loss.importance_cap", "data.epochs",
                   "student.rope_theta", "student.max_position",
                   "teacher.rope_theta", "teacher.max_position", "reference.rope_theta",
                   "reference.max_position", "sample.problems", "sample.slots",
                   "sample.temperature", "sample.max_response_tokens"):  # fmt: skip
         _range(flat, field, 0, math.inf)
     for field in ("rollout.top_p", "eval.top_p", "optim.beta1", "optim.beta2", "loss.clip_low",
+                  "loss.discount",
                   "teacher.decay", "optim.warmup_fraction", "sample.top_p"):  # fmt: skip
         _range(flat, field, 0, 1)
     for field in ("optim.learning_rate", "optim.grad_clip", "metrics.repetition_threshold",
@@ -163,9 +189,10 @@ def validate(config: ConfigDict) -> None:
             raise _wrong(field, flat[field], "a finite number above 0")
     for field, choices in (
         ("student.dtype", DTYPES), ("teacher.dtype", DTYPES), ("reference.dtype", DTYPES),
-        ("loss.kl_estimator", ESTIMATORS), ("loss.direction", DIRECTIONS), ("loss.aggregation", AGGREGATIONS),
-        ("loss.gold_aggregation", AGGREGATIONS),
-        ("loss.truncated", ("keep", "mask")), ("optim.schedule", ("constant", "linear", "cosine")),
+        ("loss.kl_estimator", ESTIMATORS), ("loss.direction", DIRECTIONS), ("loss.form", FORMS),
+        ("loss.support", SUPPORTS), ("loss.support_weight", SUPPORT_WEIGHTS),
+        ("loss.aggregation", AGGREGATIONS), ("loss.gold_aggregation", AGGREGATIONS[:2]),
+        ("loss.truncated", ("keep", "mask", "tail")), ("optim.schedule", ("constant", "linear", "cosine")),
         ("teacher.follow", ("frozen", "average", "live")), ("data.bad_rows", ("refuse", "skip")),
         ("scoring.special_tokens", ("remap", "mask", "keep")),
     ):  # fmt: skip
@@ -182,13 +209,7 @@ def validate(config: ConfigDict) -> None:
             f"loss.{', loss.'.join(weights)} are all 0, wanted one above 0: nothing would be "
             "trained; set --config.loss.pg_weight=1"
         )
-    if (config.loss.pg_weight or config.loss.divergence_weight) and not config.teacher.path:
-        raise _wrong(
-            "teacher.path", "''",
-            "a Hugging Face folder (loss.pg_weight or loss.divergence_weight is above 0)",
-        )  # fmt: skip
-    if not 0 < config.loss.jsd_beta < 1:
-        raise _wrong("loss.jsd_beta", config.loss.jsd_beta, "a number between 0 and 1")
+    _check_loss(config)
     if config.teacher.follow != "frozen" and config.teacher.path != "student":
         raise ConfigError(
             f"teacher.follow={config.teacher.follow} is for a teacher that is the student, got "
@@ -233,6 +254,68 @@ def validate(config: ConfigDict) -> None:
             f"optim.microbatch_tokens={config.optim.microbatch_tokens} is less than one row of "
             f"{row} tokens (rollout.max_prompt_tokens + rollout.max_response_tokens); "
             f"set --config.optim.microbatch_tokens={row} or more"
+        )
+
+
+def _check_loss(config: ConfigDict) -> None:
+    """Rules between the fields of the loss: what would be ignored, or could not teach, is refused."""
+    loss = config.loss
+    by_teacher = loss.pg_weight and loss.teacher_coef
+    if (by_teacher or loss.divergence_weight) and not config.teacher.path:
+        raise _wrong(
+            "teacher.path", "''",
+            "a Hugging Face folder (loss.teacher_coef or loss.divergence_weight is above 0)",
+        )  # fmt: skip
+    for field in ("jsd_beta", "skew"):
+        if not 0 < loss[field] < 1:
+            raise _wrong(f"loss.{field}", loss[field], "a number between 0 and 1")
+    if loss.pg_weight and not (loss.teacher_coef or loss.group_coef):
+        raise ConfigError(
+            "loss.teacher_coef and loss.group_coef are both 0, so every advantage is 0; set "
+            "--config.loss.teacher_coef=1, or --config.loss.pg_weight=0"
+        )
+    if loss.pg_weight and loss.group_coef and config.rollout.samples_per_prompt < 2:
+        raise ConfigError(
+            "rollout.samples_per_prompt=1 with loss.group_coef above 0, wanted 2 or more: a rollout "
+            "is compared with others of its prompt; set --config.rollout.samples_per_prompt=4"
+        )
+    if loss.dual_clip and loss.dual_clip <= 1:
+        raise _wrong("loss.dual_clip", loss.dual_clip, "a number above 1, or 0 for none")
+    if loss.advantage in ("divergence", "top_k", "topk", "kl"):
+        raise ConfigError(
+            f"loss.advantage={loss.advantage} would be the same for every token that could have been "
+            "sampled, and such an advantage teaches nothing: its expected gradient is 0; set "
+            "--config.loss.advantage=support, or --config.loss.pg_weight=0 "
+            "--config.loss.divergence_weight=1 for the divergence's own gradient"
+        )
+    _choice(flatten(config.to_dict()), "loss.advantage", ("sampled", "support"))
+    on_support = bool(by_teacher) and loss.advantage == "support"
+    if on_support and loss.support == "full":
+        raise ConfigError(
+            "loss.advantage=support with loss.support=full, wanted a support of top_k ids; set "
+            "--config.loss.support=student, or --config.loss.pg_weight=0 "
+            "--config.loss.divergence_weight=1 for the whole vocabulary"
+        )
+    if on_support and (loss.discount or loss.advantage_clamp):
+        raise ConfigError(
+            "loss.discount and loss.advantage_clamp are for the sampled token's advantage, got "
+            "loss.advantage=support; set both to 0"
+        )
+    if loss.support == "full" and loss.form != "raw":
+        raise ConfigError(
+            f"loss.form={loss.form} is for a support of top_k ids, got loss.support=full, over which "
+            "all forms agree; set --config.loss.form=raw or --config.loss.support=student"
+        )
+    if loss.form == "stop_gradient" and loss.direction != "reverse":
+        raise ConfigError(
+            f"loss.form=stop_gradient with loss.direction={loss.direction}, wanted reverse: elsewhere "
+            "it would stop the whole gradient; set --config.loss.direction=reverse"
+        )
+    single = loss.top_k == 1 and loss.support in ("student", "teacher", "intersection")
+    if loss.divergence_weight and single and loss.form == "renormalised":
+        raise ConfigError(
+            "loss.top_k=1 with loss.form=renormalised: over one id every renormalised distribution is "
+            "1, so the divergence is 0 and teaches nothing; set --config.loss.top_k=16"
         )
 
 

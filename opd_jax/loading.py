@@ -36,7 +36,7 @@ def load_weights(setup: Setup, *, student: bool) -> Weights:
         if alignment.renumbered or rows < alignment.vocabulary:
             ids = np.minimum(alignment.teacher_ids, rows - 1)  # those beyond are not scored
             scorer = models.with_head_rows(teacher, jnp.asarray(ids))
-    if setup.terms.beta_kl:
+    if setup.terms.needs_reference:
         path, dtype = setup.reference_section.path, config.reference.dtype
         same = (path, dtype) == (config.teacher.path, config.teacher.dtype)
         # Self-distillation: one copy of the weights for both.

@@ -1,4 +1,4 @@
-"""The loss of a run: which terms, with which weights, on which rows.
+"""The terms of a run's loss: which of them, over what, on which rows. Their weights come at the update.
 
     L = w_pg L_PG  +  w_div D(student, teacher)  +  beta_kl KL(student || reference)    on rollouts
       + lambda_gold L_SFT                                                 on golden solutions
@@ -8,44 +8,110 @@ A method is a set of numbers. A term whose weight is 0 is not traced: no forward
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from opd_jax import losses, scoring
+from opd_jax import losses, scoring, supports
 from opd_jax.models import decoder
 from opd_jax.models.architecture import ModelConfig
 from opd_jax.types import Array, Frozen, GoldenRows, RolloutRows
 
-RolloutLoss = Callable[
-    [decoder.Params, Frozen, RolloutRows], tuple[jax.Array, dict[str, jax.Array]]
-]
-GoldenLoss = Callable[[decoder.Params, GoldenRows], tuple[jax.Array, dict[str, jax.Array]]]
+Parts = dict[str, jax.Array]  # by the name of the term: its mean over the tokens that count
+RolloutLoss = Callable[[decoder.Params, Frozen, RolloutRows], Parts]
+GoldenLoss = Callable[[decoder.Params, GoldenRows], Parts]
+ON_ROLLOUTS = ("opd", "divergence", "reference_kl")
+ON_GOLDEN = ("sft",)
 
 
 @dataclasses.dataclass(frozen=True)
 class Terms:
-    """The numbers of the loss; fields as in the config section `loss`."""
+    """The numbers of the loss; fields as in the config section `loss`.
 
-    pg_weight: float
-    divergence_weight: float
-    direction: str
-    jsd_beta: float
-    lambda_gold: float
-    beta_kl: float
-    kl_estimator: str
-    clip_low: float
-    clip_high: float
+    `raised` names terms that are traced although their weight is 0: something may raise it.
+    """
+
+    pg_weight: float = 0.0
+    teacher_coef: float = 1.0
+    group_coef: float = 0.0
+    group_normalise: bool = True
+    advantage: str = "sampled"
+    advantage_clamp: float = 0.0
+    discount: float = 0.0
+    support_weight: str = "student"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float = 0.0
+    importance_cap: float = 0.0
+    divergence_weight: float = 0.0
+    support: str = "full"
+    top_k: int = 16
+    direction: str = "reverse"
+    form: str = "raw"
+    jsd_beta: float = 0.5
+    skew: float = 0.1
+    lambda_gold: float = 0.0
+    beta_kl: float = 0.0
+    kl_estimator: str = "full"
+    raised: tuple[str, ...] = ()
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each term by its name in `loss/NAME`."""
+        return {
+            "opd": self.pg_weight,
+            "divergence": self.divergence_weight,
+            "reference_kl": self.beta_kl,
+            "sft": self.lambda_gold,
+        }
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The terms that are there."""
+        return tuple(name for name, w in self.weights.items() if w or name in self.raised)
 
     @property
     def needs_rollouts(self) -> bool:
         """Whether any term is taken on the student's own rollouts."""
-        return self.needs_teacher or self.beta_kl != 0
+        return any(name in ON_ROLLOUTS for name in self.names)
+
+    @property
+    def needs_golden(self) -> bool:
+        """Whether golden solutions are needed."""
+        return any(name in ON_GOLDEN for name in self.names)
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the reference is needed."""
+        return "reference_kl" in self.names
 
     @property
     def needs_teacher(self) -> bool:
         """Whether any term asks the teacher."""
-        return self.pg_weight != 0 or self.divergence_weight != 0
+        return bool(self.pg_weight and self.teacher_coef) or self.divergence_weight != 0
+
+    @property
+    def needs_reward(self) -> bool:
+        """Whether any term asks which rollouts are right."""
+        return bool(self.pg_weight and self.group_coef)
+
+    @property
+    def on_support(self) -> bool:
+        """Whether the surrogate is taken over the ids of a support."""
+        return bool(self.pg_weight and self.teacher_coef) and self.advantage == "support"
+
+    @property
+    def scored_support(self) -> tuple[str, int] | None:
+        """The support that the scorer is to take down, for `scoring.score`; None where no term has one."""
+        if self.support == "full" or not (self.on_support or self.divergence_weight):
+            return None
+        return self.support, self.top_k
+
+    @property
+    def teacher_in_update(self) -> bool:
+        """Whether the update itself reads the teacher: a divergence over the whole vocabulary."""
+        return self.divergence_weight != 0 and self.support == "full"
 
 
 def make_rollout_loss(
@@ -58,52 +124,35 @@ def make_rollout_loss(
     remat: bool,
     scored_V: Array | None = None,
 ) -> RolloutLoss:
-    """loss(params, frozen, rows) -> (w_pg L_PG + w_div D + beta_kl KL, its parts), sums of weighted tokens.
+    """loss(params, frozen, rows) -> the terms on rollouts, unweighted, each a sum of weighted tokens.
 
-    `frozen` holds the reference where beta_kl is not 0 and the teacher where divergence_weight is
-    not; `frozen_configs` their architectures. Log-probs are normalised over `scored_V`.
+    `frozen` holds the reference where that term is there and the teacher where `teacher_in_update`;
+    `frozen_configs` their architectures. Log-probs are normalised over `scored_V`.
     """
-    beside = [
-        name
-        for name, weight in (("teacher", terms.divergence_weight), ("reference", terms.beta_kl))
-        if weight
-    ]
+    names = [name for name in terms.names if name in ON_ROLLOUTS]
+    beside = ["teacher"] * terms.teacher_in_update + ["reference"] * ("reference_kl" in names)
 
     def token_terms(
         student_CV: jax.Array,
         *others_CV: jax.Array,
         token_C: jax.Array,
         counts: jax.Array,
-        advantage: jax.Array,
-        sampler_logprob: jax.Array,
-    ) -> dict[str, jax.Array]:
+        **given: jax.Array,
+    ) -> Parts:
         logprob_C = jnp.where(counts, scoring.take(student_CV, token_C), 0.0)
-        out = {}
-        if terms.pg_weight:
-            out["opd"] = losses.clipped_surrogate(
-                logprob_BT=logprob_C[None],
-                sampler_logprob_BT=sampler_logprob[None],
-                advantage_BT=advantage[None],
-                clip_low=terms.clip_low,
-                clip_high=terms.clip_high,
-            )[0]
         other = dict(zip(beside, others_CV, strict=True))
-        if "teacher" in other:
-            out["divergence"] = losses.divergence(
-                p_logprob_BTV=student_CV[None],
-                q_logprob_BTV=other["teacher"][None],
-                direction=terms.direction,
-                jsd_beta=terms.jsd_beta,
-            )[0]
-        if "reference" in other:
+        out = {}
+        if "opd" in names:
+            out["opd"] = _surrogate(terms, student_CV, logprob_C, given)
+        if "divergence" in names:
+            out["divergence"] = _divergence(terms, student_CV, other.get("teacher"), given)
+        if "reference_kl" in names:
             out["reference_kl"] = _reference_kl(
                 terms.kl_estimator, student_CV, other["reference"], logprob_C, token_C, counts
             )
         return out
 
-    def loss(
-        params: decoder.Params, frozen: Frozen, rows: RolloutRows
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss(params: decoder.Params, frozen: Frozen, rows: RolloutRows) -> Parts:
         heads = [decoder.head(params)[:vocabulary]]
         hiddens = [
             decoder.hidden_states(params, config, rows.tokens_BT, rows.length_B, remat=remat)
@@ -116,37 +165,26 @@ def make_rollout_loss(
             )  # fmt: skip
             heads.append(jax.lax.stop_gradient(decoder.head(weights)[:vocabulary]))
             hiddens.append(jax.lax.stop_gradient(hidden))
-        counts_BT = rows.weight_BT > 0  # inf elsewhere would be 0 * inf = nan in the gradient
         parts = scoring.map_tokens(
             token_terms,
             tuple(heads),
             tuple(hiddens),
             rows.tokens_BT,
-            {
-                "counts": counts_BT,
-                "advantage": jnp.where(counts_BT, rows.advantage_BT, 0.0),
-                "sampler_logprob": jnp.where(counts_BT, rows.sampler_logprob_BT, 0.0),
-            },
+            _per_token(terms, rows),
             token_chunk=token_chunk,
             scored_V=scored_V,
         )
-        sums = {name: _weighted_sum(x_BT, rows.weight_BT) for name, x_BT in parts.items()}
-        weight_of = {
-            "opd": terms.pg_weight,
-            "divergence": terms.divergence_weight,
-            "reference_kl": terms.beta_kl,
-        }
-        return sum((weight_of[name] * x for name, x in sums.items()), jnp.zeros(())), sums
+        return {name: _weighted_sum(x_BT, rows.weight_BT) for name, x_BT in parts.items()}
 
     return loss
 
 
 def make_golden_loss(
-    terms: Terms, config: ModelConfig, *, vocabulary: int, token_chunk: int, remat: bool
+    config: ModelConfig, *, vocabulary: int, token_chunk: int, remat: bool
 ) -> GoldenLoss:
-    """loss(params, rows) -> (lambda_gold L_SFT, its parts), sums of weighted tokens."""
+    """loss(params, rows) -> L_SFT, unweighted, a sum of weighted tokens."""
 
-    def loss(params: decoder.Params, rows: GoldenRows) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss(params: decoder.Params, rows: GoldenRows) -> Parts:
         parts = scoring.map_tokens(
             lambda student_CV, token_C: {
                 "sft": losses.sft_nll(logprob_BT=scoring.take(student_CV, token_C))
@@ -156,10 +194,89 @@ def make_golden_loss(
             rows.tokens_BT,
             token_chunk=token_chunk,
         )
-        sft = _weighted_sum(parts["sft"], rows.weight_BT)
-        return terms.lambda_gold * sft, {"sft": sft}
+        return {"sft": _weighted_sum(parts["sft"], rows.weight_BT)}
 
     return loss
+
+
+def _per_token(terms: Terms, rows: RolloutRows) -> dict[str, jax.Array]:
+    """What the terms read beside the log-probs. Where no token counts it is 0: 0 * inf would be nan."""
+    counts_BT = rows.weight_BT > 0
+    given = {
+        "advantage": jnp.where(counts_BT, rows.advantage_BT, 0.0),
+        "sampler_logprob": jnp.where(counts_BT, rows.sampler_logprob_BT, 0.0),
+    }
+    support = rows.support
+    if support is not None:
+        given |= {
+            "ids": jnp.where(counts_BT[..., None], support.ids_BTX, 0),
+            "support_teacher": jnp.where(counts_BT[..., None], support.teacher_BTX, 0.0),
+            "support_sampler": jnp.where(counts_BT[..., None], support.student_BTX, 0.0),
+            "teacher_rest": jnp.where(counts_BT, support.teacher_rest_BT, 0.0),
+        }
+    if terms.on_support:
+        given["support_advantage"] = jnp.where(
+            counts_BT[..., None], rows.support_advantage_BTX, 0.0
+        )
+    return {"counts": counts_BT} | given
+
+
+def _surrogate(
+    terms: Terms, student_CV: jax.Array, logprob_C: jax.Array, given: dict[str, jax.Array]
+) -> jax.Array:
+    """L_PG of a chunk of tokens: of the sampled token, of every id of the support, or both. [C]."""
+    bounds = {
+        "clip_low": terms.clip_low,
+        "clip_high": terms.clip_high,
+        "dual_clip": terms.dual_clip or float("inf"),
+    }
+    total_C = jnp.zeros_like(logprob_C)
+    if terms.group_coef or not terms.on_support:
+        total_C += losses.clipped_surrogate(
+            logprob_BT=logprob_C[None],
+            sampler_logprob_BT=given["sampler_logprob"][None],
+            advantage_BT=given["advantage"][None],
+            **bounds,
+        )[0]
+    if terms.on_support:
+        inside = given["ids"] >= 0
+        every_CX = losses.clipped_surrogate(
+            logprob_BT=jnp.where(inside, supports.gather(student_CV, given["ids"]), 0.0),
+            sampler_logprob_BT=jnp.where(inside, given["support_sampler"], 0.0),
+            advantage_BT=given["support_advantage"],
+            **bounds,
+        )
+        total_C += jnp.sum(every_CX, axis=-1)
+    return total_C
+
+
+def _divergence(
+    terms: Terms,
+    student_CV: jax.Array,
+    teacher_CV: jax.Array | None,
+    given: dict[str, jax.Array],
+) -> jax.Array:
+    """D(student, teacher) of a chunk of tokens, over the vocabulary or over the scored support. [C]."""
+    kind: dict[str, Any] = {
+        "direction": terms.direction,
+        "jsd_beta": terms.jsd_beta,
+        "skew": terms.skew,
+    }
+    if teacher_CV is not None:
+        return losses.divergence(
+            p_logprob_BTV=student_CV[None], q_logprob_BTV=teacher_CV[None], **kind
+        )[0]
+    if terms.form == "tail":
+        kind |= {
+            "p_rest_BT": supports.rest(student_CV, given["ids"])[None],
+            "q_rest_BT": given["teacher_rest"][None],
+        }
+    return losses.divergence(
+        p_logprob_BTV=supports.gather(student_CV, given["ids"])[None],
+        q_logprob_BTV=given["support_teacher"][None],
+        form=terms.form,
+        **kind,
+    )[0]
 
 
 def _reference_kl(

@@ -9,9 +9,11 @@ import numpy as np
 
 from opd_jax import losses, metrics
 from opd_jax.models import decoder
+from opd_jax.objectives import Terms
 from opd_jax.types import GoldenRows, Outcome, Rollout, RolloutRows, Scores, TeacherRows
 
 Rows = TypeVar("Rows", RolloutRows, GoldenRows)
+Weigh = Callable[[np.ndarray], Any]  # bool [B, T] -> each token's share, float32 [B, T]
 
 
 def scored_mask(
@@ -49,43 +51,110 @@ def teacher_rows(
     return TeacherRows(tokens_BT=tokens_BT, length_B=length_B, offset_B=offset_B)
 
 
+def counted(rollout: Rollout, mask_BT: np.ndarray, *, truncated: str, tail: int) -> np.ndarray:
+    """Those of the scored tokens that count in the loss; bool [B, T].
+
+    Of rollouts that ran out of budget "keep" leaves all, "mask" none, "tail" all but the last `tail`
+    tokens of the response.
+    """
+    if truncated == "keep":
+        return mask_BT
+    kept_B = rollout.length_B - (tail if truncated == "tail" else rollout.length_B)
+    end_B = np.where(metrics.truncated(rollout.outcome_B), kept_B, rollout.length_B)
+    return mask_BT & (np.arange(mask_BT.shape[1])[None] < end_B[:, None])
+
+
+def advantages(
+    rollout: Rollout,
+    scores: Scores,
+    mask_BT: np.ndarray,
+    terms: Terms,
+    *,
+    reward_B: np.ndarray | None,
+    group: int,
+) -> np.ndarray:
+    """What the surrogate is told about each sampled token; float32 [B, T], 0 where none is scored.
+
+    w (teacher_coef * A_teacher + group_coef * A_group): the teacher's log-ratio, clamped and
+    discounted where the config says so (of a support it is `losses.support_advantage`, not here),
+    the group-relative advantage of `reward_B` [B], and w the truncated importance weight.
+    """
+    total_BT = np.zeros(mask_BT.shape, np.float32)
+    if terms.pg_weight and terms.teacher_coef and not terms.on_support:
+        ratio_BT = losses.opd_advantage(
+            teacher_logprob_BT=jnp.asarray(scores.teacher_logprob_BT),
+            student_logprob_BT=jnp.asarray(scores.student_logprob_BT),
+        )
+        own_BT = np.where(mask_BT, ratio_BT, 0.0)
+        if terms.advantage_clamp:
+            own_BT = np.clip(own_BT, -terms.advantage_clamp, terms.advantage_clamp)
+        if terms.discount:
+            own_BT = losses.discounted(reward_BT=jnp.asarray(own_BT), discount=terms.discount)
+        total_BT += terms.teacher_coef * np.asarray(own_BT)
+    if terms.needs_reward:
+        assert reward_B is not None
+        group_B = losses.group_advantage(
+            reward_B=jnp.asarray(reward_B, jnp.float32),
+            group=group,
+            normalise=terms.group_normalise,
+        )
+        total_BT += terms.group_coef * np.asarray(group_B)[:, None]
+    if terms.importance_cap:
+        total_BT *= np.asarray(
+            losses.truncated_importance(
+                logprob_BT=jnp.asarray(scores.student_logprob_BT),
+                sampler_logprob_BT=jnp.asarray(rollout.sampler_logprob_BT),
+                cap=terms.importance_cap,
+            )
+        )
+    return np.where(mask_BT, total_BT, 0.0).astype(np.float32)
+
+
 def rollout_rows(
-    rollout: Rollout, scores: Scores, mask_BT: np.ndarray, *, truncated: str, aggregation: str
+    rollout: Rollout,
+    scores: Scores,
+    counted_BT: np.ndarray,
+    advantage_BT: np.ndarray,
+    terms: Terms,
+    *,
+    weigh: Weigh,
 ) -> RolloutRows:
     """Rollouts as the update takes them: token weights, advantages, the sampling weights' log-probs.
 
-    `mask_BT` holds the tokens that count (`scored_mask`); `truncated` = "mask" leaves rollouts that
-    ran out of budget out of the mean. The denominator of the PPO ratio is the scorer's log-prob
-    under the weights that sampled, not the sampler's record: the ratio is then 1 at the first
-    update, whatever kernels decoding uses; the difference of the two is logged as
-    `rollout/sampler_logprob_gap_*`.
+    `counted_BT` holds the tokens that count, `weigh` makes shares of them (losses.token_weights). The
+    denominator of the PPO ratio is the scorer's log-prob under the weights that sampled, not the
+    sampler's record: the ratio is then 1 at the first update, whatever kernels decoding uses; the
+    difference of the two is logged as `rollout/sampler_logprob_gap_*`.
     """
-    if truncated == "mask":
-        mask_BT = mask_BT & ~metrics.truncated(rollout.outcome_B)[:, None]
+    on_support = None
+    if terms.on_support:
+        assert scores.support is not None
+        on_support = terms.teacher_coef * losses.support_advantage(
+            student_logprob_BTX=jnp.asarray(scores.support.student_BTX),
+            teacher_logprob_BTX=jnp.asarray(scores.support.teacher_BTX),
+            weight=terms.support_weight,
+            normalise=terms.support != "symmetric_difference",
+        )
     return RolloutRows(
         tokens_BT=rollout.tokens_BT,
         length_B=rollout.length_B,
-        weight_BT=np.asarray(losses.token_weights(mask_BT, aggregation)),
-        advantage_BT=np.asarray(
-            losses.opd_advantage(
-                teacher_logprob_BT=jnp.asarray(scores.teacher_logprob_BT),
-                student_logprob_BT=jnp.asarray(scores.student_logprob_BT),
-            )
-        ),
+        weight_BT=np.asarray(weigh(counted_BT)),
+        advantage_BT=advantage_BT,
         sampler_logprob_BT=np.asarray(scores.student_logprob_BT),
+        support=scores.support,
+        support_advantage_BTX=None if on_support is None else np.asarray(on_support),
     )
 
 
 def golden_rows(
-    tokens_BT: np.ndarray, length_B: np.ndarray, mask_BT: np.ndarray, *, aggregation: str
+    tokens_BT: np.ndarray, length_B: np.ndarray, mask_BT: np.ndarray, *, weigh: Weigh
 ) -> GoldenRows:
     """Golden solutions (see data.golden_rows) as the update takes them."""
-    weight_BT = np.asarray(losses.token_weights(mask_BT, aggregation))
-    return GoldenRows(tokens_BT=tokens_BT, length_B=length_B, weight_BT=weight_BT)
+    return GoldenRows(tokens_BT=tokens_BT, length_B=length_B, weight_BT=np.asarray(weigh(mask_BT)))
 
 
-def share(rows: Rows, index: int, parts: int) -> Rows:
-    """The `index`-th of `parts` equal shares of the rows, its weights summing to 1 again."""
+def share(rows: Rows, index: int, parts: int, *, weigh: Weigh) -> Rows:
+    """The `index`-th of `parts` equal shares of the rows, weighed among themselves."""
     if parts == 1:
         return rows
 
@@ -94,24 +163,25 @@ def share(rows: Rows, index: int, parts: int) -> Rows:
         return x[index * size : (index + 1) * size]
 
     rows = jax.tree.map(one, rows)
-    total = rows.weight_BT.sum()
-    return rows.replace(weight_BT=rows.weight_BT / (total if total > 0 else 1.0))
+    return rows.replace(weight_BT=np.asarray(weigh(rows.weight_BT > 0)))
 
 
 def as_lines(
     step: int,
     rollout: Rollout,
     scores: Scores,
+    advantage_BT: np.ndarray,
     *,
     count: int,
     decode: Callable[[list[int]], str],
+    correct: np.ndarray | None = None,
 ) -> list[dict[str, Any]]:
     """The first `count` rollouts of a step as rows of rollouts.jsonl, with what both models said."""
     per_token = {
         "sampler_logprob": rollout.sampler_logprob_BT,
-        "student_logprob": np.asarray(scores.student_logprob_BT),
-        "teacher_logprob": np.asarray(scores.teacher_logprob_BT),
-        "advantage": np.asarray(scores.teacher_logprob_BT - scores.student_logprob_BT),
+        "student_logprob": scores.student_logprob_BT,
+        "teacher_logprob": scores.teacher_logprob_BT,
+        "advantage": advantage_BT,
     }
 
     def one(i: int) -> dict[str, Any]:
@@ -124,8 +194,10 @@ def as_lines(
             "prompt_ids": rollout.prompt(i),
             "response_ids": rollout.response(i),
             "outcome": Outcome(int(rollout.outcome_B[i])).name.lower(),
+            "correct": None if correct is None else bool(correct[i]),
         }
-        return line | {name: _rounded(values[i, span]) for name, values in per_token.items()}
+        known = {name: values for name, values in per_token.items() if values is not None}
+        return line | {name: _rounded(values[i, span]) for name, values in known.items()}
 
     return [one(i) for i in range(count)]
 

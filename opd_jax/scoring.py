@@ -8,18 +8,19 @@ chunk's logits are made again.
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opd_jax import batching, losses
+from opd_jax import batching, losses, supports
 from opd_jax.models import decoder
 from opd_jax.models.architecture import ModelConfig
 from opd_jax.shapes import check_shapes
-from opd_jax.types import Array, Scores, TeacherRows
+from opd_jax.types import Array, Scores, Support, TeacherRows
 
-TokenFn = Callable[..., dict[str, jax.Array]]
+TokenFn = Callable[..., Any]
 
 
 def map_tokens(
@@ -31,19 +32,19 @@ def map_tokens(
     *,
     token_chunk: int,
     scored_V: Array | None = None,
-) -> dict[str, jax.Array]:
+) -> Any:
     """Apply `fn` to the next-token log-probs of each model, a chunk of tokens at a time.
 
     Args:
       fn: called with one float32 log-softmax [C, V] per model, `token_C` (the ids to score) and
-        each array of `per_token` as [C]; returns a dict of [C].
+        each array of `per_token` as [C, ...]; returns a tree of [C, ...].
       heads, hiddens: per model the output matrix [V, D] and final hidden states [B, T, D].
       tokens_BT: ids; ids of V or more are clamped (callers mask them).
-      per_token: more [B, T] arrays, aligned with `tokens_BT`.
+      per_token: more [B, T, ...] arrays, aligned with `tokens_BT`.
       token_chunk: tokens whose logits exist at one time.
       scored_V: bool, the ids over which log-probs are normalised; None for all.
 
-    Returns: dict of [B, T], aligned with `tokens_BT`; position 0, which nothing predicts, is 0.
+    Returns: tree of [B, T, ...], aligned with `tokens_BT`; position 0, which nothing predicts, is 0.
     """
     batch, time = tokens_BT.shape
     chunks = -(-batch * time // token_chunk)
@@ -71,8 +72,8 @@ def map_tokens(
     _, out = jax.lax.scan(one_chunk, None, chunked)
 
     def aligned(values: jax.Array) -> jax.Array:
-        values_BT = values.reshape(-1)[: batch * time].reshape(batch, time)
-        return jnp.roll(values_BT, 1, axis=1).at[:, 0].set(0.0)
+        flat = values.reshape(-1, *values.shape[2:])[: batch * time]
+        return jnp.roll(flat.reshape(batch, time, *flat.shape[1:]), 1, axis=1).at[:, 0].set(0)
 
     return jax.tree.map(aligned, out)
 
@@ -134,8 +135,8 @@ def token_logprob(
 def score(
     student: decoder.Params,
     student_config: ModelConfig,
-    teacher: decoder.Params,
-    teacher_config: ModelConfig,
+    teacher: decoder.Params | None,
+    teacher_config: ModelConfig | None,
     tokens_BT: np.ndarray,
     length_B: np.ndarray,
     *,
@@ -145,13 +146,15 @@ def score(
     microbatch_tokens: int,
     teacher_rows: TeacherRows | None = None,
     scored_V: Array | None = None,
+    support: tuple[str, int] | None = None,
 ) -> Scores:
     """Student and teacher on the same responses, in one pass over chunks of tokens; see `Scores`.
 
-    `teacher_rows` holds the responses behind the teacher's own prompts, where those are others;
-    `scored_V` the ids over which log-probs are normalised (see data.alignment). Rows go through the
-    models in micro-batches of at most `microbatch_tokens` tokens, which bounds the activations as
-    `token_chunk` bounds the logits. Returns host arrays of the shape of `tokens_BT`.
+    `top_k` is that of the overlap; `support` names a support (supports.SUPPORTS) and its own k, for
+    losses over one. `teacher_rows` holds the responses behind the teacher's own prompts, where those
+    are others; `scored_V` the ids over which log-probs are normalised (see data.alignment). Rows go
+    through the models in micro-batches of at most `microbatch_tokens` tokens, which bounds the
+    activations as `token_chunk` bounds the logits. Returns host arrays of the shape of `tokens_BT`.
     """
     tokens_BT, length_B = np.asarray(tokens_BT), np.asarray(length_B)
     measured = []
@@ -162,26 +165,30 @@ def score(
         other = None if teacher_rows is None else batching.gather_teacher(teacher_rows, part)
         scores = score_part(
             student, student_config, teacher, teacher_config, tokens, length, other, scored_V,
-            vocabulary=vocabulary, top_k=top_k, token_chunk=token_chunk,
+            vocabulary=vocabulary, top_k=top_k, token_chunk=token_chunk, support=support,
         )  # fmt: skip
         measured.append((part, scores))
-    out: dict[str, np.ndarray] = {}
+
+    def empty(values: jax.Array) -> np.ndarray:
+        return np.zeros((*tokens_BT.shape, *values.shape[2:]), values.dtype)
+
+    out = jax.tree.map(empty, measured[0][1])
     for part, scores in measured:  # fetched when all are under way
-        for name, values in scores.items():
-            out.setdefault(f"{name}_BT", np.zeros(tokens_BT.shape, np.float32))
-            batching.scatter(out[f"{name}_BT"], values, part)
-    return Scores(**out)
+        jax.tree.map(partial(batching.scatter, part=part), out, scores)
+    return out
 
 
 @partial(
     jax.jit,
-    static_argnames=("student_config", "teacher_config", "vocabulary", "top_k", "token_chunk"),
-)
+    static_argnames=(
+        "student_config", "teacher_config", "vocabulary", "top_k", "token_chunk", "support"
+    ),
+)  # fmt: skip
 def score_part(
     student: decoder.Params,
     student_config: ModelConfig,
-    teacher: decoder.Params,
-    teacher_config: ModelConfig,
+    teacher: decoder.Params | None,
+    teacher_config: ModelConfig | None,
     tokens_BT: jax.Array,
     length_B: jax.Array,
     other: TeacherRows | None,
@@ -190,37 +197,66 @@ def score_part(
     vocabulary: int,
     top_k: int,
     token_chunk: int,
-) -> dict[str, jax.Array]:
-    """`score` of one micro-batch, traced once for each of its shapes; dict of [B, T] by name."""
-    teacher_BTD = teacher_states(teacher, teacher_config, tokens_BT, length_B, other)
+    support: tuple[str, int] | None = None,
+) -> Scores:
+    """`score` of one micro-batch, traced once for each of its shapes."""
+    heads = [decoder.head(student)[:vocabulary]]
+    hiddens = [decoder.hidden_states(student, student_config, tokens_BT, length_B)]
+    fn: TokenFn = _student_statistics
+    if teacher is not None:
+        assert teacher_config is not None
+        heads.append(decoder.head(teacher)[:vocabulary])
+        hiddens.append(teacher_states(teacher, teacher_config, tokens_BT, length_B, other))
+        fn = partial(_pair_statistics, top_k=top_k, support=support)
     return map_tokens(
-        partial(_pair_statistics, top_k=top_k),
-        (decoder.head(student)[:vocabulary], decoder.head(teacher)[:vocabulary]),
-        (decoder.hidden_states(student, student_config, tokens_BT, length_B), teacher_BTD),
-        tokens_BT,
-        token_chunk=token_chunk,
-        scored_V=scored_V,
+        fn, tuple(heads), tuple(hiddens), tokens_BT, token_chunk=token_chunk, scored_V=scored_V
+    )
+
+
+def _student_statistics(student_CV: jax.Array, *, token_C: jax.Array) -> Scores:
+    """What `Scores` holds without a teacher, for one chunk of tokens."""
+    return Scores(
+        student_logprob_BT=take(student_CV, token_C),
+        student_entropy_BT=losses.entropy(logprob_BTV=student_CV[None])[0],
     )
 
 
 def _pair_statistics(
-    student_CV: jax.Array, teacher_CV: jax.Array, *, token_C: jax.Array, top_k: int
-) -> dict[str, jax.Array]:
+    student_CV: jax.Array,
+    teacher_CV: jax.Array,
+    *,
+    token_C: jax.Array,
+    top_k: int,
+    support: tuple[str, int] | None,
+) -> Scores:
     """Everything `Scores` holds, for one chunk of tokens, from both log-softmaxes."""
-    student_CX, student_ids_CX = jax.lax.top_k(student_CV, top_k)
-    _, teacher_ids_CX = jax.lax.top_k(teacher_CV, top_k)
-    shared_CX = jnp.any(student_ids_CX[:, :, None] == teacher_ids_CX[:, None, :], axis=-1)
-    teacher_CX = jnp.take_along_axis(teacher_CV, student_ids_CX, axis=-1)
-    overlap = _overlap(student_CX, teacher_CX, shared_CX)
-    return overlap | {
-        "student_logprob": take(student_CV, token_C),
-        "teacher_logprob": take(teacher_CV, token_C),
-        "student_entropy": losses.entropy(logprob_BTV=student_CV[None])[0],
-        "teacher_entropy": losses.entropy(logprob_BTV=teacher_CV[None])[0],
-        "reverse_kl": losses.exact_kl(
+    most = max(top_k, support[1] if support else 0)
+    student_CX, student_ids_CX = supports.top_k(student_CV, most)
+    _, teacher_ids_CX = supports.top_k(teacher_CV, most)
+    overlap = _overlap(
+        student_CX[:, :top_k],
+        supports.gather(teacher_CV, student_ids_CX[:, :top_k]),
+        supports.shared(student_ids_CX[:, :top_k], teacher_ids_CX[:, :top_k]),
+    )
+    chosen = None
+    if support is not None:
+        name, k = support
+        ids_CX = supports.combine(student_ids_CX[:, :k], teacher_ids_CX[:, :k], name)
+        chosen = Support(
+            ids_BTX=ids_CX,
+            student_BTX=supports.gather(student_CV, ids_CX),
+            teacher_BTX=supports.gather(teacher_CV, ids_CX),
+            teacher_rest_BT=supports.rest(teacher_CV, ids_CX),
+        )
+    return _student_statistics(student_CV, token_C=token_C).replace(
+        teacher_logprob_BT=take(teacher_CV, token_C),
+        teacher_entropy_BT=losses.entropy(logprob_BTV=teacher_CV[None])[0],
+        reverse_kl_BT=losses.exact_kl(
             p_logprob_BTV=student_CV[None], q_logprob_BTV=teacher_CV[None]
         )[0],
-    }
+        support=chosen,
+        **overlap,
+    )
 
 
 def _overlap(
@@ -240,8 +276,8 @@ def _overlap(
     log_q_CX = teacher_CX - jnp.log(jnp.where(some_C, teacher_mass_C, 1.0))[:, None]
     gain_C = jnp.sum(jnp.where(shared_CX, jnp.exp(log_p_CX) * (log_q_CX - log_p_CX), 0.0), axis=-1)
     return {
-        "overlap_ratio": count_C / shared_CX.shape[-1],
-        "overlap_advantage": jnp.where(some_C, gain_C / jnp.maximum(count_C, 1), 0.0),
-        "student_overlap_mass": student_mass_C,
-        "teacher_overlap_mass": teacher_mass_C,
+        "overlap_ratio_BT": count_C / shared_CX.shape[-1],
+        "overlap_advantage_BT": jnp.where(some_C, gain_C / jnp.maximum(count_C, 1), 0.0),
+        "student_overlap_mass_BT": student_mass_C,
+        "teacher_overlap_mass_BT": teacher_mass_C,
     }

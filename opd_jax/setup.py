@@ -65,7 +65,7 @@ def make_setup(config: ConfigDict) -> Setup:
     terms = make_terms(config)
     config = resolved(
         config,
-        ["student"] + terms.needs_teacher * ["teacher"] + bool(terms.beta_kl) * ["reference"],
+        ["student"] + terms.needs_teacher * ["teacher"] + terms.needs_reference * ["reference"],
     )
     student, tokenizer = open_model(config.student)
     teacher, teacher_tokenizer = None, tokenizer
@@ -83,21 +83,23 @@ def make_setup(config: ConfigDict) -> Setup:
     else:
         vocabulary = min(tokenizer.size, student.vocab_size)
         alignment = data.alone(vocabulary, student.eos_token_ids)
-    _check_models(config, student, teacher, alignment)
+    _check_models(config, terms, student, teacher, alignment)
+    notes += _warnings(terms)
     reference_section = config.reference if config.reference.path else config.student
     reference = architecture(reference_section)
-    if terms.beta_kl and reference.vocab_size < alignment.vocabulary:
+    if terms.needs_reference and reference.vocab_size < alignment.vocabulary:
         raise ModelError(
             f"{reference_section.path}: the reference has {reference.vocab_size} ids, fewer than the "
             f"student's {alignment.vocabulary}; set --config.reference.path to a model with the "
             "student's tokenizer"
         )
     styles = prompt_styles(config.data)
-    needs_answer = any("{answer}" in style.template for style in styles)
-    needs_solution = bool(terms.lambda_gold) or any("{solution}" in s.template for s in styles)
+    told = any("{answer}" in style.template for style in styles)
+    needs_solution = terms.needs_golden or any("{solution}" in s.template for s in styles)
     train = data.open_problems(
         config.data.train, field="data.train", columns=config.data.columns, size=config.data.size,
-        need_solution=needs_solution, need_answer=needs_answer, bad_rows=config.data.bad_rows,
+        need_solution=needs_solution, need_answer=told or terms.needs_reward,
+        bad_rows=config.data.bad_rows,
     )  # fmt: skip
     held_out = None
     if config.eval.data:
@@ -105,7 +107,7 @@ def make_setup(config: ConfigDict) -> Setup:
         held_out = data.open_problems(
             config.eval.data, field="eval.data", columns=config.data.columns,
             size=config.eval.problems, need_solution=privileged and config.eval.teacher,
-            need_answer=needs_answer or not config.eval.match, bad_rows=config.data.bad_rows,
+            need_answer=told or not config.eval.match, bad_rows=config.data.bad_rows,
         )  # fmt: skip
     setup = Setup(
         config=config,
@@ -178,8 +180,29 @@ def _same_prompts(student: data.Tokenizer, teacher: data.Tokenizer) -> bool:
 
 def make_terms(config: ConfigDict) -> objectives.Terms:
     """The loss's numbers from the config section `loss`."""
-    names = [field.name for field in dataclasses.fields(objectives.Terms)]
+    names = {field.name for field in dataclasses.fields(objectives.Terms)} & set(config.loss)
     return objectives.Terms(**{name: config.loss[name] for name in names})
+
+
+def _warnings(terms: objectives.Terms) -> list[str]:
+    """What the papers found not to work and the config asks for all the same."""
+    notes = []
+    if terms.divergence_weight and terms.support != "full":
+        if terms.form == "raw" and terms.direction == "reverse":
+            notes.append(
+                "note: the raw reverse KL over a support pushes all of its ids down, which made runs "
+                "collapse (2603.25562, 2605.11182); loss.form renormalised, tail and stop_gradient do not"
+            )
+        if terms.top_k == 1:
+            notes.append(
+                "note: loss.top_k=1 was the one size that did clearly worse (2604.13016, 6.3)"
+            )
+    if terms.beta_kl and terms.kl_estimator == "k1":
+        notes.append(
+            "note: the gradient of loss.kl_estimator=k1 is 0 in expectation: it measures the KL and "
+            "does not hold the student back; full, k2 and k3 do"
+        )
+    return notes
 
 
 def compute_dtype(name: str) -> jnp.dtype:
@@ -235,6 +258,7 @@ def _golden_end(tokenizer: data.Tokenizer, stop_ids: tuple[int, ...]) -> int:
 
 def _check_models(
     config: ConfigDict,
+    terms: objectives.Terms,
     student: models.ModelConfig,
     teacher: models.ModelConfig | None,
     alignment: data.Alignment,
@@ -244,11 +268,16 @@ def _check_models(
             f"{config.student.path}: no eos_token_id in config.json or generation_config.json, and no "
             "chat template that closes a turn, wanted an end token; add it to generation_config.json"
         )
-    if config.scoring.overlap_top_k > (scored := int(alignment.scored.sum())):
-        raise ConfigError(
-            f"scoring.overlap_top_k={config.scoring.overlap_top_k} is more than the {scored} "
-            f"ids that the models share; set --config.scoring.overlap_top_k={scored}"
-        )
+    scored = int(alignment.scored.sum())
+    for field, k in (
+        ("scoring.overlap_top_k", config.scoring.overlap_top_k if teacher else 0),
+        ("loss.top_k", config.loss.top_k if terms.scored_support else 0),
+    ):
+        if k > scored:
+            raise ConfigError(
+                f"{field}={k} is more than the {scored} ids that the models share; "
+                f"set --config.{field}={scored}"
+            )
     width = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
     for role, model in (("student", student), ("teacher", teacher)):
         if model is not None and width > model.max_position:
@@ -265,7 +294,7 @@ def _check_models(
 def _with_data(setup: Setup, train: data.Problems, benchmark: data.Problems | None) -> Setup:
     """The setup with problems whose rows fit, `steps` resolved, and the held-out prompts."""
     config = setup.config
-    train, longest = _that_fit(setup, train, "data.train", golden=setup.terms.lambda_gold > 0)
+    train, longest = _that_fit(setup, train, "data.train", golden=setup.terms.needs_golden)
     notes = [*setup.notes, f"data: {train.describe()}"]
     held_out: list[data.Problem] = []
     if benchmark is not None:

@@ -8,6 +8,8 @@ import dataclasses
 import json
 import math
 import pathlib
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -20,6 +22,7 @@ from opd_jax import (
     checkpoint,
     data,
     display,
+    losses,
     metrics,
     models,
     objectives,
@@ -31,7 +34,7 @@ from opd_jax import (
 from opd_jax.clock import Clock, peak_gib
 from opd_jax.errors import ConfigError, NonFiniteError
 from opd_jax.eval.evaluate import evaluate
-from opd_jax.eval.grade import Grader
+from opd_jax.eval.grade import Grade, Grader
 from opd_jax.keys import Stream, key_for
 from opd_jax.loading import Weights, load_weights
 from opd_jax.models import decoder
@@ -87,6 +90,7 @@ class _Run:
         config = setup.config
         self.setup, self.config, self.folder = setup, config, folder
         self.grader, self.saved = grader, saved
+        self.background = ThreadPoolExecutor(max_workers=1)  # waits for the grading processes
         self.dtype = compute_dtype(config.student.dtype)
         self.scored_V = None if setup.alignment.scored.all() else setup.alignment.scored
         self.drawn_V = None if setup.alignment.drawn.all() else setup.alignment.drawn
@@ -108,15 +112,19 @@ class _Run:
             scored_V=self.scored_V,
             **shared,
         )
-        golden_loss = objectives.make_golden_loss(terms, setup.student, **shared)
-        self.update = update.make_update(
-            tx,
+        self.accumulate = update.make_accumulate(
             rollout_loss if terms.needs_rollouts else None,
-            golden_loss if terms.lambda_gold else None,
+            objectives.make_golden_loss(setup.student, **shared) if terms.needs_golden else None,
             microbatch_tokens=config.optim.microbatch_tokens,
             dtype=self.dtype,
-            decay=config.teacher.decay,
         )
+        self.update = update.make_update(tx, self.accumulate, decay=config.teacher.decay)
+        self.weigh = partial(
+            losses.token_weights,
+            aggregation=config.loss.aggregation,
+            length=config.rollout.max_response_tokens,
+        )
+        self.weigh_golden = partial(losses.token_weights, aggregation=config.loss.gold_aggregation)
         self.batches = data.make_batches(
             setup.train,
             batch=config.rollout.prompts_per_step,
@@ -149,7 +157,7 @@ class _Run:
                 progress.say(f"step 0: {display.headline(before)}")
         for step in range(first + 1, config.steps + 1):
             last = step == config.steps
-            row, rollout, scores = self._step(step, next(self.batches))
+            row, sampled = self._step(step, next(self.batches))
             _require_finite(step, row)
             progress.step(step, row)
             due = last or (config.eval.every and step % config.eval.every == 0)
@@ -159,11 +167,8 @@ class _Run:
                 progress.say(f"step {step}: {display.headline(summary)}")
             if last or step % config.log.every == 0 or any(key.startswith("eval/") for key in row):
                 log.write({"step": step} | row)
-                if rollout is not None and scores is not None:
-                    count = min(config.log.rollouts, len(rollout.length_B))
-                    decode = self.setup.tokenizer.decode
-                    for line in rows.as_lines(step, rollout, scores, count=count, decode=decode):
-                        samples.write(line)
+                for line in sampled:
+                    samples.write(line)
             if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
                 self.saved.save(step, self.state, self.batches)
         log.close()
@@ -174,43 +179,65 @@ class _Run:
         progress.say(f"written to {self.folder}")
         return Result(self.state, table)
 
-    def _step(
-        self, step: int, problems: list[data.Problem]
-    ) -> tuple[Summary, Rollout | None, Scores | None]:
-        """One batch of prompts: roll out, score, update. Returns the step's metrics and what they are of."""
-        terms, loss = self.setup.terms, self.config.loss
+    def _step(self, step: int, problems: list[data.Problem]) -> tuple[Summary, list[dict]]:
+        """One batch of prompts: roll out, score, update. Returns the step's metrics and rollouts."""
+        setup, terms, loss = self.setup, self.setup.terms, self.config.loss
         clock = Clock()
         row: Summary = {}
-        rollout = scores = rollout_rows = golden_rows = None
-        setup = self.setup
+        lines: list[dict] = []
+        rollout_rows = golden_rows = None
         prompts = setup.student_style.prompts(problems, setup.tokenizer)
-        golden = self._golden(problems) if terms.lambda_gold else []
+        golden = self._golden(problems) if terms.needs_golden else []
         if terms.needs_rollouts:
+            group = self.config.rollout.samples_per_prompt
             weights = _cast(self.state.params, self.dtype)
             rollout = self._rollout(step, weights, prompts)
             clock.lap("rollout", rollout.response_length_B.sum())
+            texts = [
+                setup.tokenizer.decode(rollout.response(i)) for i in range(len(rollout.length_B))
+            ]
+            answers = [problem.answer for problem in problems for _ in range(group)]
+            grading = self._start_grading(texts, answers)
             teacher_rows = self._teacher_rows(rollout, problems)
             scores = self._score(weights, rollout, teacher_rows)
-            mask_BT = rows.scored_mask(rollout, setup.alignment.scored, setup.first_pieces)
-            row |= self._measure(rollout, scores, mask_BT)
-            clock.lap("score", rollout.response_length_B.sum())
-            rollout_rows = rows.rollout_rows(
-                rollout, scores, mask_BT, truncated=loss.truncated, aggregation=loss.aggregation
-            )
-            if terms.divergence_weight:
-                rollout_rows = rollout_rows.replace(teacher=teacher_rows)
             del weights  # the update donates the state they may share
+            mask_BT = rows.scored_mask(rollout, setup.alignment.scored, setup.first_pieces)
+            grades = None if grading is None else grading.result()
+            correct = None if grades is None else np.array([g is Grade.CORRECT for g in grades])
+            row |= self._measure(rollout, scores, mask_BT, texts, grades)
+            clock.lap("score", rollout.response_length_B.sum())
+            advantage_BT = rows.advantages(
+                rollout, scores, mask_BT, terms, reward_B=correct, group=group
+            )
+            counted_BT = rows.counted(
+                rollout, mask_BT, truncated=loss.truncated, tail=loss.truncated_tail
+            )
+            rollout_rows = rows.rollout_rows(
+                rollout, scores, counted_BT, advantage_BT, terms, weigh=self.weigh
+            )
+            if terms.teacher_in_update:
+                rollout_rows = rollout_rows.replace(teacher=teacher_rows)
+            lines = rows.as_lines(
+                step, rollout, scores, advantage_BT, correct=correct,
+                count=min(self.config.log.rollouts, len(texts)), decode=setup.tokenizer.decode,
+            )  # fmt: skip
         if golden:
             batch = data.golden_rows(prompts, golden, width=setup.width)
-            golden_rows = rows.golden_rows(*batch, aggregation=loss.gold_aggregation)
-        row |= self._update(rollout_rows, golden_rows)
+            golden_rows = rows.golden_rows(*batch, weigh=self.weigh_golden)
+        row |= self._update(step, rollout_rows, golden_rows)
         clock.lap("update", row.get("rollout/tokens", 0.0) + sum(map(len, golden)))
         row |= clock.row()
         row["optim/learning_rate"] = float(
             self.schedule(step * self.config.optim.updates_per_rollout - 1)
         )
         row["memory/peak_gib"] = peak_gib()
-        return row, rollout, scores
+        return row, lines
+
+    def _start_grading(self, texts: list[str], answers: list[str]) -> Future | None:
+        """Grades of the rollouts, made by other processes while the models score; None without answers."""
+        if not all(answers):
+            return None
+        return self.background.submit(self.grader.grade, list(zip(texts, answers, strict=True)))
 
     def _teacher_now(self) -> models.Params:
         """The weights that score: frozen, the student's moving average, or its own."""
@@ -253,14 +280,16 @@ class _Run:
     def _score(
         self, weights: models.Params, rollout: Rollout, teacher_rows: TeacherRows | None
     ) -> Scores:
-        """Student and teacher on the rollouts; without a teacher the student stands in for it."""
+        """Student and teacher on the rollouts; the student alone where no term asks the teacher."""
         setup, config = self.setup, self.config
-        live = config.teacher.follow == "live"
+        teacher = None
+        if setup.teacher is not None:
+            teacher = weights if config.teacher.follow == "live" else self._teacher_now()
         return scoring.score(
             weights,
             setup.student,
-            weights if setup.teacher is None or live else self._teacher_now(),
-            setup.teacher or setup.student,
+            teacher,
+            setup.teacher,
             rollout.tokens_BT,
             rollout.length_B,
             vocabulary=setup.alignment.vocabulary,
@@ -269,16 +298,23 @@ class _Run:
             microbatch_tokens=config.optim.microbatch_tokens,
             teacher_rows=teacher_rows,
             scored_V=self.scored_V,
+            support=setup.terms.scored_support,
         )
 
-    def _measure(self, rollout: Rollout, scores: Scores, mask_BT: np.ndarray) -> dict[str, float]:
+    def _measure(
+        self,
+        rollout: Rollout,
+        scores: Scores,
+        mask_BT: np.ndarray,
+        texts: list[str],
+        grades: Sequence[Grade] | None,
+    ) -> dict[str, float]:
         on_device = metrics.score_metrics(scores, mask_BT)
-        decode = self.setup.tokenizer.decode
         row = metrics.rollout_metrics(
             rollout,
             scores.student_logprob_BT,
             mask_BT,
-            [decode(rollout.response(i)) for i in range(len(rollout.length_B))],
+            texts,
             tail=self.config.metrics.repetition_tail,
             threshold=self.config.metrics.repetition_threshold,
         )
@@ -288,23 +324,29 @@ class _Run:
         texts = [problem.solution for problem in problems]
         return [[*ids, self.setup.golden_end] for ids in self.setup.tokenizer.encode_all(texts)]
 
-    def _update(self, rollout_rows: Any, golden_rows: Any) -> dict[str, float]:
+    def _update(self, step: int, rollout_rows: Any, golden_rows: Any) -> dict[str, float]:
         """`updates_per_rollout` optimizer steps, each on its share of the prompts; mean measurements."""
-        parts = self.config.optim.updates_per_rollout
+        parts, every = self.config.optim.updates_per_rollout, self.config.log.gradients
+        weights = self.setup.terms.weights
         measured = []
         for i in range(parts):
             teacher = None
-            if self.setup.terms.divergence_weight:
+            if self.setup.terms.teacher_in_update:
                 teacher = self._teacher_now()
-            self.state, some = self.update(
-                self.state,
+            given = (
                 Frozen(reference=self.reference, teacher=teacher),
-                rollout_rows and rows.share(rollout_rows, i, parts),
-                golden_rows and rows.share(golden_rows, i, parts),
+                rollout_rows and rows.share(rollout_rows, i, parts, weigh=self.weigh),
+                golden_rows and rows.share(golden_rows, i, parts, weigh=self.weigh_golden),
+                weights,
             )
+            apart = {}
+            if every and step % every == 0 and i == 0:
+                apart = update.term_gradients(self.accumulate, self.state.params, *given)
+            self.state, some = self.update(self.state, *given)
             measured.append(some)
         rows_of_parts = jax.device_get(measured)
-        return {name: float(np.mean([m[name] for m in rows_of_parts])) for name in measured[0]}
+        means = {name: float(np.mean([m[name] for m in rows_of_parts])) for name in measured[0]}
+        return means | {name: float(x) for name, x in jax.device_get(apart).items()}
 
     def _evaluate(self, step: int | str) -> Summary:
         """Held-out answers of the student as it is, or of the "teacher", written to eval/STEP/.

@@ -61,6 +61,21 @@ class Rollout(flax.struct.PyTreeNode):
         return self.tokens_BT[row, : self.prompt_length_B[row]].tolist()
 
 
+class Support(flax.struct.PyTreeNode):
+    """At each token's prefix the ids of a support, and what both models say of them; no gradients.
+
+    Attributes:
+      ids_BTX: int32, -1 where a place holds no id.
+      student_BTX, teacher_BTX: float32 log-probs of the full vocabulary, -inf where there is no id.
+      teacher_rest_BT: float32, log of the teacher's mass outside.
+    """
+
+    ids_BTX: Array
+    student_BTX: Array
+    teacher_BTX: Array
+    teacher_rest_BT: Array
+
+
 class Scores(flax.struct.PyTreeNode):
     """What student and teacher say about each token of a row; all [B, T], float32, no gradients.
 
@@ -71,17 +86,21 @@ class Scores(flax.struct.PyTreeNode):
       overlap_ratio_BT: share of the student's top-k that is in the teacher's top-k.
       overlap_advantage_BT: mean over the shared ids of p (log q - log p), renormalised there.
       student_overlap_mass_BT, teacher_overlap_mass_BT: probability each puts on the shared ids.
+      support: what a loss over a support needs; None where no term is.
+
+    All but the student's two are None where there is no teacher.
     """
 
     student_logprob_BT: Array
-    teacher_logprob_BT: Array
     student_entropy_BT: Array
-    teacher_entropy_BT: Array
-    reverse_kl_BT: Array
-    overlap_ratio_BT: Array
-    overlap_advantage_BT: Array
-    student_overlap_mass_BT: Array
-    teacher_overlap_mass_BT: Array
+    teacher_logprob_BT: Array = None
+    teacher_entropy_BT: Array = None
+    reverse_kl_BT: Array = None
+    overlap_ratio_BT: Array = None
+    overlap_advantage_BT: Array = None
+    student_overlap_mass_BT: Array = None
+    teacher_overlap_mass_BT: Array = None
+    support: Support | None = None
 
 
 class TeacherRows(flax.struct.PyTreeNode):
@@ -115,6 +134,8 @@ class RolloutRows(flax.struct.PyTreeNode):
         the global batch.
       advantage_BT, sampler_logprob_BT: float32, constants.
       teacher: the responses behind the teacher's prompts; None where it reads the same rows.
+      support: of each token's prefix, for losses over one; None where no term is.
+      support_advantage_BTX: float32, constant, of each id of the support.
     """
 
     tokens_BT: Array
@@ -123,6 +144,8 @@ class RolloutRows(flax.struct.PyTreeNode):
     advantage_BT: Array
     sampler_logprob_BT: Array
     teacher: TeacherRows | None = None
+    support: Support | None = None
+    support_advantage_BTX: Array = None
 
 
 class GoldenRows(flax.struct.PyTreeNode):

@@ -1,6 +1,7 @@
 """One optimizer step: gradients summed over micro-batches, then Optax; every buffer is donated."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -10,11 +11,16 @@ import optax
 
 from opd_jax import batching
 from opd_jax.models import decoder
-from opd_jax.objectives import GoldenLoss, RolloutLoss
+from opd_jax.objectives import ON_GOLDEN, ON_ROLLOUTS, GoldenLoss, Parts, RolloutLoss
 from opd_jax.types import Frozen, GoldenRows, RolloutRows, TrainState
 
+Weights = Mapping[str, float]
+Accumulate = Callable[
+    [Any, Frozen, RolloutRows | None, GoldenRows | None, Weights],
+    tuple[Any, dict[str, jax.Array]],
+]
 Update = Callable[
-    [TrainState, Frozen, RolloutRows | None, GoldenRows | None],
+    [TrainState, Frozen, RolloutRows | None, GoldenRows | None, Weights],
     tuple[TrainState, dict[str, jax.Array]],
 ]
 
@@ -63,27 +69,60 @@ def init_state(
     )
 
 
-def make_update(
-    tx: optax.GradientTransformation,
+def make_accumulate(
     rollout_loss: RolloutLoss | None,
     golden_loss: GoldenLoss | None,
     *,
     microbatch_tokens: int,
     dtype: jnp.dtype,
-    decay: float = 0.0,
-) -> Update:
-    """update(state, frozen, rollout_rows, golden_rows) -> (state, metrics); `state` is donated.
+) -> Accumulate:
+    """accumulate(params, frozen, rollout_rows, golden_rows, weights) -> (gradient, loss and its parts).
 
     Rows (host arrays) go through in micro-batches of like length (batching.split); because every
     token carries its share of the global mean, the sum of their gradients is the gradient of the
-    whole batch. The forward and backward passes compute in `dtype`; master weights and gradients are
-    float32. `decay` is that of the moving average, where the state has one. A non-finite gradient
-    leaves parameters and optimizer untouched and is reported as `optim/grad_norm`.
+    whole batch. `weights` (by term) are arguments of the compiled function: other ones cost no
+    compilation, and rows all of whose terms have weight 0 are not passed through. The forward and
+    backward passes compute in `dtype`; master weights and gradients are float32.
     """
-    accumulate = {
-        "rollout": _make_accumulate(rollout_loss, dtype) if rollout_loss else None,
-        "golden": _make_accumulate(_on_golden(golden_loss), dtype) if golden_loss else None,
-    }
+    on_rollouts = _make_add(rollout_loss, dtype) if rollout_loss else None
+    on_golden = _make_add(_without_frozen(golden_loss), dtype) if golden_loss else None
+
+    def accumulate(
+        params: Any,
+        frozen: Frozen,
+        rollout_rows: RolloutRows | None,
+        golden_rows: GoldenRows | None,
+        weights: Weights,
+    ) -> tuple[Any, dict[str, jax.Array]]:
+        grads, sums = _zeros_like(params), {"total": jnp.zeros(())}
+        for add, terms, rows in (
+            (on_rollouts, ON_ROLLOUTS, rollout_rows), (on_golden, ON_GOLDEN, golden_rows)
+        ):  # fmt: skip
+            mine = {name: weights[name] for name in terms}
+            if add is None or rows is None or not any(mine.values()):
+                continue
+            for part in batching.split(
+                rows.length_B,
+                width=rows.tokens_BT.shape[1],
+                tokens=microbatch_tokens,
+                teacher=getattr(rows, "teacher", None),
+            ):
+                value, parts, grads = add(params, frozen, _gather(rows, part), mine, grads)
+                for name, x in (parts | {"total": value}).items():
+                    sums[name] = sums.get(name, 0.0) + x
+        return grads, sums
+
+    return accumulate
+
+
+def make_update(
+    tx: optax.GradientTransformation, accumulate: Accumulate, *, decay: float = 0.0
+) -> Update:
+    """update(state, frozen, rollout_rows, golden_rows, weights) -> (state, metrics); `state` is donated.
+
+    `decay` is that of the moving average, where the state has one. A non-finite gradient leaves
+    parameters and optimizer untouched and is reported as `optim/grad_norm`.
+    """
 
     @partial(jax.jit, donate_argnums=(0,))
     def apply(state: TrainState, grads: Any, total: jax.Array) -> tuple[TrainState, jax.Array]:
@@ -103,21 +142,9 @@ def make_update(
         frozen: Frozen,
         rollout_rows: RolloutRows | None,
         golden_rows: GoldenRows | None,
+        weights: Weights,
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        grads, sums = _zeros_like(state.params), {"total": jnp.zeros(())}
-        for kind, rows in (("rollout", rollout_rows), ("golden", golden_rows)):
-            add = accumulate[kind]
-            if add is None or rows is None:
-                continue
-            for part in batching.split(
-                rows.length_B,
-                width=rows.tokens_BT.shape[1],
-                tokens=microbatch_tokens,
-                teacher=getattr(rows, "teacher", None),
-            ):
-                value, parts, grads = add(state.params, frozen, _gather(rows, part), grads)
-                for name, x in (parts | {"total": value}).items():
-                    sums[name] = sums.get(name, 0.0) + x
+        grads, sums = accumulate(state.params, frozen, rollout_rows, golden_rows, weights)
         state, norm = apply(state, grads, sums["total"])
         metrics = {f"loss/{name}": value for name, value in sums.items()}
         return state, metrics | {"optim/grad_norm": norm}
@@ -125,18 +152,51 @@ def make_update(
     return update
 
 
-def _make_accumulate(loss: Callable, dtype: jnp.dtype) -> Callable:
-    """(params, frozen, rows, grads) -> (loss, its parts, grads + its gradient); grads are donated."""
+def term_gradients(
+    accumulate: Accumulate,
+    params: Any,
+    frozen: Frozen,
+    rollout_rows: RolloutRows | None,
+    golden_rows: GoldenRows | None,
+    weights: Weights,
+) -> dict[str, jax.Array]:
+    """Norm of each weighted term's gradient, and the cosine between every two of them.
 
-    def compute(master: Any, frozen: Frozen, rows: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        return loss(jax.tree.map(lambda w: w.astype(dtype), master), frozen, rows)
+    `optim/grad_norm_NAME`, `optim/grad_cosine_NAME_OTHER`. One more pass a term and one gradient each
+    in memory, through the functions that the update has compiled. Without one term to compare: {}.
+    """
+    present = [name for name, weight in weights.items() if weight]
+    if len(present) < 2:
+        return {}
+    grads, out = {}, {}
+    for name in present:
+        alone = {other: weights[other] if other == name else 0.0 for other in weights}
+        grads[name], _ = accumulate(params, frozen, rollout_rows, golden_rows, alone)
+        out[f"optim/grad_norm_{name}"] = optax.tree.norm(grads[name])
+    for one, other in itertools.combinations(present, 2):
+        scale = out[f"optim/grad_norm_{one}"] * out[f"optim/grad_norm_{other}"]
+        dot = optax.tree.vdot(grads[one], grads[other])
+        out[f"optim/grad_cosine_{one}_{other}"] = jnp.where(
+            scale > 0, dot / jnp.where(scale > 0, scale, 1.0), 0.0
+        )
+    return out
 
-    @partial(jax.jit, donate_argnums=(3,))
-    def accumulate(params: Any, frozen: Frozen, rows: Any, grads: Any) -> tuple:
-        (value, parts), new = jax.value_and_grad(compute, has_aux=True)(params, frozen, rows)
+
+def _make_add(loss: Callable, dtype: jnp.dtype) -> Callable:
+    """(params, frozen, rows, weights, grads) -> (loss, its parts, grads + its gradient); donates grads."""
+
+    def compute(master: Any, frozen: Frozen, rows: Any, weights: Any) -> tuple[jax.Array, Parts]:
+        parts = loss(jax.tree.map(lambda w: w.astype(dtype), master), frozen, rows)
+        return sum((weights[name] * x for name, x in parts.items()), jnp.zeros(())), parts
+
+    @partial(jax.jit, donate_argnums=(4,))
+    def add(params: Any, frozen: Frozen, rows: Any, weights: Any, grads: Any) -> tuple:
+        (value, parts), new = jax.value_and_grad(compute, has_aux=True)(
+            params, frozen, rows, weights
+        )
         return value, parts, jax.tree.map(jnp.add, grads, new)
 
-    return accumulate
+    return add
 
 
 def _gather(rows: Any, part: batching.MicroBatch) -> Any:
@@ -148,7 +208,7 @@ def _gather(rows: Any, part: batching.MicroBatch) -> Any:
     return taken.replace(teacher=batching.gather_teacher(teacher, part))
 
 
-def _on_golden(loss: GoldenLoss) -> Callable:
+def _without_frozen(loss: GoldenLoss) -> Callable:
     return lambda params, _, rows: loss(params, rows)
 
 

@@ -2,12 +2,14 @@
 
 import json
 import pathlib
+import re
 
 import pytest
 
-from configs import opd, opsd, recipes, sft, stable_opd
+from configs import grpo, opd, opsd, recipes, sft, stable_opd, topk_opd
 from opd_jax import config as configuration
 from opd_jax.errors import ConfigError
+from opd_jax.setup import make_terms
 
 pytestmark = pytest.mark.short
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "configs"
@@ -22,7 +24,8 @@ def with_field(field: str, value: object):
     return config
 
 
-METHODS = {"stable_opd": stable_opd, "opd": opd, "sft": sft, "opsd": opsd}
+METHODS = {"stable_opd": stable_opd, "opd": opd, "sft": sft, "opsd": opsd, "topk_opd": topk_opd,
+           "grpo": grpo}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -70,7 +73,7 @@ def test_methods_differ_in_numbers_only():
         ("optim.learning_rate", float("inf"), "finite"),
         ("optim.schedule", "cosin", "--config.optim.schedule=cosine"),
         ("loss.kl_estimator", "k4", "full, k1, k2, k3"),
-        ("loss.direction", "backward", "reverse, forward, jsd"),
+        ("loss.direction", "backward", "reverse, forward, jsd, skewed_reverse"),
         ("loss.jsd_beta", 1.0, "between 0 and 1"),
         ("loss.divergence_weight", -1.0, "loss.divergence_weight=-1.0"),
         ("loss.aggregation", "mean", "token, sequence"),
@@ -165,6 +168,53 @@ def test_options_that_a_method_would_override_are_refused_or_kept():
 def test_unknown_options_are_refused(option):
     with pytest.raises(ConfigError, match="wanted one of student=VALUE, teacher=VALUE"):
         opd.get_config(f"smollm2-135m,{option}")
+
+
+TOPK = {"pg_weight": 0.0, "divergence_weight": 1.0, "support": "teacher"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"advantage": "divergence"}, "teaches nothing: its expected gradient is 0"),
+        ({"advantage": "top_k"}, "--config.loss.advantage=support"),
+        ({"advantage": "suport"}, "--config.loss.advantage=support"),
+        ({"advantage": "support"}, "--config.loss.support=student"),
+        ({"advantage": "support", "support": "union", "discount": 0.5}, "set both to 0"),
+        ({"teacher_coef": 0.0}, "every advantage is 0"),
+        ({"dual_clip": 0.5}, "above 1, or 0"),
+        ({"discount": 1.5}, "0 to 1"),
+        ({"top_k": 0}, "loss.top_k=0"),
+        (TOPK | {"top_k": 1, "form": "renormalised"}, "teaches nothing"),
+        (TOPK | {"support": "full", "form": "tail"}, "all forms agree"),
+        (TOPK | {"form": "stop_gradient", "direction": "forward"}, "wanted reverse"),
+        (TOPK | {"support": "techer"}, "--config.loss.support=teacher"),
+        (TOPK | {"form": "renormalized"}, "--config.loss.form=renormalised"),
+        (TOPK | {"skew": 0.0}, "loss.skew=0.0, wanted a number between 0 and 1"),
+        ({"gold_aggregation": "constant"}, "token, sequence"),
+        ({"truncated": "tails"}, "keep, mask, tail"),
+    ],
+)
+def test_losses_that_cannot_teach_or_would_be_ignored_are_refused(changes, says):
+    config = opd.get_config()
+    config.loss.update(changes)
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        configuration.validate(config)
+
+
+def test_a_group_of_one_is_refused():
+    config = grpo.get_config()
+    config.rollout.samples_per_prompt = 1
+    with pytest.raises(ConfigError, match="samples_per_prompt=4"):
+        configuration.validate(config)
+
+
+def test_grpo_needs_no_teacher_and_takes_one_with_its_own_advantage():
+    assert not make_terms(grpo.get_config()).needs_teacher
+    config = grpo.get_config("smollm2-135m,teacher=DIR,data=problems.jsonl")
+    config.loss.teacher_coef = 1.0
+    configuration.validate(config)
+    assert make_terms(config).needs_teacher
 
 
 def test_unknown_recipe_names_the_nearest():

@@ -16,12 +16,19 @@ from tests.conftest import distance, random_params, random_rows, tiny_config
 
 CONFIG = tiny_config(num_layers=2)
 VOCABULARY = CONFIG.vocab_size
-TERMS = Terms(
-    pg_weight=0.7, divergence_weight=0.0, direction="reverse", jsd_beta=0.25, lambda_gold=0.3,
-    beta_kl=0.2, kl_estimator="full", clip_low=0.2, clip_high=0.3,
-)  # fmt: skip
+TERMS = Terms(pg_weight=0.7, jsd_beta=0.25, lambda_gold=0.3, beta_kl=0.2, clip_high=0.3)
 SHARED = {"token_chunk": 7, "remat": False}  # 4 rows of 10 tokens: the last chunk is not full
 STUDENT, REFERENCE = random_params(CONFIG, seed=0), random_params(CONFIG, seed=1)
+
+
+def weighted(loss, terms):
+    """(sum of the weighted terms, the terms), as the update takes it."""
+
+    def total(params, *rest):
+        parts = loss(params, *rest)
+        return sum((terms.weights[name] * x for name, x in parts.items()), jnp.zeros(())), parts
+
+    return total
 
 
 @functools.cache
@@ -30,7 +37,7 @@ def rollout_loss(estimator: str = "full", vocabulary: int = VOCABULARY):
     terms = dataclasses.replace(TERMS, kl_estimator=estimator)
     frozen = Frozen(reference=CONFIG)
     loss = objectives.make_rollout_loss(terms, CONFIG, frozen, vocabulary=vocabulary, **SHARED)
-    made = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    made = jax.jit(jax.value_and_grad(weighted(loss, terms), has_aux=True))
     return lambda params, reference, rows: made(params, Frozen(reference=reference), rows)
 
 
@@ -139,7 +146,7 @@ def test_a_teacher_equal_to_the_student_teaches_nothing(rows):
     rows = rows.replace(advantage_BT=advantage_BT, sampler_logprob_BT=scores.student_logprob_BT)
     terms = dataclasses.replace(TERMS, beta_kl=0.0)
     loss = objectives.make_rollout_loss(terms, CONFIG, Frozen(), vocabulary=VOCABULARY, **SHARED)
-    (total, parts), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(
+    (total, parts), gradient = jax.jit(jax.value_and_grad(weighted(loss, terms), has_aux=True))(
         STUDENT, Frozen(), rows
     )
     assert parts.keys() == {"opd"}  # no reference, no KL
@@ -207,10 +214,10 @@ def test_golden_loss_equals_the_direct_sum(rows):
     def direct(params):
         return -0.3 * jnp.sum(golden.weight_BT[:, 1:] * token_logprobs(params, golden)[0])
 
-    loss = objectives.make_golden_loss(
-        TERMS, CONFIG, vocabulary=VOCABULARY, token_chunk=7, remat=True
+    loss = objectives.make_golden_loss(CONFIG, vocabulary=VOCABULARY, token_chunk=7, remat=True)
+    (total, parts), gradient = jax.jit(jax.value_and_grad(weighted(loss, TERMS), has_aux=True))(
+        STUDENT, golden
     )
-    (total, parts), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(STUDENT, golden)
     expected, expected_gradient = jax.jit(jax.value_and_grad(direct))(STUDENT)
     np.testing.assert_allclose(total, expected, rtol=1e-5)
     np.testing.assert_allclose(total, 0.3 * parts["sft"], rtol=1e-6)
@@ -224,13 +231,19 @@ def direct_divergence(params, teacher, rows, teacher_tokens, offset, direction):
     logits = jax.nn.log_softmax(decoder.forward(teacher, CONFIG, teacher_tokens, length))
     at = jnp.arange(9)[None] + offset[:, None]
     q = jnp.take_along_axis(logits, at[:, :, None], axis=1)
+    return jnp.sum(rows.weight_BT[:, 1:] * jnp.sum(integrand(p, q, direction), axis=-1))
+
+
+def integrand(p, q, direction):
+    """What a divergence sums over ids, from log-probs; b = 0.25, a = 0.1."""
     m = jnp.log(0.25 * jnp.exp(q) + 0.75 * jnp.exp(p))
-    d = {
+    return {
         "reverse": jnp.exp(p) * (p - q),
         "forward": jnp.exp(q) * (q - p),
         "jsd": 0.25 * jnp.exp(q) * (q - m) + 0.75 * jnp.exp(p) * (p - m),
+        "skewed_reverse": jnp.exp(p) * (p - jnp.log(0.9 * jnp.exp(q) + 0.1 * jnp.exp(p))),
+        "skewed_forward": jnp.exp(q) * (q - jnp.log(0.9 * jnp.exp(p) + 0.1 * jnp.exp(q))),
     }[direction]
-    return jnp.sum(rows.weight_BT[:, 1:] * jnp.sum(d, axis=-1))
 
 
 @pytest.mark.parametrize("direction", losses.DIRECTIONS)
@@ -244,7 +257,7 @@ def test_divergence_equals_the_direct_sum_behind_a_prompt_of_the_teachers_own(ro
     )
     frozen = Frozen(teacher=CONFIG)
     loss = objectives.make_rollout_loss(terms, CONFIG, frozen, vocabulary=VOCABULARY, **SHARED)
-    (total, parts), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(
+    (total, parts), gradient = jax.jit(jax.value_and_grad(weighted(loss, terms), has_aux=True))(
         STUDENT, Frozen(teacher=REFERENCE), rows.replace(teacher=own)
     )
     expected, expected_gradient = jax.jit(

@@ -1,9 +1,12 @@
 """Which tokens count, and how the teacher's rows are laid out: by hand."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 
-from opd_jax import rows
+from opd_jax import losses, rows
+from opd_jax.objectives import Terms
 from opd_jax.types import GoldenRows, Outcome, Rollout, Scores
 
 pytestmark = pytest.mark.short
@@ -47,24 +50,44 @@ def test_teacher_rows_by_hand():
     np.testing.assert_array_equal(got.offset_B, [2, -1])
 
 
-@pytest.mark.parametrize(("truncated", "counted"), [("keep", [4, 4]), ("mask", [4, 0])])
-def test_rollout_rows_take_the_mask_and_leave_out_truncated_ones(truncated, counted):
+WEIGH = partial(losses.token_weights, aggregation="token")
+
+
+def test_rollout_rows_weigh_the_tokens_that_count():
     values = np.arange(12, dtype=np.float32).reshape(2, 6)
-    scores = Scores(*[values] * 2, *[values] * 7)
-    scores = scores.replace(teacher_logprob_BT=values + 0.5)
+    scores = Scores(student_logprob_BT=values, student_entropy_BT=values)
+    counted_BT = rows.counted(ROLLOUT, ROLLOUT.response_mask_BT, truncated="mask", tail=1)
     got = rows.rollout_rows(
-        ROLLOUT, scores, ROLLOUT.response_mask_BT, truncated=truncated, aggregation="token"
+        ROLLOUT, scores, counted_BT, values + 0.5, Terms(pg_weight=1.0), weigh=WEIGH
     )
-    np.testing.assert_array_equal((got.weight_BT > 0).sum(1), counted)
+    np.testing.assert_array_equal((got.weight_BT > 0).sum(1), [4, 0])  # row 1 ran out of budget
     np.testing.assert_allclose(got.weight_BT.sum(), 1.0, rtol=1e-6)
-    np.testing.assert_allclose(got.advantage_BT, 0.5)
-    np.testing.assert_array_equal(got.sampler_logprob_BT, values)
+    np.testing.assert_array_equal(got.advantage_BT, values + 0.5)
+    np.testing.assert_array_equal(got.sampler_logprob_BT, values)  # of the scorer
+    assert got.support is None
 
 
-def test_shares_of_a_batch_have_weights_of_their_own():
-    weight = np.array([[0.1], [0.2], [0.3], [0.4]], np.float32)
+def test_shares_of_a_batch_are_weighed_anew():
+    weight = np.array([[0.25], [0.25], [0.25], [0.25]], np.float32)
     whole = GoldenRows(np.arange(4)[:, None], np.ones(4, np.int32), weight)
-    assert rows.share(whole, 0, 1) is whole
-    half = rows.share(whole, 1, 2)
+    assert rows.share(whole, 0, 1, weigh=WEIGH) is whole
+    half = rows.share(whole, 1, 2, weigh=WEIGH)
     np.testing.assert_array_equal(half.tokens_BT, [[2], [3]])
-    np.testing.assert_allclose(half.weight_BT[:, 0], [3 / 7, 4 / 7], rtol=1e-6)
+    np.testing.assert_allclose(half.weight_BT[:, 0], [0.5, 0.5], rtol=1e-6)
+
+
+def test_lines_of_rollouts_hold_what_is_known():
+    """Without a teacher there is no teacher's log-prob; an id outside what is scored has none."""
+    values = np.zeros((2, 6), np.float32)
+    values[0, 1] = -1e30
+    scores = Scores(student_logprob_BT=values, student_entropy_BT=values)
+    (line,) = rows.as_lines(
+        3, ROLLOUT, scores, values * 0 + 2.0, count=1, decode=str, correct=np.array([True, False])
+    )
+    assert line["step"] == 3
+    assert line["response_ids"] == [4, 5, 4, 7]
+    assert line["outcome"] == "eos"
+    assert line["correct"] is True
+    assert line["student_logprob"] == [None, 0.0, 0.0, 0.0]
+    assert line["advantage"] == [2.0] * 4
+    assert "teacher_logprob" not in line

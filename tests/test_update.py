@@ -71,36 +71,48 @@ def toy_rollout_loss(params, reference, rows):
     width = rows.advantage_BT.shape[1]
     kernel, bias = params["dense"]["kernel"][:width, :width], params["dense"]["bias"][None, :width]
     y_BT = jnp.tanh(jnp.where(rows.weight_BT > 0, rows.advantage_BT, 0.0) @ kernel + bias)
-    loss = jnp.sum(rows.weight_BT * y_BT**2)
-    return loss, {"opd": loss}
+    return {"opd": jnp.sum(rows.weight_BT * y_BT**2)}
 
 
 def toy_golden_loss(params, rows):
     bias = params["dense"]["bias"][None, : rows.tokens_BT.shape[1]]
-    loss = jnp.sum(rows.weight_BT * rows.tokens_BT * bias**2)
-    return loss, {"sft": loss}
+    return {"sft": jnp.sum(rows.weight_BT * rows.tokens_BT * bias**2)}
+
+
+ONES = {"opd": 1.0, "divergence": 0.0, "reference_kl": 0.0, "sft": 1.0}
+
+
+def make_step(
+    tx, rollout_loss, golden_loss, *, tokens: int, dtype=jnp.float32, weights=ONES, decay=0.0
+):
+    """step(state, frozen, rollout_rows, golden_rows) with these weights."""
+    accumulate = update.make_accumulate(
+        rollout_loss, golden_loss, microbatch_tokens=tokens, dtype=dtype
+    )
+    step = update.make_update(tx, accumulate, decay=decay)
+    return functools.partial(lambda weights, *rest: step(*rest, weights), weights)
 
 
 def toy_update(tx, rows: int = B, dtype=jnp.float32):
-    return update.make_update(
-        tx, toy_rollout_loss, toy_golden_loss, microbatch_tokens=rows * T, dtype=dtype
-    )
+    return make_step(tx, toy_rollout_loss, toy_golden_loss, tokens=rows * T, dtype=dtype)
 
 
 @functools.cache
 def model_update(*, golden: float, beta: float, limbs: bool, rows: int = B):
     """SGD on the model; `limbs`: with golden loss and reference, whatever their weights are."""
     terms = Terms(
-        pg_weight=1.0, divergence_weight=0.0, direction="reverse", jsd_beta=0.5,
-        lambda_gold=golden, beta_kl=beta, kl_estimator="full", clip_low=0.2, clip_high=0.2,
-    )  # fmt: skip
+        pg_weight=1.0,
+        lambda_gold=golden,
+        beta_kl=beta,
+        raised=("reference_kl", "sft") if limbs else (),
+    )
     shared = {"vocabulary": CONFIG.vocab_size, "token_chunk": 16, "remat": False}
-    return update.make_update(
+    return make_step(
         OPTIMIZERS["sgd"],
         objectives.make_rollout_loss(terms, CONFIG, Frozen(reference=CONFIG), **shared),
-        objectives.make_golden_loss(terms, CONFIG, **shared) if limbs else None,
-        microbatch_tokens=rows * T,
-        dtype=jnp.float32,
+        objectives.make_golden_loss(CONFIG, **shared) if limbs else None,
+        tokens=rows * T,
+        weights=terms.weights,
     )
 
 
@@ -161,7 +173,8 @@ def test_weights_of_zero_give_plain_opd_bit_for_bit():
     )
     jax.tree.map(np.testing.assert_array_equal, limbs.params, plain.params)
     assert plain_metrics.keys() == {"loss/opd", "loss/total", "optim/grad_norm"}
-    assert metrics.keys() == plain_metrics.keys() | {"loss/sft"}  # no weight: not traced
+    # A term that may be raised is measured; golden rows without weight are not passed through.
+    assert metrics.keys() == plain_metrics.keys() | {"loss/reference_kl"}
 
 
 def test_plain_opd_equals_ten_lines_of_it():
@@ -217,9 +230,7 @@ def test_three_updates_trace_once():
         traces.append(rows)
         return toy_rollout_loss(params, reference, rows)
 
-    step = update.make_update(
-        optax.sgd(0.1), counted, None, microbatch_tokens=2 * T, dtype=jnp.float32
-    )
+    step = make_step(optax.sgd(0.1), counted, None, tokens=2 * T)
     state, counts = update.init_state(fresh(TOY_PARAMS), optax.sgd(0.1)), []
     for _ in range(3):
         state, _ = step(state, Frozen(), ROWS, None)
@@ -227,6 +238,68 @@ def test_three_updates_trace_once():
     assert counts[0] > 0
     assert counts == [counts[0]] * 3
     assert state.step == 3
+
+
+def test_other_weights_trace_nothing_anew_and_weigh_the_terms():
+    traces = []
+
+    def two_terms(params, reference, rows):
+        traces.append(rows)
+        (opd,) = toy_rollout_loss(params, reference, rows).values()
+        return {"opd": opd, "reference_kl": jnp.sum(params["dense"]["bias"] ** 2)}
+
+    accumulate = update.make_accumulate(
+        two_terms, toy_golden_loss, microbatch_tokens=B * T, dtype=jnp.float32
+    )
+
+    def gradient(**weights: float):
+        given = dict.fromkeys(ONES, 0.0) | weights
+        return accumulate(TOY_PARAMS, Frozen(), ROWS, GOLDEN, given)
+
+    alone = {name: gradient(**{name: 1.0})[0] for name in ("opd", "reference_kl", "sft")}
+    count = len(traces)
+    mixed, sums = gradient(opd=0.5, reference_kl=2.0, sft=0.25)
+    expected = jax.tree.map(
+        lambda a, b, c: 0.5 * a + 2.0 * b + 0.25 * c,
+        alone["opd"], alone["reference_kl"], alone["sft"],
+    )  # fmt: skip
+    assert distance(mixed, expected) < 1e-6
+    total = 0.5 * sums["opd"] + 2.0 * sums["reference_kl"] + 0.25 * sums["sft"]
+    np.testing.assert_allclose(sums["total"], total, rtol=1e-6)
+    assert len(traces) == count
+
+
+def test_term_gradients_by_hand():
+    """Gradients (3, 4) and, weighted by 2, (8, -6): norms 5 and 10, at right angles; (6, 8): parallel."""
+    params = {"w": jnp.zeros((1, 2))}
+    rows = RolloutRows(*(np.ones((1, 2), np.float32) for _ in range(5))).replace(
+        tokens_BT=np.zeros((1, 2), np.int32), length_B=np.array([2])
+    )
+    golden = GoldenRows(rows.tokens_BT, rows.length_B, rows.weight_BT)
+
+    def on_rollouts(params, frozen, rows):
+        x, y = params["w"][0]
+        return {"opd": 3.0 * x + 4.0 * y, "reference_kl": 4.0 * x - 3.0 * y}
+
+    def on_golden(params, rows):
+        return {"sft": 6.0 * params["w"][0, 0] + 8.0 * params["w"][0, 1]}
+
+    accumulate = update.make_accumulate(
+        on_rollouts, on_golden, microbatch_tokens=2, dtype=jnp.float32
+    )
+    weights = {"opd": 1.0, "divergence": 0.0, "reference_kl": 2.0, "sft": 0.5}
+    got = update.term_gradients(accumulate, params, Frozen(), rows, golden, weights)
+    expected = {
+        "optim/grad_norm_opd": 5.0,
+        "optim/grad_norm_reference_kl": 10.0,
+        "optim/grad_norm_sft": 5.0,
+        "optim/grad_cosine_opd_reference_kl": 0.0,
+        "optim/grad_cosine_opd_sft": 1.0,
+        "optim/grad_cosine_reference_kl_sft": 0.0,
+    }
+    assert {k: float(v) for k, v in got.items()} == pytest.approx(expected, abs=1e-6)
+    alone = weights | {"reference_kl": 0.0, "sft": 0.0}
+    assert update.term_gradients(accumulate, params, Frozen(), rows, golden, alone) == {}
 
 
 def test_the_state_is_donated():
@@ -246,9 +319,7 @@ def test_the_state_takes_over_float32_parameters_without_a_copy():
 def test_the_moving_average_by_hand():
     """From 1, weights w1 and w2: 0.9 * 1 + 0.1 * w1, then 0.9 of that + 0.1 * w2."""
     tx = optax.sgd(0.1)
-    step = update.make_update(
-        tx, toy_rollout_loss, None, microbatch_tokens=B * T, dtype=jnp.float32, decay=0.9
-    )
+    step = make_step(tx, toy_rollout_loss, None, tokens=B * T, decay=0.9)
     state = update.init_state(fresh(TOY_PARAMS), tx, average=True)
     expected = np.asarray(TOY_PARAMS["dense"]["bias"])
     for _ in range(2):
@@ -266,7 +337,7 @@ def test_bfloat16_compute_keeps_float32_masters():
         return toy_rollout_loss(params, reference, rows)
 
     tx = optax.sgd(1e-4)
-    step = update.make_update(tx, watched, None, microbatch_tokens=2 * T, dtype=jnp.bfloat16)
+    step = make_step(tx, watched, None, tokens=2 * T, dtype=jnp.bfloat16)
     halves = jax.tree.map(lambda w: w.astype(jnp.bfloat16), TOY_PARAMS)
     state, metrics = step(update.init_state(fresh(halves), tx), Frozen(), ROWS, None)
     assert seen == {jnp.dtype(jnp.bfloat16)}

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import pathlib
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,7 @@ from opd_jax import (
     metrics,
     models,
     objectives,
+    repetition,
     rows,
     scoring,
     update,
@@ -31,7 +33,7 @@ from opd_jax import (
 from opd_jax.clock import Clock, peak_gib
 from opd_jax.errors import ConfigError, NonFiniteError
 from opd_jax.eval.evaluate import evaluate
-from opd_jax.eval.grade import Grader
+from opd_jax.eval.grade import Grade, Grader
 from opd_jax.keys import Stream, key_for
 from opd_jax.loading import Weights, load_weights
 from opd_jax.models import decoder
@@ -271,18 +273,42 @@ class _Run:
             scored_V=self.scored_V,
         )
 
-    def _measure(self, rollout: Rollout, scores: Scores, mask_BT: np.ndarray) -> dict[str, float]:
-        on_device = metrics.score_metrics(scores, mask_BT)
-        decode = self.setup.tokenizer.decode
-        row = metrics.rollout_metrics(
-            rollout,
-            scores.student_logprob_BT,
-            mask_BT,
-            [decode(rollout.response(i)) for i in range(len(rollout.length_B))],
-            tail=self.config.metrics.repetition_tail,
-            threshold=self.config.metrics.repetition_threshold,
+    def _measure(
+        self,
+        rollout: Rollout,
+        scores: Scores,
+        mask_BT: np.ndarray,
+        grades: Sequence[Grade] | None = None,
+    ) -> Summary:
+        """The `rollout/*` and `score/*` keys; an answer that is not CORRECT counts as wrong."""
+        section, decode = self.config.metrics, self.setup.tokenizer.decode
+        texts = [decode(rollout.response(i)) for i in range(len(rollout.length_B))]
+        flagged_B = metrics.flagged(
+            texts,
+            tail=section.repetition_tail,
+            threshold=section.repetition_threshold,
+            level=section.repetition_level,
         )
-        return row | {name: float(x) for name, x in jax.device_get(on_device).items()}
+        repeated_BT = repetition.repeated_mask(
+            rollout,
+            flagged_B,
+            rule=section.repeated_tokens,
+            tail=section.repetition_tail,
+            ngram=section.repeated_ngram,
+            decode=decode,
+        )
+        return metrics.step_metrics(
+            rollout,
+            scores,
+            mask_BT,
+            texts,
+            flagged_B,
+            repeated_BT,
+            correct_B=None if grades is None else np.array([g is Grade.CORRECT for g in grades]),
+            positions=section.positions,
+            max_response_tokens=self.config.rollout.max_response_tokens,
+            hedging=section.hedging,
+        )
 
     def _golden(self, problems: list[data.Problem]) -> list[list[int]]:
         texts = [problem.solution for problem in problems]

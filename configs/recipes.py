@@ -83,6 +83,7 @@ def tiny(config: ConfigDict) -> None:
     config.eval.every = 25
     config.metrics.repetition_tail = 100  # the paper's 10,000 characters can never occur here
     config.metrics.repetition_threshold = 2.2
+    config.metrics.positions = (16, 32, 64, 128)
 
 
 def smollm2_135m(config: ConfigDict) -> None:

@@ -28,7 +28,7 @@ def get_config(recipe: str | None = None) -> ConfigDict:
     config.loss.form = "renormalised"  # 2603.25562; raw sums collapse
     config.loss.aggregation = "token"  # 2603.25562
     if (recipe or "tiny").partition(",")[0] == "tiny":
-        config.loss.top_k = 8  # of 31 ids
+        config.loss.top_k = 4  # of 308 ids, 8 of which hold 99.99 % of the mass
     else:
         config.loss.top_k = 32  # 2603.25562
         config.rollout.top_p = 0.9  # 2603.25562

@@ -14,11 +14,12 @@ class Clock:
         self._began = self._last = time.perf_counter()
         self._row: dict[str, float] = {}
 
-    def lap(self, stage: str, tokens: float) -> None:
-        """The stage that has just ended, and how many tokens it was about."""
+    def lap(self, stage: str, tokens: float | None = None) -> None:
+        """The stage that has just ended, and how many tokens it was about, where that says something."""
         now = time.perf_counter()
         self._row[f"time/{stage}_s"] = now - self._last
-        self._row[f"speed/{stage}_tokens_per_s"] = float(tokens) / (now - self._last)
+        if tokens is not None:
+            self._row[f"speed/{stage}_tokens_per_s"] = float(tokens) / (now - self._last)
         self._last = now
 
     def row(self) -> dict[str, float]:

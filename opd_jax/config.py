@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from opd_jax.errors import ConfigError
 from opd_jax.losses import AGGREGATIONS, DIRECTIONS, ESTIMATORS, FORMS, SUPPORT_WEIGHTS
+from opd_jax.repetition import RULES
 from opd_jax.supports import SUPPORTS
 
 DTYPES = ("auto", "float32", "bfloat16")
@@ -147,6 +148,12 @@ def default() -> ConfigDict:
     metrics = config.metrics = ConfigDict()
     metrics.repetition_tail = 10_000  # L: characters of the tail that is compressed (2604.08527)
     metrics.repetition_threshold = 10.0  # tau: compression ratio above which a text repeats itself
+    metrics.repetition_level = 6  # of zlib, 1 to 9; "fixed", but not named in 2604.08527
+    metrics.repeated_tokens = "tail"  # the tails RepRate flags (2604.08527) | ngram (2605.11182)
+    metrics.repeated_ngram = 3  # n of ngram: a token repeats if it completes an n-gram seen before
+    metrics.positions = (256, 512, 1024, 2048, 4096, 8192)  # score/* also of the first N tokens
+    # Of 2605.11182, page; its code counts step, first, second, third, but, wait, let.
+    metrics.hedging = ("wait", "but", "maybe")
 
     log = config.log = ConfigDict()
     log.every = 1  # steps between lines of metrics.jsonl
@@ -187,6 +194,8 @@ def validate(config: ConfigDict) -> None:
                   "rollout.top_p", "eval.top_p", "sample.top_p"):  # fmt: skip
         if not 0 < flat[field] < math.inf:
             raise _wrong(field, flat[field], "a finite number above 0")
+    _range(flat, "metrics.repetition_level", 1, 9)
+    _range(flat, "metrics.repeated_ngram", 2, math.inf)
     for field, choices in (
         ("student.dtype", DTYPES), ("teacher.dtype", DTYPES), ("reference.dtype", DTYPES),
         ("loss.kl_estimator", ESTIMATORS), ("loss.direction", DIRECTIONS), ("loss.form", FORMS),
@@ -194,7 +203,7 @@ def validate(config: ConfigDict) -> None:
         ("loss.aggregation", AGGREGATIONS), ("loss.gold_aggregation", AGGREGATIONS[:2]),
         ("loss.truncated", ("keep", "mask", "tail")), ("optim.schedule", ("constant", "linear", "cosine")),
         ("teacher.follow", ("frozen", "average", "live")), ("data.bad_rows", ("refuse", "skip")),
-        ("scoring.special_tokens", ("remap", "mask", "keep")),
+        ("scoring.special_tokens", ("remap", "mask", "keep")), ("metrics.repeated_tokens", RULES),
     ):  # fmt: skip
         _choice(flat, field, choices)
     if not config.data.train:
@@ -227,6 +236,7 @@ def validate(config: ConfigDict) -> None:
         raise _wrong(
             "scoring.mask_first", config.scoring.mask_first, 'texts, such as ("<","think")'
         )
+    _check_metrics(config.metrics)
     if config.seed >= 2**32:
         raise _wrong("seed", config.seed, "a whole number below 2**32")
     try:
@@ -375,6 +385,20 @@ def _parses(text: str, example: Any) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _check_metrics(section: ConfigDict) -> None:
+    """The two tuples; either may be empty."""
+    places, words = section.positions, section.hedging
+    whole = isinstance(places, tuple) and all(type(n) is int and n > 0 for n in places)
+    if not whole or list(places) != sorted(set(places)):
+        wanted = "whole numbers above 0, each above the one before, such as (256,512)"
+        raise _wrong("metrics.positions", repr(places), wanted)
+    if not isinstance(words, tuple) or not all(
+        isinstance(word, str) and re.fullmatch(r"[^\W\d_]+", word) for word in words
+    ):
+        wanted = 'words of letters, such as ("wait","but")'
+        raise _wrong("metrics.hedging", repr(words), wanted)
 
 
 def _check_names(got: dict, known: dict, prefix: str) -> None:

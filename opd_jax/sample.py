@@ -214,7 +214,10 @@ def fate(text: str, *, truncated: bool, grade: Grade | None, section: Any, repet
     if grade not in (None, Grade.CORRECT) and not section.keep_wrong:
         return Fate[grade.name]
     if not section.keep_repetitive and metrics.repetitive(
-        text, tail=repetition.repetition_tail, threshold=repetition.repetition_threshold
+        text,
+        tail=repetition.repetition_tail,
+        threshold=repetition.repetition_threshold,
+        level=repetition.repetition_level,
     ):
         return Fate.REPETITIVE
     return Fate.KEPT

@@ -18,7 +18,8 @@ from opd_jax import workdir
 from opd_jax.errors import WorkdirError
 
 # Fields that samples depend on, and those among them that change none.
-_TOUCHES = ("seed", "teacher.", "data.", "rollout.max_prompt_tokens", "sample.", "metrics.")
+_TOUCHES = ("seed", "teacher.", "data.", "rollout.max_prompt_tokens", "sample.",
+            "metrics.repetition_")  # fmt: skip
 _SAFE = ("sample.slots", "data.shuffle", "data.epochs", "teacher.follow", "teacher.decay")
 
 

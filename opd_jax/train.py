@@ -8,7 +8,6 @@ import dataclasses
 import json
 import math
 import pathlib
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -26,6 +25,7 @@ from opd_jax import (
     metrics,
     models,
     objectives,
+    repetition,
     rows,
     scoring,
     update,
@@ -201,11 +201,17 @@ class _Run:
             teacher_rows = self._teacher_rows(rollout, problems)
             scores = self._score(weights, rollout, teacher_rows)
             del weights  # the update donates the state they may share
+            clock.lap("score", rollout.response_length_B.sum())
             mask_BT = rows.scored_mask(rollout, setup.alignment.scored, setup.first_pieces)
+            flagged_B, repeated_BT = self._repetition(rollout, texts)
             grades = None if grading is None else grading.result()
             correct = None if grades is None else np.array([g is Grade.CORRECT for g in grades])
-            row |= self._measure(rollout, scores, mask_BT, texts, grades)
-            clock.lap("score", rollout.response_length_B.sum())
+            row |= metrics.step_metrics(
+                rollout, scores, mask_BT, texts, flagged_B, repeated_BT, correct_B=correct,
+                positions=self.config.metrics.positions, hedging=self.config.metrics.hedging,
+                max_response_tokens=self.config.rollout.max_response_tokens,
+            )  # fmt: skip
+            clock.lap("measure")
             advantage_BT = rows.advantages(
                 rollout, scores, mask_BT, terms, reward_B=correct, group=group
             )
@@ -301,24 +307,24 @@ class _Run:
             support=setup.terms.scored_support,
         )
 
-    def _measure(
-        self,
-        rollout: Rollout,
-        scores: Scores,
-        mask_BT: np.ndarray,
-        texts: list[str],
-        grades: Sequence[Grade] | None,
-    ) -> dict[str, float]:
-        on_device = metrics.score_metrics(scores, mask_BT)
-        row = metrics.rollout_metrics(
-            rollout,
-            scores.student_logprob_BT,
-            mask_BT,
+    def _repetition(self, rollout: Rollout, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Which rollouts repeat themselves [B], and which of their tokens do [B, T]."""
+        section = self.config.metrics
+        flagged_B = metrics.flagged(
             texts,
-            tail=self.config.metrics.repetition_tail,
-            threshold=self.config.metrics.repetition_threshold,
+            tail=section.repetition_tail,
+            threshold=section.repetition_threshold,
+            level=section.repetition_level,
         )
-        return row | {name: float(x) for name, x in jax.device_get(on_device).items()}
+        repeated_BT = repetition.repeated_mask(
+            rollout,
+            flagged_B,
+            rule=section.repeated_tokens,
+            tail=section.repetition_tail,
+            ngram=section.repeated_ngram,
+            decode=self.setup.tokenizer.decode,
+        )
+        return flagged_B, repeated_BT
 
     def _golden(self, problems: list[data.Problem]) -> list[list[int]]:
         texts = [problem.solution for problem in problems]

@@ -21,6 +21,7 @@ class Outcome(IntEnum):
 
     EOS = 0
     BUDGET = 1
+    REPETITION = 2
 
 
 class Rollout(flax.struct.PyTreeNode):

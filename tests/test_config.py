@@ -103,6 +103,21 @@ def test_methods_differ_in_numbers_only():
         ("optim.microbatch_tokens", 10, "--config.optim.microbatch_tokens="),
         ("optim.warmup_steps", -1, "optim.warmup_steps=-1"),
         ("log.every", "often", "log.every"),
+        ("metrics.repetition_level", 0, "1 to 9"),
+        ("metrics.repetition_level", 10, "1 to 9"),
+        ("metrics.repeated_tokens", "tale", "--config.metrics.repeated_tokens=tail"),
+        ("metrics.repeated_ngram", 1, "at least 2"),
+        ("metrics.repeated_ngram", 2.5, "whole number"),
+        ("metrics.positions", (16, 16), "metrics.positions=(16, 16), wanted whole numbers"),
+        ("metrics.positions", (32, 16), "each above the one before"),
+        ("metrics.positions", (0, 16), "whole numbers above 0"),
+        ("metrics.positions", (1.5,), "metrics.positions=(1.5,)"),
+        ("metrics.positions", (True,), "metrics.positions=(True,)"),
+        ("metrics.positions", 16, "metrics.positions=16"),
+        ("metrics.hedging", ("so what",), "words of letters"),
+        ("metrics.hedging", ("",), "words of letters"),
+        ("metrics.hedging", (1,), "words of letters"),
+        ("metrics.hedging", "wait", "metrics.hedging='wait'"),
         ("rollout.prompts_per_step", 2.5, "whole number"),
     ],
 )
@@ -111,6 +126,11 @@ def test_impossible_values_are_refused_in_one_line(field, value, says):
         configuration.validate(with_field(field, value))
     assert says in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("field", "value"), [("metrics.positions", ()), ("metrics.hedging", ())])
+def test_what_may_be_empty(field, value):
+    configuration.validate(with_field(field, value))
 
 
 def test_unknown_field_names_the_nearest():

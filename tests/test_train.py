@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from configs import opsd
+from configs import opsd, recipes
 from launch.make_tiny import make_tokenizer
 from opd_jax import config as configuration
-from opd_jax import models, train, workdir
+from opd_jax import data, models, train, workdir
 from opd_jax.errors import ConfigError, DataError, ModelError, NonFiniteError, WorkdirError
+from opd_jax.eval import Grade
 from opd_jax.models import decoder
 from opd_jax.setup import make_setup
+from tests import bench_metrics
 
 METHODS = {"opd": (1.0, 0.0, 0.0), "stable_opd": (1.0, 0.1, 0.05), "sft": (0.0, 1.0, 0.0)}
 
@@ -57,6 +59,7 @@ def small(folders: pathlib.Path, method: str = "stable_opd"):
     config.eval.problems = 4
     config.metrics.repetition_tail = 20
     config.metrics.repetition_threshold = 2.0
+    config.metrics.positions = (16, 64, 1000)
     return config
 
 
@@ -95,13 +98,19 @@ def test_run_writes_what_the_design_promises(straight):
                    "sampler_logprob_gap_max sampler_logprob_gap_mean",
         "score": "advantage_mean student_logprob_mean teacher_logprob_mean reverse_kl "
                  "student_entropy teacher_entropy entropy_gap overlap_ratio overlap_advantage "
-                 "student_overlap_mass teacher_overlap_mass",
+                 "student_overlap_mass teacher_overlap_mass repeated_token_fraction "
+                 "regular_token_advantage hedging_rate extreme_probability_difference",
+        "score/first_16": "advantage_mean reverse_kl student_entropy teacher_entropy "
+                          "overlap_ratio",
+        "score/first_64": "reverse_kl",
+        "rollout/first_16": "tokens",
         "time": "rollout_s score_s update_s step_s",
         "speed": "rollout_tokens_per_s score_tokens_per_s update_tokens_per_s",
         "memory": "peak_gib",
     }  # fmt: skip
     keys = {f"{room}/{name}" for room, names in promised.items() for name in names.split()}
     assert keys <= rows[1].keys()
+    assert not [key for key in rows[1] if "first_1000" in key]  # more than the budget
     assert all(np.isfinite(value) for row in rows for value in row.values())
     assert rows[1]["rollout/sampler_logprob_gap_max"] < 1e-4
     evaluated = "accuracy stderr truncation_rate repetition_rate length_mean unparsed timeouts"
@@ -112,6 +121,26 @@ def test_run_writes_what_the_design_promises(straight):
     assert tokens == len(sample["advantage"]) == len(sample["sampler_logprob"])
     assert len(lines(workdir / "eval" / "4", "tiny.jsonl")) == 4
     assert set(result.table) == {"student before", "student after", "teacher"}
+
+
+@pytest.mark.short
+@pytest.mark.parametrize("rule", ["tail", "ngram"])
+def test_what_is_not_correct_counts_as_wrong(rule):
+    run, rollout, scores, mask_BT, _ = bench_metrics.measure(
+        "tiny", data.Tokenizer(recipes.recipe("tiny").student.path), rows=4, tokens=120
+    )
+    run.config.metrics.repeated_tokens = rule
+    grades = [Grade.CORRECT, Grade.WRONG, Grade.UNPARSED, Grade.TIMEOUT]
+    row = train._Run._measure(run, rollout, scores, mask_BT, grades)
+    advantage_BT = scores.teacher_logprob_BT - scores.student_logprob_BT
+    reward_B = [advantage_BT[i][mask_BT[i]].mean() for i in range(4)]
+    assert row["rollout/accuracy"] == 0.25
+    assert row["score/reward_right"] == pytest.approx(reward_B[0], rel=1e-5)
+    assert row["score/reward_wrong"] == pytest.approx(np.mean(reward_B[1:]), rel=1e-5)
+    assert 0 < row["score/repeated_token_fraction"] < 1
+    ungraded = train._Run._measure(run, rollout, scores, mask_BT)
+    new = {"rollout/accuracy", "score/reward_right", "score/reward_wrong", "score/reward_auroc"}
+    assert row.keys() - ungraded.keys() == new
 
 
 def test_four_steps_equal_two_and_a_resume_and_two_bit_for_bit(straight, folders, tmp_path):

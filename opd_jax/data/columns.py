@@ -14,7 +14,7 @@ from typing import Any
 
 from opd_jax.data.files import Row, RowError, place
 from opd_jax.data.problem import Problem
-from opd_jax.eval.grading_worker import last_boxed
+from opd_jax.eval.boxed import last_boxed
 
 # In the order in which they are looked for; the first that holds something is taken.
 PROBLEM = ("problem", "question", "prompt", "query", "instruction", "messages", "conversations")

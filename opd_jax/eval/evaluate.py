@@ -69,12 +69,12 @@ def evaluate(
         if graded
         else [None] * len(texts)
     )
-    flagged = [
-        metrics.repetitive(
-            text, tail=repetition.repetition_tail, threshold=repetition.repetition_threshold
-        )
-        for text in texts
-    ]
+    flagged = metrics.flagged(
+        texts,
+        tail=repetition.repetition_tail,
+        threshold=repetition.repetition_threshold,
+        level=repetition.repetition_level,
+    ).tolist()
     summary = {
         "truncation_rate": float(metrics.truncated(sampled.outcome_B).mean()),
         "repetition_rate": float(np.mean(flagged)),

@@ -1,4 +1,4 @@
-"""Grading answers with math-verify, in processes that can be killed."""
+"""Grading answers: whole numbers here, the rest by math-verify in processes that can be killed."""
 
 import contextlib
 import json
@@ -12,6 +12,7 @@ from enum import Enum
 from types import TracebackType
 
 from opd_jax.errors import GradingError
+from opd_jax.eval.boxed import boxed_answer, same_whole_number
 
 _WARM_UP_S = 60.0  # for the imports of a new process; not part of any answer's time
 
@@ -53,8 +54,10 @@ class Grader:
 
     def grade(self, pairs: Iterable[tuple[str, str]]) -> list[Grade]:
         r"""Grades of (answer text, gold answer) pairs, in their order; the last \boxed{} counts."""
-        todo = list(enumerate(pairs))[::-1]
-        grades: list[Grade] = [Grade.TIMEOUT] * len(todo)
+        given = list(pairs)
+        found = [_at_once(*pair) for pair in given]
+        grades = [grade or Grade.TIMEOUT for grade in found]
+        todo = [(i, given[i]) for i, grade in enumerate(found) if grade is None][::-1]
         with selectors.DefaultSelector() as selector:
             for worker in self._workers:
                 if todo:
@@ -92,6 +95,15 @@ def grade(answer_text: str, gold: str) -> Grade:
     """Grade one answer in a process of its own; for many, use `Grader`."""
     with Grader(workers=1) as grader:
         return grader.grade([(answer_text, gold)])[0]
+
+
+def _at_once(text: str, gold: str) -> Grade | None:
+    """The grade of what needs no math-verify: no box, or whole numbers; None for the rest."""
+    answer = boxed_answer(text)
+    if answer is None:
+        return Grade.UNPARSED
+    same = same_whole_number(answer, gold)
+    return None if same is None else Grade.CORRECT if same else Grade.WRONG
 
 
 class _Worker:

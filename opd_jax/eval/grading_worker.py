@@ -8,7 +8,6 @@ take forever or eat the memory. So it runs here, under a memory limit, and the p
 import contextlib
 import json
 import logging
-import re
 import resource
 import sys
 import warnings
@@ -16,28 +15,15 @@ from typing import Any
 
 from math_verify import parse, verify
 
+from opd_jax.eval.boxed import boxed_answer
+
 _MEMORY = 4 * 2**30
-_LONGEST = 20_000  # characters of an answer expression; longer ones are not answers
-
-
-def last_boxed(text: str) -> str | None:
-    r"""The content of the last balanced \boxed{...}, None where there is none."""
-    opened: list[int] = []  # where the content of each open box starts, 0 for other braces
-    latest, content = 0, None
-    for brace in re.finditer(r"\\boxed\{|[{}]", text):
-        if brace[0] != "}":
-            opened.append(0 if brace[0] == "{" else brace.end())
-        elif opened and (start := opened.pop()) > latest:
-            latest, content = start, text[start : brace.start()]
-    return content
 
 
 def grade(text: str, gold: str) -> str:
     """Grade name of an answer: CORRECT, WRONG, or UNPARSED (no box, or nothing math-verify can read)."""
-    boxed = last_boxed(text)
-    if boxed is None or not boxed.strip() or len(boxed) > _LONGEST:
-        return "UNPARSED"
-    answer = _parse(boxed)
+    boxed = boxed_answer(text)
+    answer = _parse(boxed) if boxed is not None else []
     if not answer:
         return "UNPARSED"
     # The order matters: verify(gold, answer) is not symmetric.

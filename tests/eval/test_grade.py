@@ -1,19 +1,22 @@
 """Answers of every kind, and answers that attack: each costs itself and nothing else."""
 
 import os
+import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
 
 from opd_jax.errors import GradingError
-from opd_jax.eval import Grade, Grader
-from opd_jax.eval.grading_worker import last_boxed
+from opd_jax.eval import Grade, Grader, grading_worker
+from opd_jax.eval.boxed import boxed_answer, last_boxed, same_whole_number
 
 CORRECT, WRONG, UNPARSED, TIMEOUT = Grade
 BOMB = (r"\boxed{9^{9^{9^9}}}", "3")  # math-verify evaluates it: a number of 10^(10^8) digits
-RIGHT = (r"so it is \boxed{3}", "3")
+RIGHT = (r"so it is \boxed{3.0}", "3")  # not plainly a whole number: a process has to say
 TIMEOUT_S = 2.0
 
 
@@ -45,6 +48,59 @@ def test_last_boxed_takes_linear_time():
     assert last_boxed("\\boxed{" * 150_000) is None  # a megabyte, as a looping model writes it
     assert last_boxed("\\boxed{3}" + "{" * 1_000_000) == "3"
     assert time.perf_counter() - start < 10
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "same"),
+    [
+        ("7", "7", True), ("007", "7", True), ("+7", "7", True), ("-0", "0", True),
+        ("7", "-7", False), ("7", "8", False),
+        ("9" * 20, "9" * 20, True), ("9" * 20, "9" * 19 + "8", False),
+        ("9" * 21, "9" * 21, None), ("7.0", "7", None), ("7", "7.0", None), ("7", "1/2", None),
+        (" 7", "7", None), ("7\n", "7", None), ("--7", "7", None), ("+", "7", None), ("", "7", None),
+        ("7", "", None), ("1,000", "1000", None), ("\u0667", "7", None), ("7%", "7", None),
+    ],
+)  # fmt: skip
+def test_same_whole_number(answer, gold, same):
+    assert same_whole_number(answer, gold) is same
+
+
+def test_whole_numbers_get_the_grade_of_math_verify():
+    """Signs, leading zeros, near misses, up to 20 digits; math-verify run here, on each of 400 pairs."""
+    draw = random.Random(0)
+
+    def number() -> str:
+        digits = draw.choices("0123456789", k=draw.choice([1, 1, 2, 3, 8, 16, 19, 20]))
+        return draw.choice(["", "", "-", "+"]) + "".join(digits)
+
+    seen = set()
+    for _ in range(400):
+        gold = number()
+        value = int(gold)
+        others = [str(value), f"{value:+}", str(-value), str(value + 1), f"{value:015}", number()]
+        answer = draw.choice([other for other in others if len(other.lstrip("+-")) <= 20])
+        same = same_whole_number(answer, gold)
+        seen.add(same)
+        by_math_verify = grading_worker.grade(f"\\boxed{{{answer}}}", gold)
+        assert by_math_verify == {True: "CORRECT", False: "WRONG"}[same], (answer, gold)
+    assert seen == {True, False}
+
+
+def test_boxed_answer_leaves_out_what_is_none():
+    assert boxed_answer(r"\boxed{7}") == "7"
+    assert boxed_answer("\\boxed{" + "1" * 20_000 + "}") == "1" * 20_000
+    for text in ("7", r"\boxed{}", "\\boxed{ \n}", "\\boxed{" + "1" * 20_001 + "}"):
+        assert boxed_answer(text) is None
+
+
+def test_the_parent_does_not_import_sympy():
+    code = "import sys, opd_jax.train; assert not {'sympy', 'math_verify'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_a_grading_process_does_not_import_jax():
+    code = "import sys, opd_jax.eval.grading_worker; assert 'jax' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 ANSWERS = [
@@ -80,7 +136,7 @@ def test_grades_in_order(grader):
 
 def test_a_bomb_costs_one_time_out_and_nothing_else(grader):
     start = time.monotonic()
-    grades = grader.grade([RIGHT, BOMB, BOMB, RIGHT, (r"\boxed{4}", "3"), RIGHT])
+    grades = grader.grade([RIGHT, BOMB, BOMB, RIGHT, (r"\boxed{4.0}", "3"), RIGHT])
     assert grades == [CORRECT, TIMEOUT, TIMEOUT, CORRECT, WRONG, CORRECT]
     assert TIMEOUT_S < time.monotonic() - start < TIMEOUT_S + 20
     # Both processes are new now. The imports of a new one are not part of the bomb's time.
@@ -117,5 +173,7 @@ def test_close_ends_the_processes():
 
 def test_processes_that_cannot_start_are_an_error(monkeypatch):
     monkeypatch.setattr("sys.executable", "/bin/false")
-    with Grader(workers=1) as grader, pytest.raises(GradingError, match="grading_worker"):
-        grader.grade([("\\boxed{1}", "1")])
+    with Grader(workers=1) as grader:
+        assert grader.grade([(r"\boxed{1}", "1"), ("1", "1")]) == [CORRECT, UNPARSED]  # needs none
+        with pytest.raises(GradingError, match="grading_worker"):
+            grader.grade([RIGHT])

@@ -1,0 +1,116 @@
+"""Which tokens of a response repeat what was there before: as a mask, for metrics and losses."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from opd_jax.types import Outcome, Rollout
+
+RULES = ("tail", "ngram")
+
+
+def repeated_mask(
+    rollout: Rollout,
+    flagged_B: np.ndarray,
+    *,
+    rule: str,
+    tail: int,
+    ngram: int,
+    decode: Callable[[list[int]], str],
+) -> np.ndarray:
+    """Repetitive tokens of the responses by one of the `RULES`; bool [B, T].
+
+    `tail` needs `flagged_B` (metrics.flagged) and `decode`, `ngram` looks at nothing but the ids.
+    """
+    if rule == "ngram":
+        return ngram_mask(rollout, ngram=ngram)
+    return tail_mask(rollout, flagged_B, tail=tail, decode=decode)
+
+
+def tail_mask(
+    rollout: Rollout, flagged_B: np.ndarray, *, tail: int, decode: Callable[[list[int]], str]
+) -> np.ndarray:
+    """Tokens of the last `tail` characters of the flagged rollouts; bool [B, T].
+
+    R of 2604.08527, Eq. (4) and Fig. 4, whose rule for tokens is not published: here all tokens of
+    the tail whose compression flagged the rollout. An end token has no characters and is none of
+    them: it is what ended the repetition.
+    """
+    start_B = rollout.length_B.copy()
+    for row in np.flatnonzero(flagged_B).tolist():
+        ids = rollout.response(row)
+        start_B[row] = rollout.prompt_length_B[row] + tail_start(ids, tail=tail, decode=decode)
+    stop_B = rollout.length_B - (rollout.outcome_B == Outcome.EOS)
+    position_T = np.arange(rollout.tokens_BT.shape[1])
+    return (position_T >= start_B[:, None]) & (position_T < stop_B[:, None])
+
+
+def tail_start(ids: list[int], *, tail: int, decode: Callable[[list[int]], str]) -> int:
+    """The first token of the last `tail` characters: the last one from which on there are as many.
+
+    0 where the whole text is no longer. By bisection, which decodes every token once. A character of
+    several tokens that a cut runs through is counted more than once: there the tail may begin a few
+    characters late.
+    """
+    low, high, beyond = 0, len(ids), 0  # from `high` on there are `beyond` characters: too few
+    while high - low > 1:
+        middle = (low + high) // 2
+        characters = len(decode(ids[middle:high])) + beyond
+        if characters >= tail:
+            low = middle
+        else:
+            high, beyond = middle, characters
+    return low
+
+
+def ngram_mask(rollout: Rollout, *, ngram: int) -> np.ndarray:
+    """Tokens that complete an n-gram already seen in their response; bool [B, T].
+
+    2605.11182 (n = 3; its code, `build_token_repetition_mask`). A token that only starts one is not
+    marked: whether it does is known n - 1 tokens later.
+    """
+    tokens_BT = rollout.tokens_BT
+    mask_BT = np.zeros(tokens_BT.shape, bool)
+    starts = tokens_BT.shape[1] - ngram + 1
+    if starts < 1:
+        return mask_BT
+    start_S = np.arange(starts)
+    inside_BS = (start_S >= rollout.prompt_length_B[:, None]) & (
+        start_S + ngram <= rollout.length_B[:, None]
+    )
+    number_BS = np.where(inside_BS, _numbered(tokens_BT, ngram), -1 - start_S)  # these are all new
+    order_BS = np.argsort(number_BS, axis=1, kind="stable")  # equal n-grams side by side, in time
+    step_BS = np.diff(np.take_along_axis(number_BS, order_BS, axis=1), axis=1, prepend=-starts - 1)
+    np.put_along_axis(mask_BT[:, ngram - 1 :], order_BS, step_BS == 0, axis=1)
+    return mask_BT
+
+
+def repeated_metrics(
+    advantage_BT: np.ndarray | None, mask_BT: np.ndarray, repeated_BT: np.ndarray
+) -> dict[str, float]:
+    """Share of repetitive tokens, and the mean advantage of these and of the others.
+
+    2604.08527, Fig. 4: repetitive tokens have the larger advantage, which is what feeds the collapse.
+    """
+    repeated = repeated_BT[mask_BT]
+    row = {"score/repeated_token_fraction": float(np.mean(repeated)) if repeated.size else 0.0}
+    if advantage_BT is not None:
+        for name, of in (("repeated", repeated), ("regular", ~repeated)):
+            if of.any():
+                mean = np.mean(advantage_BT[mask_BT][of], dtype=float)
+                row[f"score/{name}_token_advantage"] = float(mean)
+    return row
+
+
+def _numbered(tokens_BT: np.ndarray, ngram: int) -> np.ndarray:
+    """A number for the n-gram that starts at each token, equal only for equal n-grams; int64 [B, S]."""
+    windows_BSN = np.lib.stride_tricks.sliding_window_view(tokens_BT, ngram, axis=1)
+    vocabulary = int(tokens_BT.max()) + 1
+    number_BS, numbers = np.zeros(windows_BSN.shape[:2], np.int64), 1
+    for place in range(ngram):
+        if numbers > 2**62 // vocabulary:  # digits in base `vocabulary` no longer fit: count anew
+            distinct, number = np.unique(number_BS, return_inverse=True)
+            number_BS, numbers = number.reshape(number_BS.shape), len(distinct)
+        number_BS = number_BS * vocabulary + windows_BSN[:, :, place]
+        numbers *= vocabulary
+    return number_BS

@@ -1,0 +1,41 @@
+"""What the teacher's reward makes of right answers and of wrong ones (2604.13016, section 6.2)."""
+
+import numpy as np
+
+
+def sequence_reward(advantage_BT: np.ndarray, mask_BT: np.ndarray) -> np.ndarray:
+    """Mean of log q - log p over each rollout; [B], nan where no token is scored.
+
+    2604.13016, section 6.2.
+    """
+    count_B = mask_BT.sum(axis=1)
+    sum_B = np.sum(advantage_BT, axis=1, where=mask_BT, dtype=float)
+    return np.divide(sum_B, count_B, out=np.full(len(count_B), np.nan), where=count_B > 0)
+
+
+def right_against_wrong(reward_B: np.ndarray | None, correct_B: np.ndarray) -> dict[str, float]:
+    """Accuracy, and what the teacher's reward (`sequence_reward`) makes of right and wrong answers.
+
+    2604.13016, section 6.2 and Fig. 14. The AUROC is the chance that a right answer has the larger
+    reward than a wrong one; a class that is empty has no keys. None for the reward: no teacher.
+    """
+    row = {"rollout/accuracy": float(np.mean(correct_B))}
+    if reward_B is None:
+        return row
+    scored_B = ~np.isnan(reward_B)
+    right, wrong = reward_B[scored_B & correct_B], reward_B[scored_B & ~correct_B]
+    if right.size:
+        row["score/reward_right"] = float(np.mean(right))
+    if wrong.size:
+        row["score/reward_wrong"] = float(np.mean(wrong))
+    if right.size and wrong.size:
+        row["score/reward_auroc"] = auroc(right, wrong)
+    return row
+
+
+def auroc(positive: np.ndarray, negative: np.ndarray) -> float:
+    """P(positive > negative) + P(positive = negative) / 2 over all pairs (Mann-Whitney), exact."""
+    ordered = np.sort(negative)
+    below = np.searchsorted(ordered, positive, side="left").sum()
+    up_to = np.searchsorted(ordered, positive, side="right").sum()
+    return float((below + up_to) / 2 / (len(positive) * len(negative)))

@@ -1,0 +1,108 @@
+"""What measuring a step costs: `python -m tests.bench_metrics`. Not collected by pytest.
+
+Records made at random go through `_measure` of train.py: decoding, RepRate, repetitive tokens, means by
+position, hedging, right against wrong.
+"""
+
+import tempfile
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from configs import recipes
+from opd_jax import data, train
+from opd_jax.eval import Grade
+from opd_jax.types import Outcome, Rollout, Scores
+
+PIECES = 5_000
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def word_pieces() -> data.Tokenizer:
+    """A byte-level tokenizer of random pieces of two or three letters, half of which begin a word."""
+    draw = np.random.default_rng(0)
+    names = dict.fromkeys(sorted(pre_tokenizers.ByteLevel.alphabet()))
+    names |= dict.fromkeys(["\u0120but", "\u0120wait"])
+    while len(names) < PIECES:
+        letters = "".join(draw.choice(list(LETTERS), draw.integers(2, 4)))
+        names[("\u0120" if draw.random() < 0.5 else "") + letters] = None
+    inner = Tokenizer(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=[]))
+    inner.decoder = decoders.ByteLevel()
+    with tempfile.TemporaryDirectory() as folder:
+        PreTrainedTokenizerFast(tokenizer_object=inner).save_pretrained(folder)
+        return data.Tokenizer(folder)
+
+
+def records(
+    rows: int, tokens: int, size: int, looping: float
+) -> tuple[Rollout, Scores, np.ndarray, list[Grade]]:
+    """Rollouts of which a share of `looping` says 30 tokens over and over from a fifth on."""
+    draw = np.random.default_rng(1)
+    prompt = tokens // 8
+    ids = draw.integers(0, size, (rows, prompt + tokens)).astype(np.int32)
+    begin = prompt + tokens // 5
+    for row in range(round(rows * looping)):
+        ids[row, begin:] = np.resize(ids[row, begin - 30 : begin], prompt + tokens - begin)
+    prompts = draw.integers(1, prompt + 1, rows).astype(np.int32)
+    rollout = Rollout(
+        tokens_BT=ids,
+        length_B=prompts + tokens,
+        prompt_length_B=prompts,
+        sampler_logprob_BT=-draw.exponential(size=ids.shape).astype(np.float32),
+        outcome_B=np.full(rows, Outcome.BUDGET),
+    )
+    numbers = {
+        name: -draw.exponential(size=ids.shape).astype(np.float32)
+        for name in ("student_logprob", "student_entropy", "teacher_logprob", "teacher_entropy",
+                     "reverse_kl", "overlap_ratio", "overlap_advantage", "student_overlap_mass",
+                     "teacher_overlap_mass")
+    }  # fmt: skip
+    scores = Scores(**{f"{name}_BT": x for name, x in numbers.items()})
+    grades = [Grade.CORRECT if right else Grade.WRONG for right in draw.random(rows) < 0.5]
+    return rollout, scores, rollout.response_mask_BT, grades
+
+
+def measure(recipe: str, tokenizer: data.Tokenizer, *, rows: int, tokens: int) -> tuple[Any, ...]:
+    """A stand-in for a run that can do nothing but measure, and what it is given."""
+    config = recipes.recipe(recipe)
+    config.rollout.max_response_tokens = tokens
+    run = SimpleNamespace(config=config, setup=SimpleNamespace(tokenizer=tokenizer))
+    return run, *records(rows, tokens, tokenizer.size, looping=0.5)
+
+
+def milliseconds(run: Any, *given: Any, repeats: int = 5) -> list[float]:
+    """Of `_measure`, sorted."""
+    taken = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        train._Run._measure(run, *given)
+        taken.append((time.perf_counter() - began) * 1e3)
+    return sorted(taken)
+
+
+def main() -> None:
+    tiny = recipes.recipe("tiny").student.path
+    cases = {
+        "64 x 200, recipe tiny": measure("tiny", data.Tokenizer(tiny), rows=64, tokens=200),
+        "256 x 8192, the paper's recipe": measure(
+            "qwen2.5-math-7b,data=x.jsonl", word_pieces(), rows=256, tokens=8192
+        ),
+    }
+    for name, (run, *given) in cases.items():
+        for rule in ("tail", "ngram"):
+            run.config.metrics.repeated_tokens = rule
+            taken = milliseconds(run, *given)
+            row = train._Run._measure(run, *given)
+            print(
+                f"{name}, {rule}: {taken[len(taken) // 2]:.1f} ms ({taken[0]:.1f} to "
+                f"{taken[-1]:.1f}); RepRate {row['rollout/repetition_rate']:.2f}, repetitive tokens "
+                f"{row['score/repeated_token_fraction']:.2f}, {len(row)} keys"
+            )
+
+
+if __name__ == "__main__":
+    main()

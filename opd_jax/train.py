@@ -8,7 +8,6 @@ import dataclasses
 import json
 import math
 import pathlib
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -22,25 +21,22 @@ from opd_jax import (
     data,
     display,
     losses,
-    metrics,
     models,
     objectives,
-    repetition,
     rows,
-    scoring,
     update,
     workdir,
 )
 from opd_jax.clock import Clock, peak_gib
+from opd_jax.collect import Collector, Experience
 from opd_jax.errors import ConfigError, NonFiniteError
 from opd_jax.eval.evaluate import evaluate
-from opd_jax.eval.grade import Grade, Grader
+from opd_jax.eval.grade import Grader
 from opd_jax.keys import Stream, key_for
 from opd_jax.loading import Weights, load_weights
 from opd_jax.models import decoder
-from opd_jax.rollout import generate
 from opd_jax.setup import Setup, compute_dtype, make_setup
-from opd_jax.types import Frozen, Rollout, Scores, TeacherRows, TrainState
+from opd_jax.types import Frozen, RolloutRows, TrainState
 
 Summary = dict[str, float]
 
@@ -90,10 +86,8 @@ class _Run:
         config = setup.config
         self.setup, self.config, self.folder = setup, config, folder
         self.grader, self.saved = grader, saved
-        self.background = ThreadPoolExecutor(max_workers=1)  # waits for the grading processes
         self.dtype = compute_dtype(config.student.dtype)
-        self.scored_V = None if setup.alignment.scored.all() else setup.alignment.scored
-        self.drawn_V = None if setup.alignment.drawn.all() else setup.alignment.drawn
+        self.collector = Collector(setup, grader)
         self.teacher, self.scorer = weights.teacher, weights.scorer
         self.reference = weights.reference
         updates = config.steps * config.optim.updates_per_rollout
@@ -109,7 +103,7 @@ class _Run:
             terms,
             setup.student,
             Frozen(reference=setup.reference, teacher=setup.teacher),
-            scored_V=self.scored_V,
+            scored_V=self.collector.scored_V,
             **shared,
         )
         self.accumulate = update.make_accumulate(
@@ -181,7 +175,7 @@ class _Run:
 
     def _step(self, step: int, problems: list[data.Problem]) -> tuple[Summary, list[dict]]:
         """One batch of prompts: roll out, score, update. Returns the step's metrics and rollouts."""
-        setup, terms, loss = self.setup, self.setup.terms, self.config.loss
+        setup, terms = self.setup, self.setup.terms
         clock = Clock()
         row: Summary = {}
         lines: list[dict] = []
@@ -189,44 +183,16 @@ class _Run:
         prompts = setup.student_style.prompts(problems, setup.tokenizer)
         golden = self._golden(problems) if terms.needs_golden else []
         if terms.needs_rollouts:
-            group = self.config.rollout.samples_per_prompt
-            weights = _cast(self.state.params, self.dtype)
-            rollout = self._rollout(step, weights, prompts)
-            clock.lap("rollout", rollout.response_length_B.sum())
-            texts = [
-                setup.tokenizer.decode(rollout.response(i)) for i in range(len(rollout.length_B))
-            ]
-            answers = [problem.answer for problem in problems for _ in range(group)]
-            grading = self._start_grading(texts, answers)
-            teacher_rows = self._teacher_rows(rollout, problems)
-            scores = self._score(weights, rollout, teacher_rows)
-            del weights  # the update donates the state they may share
-            clock.lap("score", rollout.response_length_B.sum())
-            mask_BT = rows.scored_mask(rollout, setup.alignment.scored, setup.first_pieces)
-            flagged_B, repeated_BT = self._repetition(rollout, texts)
-            grades = None if grading is None else grading.result()
-            correct = None if grades is None else np.array([g is Grade.CORRECT for g in grades])
-            row |= metrics.step_metrics(
-                rollout, scores, mask_BT, texts, flagged_B, repeated_BT, correct_B=correct,
-                positions=self.config.metrics.positions, hedging=self.config.metrics.hedging,
-                max_response_tokens=self.config.rollout.max_response_tokens,
-            )  # fmt: skip
+            student = _cast(self.state.params, self.dtype)
+            teacher = self._teacher_now(student)
+            key = key_for(self.config.seed, step, Stream.ROLLOUT)
+            given = self.collector.collect(
+                student, teacher, problems, prompts, key=key, clock=clock
+            )
+            del student, teacher  # the update donates the state they may share
+            row |= self.collector.measure(given)
             clock.lap("measure")
-            advantage_BT = rows.advantages(
-                rollout, scores, mask_BT, terms, reward_B=correct, group=group
-            )
-            counted_BT = rows.counted(
-                rollout, mask_BT, truncated=loss.truncated, tail=loss.truncated_tail
-            )
-            rollout_rows = rows.rollout_rows(
-                rollout, scores, counted_BT, advantage_BT, terms, weigh=self.weigh
-            )
-            if terms.teacher_in_update:
-                rollout_rows = rollout_rows.replace(teacher=teacher_rows)
-            lines = rows.as_lines(
-                step, rollout, scores, advantage_BT, correct=correct,
-                count=min(self.config.log.rollouts, len(texts)), decode=setup.tokenizer.decode,
-            )  # fmt: skip
+            rollout_rows, lines = self._rollout_rows(step, given)
         if golden:
             batch = data.golden_rows(prompts, golden, width=setup.width)
             golden_rows = rows.golden_rows(*batch, weigh=self.weigh_golden)
@@ -239,92 +205,37 @@ class _Run:
         row["memory/peak_gib"] = peak_gib()
         return row, lines
 
-    def _start_grading(self, texts: list[str], answers: list[str]) -> Future | None:
-        """Grades of the rollouts, made by other processes while the models score; None without answers."""
-        if not all(answers):
-            return None
-        return self.background.submit(self.grader.grade, list(zip(texts, answers, strict=True)))
+    def _rollout_rows(self, step: int, given: Experience) -> tuple[RolloutRows, list[dict]]:
+        """What the update takes of the experience, and the lines of it for rollouts.jsonl."""
+        terms, loss, rollout = self.setup.terms, self.config.loss, given.rollout
+        advantage_BT = rows.advantages(
+            rollout, given.scores, given.mask_BT, terms,
+            reward_B=given.correct_B, group=self.config.rollout.samples_per_prompt,
+        )  # fmt: skip
+        counted_BT = rows.counted(
+            rollout, given.mask_BT, truncated=loss.truncated, tail=loss.truncated_tail
+        )
+        made = rows.rollout_rows(
+            rollout, given.scores, counted_BT, advantage_BT, terms, weigh=self.weigh
+        )
+        lines = rows.as_lines(
+            step, rollout, given.scores, advantage_BT, correct=given.correct_B,
+            count=min(self.config.log.rollouts, len(given.texts)),
+            decode=self.setup.tokenizer.decode,
+        )  # fmt: skip
+        return made.replace(teacher=given.teacher_rows if terms.teacher_in_update else None), lines
 
-    def _teacher_now(self) -> models.Params:
-        """The weights that score: frozen, the student's moving average, or its own."""
-        if self.scorer is not None:
+    def _teacher_now(self, student: models.Params | None = None) -> models.Params | None:
+        """The weights that score: frozen, the student's moving average, or its own; None without any.
+
+        `student`: the student's own, where they are there already in the dtype to compute in.
+        """
+        if self.scorer is not None or self.setup.teacher is None:
             return self.scorer
+        if self.state.average is None and student is not None:
+            return student
         follows = self.state.params if self.state.average is None else self.state.average
         return _cast(follows, self.dtype)
-
-    def _rollout(self, step: int, weights: models.Params, prompts: list[list[int]]) -> Rollout:
-        section = self.config.rollout
-        return generate(
-            weights,
-            self.setup.student,
-            [prompt for prompt in prompts for _ in range(section.samples_per_prompt)],
-            key=key_for(self.config.seed, step, Stream.ROLLOUT),
-            max_response_tokens=section.max_response_tokens,
-            temperature=section.temperature,
-            top_p=section.top_p,
-            stop_ids=self.setup.alignment.stop_ids,
-            slots=section.slots or None,
-            max_prompt_tokens=section.max_prompt_tokens,
-            vocabulary=self.setup.alignment.vocabulary,
-            drawn_V=self.drawn_V,
-            scored_V=self.scored_V,
-        )
-
-    def _teacher_rows(self, rollout: Rollout, problems: list[data.Problem]) -> TeacherRows | None:
-        """The rollouts as the teacher reads them, where that is not as the student does."""
-        setup, samples = self.setup, self.config.rollout.samples_per_prompt
-        if not setup.separate_prompts:
-            return None
-        prompts = setup.teacher_style.prompts(problems, setup.teacher_tokenizer)
-        return rows.teacher_rows(
-            rollout,
-            [prompt for prompt in prompts for _ in range(samples)],
-            setup.alignment.teacher_ids,
-            width=setup.teacher_width,
-        )
-
-    def _score(
-        self, weights: models.Params, rollout: Rollout, teacher_rows: TeacherRows | None
-    ) -> Scores:
-        """Student and teacher on the rollouts; the student alone where no term asks the teacher."""
-        setup, config = self.setup, self.config
-        teacher = None
-        if setup.teacher is not None:
-            teacher = weights if config.teacher.follow == "live" else self._teacher_now()
-        return scoring.score(
-            weights,
-            setup.student,
-            teacher,
-            setup.teacher,
-            rollout.tokens_BT,
-            rollout.length_B,
-            vocabulary=setup.alignment.vocabulary,
-            top_k=config.scoring.overlap_top_k,
-            token_chunk=config.scoring.token_chunk,
-            microbatch_tokens=config.optim.microbatch_tokens,
-            teacher_rows=teacher_rows,
-            scored_V=self.scored_V,
-            support=setup.terms.scored_support,
-        )
-
-    def _repetition(self, rollout: Rollout, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Which rollouts repeat themselves [B], and which of their tokens do [B, T]."""
-        section = self.config.metrics
-        flagged_B = metrics.flagged(
-            texts,
-            tail=section.repetition_tail,
-            threshold=section.repetition_threshold,
-            level=section.repetition_level,
-        )
-        repeated_BT = repetition.repeated_mask(
-            rollout,
-            flagged_B,
-            rule=section.repeated_tokens,
-            tail=section.repetition_tail,
-            ngram=section.repeated_ngram,
-            decode=self.setup.tokenizer.decode,
-        )
-        return flagged_B, repeated_BT
 
     def _golden(self, problems: list[data.Problem]) -> list[list[int]]:
         texts = [problem.solution for problem in problems]
@@ -360,6 +271,7 @@ class _Run:
         The teacher answers as itself: its own prompts, ids and end tokens.
         """
         setup, config = self.setup, self.config
+        params: models.Params | None
         if step == "teacher" and setup.teacher is not None:
             params = self._teacher_now() if self.teacher is None else self.teacher
             model, tokenizer, prompts = (
@@ -373,6 +285,7 @@ class _Run:
             params = _cast(self.state.params, self.dtype)
             model, tokenizer, prompts = setup.student, setup.tokenizer, setup.prompts
             width, ids = config.rollout.max_prompt_tokens, setup.alignment
+        assert params is not None
         return evaluate(
             params,
             model,

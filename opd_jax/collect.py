@@ -1,0 +1,176 @@
+"""One batch of prompts becomes experience: rollouts, what both models say of them, which are right."""
+
+import dataclasses
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+
+from opd_jax import data, metrics, models, repetition, rows, scoring
+from opd_jax.clock import Clock
+from opd_jax.eval.grade import Grade, Grader
+from opd_jax.rollout import generate
+from opd_jax.setup import Setup
+from opd_jax.types import Rollout, Scores, TeacherRows
+
+
+@dataclasses.dataclass(frozen=True)
+class Experience:
+    """A step's rollouts and what is known of them; host arrays, `samples_per_prompt` rows a prompt.
+
+    Attributes:
+      rollout, scores: the records.
+      teacher_rows: the responses as the teacher reads them; None where it reads the same rows.
+      mask_BT: tokens that both models are held to. repeated_BT: tokens that repeat earlier ones.
+      flagged_B: rollouts that repeat themselves.
+      correct_B: whether each answer is right; None where the problems have no answers.
+      texts: of the responses.
+    """
+
+    rollout: Rollout
+    scores: Scores
+    teacher_rows: TeacherRows | None
+    mask_BT: np.ndarray
+    repeated_BT: np.ndarray
+    flagged_B: np.ndarray
+    correct_B: np.ndarray | None
+    texts: list[str]
+
+
+class Collector:
+    """Makes `Experience` as the config says; keeps nothing between steps."""
+
+    def __init__(self, setup: Setup, grader: Grader):
+        self.setup, self.config, self.grader = setup, setup.config, grader
+        self.scored_V = None if setup.alignment.scored.all() else setup.alignment.scored
+        self.drawn_V = None if setup.alignment.drawn.all() else setup.alignment.drawn
+        self._background = ThreadPoolExecutor(max_workers=1)  # waits for the grading processes
+
+    def collect(
+        self,
+        student: models.Params,
+        teacher: models.Params | None,
+        problems: Sequence[data.Problem],
+        prompts: Sequence[Sequence[int]],
+        *,
+        key: jax.Array,
+        clock: Clock,
+    ) -> Experience:
+        """Roll out, score, grade. `student` and `teacher` are in the dtypes they compute in."""
+        setup, group = self.setup, self.config.rollout.samples_per_prompt
+        rollout = self._rollout(student, prompts, key)
+        clock.lap("rollout", rollout.response_length_B.sum())
+        texts = [setup.tokenizer.decode(rollout.response(i)) for i in range(len(rollout.length_B))]
+        answers = [problem.answer for problem in problems for _ in range(group)]
+        grading = self._start_grading(texts, answers)
+        teacher_rows = self._teacher_rows(rollout, problems)
+        scores = self._score(student, teacher, rollout, teacher_rows)
+        clock.lap("score", rollout.response_length_B.sum())
+        flagged_B, repeated_BT = self._repetition(rollout, texts)
+        grades = None if grading is None else grading.result()
+        return Experience(
+            rollout=rollout,
+            scores=scores,
+            teacher_rows=teacher_rows,
+            mask_BT=rows.scored_mask(rollout, setup.alignment.scored, setup.first_pieces),
+            repeated_BT=repeated_BT,
+            flagged_B=flagged_B,
+            correct_B=None if grades is None else np.array([g is Grade.CORRECT for g in grades]),
+            texts=texts,
+        )
+
+    def measure(self, given: Experience) -> dict[str, float]:
+        """The `rollout/*` and `score/*` keys."""
+        section, rollout = self.config.metrics, self.config.rollout
+        return metrics.step_metrics(
+            given.rollout, given.scores, given.mask_BT, given.texts, given.flagged_B,
+            given.repeated_BT, correct_B=given.correct_B, positions=section.positions,
+            hedging=section.hedging, max_response_tokens=rollout.max_response_tokens,
+        )  # fmt: skip
+
+    def _rollout(
+        self, student: models.Params, prompts: Sequence[Sequence[int]], key: jax.Array
+    ) -> Rollout:
+        section, alignment = self.config.rollout, self.setup.alignment
+        return generate(
+            student,
+            self.setup.student,
+            [prompt for prompt in prompts for _ in range(section.samples_per_prompt)],
+            key=key,
+            max_response_tokens=section.max_response_tokens,
+            temperature=section.temperature,
+            top_p=section.top_p,
+            stop_ids=alignment.stop_ids,
+            slots=section.slots or None,
+            max_prompt_tokens=section.max_prompt_tokens,
+            vocabulary=alignment.vocabulary,
+            drawn_V=self.drawn_V,
+            scored_V=self.scored_V,
+        )
+
+    def _teacher_rows(
+        self, rollout: Rollout, problems: Sequence[data.Problem]
+    ) -> TeacherRows | None:
+        """The rollouts as the teacher reads them, where that is not as the student does."""
+        setup, samples = self.setup, self.config.rollout.samples_per_prompt
+        if not setup.separate_prompts:
+            return None
+        prompts = setup.teacher_style.prompts(problems, setup.teacher_tokenizer)
+        return rows.teacher_rows(
+            rollout,
+            [prompt for prompt in prompts for _ in range(samples)],
+            setup.alignment.teacher_ids,
+            width=setup.teacher_width,
+        )
+
+    def _score(
+        self,
+        student: models.Params,
+        teacher: models.Params | None,
+        rollout: Rollout,
+        teacher_rows: TeacherRows | None,
+    ) -> Scores:
+        """Student and teacher on the rollouts; the student alone where no term asks the teacher."""
+        setup, config = self.setup, self.config
+        return scoring.score(
+            student,
+            setup.student,
+            teacher,
+            setup.teacher,
+            rollout.tokens_BT,
+            rollout.length_B,
+            vocabulary=setup.alignment.vocabulary,
+            top_k=config.scoring.overlap_top_k,
+            token_chunk=config.scoring.token_chunk,
+            microbatch_tokens=config.optim.microbatch_tokens,
+            teacher_rows=teacher_rows,
+            scored_V=self.scored_V,
+            support=setup.terms.scored_support,
+        )
+
+    def _start_grading(self, texts: list[str], answers: list[Any]) -> Future | None:
+        """Grades of the rollouts, made by other processes while the models score; None without answers."""
+        if not all(answers):
+            return None
+        return self._background.submit(self.grader.grade, list(zip(texts, answers, strict=True)))
+
+    def _repetition(self, rollout: Rollout, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Which rollouts repeat themselves [B], and which of their tokens do [B, T]."""
+        section = self.config.metrics
+        flagged_B = metrics.flagged(
+            texts,
+            tail=section.repetition_tail,
+            threshold=section.repetition_threshold,
+            level=section.repetition_level,
+        )
+        repeated_BT = repetition.repeated_mask(
+            rollout,
+            flagged_B,
+            rule=section.repeated_tokens,
+            tail=section.repetition_tail,
+            ngram=section.repeated_ngram,
+            decode=self.setup.tokenizer.decode,
+        )
+        return flagged_B, repeated_BT

@@ -1,11 +1,14 @@
-"""What measuring a step costs: `python -m tests.bench_metrics`. Not collected by pytest.
+"""What measuring a step and grading its answers cost: `python -m tests.bench_metrics`.
 
 Records made at random go through `_measure` of train.py: decoding, RepRate, repetitive tokens, means by
-position, hedging, right against wrong.
+position, hedging, right against wrong. Not collected by pytest.
 """
 
+import statistics
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from configs import recipes
 from opd_jax import data, train
-from opd_jax.eval import Grade
+from opd_jax.eval import Grade, Grader
 from opd_jax.types import Outcome, Rollout, Scores
 
 PIECES = 5_000
@@ -74,14 +77,21 @@ def measure(recipe: str, tokenizer: data.Tokenizer, *, rows: int, tokens: int) -
     return run, *records(rows, tokens, tokenizer.size, looping=0.5)
 
 
-def milliseconds(run: Any, *given: Any, repeats: int = 5) -> list[float]:
-    """Of `_measure`, sorted."""
+def milliseconds(work: Callable[[], Any], clock: Callable[[], float], repeats: int = 7) -> float:
+    """Median; the first time is left out."""
     taken = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        train._Run._measure(run, *given)
-        taken.append((time.perf_counter() - began) * 1e3)
-    return sorted(taken)
+    for _ in range(repeats + 1):
+        began = clock()
+        work()
+        taken.append((clock() - began) * 1e3)
+    return statistics.median(taken[1:])
+
+
+def grading(grader: Grader, form: str) -> str:
+    """Milliseconds and rate for 64 answers whose box holds a number as `form` writes it."""
+    pairs = [(f"{i}+{i}={2 * i}.\n\\boxed{{{form.format(2 * i)}}}", str(2 * i)) for i in range(64)]
+    took = milliseconds(lambda: grader.grade(pairs), time.perf_counter)
+    return f"{took:.2f} ms, {64e3 / took:,.0f} answers/s"
 
 
 def main() -> None:
@@ -95,13 +105,16 @@ def main() -> None:
     for name, (run, *given) in cases.items():
         for rule in ("tail", "ngram"):
             run.config.metrics.repeated_tokens = rule
-            taken = milliseconds(run, *given)
+            took = milliseconds(partial(train._Run._measure, run, *given), time.process_time)
             row = train._Run._measure(run, *given)
             print(
-                f"{name}, {rule}: {taken[len(taken) // 2]:.1f} ms ({taken[0]:.1f} to "
-                f"{taken[-1]:.1f}); RepRate {row['rollout/repetition_rate']:.2f}, repetitive tokens "
+                f"{name}, {rule}: {took:.1f} ms of one core; RepRate "
+                f"{row['rollout/repetition_rate']:.2f}, repetitive tokens "
                 f"{row['score/repeated_token_fraction']:.2f}, {len(row)} keys"
             )
+    with Grader() as grader:
+        print(f"64 answers, whole numbers: {grading(grader, '{}')}")
+        print(f"64 answers, by math-verify: {grading(grader, '{}.0')}")
 
 
 if __name__ == "__main__":

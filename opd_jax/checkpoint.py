@@ -40,26 +40,47 @@ class Checkpoints:
         """Newest complete step, None where there is none."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, data: Any) -> None:
+    @property
+    def steps(self) -> list[int]:
+        """All complete steps, in order."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, state: TrainState, data: Any, guard: str) -> None:
         """Write `step` in the background; the iterator's state is taken now."""
         if step == self.latest:
             return
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), data=grain.checkpoint.CheckpointSave(data)
+                state=ocp.args.StandardSave(state),
+                data=grain.checkpoint.CheckpointSave(data),
+                guard=ocp.args.JsonSave({"state": guard}),
             ),
         )
 
-    def restore(self, state: TrainState, data: Any) -> TrainState:
-        """The newest state, of the shapes and dtypes of `state`; moves the iterator `data`."""
+    def delete_after(self, step: int) -> None:
+        """Remove what is newer than `step`."""
+        self._manager.wait_until_finished()
+        for later in self.steps:
+            if later > step:
+                self._manager.delete(later)
+
+    def guard(self, step: int) -> str:
+        """What was saved of the guard at `step`."""
+        restored = self._manager.restore(
+            step, args=ocp.args.Composite(guard=ocp.args.JsonRestore())
+        )
+        return restored["guard"]["state"]
+
+    def restore(self, step: int, state: TrainState, data: Any) -> TrainState:
+        """The state of `step`, of the shapes and dtypes of `state`; moves the iterator `data`."""
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
         def placed(leaf: Any) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
 
         restored = self._manager.restore(
-            self.latest,
+            step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardRestore(jax.tree.map(placed, state)),
                 data=grain.checkpoint.CheckpointRestore(data),

@@ -68,13 +68,38 @@ class Collector:
         teacher_rows = self._teacher_rows(rollout, problems)
         scores = self._score(student, teacher, rollout, teacher_rows)
         clock.lap("score", rollout.response_length_B.sum())
-        flagged_B, repeated_BT = self._repetition(rollout, texts)
         grades = None if grading is None else grading.result()
+        return self.understand(rollout, scores, teacher_rows, texts, grades)
+
+    def understand(
+        self,
+        rollout: Rollout,
+        scores: Scores,
+        teacher_rows: TeacherRows | None,
+        texts: list[str],
+        grades: Sequence[Grade] | None,
+    ) -> Experience:
+        """Which tokens count and which repeat, which rollouts are right: only a CORRECT one is."""
+        section, alignment = self.config.metrics, self.setup.alignment
+        flagged_B = metrics.flagged(
+            texts,
+            tail=section.repetition_tail,
+            threshold=section.repetition_threshold,
+            level=section.repetition_level,
+        )
+        repeated_BT = repetition.repeated_mask(
+            rollout,
+            flagged_B,
+            rule=section.repeated_tokens,
+            tail=section.repetition_tail,
+            ngram=section.repeated_ngram,
+            decode=self.setup.tokenizer.decode,
+        )
         return Experience(
             rollout=rollout,
             scores=scores,
             teacher_rows=teacher_rows,
-            mask_BT=rows.scored_mask(rollout, setup.alignment.scored, setup.first_pieces),
+            mask_BT=rows.scored_mask(rollout, alignment.scored, self.setup.first_pieces),
             repeated_BT=repeated_BT,
             flagged_B=flagged_B,
             correct_B=None if grades is None else np.array([g is Grade.CORRECT for g in grades]),
@@ -155,22 +180,3 @@ class Collector:
         if not all(answers):
             return None
         return self._background.submit(self.grader.grade, list(zip(texts, answers, strict=True)))
-
-    def _repetition(self, rollout: Rollout, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Which rollouts repeat themselves [B], and which of their tokens do [B, T]."""
-        section = self.config.metrics
-        flagged_B = metrics.flagged(
-            texts,
-            tail=section.repetition_tail,
-            threshold=section.repetition_threshold,
-            level=section.repetition_level,
-        )
-        repeated_BT = repetition.repeated_mask(
-            rollout,
-            flagged_B,
-            rule=section.repeated_tokens,
-            tail=section.repetition_tail,
-            ngram=section.repeated_ngram,
-            decode=self.setup.tokenizer.decode,
-        )
-        return flagged_B, repeated_BT

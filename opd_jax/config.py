@@ -117,6 +117,7 @@ def default() -> ConfigDict:
     loss.gold_aggregation = "token"  # of golden solutions: token | sequence
     loss.truncated = "keep"  # rollouts that ran out of budget: keep | mask | tail: leave out their
     loss.truncated_tail = 256  # last so many tokens
+    loss.repeated = "keep"  # tokens that repeat (metrics.repeated_tokens): keep | mask
 
     optim = config.optim = ConfigDict()
     optim.learning_rate = 1e-6
@@ -201,7 +202,8 @@ def validate(config: ConfigDict) -> None:
         ("loss.kl_estimator", ESTIMATORS), ("loss.direction", DIRECTIONS), ("loss.form", FORMS),
         ("loss.support", SUPPORTS), ("loss.support_weight", SUPPORT_WEIGHTS),
         ("loss.aggregation", AGGREGATIONS), ("loss.gold_aggregation", AGGREGATIONS[:2]),
-        ("loss.truncated", ("keep", "mask", "tail")), ("optim.schedule", ("constant", "linear", "cosine")),
+        ("loss.truncated", ("keep", "mask", "tail")), ("loss.repeated", ("keep", "mask")),
+        ("optim.schedule", ("constant", "linear", "cosine")),
         ("teacher.follow", ("frozen", "average", "live")), ("data.bad_rows", ("refuse", "skip")),
         ("scoring.special_tokens", ("remap", "mask", "keep")), ("metrics.repeated_tokens", RULES),
     ):  # fmt: skip

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from opd_jax import config as configuration
-from opd_jax import data, models, objectives
+from opd_jax import data, guard, models, objectives
 from opd_jax.errors import ConfigError, ModelError
 from opd_jax.fitting import Misfit, prompt_misfit, teacher_misfit, without_misfits
 
@@ -181,7 +181,9 @@ def _same_prompts(student: data.Tokenizer, teacher: data.Tokenizer) -> bool:
 def make_terms(config: ConfigDict) -> objectives.Terms:
     """The loss's numbers from the config section `loss`."""
     names = {field.name for field in dataclasses.fields(objectives.Terms)} & set(config.loss)
-    return objectives.Terms(**{name: config.loss[name] for name in names})
+    raised = ["reference_kl"] * guard.may_raise_beta_kl(config)
+    raised += ["sft"] * guard.may_raise_lambda_gold(config)
+    return objectives.Terms(**{name: config.loss[name] for name in names}, raised=tuple(raised))
 
 
 def _warnings(terms: objectives.Terms) -> list[str]:

@@ -20,6 +20,7 @@ from opd_jax import (
     checkpoint,
     data,
     display,
+    guard,
     losses,
     models,
     objectives,
@@ -39,6 +40,8 @@ from opd_jax.setup import Setup, compute_dtype, make_setup
 from opd_jax.types import Frozen, RolloutRows, TrainState
 
 Summary = dict[str, float]
+_ROLLBACK = "rollback.json"  # what a rollback is about, until a later checkpoint knows of it
+_NEWS = ("eval/", "guard/")  # keys that are logged whenever they occur
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,53 +128,99 @@ class _Run:
             seed=config.seed,
             shuffle=config.data.shuffle,
         )
-        self.first = saved.latest or 0
+        self.rules = guard.make_rules(config)
+        self.guard = guard.State()
         begin = partial(update.init_state, tx=tx, average=config.teacher.follow == "average")
+        self.like = jax.eval_shape(begin, decoder.abstract_params(setup.student))
+        self.first = saved.latest or 0
         if self.first:
-            like = jax.eval_shape(begin, decoder.abstract_params(setup.student))
-            self.state = saved.restore(like, self.batches)
+            self._resume()
         else:
             student, weights.student = weights.student, None  # the state takes it over
             assert student is not None  # read where there is no checkpoint
             self.state = begin(student)
+        kept = self.first or -1  # without a checkpoint even step 0 is written anew
+        self.log = workdir.Lines(folder / "metrics.jsonl", resume_step=kept)
+        self.samples = workdir.Lines(folder / "rollouts.jsonl", resume_step=kept)
+
+    def _resume(self) -> None:
+        """The newest checkpoint; or the one that a rollback which was cut short was going back to."""
+        state = guard.from_json(self.saved.guard(self.first))
+        record = self.folder / _ROLLBACK
+        last = None
+        if record.exists():
+            noted = json.loads(record.read_text(encoding="utf-8"))
+            last = noted["step"], guard.from_json(noted["guard"])
+        self.first, self.guard = guard.resumed((self.first, state), last)
+        self.saved.delete_after(self.first)
+        self.state = self.saved.restore(self.first, self.like, self.batches)
 
     def loop(self) -> Result:
         """Steps from where the run stands to `steps`, with evaluations, logs and checkpoints."""
-        config, first = self.config, self.first
-        progress = display.Progress(config.steps, first)
-        kept = first if first else -1  # without a checkpoint even step 0 is written anew
-        log = workdir.Lines(self.folder / "metrics.jsonl", resume_step=kept)
-        samples = workdir.Lines(self.folder / "rollouts.jsonl", resume_step=kept)
-        if first:
-            progress.say(f"resumed at step {first}")
+        config, step = self.config, self.first
+        progress = display.Progress(config.steps, step)
+        if step:
+            progress.say(f"resumed at step {step}")
         else:
             before = self._evaluate(0) if self.setup.held_out else {}
-            log.write({"step": 0} | self._eval_keys(before))
+            self.log.write({"step": 0} | self._eval_keys(before))
             if before:
                 progress.say(f"step 0: {display.headline(before)}")
-        for step in range(first + 1, config.steps + 1):
-            last = step == config.steps
+        last = False
+        while step < config.steps and not last:
+            step += 1
             row, sampled = self._step(step, next(self.batches))
             _require_finite(step, row)
             progress.step(step, row)
+            response = self._watch(step, row)
+            last = response.stop or (step == config.steps and response.restore is None)
+            for line in response.lines:
+                progress.say(line)
             due = last or (config.eval.every and step % config.eval.every == 0)
             if due and self.setup.held_out:
                 summary = self._evaluate(step)
                 row |= self._eval_keys(summary)
                 progress.say(f"step {step}: {display.headline(summary)}")
-            if last or step % config.log.every == 0 or any(key.startswith("eval/") for key in row):
-                log.write({"step": step} | row)
-                for line in sampled:
-                    samples.write(line)
-            if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
-                self.saved.save(step, self.state, self.batches)
-        log.close()
-        samples.close()
-        table = self._table() if self.setup.held_out else {}
+            if last or step % config.log.every == 0 or any(k.startswith(_NEWS) for k in row):
+                self.log.write({"step": step} | row)
+                for sample in sampled:
+                    self.samples.write(sample)
+            if response.restore is not None:
+                step = self._go_back(response.restore)
+            elif last or (config.checkpoint.every and step % config.checkpoint.every == 0):
+                self.saved.save(step, self.state, self.batches, guard.to_json(self.guard))
+        self.log.close()
+        self.samples.close()
+        table = self._table(step) if self.setup.held_out else {}
         if table:
             progress.say(f"\n{display.table(table)}\n")
         progress.say(f"written to {self.folder}")
         return Result(self.state, table)
+
+    def _watch(self, step: int, row: Summary) -> guard.Response:
+        """What the guard makes of a step; its keys go into the step's row."""
+        if self.rules.action == "off":
+            return guard.Response()
+        self.guard, alarm = guard.observe(self.guard, step, row, self.rules)
+        self.guard, response = guard.respond(self.guard, step, alarm, self.rules, self.saved.steps)
+        row |= response.event
+        return response
+
+    def _go_back(self, step: int) -> int:
+        """To the checkpoint of `step`, with the guard as it is now; later lines are set aside."""
+        noted = {"step": step, "guard": guard.to_json(self.guard)}
+        (self.folder / _ROLLBACK).write_text(json.dumps(noted) + "\n", encoding="utf-8")
+        self.saved.delete_after(step)
+        del self.state  # makes room for the one that is read
+        self.state = self.saved.restore(step, self.like, self.batches)
+        self.log.go_back(step)
+        self.samples.go_back(step)
+        return step
+
+    def _weights(self) -> dict[str, float]:
+        """The weight of each term, as configured or as the guard has raised it."""
+        beta_kl, lambda_gold = guard.terms(self.guard, self.rules)
+        return self.setup.terms.weights | {"reference_kl": beta_kl, "sft": lambda_gold}
 
     def _step(self, step: int, problems: list[data.Problem]) -> tuple[Summary, list[dict]]:
         """One batch of prompts: roll out, score, update. Returns the step's metrics and rollouts."""
@@ -215,6 +264,8 @@ class _Run:
         counted_BT = rows.counted(
             rollout, given.mask_BT, truncated=loss.truncated, tail=loss.truncated_tail
         )
+        if loss.repeated == "mask" or guard.masking(self.guard, self.rules):
+            counted_BT = counted_BT & ~given.repeated_BT
         made = rows.rollout_rows(
             rollout, given.scores, counted_BT, advantage_BT, terms, weigh=self.weigh
         )
@@ -244,7 +295,7 @@ class _Run:
     def _update(self, step: int, rollout_rows: Any, golden_rows: Any) -> dict[str, float]:
         """`updates_per_rollout` optimizer steps, each on its share of the prompts; mean measurements."""
         parts, every = self.config.optim.updates_per_rollout, self.config.log.gradients
-        weights = self.setup.terms.weights
+        weights = self._weights()
         measured = []
         for i in range(parts):
             teacher = None
@@ -304,13 +355,12 @@ class _Run:
             out=self.folder / "eval" / str(step) / f"{self._benchmark}.jsonl",
         )
 
-    def _table(self) -> dict[str, Summary]:
+    def _table(self, last: int) -> dict[str, Summary]:
         """The rows of the closing table. What an earlier part of the run did not measure is measured
         now, or left out where its weights are gone."""
         table = {}
         if before := self._summary(0):
             table["student before"] = before
-        last = self.config.steps
         table["student after"] = self._summary(last) or self._evaluate(last)
         if self.setup.teacher is not None and self.config.eval.teacher:
             table["teacher"] = self._evaluate("teacher")

@@ -102,17 +102,30 @@ class Lines:
 
     def __init__(self, path: pathlib.Path, *, resume_step: int):
         """Open for appending, cutting off lines of steps after `resume_step` and a torn last line."""
-        if path.exists():
-            kept = [line for line in _whole_lines(path) if line["step"] <= resume_step]
-            temporary = path.with_suffix(".tmp")
+        self._path = path
+        self._open(resume_step)
+
+    def _open(self, resume_step: int) -> None:
+        if self._path.exists():
+            kept = [line for line in _whole_lines(self._path) if line["step"] <= resume_step]
+            temporary = self._path.with_suffix(".tmp")
             temporary.write_text("".join(map(_line, kept)), encoding="utf-8")
-            temporary.replace(path)
-        self._file = path.open("a", encoding="utf-8")
+            temporary.replace(self._path)
+        self._file = self._path.open("a", encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one object."""
         self._file.write(_line(row))
         self._file.flush()
+
+    def go_back(self, step: int) -> None:
+        """Move the lines of steps after `step` to `NAME.rolled_back.jsonl` beside it; go on after `step`."""
+        self._file.close()
+        lines = _whole_lines(self._path)
+        aside = self._path.with_suffix(".rolled_back.jsonl")
+        with aside.open("a", encoding="utf-8") as file:
+            file.writelines(_line(line) for line in lines if line["step"] > step)
+        self._open(step)
 
     def close(self) -> None:
         """Close the file."""

@@ -1,7 +1,7 @@
 """What measuring a step and grading its answers cost: `python -m tests.bench_metrics`.
 
-Records made at random go through `_measure` of train.py: decoding, RepRate, repetitive tokens, means by
-position, hedging, right against wrong. Not collected by pytest.
+Records made at random go through `Collector.understand` and `measure`: decoding, RepRate, repetitive
+tokens, means by position, hedging, right against wrong. Not collected by pytest.
 """
 
 import statistics
@@ -17,7 +17,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from configs import recipes
-from opd_jax import data, train
+from opd_jax import data
+from opd_jax.collect import Collector
 from opd_jax.eval import Grade, Grader
 from opd_jax.types import Outcome, Rollout, Scores
 
@@ -42,7 +43,7 @@ def word_pieces() -> data.Tokenizer:
 
 def records(
     rows: int, tokens: int, size: int, looping: float
-) -> tuple[Rollout, Scores, np.ndarray, list[Grade]]:
+) -> tuple[Rollout, Scores, list[Grade]]:
     """Rollouts of which a share of `looping` says 30 tokens over and over from a fifth on."""
     draw = np.random.default_rng(1)
     prompt = tokens // 8
@@ -66,15 +67,29 @@ def records(
     }  # fmt: skip
     scores = Scores(**{f"{name}_BT": x for name, x in numbers.items()})
     grades = [Grade.CORRECT if right else Grade.WRONG for right in draw.random(rows) < 0.5]
-    return rollout, scores, rollout.response_mask_BT, grades
+    return rollout, scores, grades
 
 
-def measure(recipe: str, tokenizer: data.Tokenizer, *, rows: int, tokens: int) -> tuple[Any, ...]:
-    """A stand-in for a run that can do nothing but measure, and what it is given."""
+def prepare(recipe: str, tokenizer: data.Tokenizer, *, rows: int, tokens: int) -> tuple[Any, ...]:
+    """A collector that can do nothing but measure, and what it is given."""
     config = recipes.recipe(recipe)
     config.rollout.max_response_tokens = tokens
-    run = SimpleNamespace(config=config, setup=SimpleNamespace(tokenizer=tokenizer))
-    return run, *records(rows, tokens, tokenizer.size, looping=0.5)
+    setup = SimpleNamespace(
+        config=config,
+        tokenizer=tokenizer,
+        first_pieces=(),
+        alignment=data.alone(tokenizer.size, ()),
+    )
+    return Collector(setup, None), *records(rows, tokens, tokenizer.size, looping=0.5)  # type: ignore[arg-type]
+
+
+def measure(
+    collector: Collector, rollout: Rollout, scores: Scores, grades: list[Grade] | None
+) -> dict[str, float]:
+    """What a step does after scoring: decode, understand, measure."""
+    decode = collector.setup.tokenizer.decode
+    texts = [decode(rollout.response(i)) for i in range(len(rollout.length_B))]
+    return collector.measure(collector.understand(rollout, scores, None, texts, grades))
 
 
 def milliseconds(work: Callable[[], Any], clock: Callable[[], float], repeats: int = 7) -> float:
@@ -97,16 +112,16 @@ def grading(grader: Grader, form: str) -> str:
 def main() -> None:
     tiny = recipes.recipe("tiny").student.path
     cases = {
-        "64 x 200, recipe tiny": measure("tiny", data.Tokenizer(tiny), rows=64, tokens=200),
-        "256 x 8192, the paper's recipe": measure(
+        "64 x 200, recipe tiny": prepare("tiny", data.Tokenizer(tiny), rows=64, tokens=200),
+        "256 x 8192, the paper's recipe": prepare(
             "qwen2.5-math-7b,data=x.jsonl", word_pieces(), rows=256, tokens=8192
         ),
     }
-    for name, (run, *given) in cases.items():
+    for name, (collector, *given) in cases.items():
         for rule in ("tail", "ngram"):
-            run.config.metrics.repeated_tokens = rule
-            took = milliseconds(partial(train._Run._measure, run, *given), time.process_time)
-            row = train._Run._measure(run, *given)
+            collector.config.metrics.repeated_tokens = rule
+            took = milliseconds(partial(measure, collector, *given), time.process_time)
+            row = measure(collector, *given)
             print(
                 f"{name}, {rule}: {took:.1f} ms of one core; RepRate "
                 f"{row['rollout/repetition_rate']:.2f}, repetitive tokens "

@@ -126,19 +126,20 @@ def test_run_writes_what_the_design_promises(straight):
 @pytest.mark.short
 @pytest.mark.parametrize("rule", ["tail", "ngram"])
 def test_what_is_not_correct_counts_as_wrong(rule):
-    run, rollout, scores, mask_BT, _ = bench_metrics.measure(
+    collector, rollout, scores, _ = bench_metrics.prepare(
         "tiny", data.Tokenizer(recipes.recipe("tiny").student.path), rows=4, tokens=120
     )
-    run.config.metrics.repeated_tokens = rule
+    collector.config.metrics.repeated_tokens = rule
     grades = [Grade.CORRECT, Grade.WRONG, Grade.UNPARSED, Grade.TIMEOUT]
-    row = train._Run._measure(run, rollout, scores, mask_BT, grades)
+    row = bench_metrics.measure(collector, rollout, scores, grades)
+    mask_BT = rollout.response_mask_BT
     advantage_BT = scores.teacher_logprob_BT - scores.student_logprob_BT
     reward_B = [advantage_BT[i][mask_BT[i]].mean() for i in range(4)]
     assert row["rollout/accuracy"] == 0.25
     assert row["score/reward_right"] == pytest.approx(reward_B[0], rel=1e-5)
     assert row["score/reward_wrong"] == pytest.approx(np.mean(reward_B[1:]), rel=1e-5)
     assert 0 < row["score/repeated_token_fraction"] < 1
-    ungraded = train._Run._measure(run, rollout, scores, mask_BT)
+    ungraded = bench_metrics.measure(collector, rollout, scores, None)
     new = {"rollout/accuracy", "score/reward_right", "score/reward_wrong", "score/reward_auroc"}
     assert row.keys() - ungraded.keys() == new
 

@@ -1,5 +1,6 @@
 """Stopping on repetition: exact against a loop in Python, and free of slots, chunks and neighbours."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -7,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opd_jax import metrics
+from opd_jax import metrics, rows
 from opd_jax.errors import DataError
 from opd_jax.models import decoder
 from opd_jax.rollout.generate import Cycles, Slots, _decode_chunk, _empty, _extended, generate
-from opd_jax.types import Outcome, Rollout
+from opd_jax.types import Outcome, Rollout, Scores
 from tests.conftest import noisy_params, tiny_config
 
 pytestmark = pytest.mark.short
@@ -159,6 +160,11 @@ def test_a_cycle_that_closes_in_the_last_slot_of_the_budget_is_repetition(params
     assert shorter.outcome_B[row] == Outcome.BUDGET
 
 
-def test_repetition_is_not_truncation():
-    outcomes = np.array([Outcome.EOS, Outcome.BUDGET, Outcome.REPETITION])
-    assert metrics.truncated(outcomes).tolist() == [False, True, False]
+def test_repetition_is_not_truncation_and_is_written_by_its_name(free):
+    few = jax.tree.map(lambda x: x[:3], free)
+    few = few.replace(outcome_B=np.array([Outcome.EOS, Outcome.BUDGET, Outcome.REPETITION]))
+    assert metrics.truncated(few.outcome_B).tolist() == [False, True, False]
+    nothing = np.zeros(few.tokens_BT.shape, np.float32)
+    scores = Scores(**{field.name: nothing for field in dataclasses.fields(Scores)})
+    lines = rows.as_lines(1, few, scores, count=3, decode=str)
+    assert [line["outcome"] for line in lines] == ["eos", "budget", "repetition"]

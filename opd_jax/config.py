@@ -13,6 +13,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from opd_jax import guard
 from opd_jax.errors import ConfigError
 from opd_jax.losses import AGGREGATIONS, DIRECTIONS, ESTIMATORS, FORMS, SUPPORT_WEIGHTS
 from opd_jax.repetition import RULES
@@ -63,6 +64,9 @@ def default() -> ConfigDict:
     rollout.temperature = 1.0
     rollout.top_p = 1.0
     rollout.slots = 0  # sequences decoded at one time; 0 = all of a step's
+    # A row ends when its last so many tokens repeat with a short period; 0 = never, as in the papers.
+    rollout.stop_on_repetition = 0
+    rollout.repetition_period = 16  # the longest such period
 
     sample = config.sample = ConfigDict()  # the teacher's solutions, by launch/sample.py
     sample.problems = 0  # the first of data.train; 0 = all
@@ -156,6 +160,21 @@ def default() -> ConfigDict:
     # Of 2605.11182, page; its code counts step, first, second, third, but, wait, let.
     metrics.hedging = ("wait", "but", "maybe")
 
+    collapse = config.guard = ConfigDict()  # docs/guard.md
+    # What is done about a collapse: off | warn: say and log it | stop: save and end | strengthen: raise
+    # beta_kl and lambda_gold | mask: leave repetitive tails out of the loss | rollback: go back to the
+    # checkpoint before it, and go on strengthened
+    collapse.action = "off"
+    collapse.false_alarm_every = 1000  # steps in which chance alone may raise one signal once
+    collapse.memory = 50  # steps that "healthy" is the mean of
+    collapse.patience = 20  # healthy steps that end an alarm, or take back one strengthening
+    collapse.factor = 2.0  # by which an alarm multiplies beta_kl and lambda_gold
+    collapse.beta_kl_floor = 0.01  # first raised value where loss.beta_kl is 0
+    collapse.beta_kl_max = 0.1  # 0 = never raised
+    collapse.lambda_gold_floor = 0.1  # first raised value where loss.lambda_gold is 0
+    collapse.lambda_gold_max = 1.0  # 0 = never raised; else data.train needs golden solutions
+    collapse.max_rollbacks = 3  # after so many the run is stopped
+
     log = config.log = ConfigDict()
     log.every = 1  # steps between lines of metrics.jsonl
     log.rollouts = 1  # rollouts a logged step writes to rollouts.jsonl
@@ -175,7 +194,8 @@ def validate(config: ConfigDict) -> None:
                   "scoring.overlap_top_k", "loss.top_k", "loss.truncated_tail",
                   "optim.microbatch_tokens", "optim.updates_per_rollout",
                   "checkpoint.keep", "eval.problems", "eval.samples", "metrics.repetition_tail",
-                  "log.every", "sample.samples", "sample.batch"):  # fmt: skip
+                  "log.every", "sample.samples", "sample.batch", "rollout.repetition_period",
+                  "guard.max_rollbacks"):  # fmt: skip
         _range(flat, field, 1, math.inf)
     for field in ("rollout.slots", "loss.lambda_gold", "loss.beta_kl", "loss.pg_weight",
                   "optim.warmup_steps", "optim.weight_decay", "checkpoint.every", "eval.every",
@@ -185,7 +205,9 @@ def validate(config: ConfigDict) -> None:
                   "student.rope_theta", "student.max_position",
                   "teacher.rope_theta", "teacher.max_position", "reference.rope_theta",
                   "reference.max_position", "sample.problems", "sample.slots",
-                  "sample.temperature", "sample.max_response_tokens"):  # fmt: skip
+                  "sample.temperature", "sample.max_response_tokens", "rollout.stop_on_repetition",
+                  "guard.beta_kl_floor", "guard.beta_kl_max", "guard.lambda_gold_floor",
+                  "guard.lambda_gold_max"):  # fmt: skip
         _range(flat, field, 0, math.inf)
     for field in ("rollout.top_p", "eval.top_p", "optim.beta1", "optim.beta2", "loss.clip_low",
                   "loss.discount",
@@ -206,6 +228,7 @@ def validate(config: ConfigDict) -> None:
         ("optim.schedule", ("constant", "linear", "cosine")),
         ("teacher.follow", ("frozen", "average", "live")), ("data.bad_rows", ("refuse", "skip")),
         ("scoring.special_tokens", ("remap", "mask", "keep")), ("metrics.repeated_tokens", RULES),
+        ("guard.action", guard.ACTIONS),
     ):  # fmt: skip
         _choice(flat, field, choices)
     if not config.data.train:
@@ -260,6 +283,8 @@ def validate(config: ConfigDict) -> None:
             f"rollout.prompts_per_step={prompts} does not divide into optim.updates_per_rollout="
             f"{updates} equal parts; set --config.rollout.prompts_per_step={-(-prompts // updates) * updates}"
         )
+    _check_repetition(config.rollout)
+    _check_guard(config)
     row = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
     if config.optim.microbatch_tokens < row:
         raise ConfigError(
@@ -328,6 +353,54 @@ def _check_loss(config: ConfigDict) -> None:
         raise ConfigError(
             "loss.top_k=1 with loss.form=renormalised: over one id every renormalised distribution is "
             "1, so the divergence is 0 and teaches nothing; set --config.loss.top_k=16"
+
+
+def _check_repetition(rollout: ConfigDict) -> None:
+    last, period = rollout.stop_on_repetition, rollout.repetition_period
+    if last and not period <= last < rollout.max_response_tokens:
+        raise _wrong(
+            "rollout.stop_on_repetition", last,
+            f"0, or a number from rollout.repetition_period={period}, so that a cycle came round once, "
+            f"to below rollout.max_response_tokens={rollout.max_response_tokens}",
+        )  # fmt: skip
+
+
+def _check_guard(config: ConfigDict) -> None:
+    section, loss = config.guard, config.loss
+    flat = flatten({"guard": section.to_dict()})
+    _range(flat, "guard.false_alarm_every", 10, math.inf)
+    _range(flat, "guard.memory", 2 * guard.LAG, math.inf)
+    _range(flat, "guard.patience", guard.LAG, math.inf)
+    _range(flat, "guard.factor", 1.1, math.inf)
+    if section.action == "off":
+        return
+    if not (loss.pg_weight or loss.divergence_weight or loss.beta_kl):
+        raise ConfigError(
+            f"guard.action={section.action!r} watches rollouts, and this loss makes none "
+            "(loss.pg_weight, loss.divergence_weight and loss.beta_kl are 0); set --config.guard.action=off"
+        )
+    if section.action not in ("strengthen", "rollback"):
+        return
+    for name in ("beta_kl", "lambda_gold"):
+        first, most = loss[name] or section[f"{name}_floor"], section[f"{name}_max"]
+        if most and not 0 < first <= most:
+            raise _wrong(
+                f"guard.{name}_max", most,
+                f"0, or at least {first}, which loss.{name} or guard.{name}_floor begins with (above 0)",
+            )  # fmt: skip
+    if not (guard.may_raise_beta_kl(config) or guard.may_raise_lambda_gold(config)):
+        raise ConfigError(
+            f"guard.action={section.action!r} has nothing to raise: guard.beta_kl_max and "
+            "guard.lambda_gold_max are not above loss.beta_kl and loss.lambda_gold; "
+            "set --config.guard.beta_kl_max=0.1"
+        )
+    every, keep = config.checkpoint.every, config.checkpoint.keep
+    if section.action == "rollback" and every * (keep - 1) < guard.REACH:
+        wanted = -(-guard.REACH // every) + 1 if every else 2
+        raise ConfigError(
+            f"guard.action='rollback' wants a checkpoint that is {guard.REACH} steps old, got "
+            f"checkpoint.keep={keep} of checkpoint.every={every} steps; set --config.checkpoint.keep={wanted}"
+            + ("" if every else f" --config.checkpoint.every={guard.REACH}")
         )
 
 

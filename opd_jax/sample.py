@@ -29,6 +29,7 @@ from opd_jax.errors import ConfigError, DataError, ModelError
 from opd_jax.eval.grade import Grade, Grader
 from opd_jax.keys import Stream, key_for
 from opd_jax.rollout import generate
+from opd_jax.types import Outcome
 
 
 class Fate(Enum):
@@ -181,7 +182,7 @@ def sample_batch(
     )
     seconds = time.perf_counter() - began
     texts = [plan.tokenizer.decode(sampled.response(i)) for i in range(len(sampled.length_B))]
-    cut = metrics.truncated(sampled.outcome_B).tolist()
+    cut = (sampled.outcome_B != Outcome.EOS).tolist()  # also what was stopped on repetition
     golds = [problem.answer for problem in problems for _ in range(section.samples)]
     asked = [i for i, text in enumerate(texts) if golds[i] and text.strip() and not cut[i]]
     grades: list[Grade | None] = [None] * len(texts)

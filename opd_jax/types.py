@@ -17,7 +17,7 @@ Array = Any
 
 
 class Outcome(IntEnum):
-    """Why a rollout ended. An end token in the last slot of the budget is EOS, not BUDGET."""
+    """Why a rollout ended. EOS or REPETITION in the last slot of the budget is not BUDGET."""
 
     EOS = 0
     BUDGET = 1

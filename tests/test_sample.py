@@ -14,7 +14,7 @@ from configs import opd, recipes, sft
 from opd_jax import config as configuration
 from opd_jax import data, models, sample, sample_file, setup
 from opd_jax.errors import ConfigError, DataError, ModelError, WorkdirError
-from opd_jax.eval.grade import Grade
+from opd_jax.eval.grade import Grade, Grader
 from opd_jax.sample import Fate
 
 
@@ -258,6 +258,26 @@ def test_answers_that_miss_are_dropped_and_problems_without_one_are_kept(tmp_pat
     assert [p.system for p in read] == ["", "", "Solve it.", "Solve it."]
     assert [p.solution for p in read] == [texts[True]] * 2 + [texts[False]] * 2
     assert {p.prompt for p in read} == {problem.prompt}
+
+
+@pytest.mark.short
+def test_only_what_ended_can_be_kept():
+    """One outcome each: ended, out of budget, stopped on repetition."""
+    config = small(sample__batch=3, sample__keep_wrong=True, sample__keep_repetitive=True)
+    config.sample.problems = 3
+    plan = sample.make_plan(config)
+
+    def written(params, model, prompts, **_):
+        made = [[*prompt, *plan.tokenizer.encode("so \\boxed{1}")] for prompt in prompts]
+        lengths = np.array([len(ids) for ids in made])
+        rollout = sample_rollout(made, lengths, np.array([len(p) for p in prompts]), lengths.max())
+        return rollout.replace(outcome_B=np.arange(3))
+
+    with pytest.MonkeyPatch.context() as patch, Grader() as grader:
+        patch.setattr(sample, "generate", written)
+        batch, kept = sample.sample_batch(plan, 0, {}, grader)
+    assert batch.fates == ["kept", "truncated", "truncated"]
+    assert len(kept) == 1
 
 
 def sample_rollout(made, lengths, prompt_lengths, total):

@@ -21,6 +21,18 @@ from opd_jax.rollout.sampling import sample
 from opd_jax.types import Outcome, Rollout
 
 
+class Cycles(flax.struct.PyTreeNode):
+    """How long each row has repeated itself, for each period 1 to Z.
+
+    Attributes:
+      start_B: where the response begins; prompts are never compared with.
+      run_BZ: for period d at [:, d - 1], how many of the last tokens in a row equal the one d before.
+    """
+
+    start_B: jax.Array
+    run_BZ: jax.Array
+
+
 class Slots(flax.struct.PyTreeNode):
     """Decode state, one row a slot.
 
@@ -30,6 +42,7 @@ class Slots(flax.struct.PyTreeNode):
       live_B: still decoding. ended_B: an end token was emitted.
       key_B: a PRNG key a row.
       caches: per layer keys and values [B, T, K, H].
+      cycles: what stopping on repetition needs; None where it is off.
     """
 
     tokens_BT: jax.Array
@@ -40,6 +53,7 @@ class Slots(flax.struct.PyTreeNode):
     ended_B: jax.Array
     key_B: jax.Array
     caches: tuple[decoder.Cache, ...]
+    cycles: Cycles | None = None
 
 
 def generate(
@@ -57,6 +71,8 @@ def generate(
     vocabulary: int | None = None,
     drawn_V: np.ndarray | None = None,
     scored_V: np.ndarray | None = None,
+    stop_on_repetition: int = 0,
+    repetition_period: int = 16,
     chunk: int = 128,
 ) -> Rollout:
     """Sample one response a prompt.
@@ -73,19 +89,28 @@ def generate(
         of other prompts meet the same compiled program.
       vocabulary: sample among the first ids only.
       drawn_V, scored_V: bool [vocabulary], see `sampling.sample`.
+      stop_on_repetition: a row ends when its last so many response tokens each equal the response
+        token d before them, for one period d from 1 to `repetition_period`; 0 for never.
       chunk: decode steps between two looks from the host.
 
     Returns: `Rollout` with rows of max_prompt_tokens + max_response_tokens, in the prompts' order.
 
-    Raises DataError: no prompts, an empty or over-long one, or more positions than the model has.
+    Raises DataError: no prompts, an empty or over-long one, more positions than the model has, or a
+    repetition that cannot be.
     """
     width = max_prompt_tokens or max(map(len, prompts), default=0)
     _check(prompts, width, max_response_tokens, model_config)
+    if stop_on_repetition < 0 or (stop_on_repetition and repetition_period < 1):
+        raise DataError(
+            f"stop_on_repetition={stop_on_repetition}, repetition_period={repetition_period}, wanted "
+            "0 for never, or a number of tokens and a period of at least 1"
+        )
     total = width + max_response_tokens
     slots = min(slots or len(prompts), len(prompts))
     layers = _unstack(params)
     row_keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(len(prompts)))
-    state = _empty(layers, model_config, slots, total)
+    periods = repetition_period if stop_on_repetition else 0
+    state = _empty(layers, model_config, slots, total, periods)
     owner = np.full(slots, -1)  # which prompt sits in each slot
     waiting = list(range(len(prompts)))[::-1]
     out = Rollout(
@@ -104,6 +129,7 @@ def generate(
             layers, model_config, state,
             steps=chunk, temperature=temperature, top_p=top_p, stop_ids=tuple(stop_ids),
             vocabulary=vocabulary, drawn_V=drawn_V, scored_V=scored_V,
+            stop_on_repetition=stop_on_repetition,
         )  # fmt: skip
         done = np.flatnonzero(~np.asarray(state.live_B) & (owner >= 0))
         if len(done):
@@ -111,8 +137,7 @@ def generate(
             out.tokens_BT[rows] = np.asarray(state.tokens_BT)[done]
             out.length_B[rows] = np.asarray(state.length_B)[done]
             out.sampler_logprob_BT[rows] = np.asarray(state.logprob_BT)[done]
-            ended = np.asarray(state.ended_B)[done]
-            out.outcome_B[rows] = np.where(ended, Outcome.EOS, Outcome.BUDGET)
+            out.outcome_B[rows] = _outcomes(state, stop_on_repetition)[done]
             owner[done] = -1
     return out
 
@@ -138,6 +163,16 @@ def _check(prompts: Sequence[Sequence[int]], width: int, budget: int, config: Mo
             f"prompt ({width}) + response ({budget}) tokens are more than the model's "
             f"{config.max_position} positions; lower one of them"
         )
+
+
+def _outcomes(state: Slots, stop_on_repetition: int) -> np.ndarray:
+    """The `Outcome` of every slot, were it done."""
+    outcome_B = np.where(np.asarray(state.ended_B), Outcome.EOS, Outcome.BUDGET)
+    if state.cycles is None:
+        return outcome_B
+    # Never true of a row that ended: an equal token before would have ended it already.
+    looped_B = (np.asarray(state.cycles.run_BZ) >= stop_on_repetition).any(axis=-1)
+    return np.where(looped_B, Outcome.REPETITION, outcome_B)
 
 
 def _admit(
@@ -169,8 +204,10 @@ def _unstack(params: decoder.Params) -> decoder.Params:
     return decoder.unstack(params)
 
 
-@partial(jax.jit, static_argnames=("config", "slots", "total"))
-def _empty(layers: decoder.Params, config: ModelConfig, slots: int, total: int) -> Slots:
+@partial(jax.jit, static_argnames=("config", "slots", "total", "periods"))
+def _empty(
+    layers: decoder.Params, config: ModelConfig, slots: int, total: int, periods: int
+) -> Slots:
     dtype = layers["embed"]["embedding"].dtype
     return Slots(
         tokens_BT=jnp.zeros((slots, total), jnp.int32),
@@ -181,6 +218,9 @@ def _empty(layers: decoder.Params, config: ModelConfig, slots: int, total: int) 
         ended_B=jnp.zeros(slots, bool),
         key_B=jax.random.split(jax.random.key(0), slots),
         caches=decoder.init_cache(config, slots, total, dtype),
+        cycles=Cycles(jnp.zeros(slots, jnp.int32), jnp.zeros((slots, periods), jnp.int32))
+        if periods
+        else None,
     )
 
 
@@ -209,6 +249,12 @@ def _prefill(
         for pair, fresh_pair in zip(state.caches, new, strict=True)
     )
     rows_BT = jnp.pad(tokens_BT, ((0, 0), (0, total - width)))
+    cycles = state.cycles
+    if cycles is not None:
+        cycles = Cycles(
+            start_B=cycles.start_B.at[slot_B].set(length_B, mode="drop"),
+            run_BZ=cycles.run_BZ.at[slot_B].set(0, mode="drop"),
+        )
     return Slots(
         tokens_BT=state.tokens_BT.at[slot_B].set(rows_BT, mode="drop"),
         logprob_BT=state.logprob_BT.at[slot_B].set(0.0, mode="drop"),
@@ -218,12 +264,21 @@ def _prefill(
         ended_B=state.ended_B.at[slot_B].set(False, mode="drop"),
         key_B=state.key_B.at[slot_B].set(key_B, mode="drop"),
         caches=caches,  # type: ignore[arg-type]
+        cycles=cycles,
     )
 
 
 @partial(
     jax.jit,
-    static_argnames=("config", "steps", "temperature", "top_p", "stop_ids", "vocabulary"),
+    static_argnames=(
+        "config",
+        "steps",
+        "temperature",
+        "top_p",
+        "stop_ids",
+        "vocabulary",
+        "stop_on_repetition",
+    ),
     donate_argnames=("state",),
 )
 def _decode_chunk(
@@ -238,6 +293,7 @@ def _decode_chunk(
     vocabulary: int | None,
     drawn_V: jax.Array | None,
     scored_V: jax.Array | None,
+    stop_on_repetition: int,
 ) -> Slots:
     """Up to `steps` tokens for every live slot; stops early when none is live."""
     head_VD = decoder.head(layers)[:vocabulary]
@@ -263,13 +319,19 @@ def _decode_chunk(
         target_B = jnp.where(state.live_B, state.length_B, state.tokens_BT.shape[1])  # else dropped
         length_B = state.length_B + state.live_B
         stopped_B = state.live_B & jnp.any(token_B[:, None] == stops[None], axis=-1)
+        live_B = state.live_B & ~stopped_B & (length_B < state.limit_B)
+        cycles = state.cycles
+        if cycles is not None:
+            cycles = _extended(cycles, state, token_B)
+            live_B &= ~jnp.any(cycles.run_BZ >= stop_on_repetition, axis=-1)
         state = state.replace(
             tokens_BT=state.tokens_BT.at[rows, target_B].set(token_B, mode="drop"),
             logprob_BT=state.logprob_BT.at[rows, target_B].set(logprob_B, mode="drop"),
             length_B=length_B,
-            live_B=state.live_B & ~stopped_B & (length_B < state.limit_B),
+            live_B=live_B,
             ended_B=state.ended_B | stopped_B,
             caches=caches,
+            cycles=cycles,
         )
         return step + 1, state
 
@@ -277,3 +339,15 @@ def _decode_chunk(
         return (carry[0] < steps) & jnp.any(carry[1].live_B)
 
     return jax.lax.while_loop(unfinished, one_token, (jnp.zeros((), jnp.int32), state))[1]
+
+
+def _extended(cycles: Cycles, state: Slots, token_B: jax.Array) -> Cycles:
+    """The runs after `token_B`, which is about to be written into the live rows of `state`.
+
+    run_d grows by one where token[t] = token[t - d], both of the response, and else is 0.
+    """
+    back_BZ = state.length_B[:, None] - jnp.arange(1, cycles.run_BZ.shape[1] + 1)[None]
+    before_BZ = jnp.take_along_axis(state.tokens_BT, jnp.maximum(back_BZ, 0), axis=1)
+    same_BZ = (token_B[:, None] == before_BZ) & (back_BZ >= cycles.start_B[:, None])
+    run_BZ = jnp.where(same_BZ, cycles.run_BZ + 1, 0)
+    return cycles.replace(run_BZ=jnp.where(state.live_B[:, None], run_BZ, cycles.run_BZ))

@@ -1,0 +1,482 @@
+"""The collapse guard: its evidence by hand, synthetic and measured runs, and what it does."""
+
+import dataclasses
+import itertools
+import json
+import math
+import pathlib
+
+import numpy as np
+import pytest
+
+from configs import opd, sft, stable_opd
+from opd_jax import config as configuration
+from opd_jax import guard
+from opd_jax.errors import ConfigError
+from opd_jax.guard import Alarm, Response, State
+from tests.guard_traces import (
+    BATCHES,
+    COLLAPSES,
+    HEALTHY,
+    detections,
+    false_alarms,
+    rows,
+    rules,
+)
+
+pytestmark = pytest.mark.short
+MEASURED = pathlib.Path(__file__).parent / "data_guard"
+
+
+def row(truncated: float, repetitive: float = 0.0, **more: float) -> dict[str, float]:
+    return {
+        "rollout/truncation_rate": truncated,
+        "rollout/repetition_rate": repetitive,
+        **more,
+    }
+
+
+def observed(run: list[dict[str, float]], settings: guard.Rules, state: State | None = None):
+    """State after the rows, and all alarms."""
+    state, alarms = state or State(), []
+    for step, metrics in enumerate(run, start=1):
+        state, alarm = guard.observe(state, step, metrics, settings)
+        alarms += [alarm] if alarm else []
+    return state, alarms
+
+
+# ---------------------------------------------------------------------------- evidence
+
+
+@pytest.mark.parametrize(
+    ("x", "p0", "p1", "n", "want"),
+    [
+        (0.5, 0.25, 0.5, 8, 1.15073),  # 8 (ln 2 + ln(2/3)) / 2
+        (0.0, 0.25, 0.5, 8, -3.24372),  # 8 ln(2/3)
+        (1.0, 0.25, 0.5, 8, 5.54518),  # 8 ln 2
+        (0.1, 0.01, 0.109, 20, 2.88104),  # 2 ln 10.9 + 18 ln 0.9
+    ],
+)
+def test_increment_by_hand(x, p0, p1, n, want):
+    assert guard.increment(x, p0, p1, n) == pytest.approx(want, abs=1e-5)
+
+
+def test_chance_alone_multiplies_the_likelihood_ratio_by_one_in_the_mean():
+    n, p0, p1 = 6, 0.3, 0.5
+    binomial = sum(
+        math.comb(n, k) * p0**k * (1 - p0) ** (n - k) * math.exp(guard.increment(k / n, p0, p1, n))
+        for k in range(n + 1)
+    )
+    assert binomial == pytest.approx(1)
+    # Shares that are not yes or no, of the same mean: less.
+    thirds = itertools.product([0.15, 0.3, 0.45], repeat=n)
+    spread = np.mean([math.exp(guard.increment(float(np.mean(x)), p0, p1, n)) for x in thirds])
+    assert spread < 0.8
+
+
+def test_rollouts_of_a_prompt_count_as_alike():
+    assert rules(64, 1).rollouts == 64
+    assert rules(16, 4).rollouts == pytest.approx(64 / 2.5)
+
+
+def test_evidence_by_hand():
+    settings = dataclasses.replace(rules(), rollouts=24.0)
+    state, _ = observed([row(0.25)] * 5, settings)
+    assert state.mean["truncation"] == 0.25
+    assert state.evidence == {}  # the first steps are the baseline's alone
+    state, _ = guard.observe(state, 6, row(0.5), settings)
+    # 5 x 24 rollouts: mean (30 + 0.5) / 121 = 0.25207, standard error 0.03947, so p0 = 0.29154 and
+    # p1 = p0 + 0.70846 / 4 = 0.46865; 12 (ln(0.46865 / 0.29154) + ln(0.53135 / 0.70846)) = 2.2444
+    assert state.evidence["truncation"] == pytest.approx(2.2444, abs=2e-3)
+    assert state.since["truncation"] == 6
+    state, _ = guard.observe(
+        state, 7, row(1.0), settings
+    )  # 11.4 more, of which a third of A counts
+    assert state.evidence["truncation"] == pytest.approx(2.2444 + math.log(1000) / 3, abs=2e-3)
+    state, _ = guard.observe(state, 8, row(0.0), settings)
+    assert state.evidence["truncation"] == 0  # 24 ln(0.53135 / 0.70846) = -6.9
+    state, _ = guard.observe(state, 9, row(0.5), settings)
+    assert state.since["truncation"] == 9
+
+
+def test_the_baseline_takes_in_a_step_ten_steps_later():
+    state, _ = observed([row(0.1)] * 5 + [row(0.2)] * 10, rules())
+    assert state.mean["truncation"] == pytest.approx(0.1)
+    state, _ = guard.observe(state, 16, row(0.2), rules())
+    assert state.mean["truncation"] == pytest.approx((5 * 0.1 + 0.2) / 6)
+    assert len(state.recent) == guard.LAG
+
+
+def test_the_baseline_forgets():
+    settings = dataclasses.replace(rules(), memory=20)
+    state, _ = observed([row(0.1)] * 25 + [row(0.0)] * 11, settings)
+    assert state.steps["truncation"] == 26
+    assert state.mean["truncation"] == pytest.approx(0.1 * 19 / 20)
+
+
+def test_an_alarm_takes_three_steps_at_least():
+    state, alarms = observed([row(0.0)] * 30 + [row(1.0, 1.0)] * 2, rules(64, 4))
+    assert not alarms
+    _, alarms = observed([row(0.0)] * 30 + [row(1.0, 1.0)] * 3, rules(64, 4))
+    assert [(a.step, a.onset) for a in alarms] == [(33, 31)]
+    assert state.evidence["truncation"] == pytest.approx(math.log(1000) * 2 / 3)
+
+
+def test_truncation_that_rises_alone_to_less_than_half_is_no_alarm():
+    assert not observed([row(0.1)] * 30 + [row(0.4)] * 60, rules())[1]
+    assert observed([row(0.1)] * 30 + [row(0.4, 0.2)] * 60, rules())[1]
+    assert not observed([row(0.1)] * 30 + [row(0.1, 0.1)] * 60, rules())[1]  # nor repetition alone
+    assert observed([row(0.1)] * 30 + [row(0.8)] * 60, rules())[1]
+
+
+def test_repeated_tokens_agree_where_no_text_is_long_enough_to_be_flagged():
+    tokens = "score/repeated_token_fraction"
+    quiet, loud = row(0.1, **{tokens: 0.3}), row(0.4, **{tokens: 0.6})
+    assert observed([quiet] * 30 + [loud] * 10, rules())[1]
+    assert not observed([quiet] * 30 + [loud | {tokens: 0.3}] * 10, rules())[1]
+
+
+def test_rows_stopped_on_repetition_count_as_truncated_and_repetitive():
+    stopped = row(0.0, **{"rollout/stopped_rate": 0.5})
+    _, alarms = observed([row(0.0)] * 30 + [stopped] * 5, rules())
+    assert alarms[0].onset == 31
+
+
+@pytest.mark.parametrize(
+    "metrics", [{}, {"loss/sft": 1.0}, row(math.nan), {"rollout/truncation_rate": 1.0}]
+)
+def test_steps_that_say_nothing_change_nothing(metrics):
+    state, _ = observed([row(0.1)] * 20, rules())
+    assert guard.observe(state, 21, metrics, rules()) == (state, None)
+
+
+def test_an_alarm_says_what_rose_from_what_to_what():
+    more = {"score/student_entropy": 0.5, "rollout/length_mean": 800.0}
+    less = {"score/student_entropy": 0.2, "rollout/length_mean": 1900.0}
+    _, alarms = observed([row(0.25, **more)] * 30 + [row(0.75, 0.25, **less)] * 9, rules())
+    assert alarms[0].text == (
+        f"step {alarms[0].step}: collapse since about step 31: truncation 0.25 -> 0.75, "
+        "repetition 0 -> 0.25 (entropy 0.5 -> 0.2, length 800 -> 1.9e+03)"
+    )
+
+
+# ---------------------------------------------------------------------------- whole runs
+
+
+@pytest.mark.parametrize("name", HEALTHY)
+def test_healthy_runs_raise_no_alarm(name):
+    """Five seeds of each kind and batch size; what 200 of each give is in docs/guard.md."""
+    assert sum(false_alarms(HEALTHY[name], *batch, seeds=5) for batch in BATCHES) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "batch"),
+    [
+        ("the same, later", (16, 4)),
+        ("0 -> 0.97 in 30 steps", (16, 4)),
+        ("0 -> 0.97 in 30 steps, loops 5 later", (16, 4)),
+        ("0.23 -> 0.97 in 30 steps", (16, 4)),
+        ("0.23 -> 0.97 in 30 steps, loops 5 later", (16, 4)),
+        ("0.23 -> 0.97 in 100 steps", (16, 4)),
+        ("0.5 -> 0.97 in 100 steps", (16, 4)),
+        ("0.5 -> 0.97 in 30 steps", (64, 4)),
+        ("0.5 -> 0.97 in 30 steps, loops 5 later", (64, 4)),
+        ("0.23 -> 0.97, logistic in 30 steps", (64, 4)),
+    ],
+)
+def test_a_collapse_is_seen_ten_steps_before_nine_in_ten_are_truncated(name, batch):
+    lead, error = detections(name, *batch, seeds=20)
+    assert lead.min() >= 10
+    assert 0 <= np.median(error) <= 20
+
+
+def test_a_collapse_from_the_first_step_on_is_seen_in_time():
+    """The baseline is then made of the collapse's own first steps."""
+    lead, _ = detections("measured once, from step 0 on", 16, 4, seeds=40)
+    assert np.median(lead) >= 10
+    assert lead.min() >= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", HEALTHY)
+def test_hundreds_of_healthy_runs(name):
+    assert sum(false_alarms(HEALTHY[name], *batch, seeds=200) for batch in BATCHES) <= 5
+
+
+# ---------------------------------------------------------------------------- what is remembered
+
+
+def test_a_state_goes_through_json_at_any_step():
+    run = rows(COLLAPSES["0.23 -> 0.97 in 30 steps"](40), 16, 4, seed=1)[:120]
+    settings = rules(action="strengthen")
+    straight, stored = State(), State()
+    for step, metrics in enumerate(run, start=1):
+        results = []
+        for state in (straight, guard.from_json(guard.to_json(stored))):
+            state, alarm = guard.observe(state, step, metrics, settings)
+            results.append(guard.respond(state, step, alarm, settings, []))
+        assert results[0] == results[1]
+        straight, stored = results[0][0], results[1][0]
+    assert straight.level > 0
+    assert json.loads(guard.to_json(straight))["level"] == straight.level
+
+
+def test_after_an_alarm_nothing_is_concluded_at_once_and_the_baseline_stands_still():
+    bad = [row(0.9, 0.5)] * 40
+    state, alarms = observed([row(0.1)] * 30 + bad, rules())
+    gaps = np.diff([alarm.step for alarm in alarms])
+    assert [alarm.again for alarm in alarms] == [False] + [True] * len(gaps)
+    assert (gaps == guard.PAUSE + guard.SPLIT).all()
+    assert state.mean["truncation"] == pytest.approx(0.1)
+
+
+# ---------------------------------------------------------------------------- responses
+
+
+def alarm(step: int = 50, onset: int = 41, again: bool = False) -> Alarm:
+    return Alarm(step, onset, "collapse", again)
+
+
+def respond(state: State, settings: guard.Rules, found: Alarm | None, checkpoints=(10, 20, 30, 40)):
+    return guard.respond(state, found.step if found else 51, found, settings, checkpoints)
+
+
+ALARMED = State(alarmed=True)
+
+
+def test_warn_says_it_once():
+    state, response = respond(ALARMED, rules(action="warn"), alarm())
+    assert response == Response(("collapse",), {"guard/alarm": 1.0, "guard/onset": 41.0})
+    assert guard.terms(state, rules(action="warn")) == (0.0, 0.0)
+    assert respond(state, rules(action="warn"), alarm(again=True))[1] == Response()
+
+
+def test_stop_stops():
+    _, response = respond(ALARMED, rules(action="stop"), alarm())
+    assert response.stop
+    assert response.event == {"guard/alarm": 1.0, "guard/onset": 41.0, "guard/stopped": 1.0}
+
+
+def test_strengthening_doubles_from_the_floors_up_to_the_bounds():
+    settings = dataclasses.replace(rules(action="strengthen"), lambda_gold=0.3)
+    state, seen = ALARMED, []
+    for _ in range(5):
+        state, response = respond(state, settings, alarm())
+        seen.append((response.event["guard/beta_kl"], response.event["guard/lambda_gold"]))
+        assert response.event.get("guard/alarm") == 1.0
+        assert (seen[-1]) == guard.terms(state, settings)
+    want = [(0.01, 0.6), (0.02, 1.0), (0.04, 1.0), (0.08, 1.0), (0.1, 1.0)]
+    np.testing.assert_allclose(seen, want)
+    # At the bounds nothing is left to do or to say; the terms are still told.
+    same, response = respond(state, settings, alarm(again=True))
+    assert same == state
+    assert response.lines == ()
+    assert set(response.event) == {"guard/beta_kl", "guard/lambda_gold"}
+
+
+def test_a_bound_of_zero_leaves_a_term_alone():
+    settings = rules(action="strengthen", lambda_gold_max=0.0)
+    assert guard.terms(State(level=4), settings) == (pytest.approx(0.08), 0.0)
+    configured = dataclasses.replace(settings, lambda_gold=0.5)
+    assert guard.terms(State(level=4), configured)[1] == 0.5
+
+
+def test_health_takes_strengthening_back_level_by_level():
+    settings = rules(action="strengthen", patience=10)
+    state = State(alarmed=True, level=2, healthy=9)
+    same, response = respond(state, settings, None)
+    assert same == state
+    assert response.event == {"guard/beta_kl": 0.02, "guard/lambda_gold": 0.2}
+    state, response = respond(dataclasses.replace(state, healthy=10), settings, None)
+    assert response.event == {
+        "guard/recovered": 1.0, "guard/beta_kl": 0.01, "guard/lambda_gold": 0.1,
+    }  # fmt: skip
+    assert (state.alarmed, state.healthy, state.level) == (False, 0, 1)
+    state, response = respond(dataclasses.replace(state, healthy=10), settings, None)
+    assert response.event == {"guard/beta_kl": 0.0, "guard/lambda_gold": 0.0}  # as configured
+    assert response.lines == ("from here on beta_kl=0, lambda_gold=0",)
+    assert respond(dataclasses.replace(state, healthy=10), settings, None)[1] == Response()
+
+
+def test_each_further_collapse_doubles_the_patience():
+    settings = rules(action="strengthen", patience=10)
+    state = State(alarmed=True, level=1, healthy=39, collapses=3)
+    assert respond(state, settings, None)[0] == state
+    assert respond(dataclasses.replace(state, healthy=40), settings, None)[0].level == 0
+    counted, _ = observed([row(0.1)] * 30 + [row(0.9, 0.5)] * 40, settings)
+    assert counted.collapses == 1
+    counted, _ = observed(
+        [row(0.1)] * 30, settings, dataclasses.replace(counted, alarmed=False, pause=0)
+    )
+    assert observed([row(0.9, 0.5)] * 5, settings, counted)[0].collapses == 2
+
+
+def test_masking_lasts_until_health():
+    settings = rules(action="mask")
+    assert not guard.masking(State(), settings)
+    state, response = respond(ALARMED, settings, alarm())
+    assert guard.masking(state, settings)
+    assert response.event["guard/masking"] == 1.0
+    state, response = respond(dataclasses.replace(state, healthy=settings.patience), settings, None)
+    assert not guard.masking(state, settings)
+    assert response.event == {"guard/recovered": 1.0, "guard/masking": 0.0}
+
+
+def test_rollback_goes_to_the_newest_checkpoint_that_is_surely_before_the_onset():
+    settings = rules(action="rollback")
+    for checkpoints, want in (
+        ((10, 20, 30, 40), 30),  # 40 is less than MARGIN steps before 41
+        ((40,), 40),  # better than none
+        ((41, 50), None),
+        ((), None),
+    ):
+        _, response = respond(ALARMED, settings, alarm(), checkpoints)
+        assert response.restore == want
+        assert not response.stop
+
+
+def test_rollback_goes_on_strengthened_and_tells_it_on_the_next_line_that_is_kept():
+    settings = rules(action="rollback")
+    before, alarms = observed([row(0.1)] * 40 + [row(0.9, 0.5)] * 3, settings)
+    state, response = guard.respond(before, 43, alarms[0], settings, [20])
+    assert response.restore == 20
+    assert response.event["guard/rolled_back_to"] == 20
+    assert (state.rollbacks, state.level, state.alarmed) == (1, 1, True)
+    assert (state.mean, state.evidence, state.recent) == (before.mean, {}, ())
+    state, found = guard.observe(state, 21, row(0.1), settings)
+    state, response = guard.respond(state, 21, found, settings, [20])
+    assert response.event == {
+        "guard/alarm": 1.0, "guard/onset": 41.0, "guard/rolled_back_from": 43.0,
+        "guard/rolled_back_to": 20.0, "guard/rollbacks": 1.0,
+        "guard/beta_kl": 0.01, "guard/lambda_gold": 0.1,
+    }  # fmt: skip
+    state, found = guard.observe(state, 22, row(0.1), settings)
+    _, response = guard.respond(state, 22, found, settings, [20])
+    assert set(response.event) == {"guard/beta_kl", "guard/lambda_gold"}
+
+
+def test_the_last_rollback_is_followed_by_a_stop():
+    settings = rules(action="rollback", max_rollbacks=2)
+    _, response = respond(State(alarmed=True, rollbacks=2, level=2), settings, alarm())
+    assert response.stop
+    assert response.restore is None
+    assert "2 times" in response.lines[1]
+
+
+def test_without_a_checkpoint_a_rollback_strengthens_where_it_is():
+    state, response = respond(ALARMED, rules(action="rollback"), alarm(), ())
+    assert (state.level, state.rollbacks, response.restore) == (1, 0, None)
+    assert "no checkpoint" in response.lines[1]
+
+
+def test_a_run_killed_in_a_rollback_goes_on_with_it():
+    old, new = State(), State(rollbacks=1)
+    assert guard.resumed((60, old), None) == (60, old)
+    assert guard.resumed((60, old), (40, new)) == (40, new)  # later checkpoints were still there
+    assert guard.resumed((40, old), (40, new)) == (40, new)  # the checkpoint holds its own past
+    assert guard.resumed((80, new), (40, new)) == (80, new)
+
+
+def controlled(
+    settings: guard.Rules, steps: int, *, cure: float
+) -> tuple[list[float], list[Response]]:
+    """A run that loops more and more from step 60 on, the slower the larger beta_kl: at `cure` it heals."""
+    state, ill, truncated, told, saved = State(), 0.0, [], [], {}
+    draw, step = np.random.default_rng(0), 0
+    for _ in range(steps):
+        step += 1
+        beta_kl, _ = guard.terms(state, settings)
+        ill = min(max(ill + (0.03 * (1 - beta_kl / cure) if step > 60 else 0.0), 0.0), 0.9)
+        share = draw.binomial(64, 0.05 + ill) / 64
+        state, found = guard.observe(state, step, row(share, ill / 2), settings)
+        state, response = guard.respond(state, step, found, settings, sorted(saved))
+        truncated.append(share)
+        told.append(response)
+        if response.restore is not None:
+            step = response.restore
+            ill = saved[step]
+        elif step % 10 == 0:
+            saved[step] = ill
+    return truncated, told
+
+
+def test_strengthening_ends_a_collapse_that_it_can_end():
+    truncated, told = controlled(rules(action="strengthen"), 200, cure=0.015)
+    assert max(truncated) < 0.9
+    assert np.mean(truncated[150:]) < 0.3
+    assert sum("guard/alarm" in response.event for response in told) < 8
+
+
+def test_rolling_back_ends_a_collapse_and_healthy_steps_are_not_run_again_for_ever():
+    truncated, told = controlled(rules(action="rollback"), 300, cure=0.009)
+    back = [response.restore for response in told if response.restore is not None]
+    assert back == [50]
+    assert max(truncated) < 0.7
+    assert np.mean(truncated[150:]) < 0.1
+    truncated, told = controlled(rules(action="rollback"), 400, cure=10.0)
+    assert sum(response.restore is not None for response in told) == 3
+    assert any(response.stop for response in told)
+
+
+# ---------------------------------------------------------------------------- config
+
+
+def with_fields(config, **fields):
+    for field, value in fields.items():
+        section, _, name = field.partition("__")
+        config[section][name] = value
+    return config
+
+
+def test_the_guard_is_off_and_rows_go_on_by_default():
+    for method in (opd, stable_opd, sft):
+        config = method.get_config()
+        assert config.guard.action == "off"
+        assert config.rollout.stop_on_repetition == 0
+        assert not guard.may_raise_beta_kl(config)
+        assert not guard.may_raise_lambda_gold(config)
+
+
+@pytest.mark.parametrize("action", guard.ACTIONS)
+def test_actions_are_valid_and_say_what_they_may_raise(action):
+    config = with_fields(opd.get_config(), guard__action=action)
+    configuration.validate(config)
+    raises = action in ("strengthen", "rollback")
+    assert guard.may_raise_beta_kl(config) == guard.may_raise_lambda_gold(config) == raises
+    config = with_fields(config, guard__lambda_gold_max=0.0)
+    configuration.validate(config)
+    assert not guard.may_raise_lambda_gold(config)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"guard__action": "wrn"}, "--config.guard.action=warn"),
+        ({"guard__false_alarm_every": 1}, "guard.false_alarm_every=1"),
+        ({"guard__memory": 19}, "at least 20"),
+        ({"guard__patience": 9}, "at least 10"),
+        ({"guard__factor": 1.0}, "at least 1.1"),
+        ({"guard__max_rollbacks": 0}, "at least 1"),
+        ({"guard__beta_kl_max": -1.0}, "guard.beta_kl_max=-1.0"),
+        ({"guard__action": "strengthen", "guard__beta_kl_max": 0.001}, "guard.beta_kl_max=0.001"),
+        ({"guard__action": "strengthen", "loss__lambda_gold": 2.0}, "at least 2.0"),
+        ({"guard__action": "strengthen", "guard__beta_kl_floor": 0.0}, "above 0"),
+        (
+            {"guard__action": "strengthen", "guard__beta_kl_max": 0.0, "guard__lambda_gold_max": 0.0},
+            "nothing to raise",
+        ),
+        ({"guard__action": "rollback", "checkpoint__every": 20}, "--config.checkpoint.keep=3"),
+        ({"guard__action": "rollback", "checkpoint__every": 0}, "--config.checkpoint.every=30"),
+        ({"guard__action": "warn", "loss__pg_weight": 0.0, "loss__lambda_gold": 1.0}, "no"),
+        ({"rollout__stop_on_repetition": -1}, "rollout.stop_on_repetition=-1"),
+        ({"rollout__stop_on_repetition": 8}, "rollout.repetition_period=16"),
+        ({"rollout__stop_on_repetition": 160}, "rollout.max_response_tokens=160"),
+        ({"rollout__repetition_period": 0}, "rollout.repetition_period=0"),
+    ],
+)  # fmt: skip
+def test_impossible_guards_are_refused_in_one_line(fields, says):
+    config = opd.get_config()
+    with pytest.raises(ConfigError) as error:
+        configuration.validate(with_fields(config, **fields))
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)

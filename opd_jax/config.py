@@ -73,6 +73,11 @@ def default() -> ConfigDict:
     sample.keep_wrong = False  # also solutions whose answer is wrong, or cannot be read
     sample.keep_repetitive = False  # also those that `metrics` calls repetitive
 
+    probe = config.probe = ConfigDict()  # questions to a pair of models, by launch/probe.py
+    probe.problems = 64  # the first of data.train that training would see
+    probe.batch = 64  # responses sampled at one time, between two lines of progress
+    probe.depths = ()  # tokens of student prefixes; empty = 1/8, 1/4, 1/2 of max_response_tokens
+
     scoring = config.scoring = ConfigDict()
     scoring.token_chunk = 2048  # tokens whose logits exist at one time
     scoring.overlap_top_k = 16  # k of the overlap metrics (2604.13016 uses 16)
@@ -143,7 +148,8 @@ def validate(config: ConfigDict) -> None:
                   "rollout.max_prompt_tokens", "rollout.max_response_tokens", "scoring.token_chunk",
                   "scoring.overlap_top_k", "optim.microbatch_tokens", "optim.updates_per_rollout",
                   "checkpoint.keep", "eval.problems", "eval.samples", "metrics.repetition_tail",
-                  "log.every", "sample.samples", "sample.batch"):  # fmt: skip
+                  "log.every", "sample.samples", "sample.batch", "probe.problems",
+                  "probe.batch"):  # fmt: skip
         _range(flat, field, 1, math.inf)
     for field in ("rollout.slots", "loss.lambda_gold", "loss.beta_kl", "loss.pg_weight",
                   "optim.warmup_steps", "optim.weight_decay", "checkpoint.every", "eval.every",
@@ -206,6 +212,11 @@ def validate(config: ConfigDict) -> None:
         raise _wrong(
             "scoring.mask_first", config.scoring.mask_first, 'texts, such as ("<","think")'
         )
+    depths = config.probe.depths
+    if any(type(depth) is not int or depth < 1 for depth in depths) or len(set(depths)) < len(
+        depths
+    ):
+        raise _wrong("probe.depths", depths, "different whole numbers, at least 1, such as 64,256")
     if config.seed >= 2**32:
         raise _wrong("seed", config.seed, "a whole number below 2**32")
     try:

@@ -190,6 +190,13 @@ def test_thresholds(what, changes, rating):
     assert set(given.values()) == {"good"}  # and of nothing else
 
 
+def test_a_teacher_whose_answers_are_cut_off_is_not_called_worse():
+    """A long thinker under a short budget scores 0; where it is better all the same, that counts."""
+    for gain, rating in ((-0.4, "unknown"), (0.0, "unknown"), (0.4, "good")):
+        given = ratings(gain=Mean(gain, 0.05, 64), teacher_truncation_rate=0.6)
+        assert given["new knowledge"] == rating
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [

@@ -129,9 +129,7 @@ def load_teacher(setup: Setup, student: models.Params) -> tuple[models.Params, m
 def _for_probing(config: ConfigDict) -> ConfigDict:
     """A copy that asks for rollouts and a teacher, and for nothing else that training may need."""
     config = config.copy_and_resolve_references()
-    for name, weight in {"pg_weight": 1.0, "divergence_weight": 0.0, "lambda_gold": 0.0}.items():
-        config.loss[name] = weight
-    config.loss.beta_kl = 0.0
+    config.loss = configuration.default().loss  # plain OPD: no reference, no golden solutions
     config.eval.data = ""
     config.data.epochs = 0.0
     return config

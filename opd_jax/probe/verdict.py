@@ -111,7 +111,7 @@ def judge_pair(figures: PairFigures) -> list[Judgement]:
         _overlap(figures),
         _mass(figures),
         _closeness(figures),
-        _knowledge(figures.gain),
+        _knowledge(figures.gain, figures.teacher_truncation_rate),
         _truncation(figures.truncation_rate),
         _repetition(figures.repetition_rate),
         _teacher_truncation(figures.teacher_truncation_rate),
@@ -250,11 +250,15 @@ def _closeness(figures: PairFigures) -> Judgement:
     return Judgement("closeness", Rating.BAD if kl > KL_TOO_FAR else rating, why)
 
 
-def _knowledge(gain: Mean | None) -> Judgement:
+def _knowledge(gain: Mean | None, truncated: float) -> Judgement:
     if gain is None:
         return Judgement("new knowledge", Rating.UNKNOWN, "the problems have no answers")
     source = "a higher score need not be new knowledge (2604.13016, 3.2)"
-    return _gain("new knowledge", "the teacher's accuracy less the student's", gain, source)
+    judged = _gain("new knowledge", "the teacher's accuracy less the student's", gain, source)
+    if truncated > TRUNCATED_7B and judged.rating in (Rating.DOUBTFUL, Rating.BAD):
+        why = f"{judged.why}; {truncated:.0%} of its answers were cut off, so this says little"
+        return dataclasses.replace(judged, rating=Rating.UNKNOWN, why=why)
+    return judged
 
 
 def _gain(what: str, meaning: str, gain: Mean, source: str) -> Judgement:

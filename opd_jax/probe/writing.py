@@ -100,7 +100,7 @@ def write(
     """Let a model answer the problems `which`, each behind its prefix, within what is left of the budget.
 
     `prefixes`, in the writer's ids, are all of one length. They count as prompt in the rows returned.
-    Draws depend on the seed, the prefix's length, `part`, and the order of `which`.
+    Draws depend on the seed, `probe.batch`, the prefix's length, `part`, and the order of `which`.
     """
     config, section = plan.config, plan.config.rollout
     depth = len(prefixes[0]) if prefixes else 0

@@ -3,13 +3,13 @@
 import functools
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from opd_jax.config import default as training_fields
-from opd_jax.config import explain
+from opd_jax.config import explain, near
 from opd_jax.errors import OpdError
 
 FLAGS = flags.FLAGS
@@ -30,15 +30,26 @@ def define_config(default: str, *, fields: Callable[[], ConfigDict] = training_f
         _fail(str(explain(error, sys.argv[1:], fields())), EXIT_USER)
 
 
-def main(run: Callable[[], None], *, fields: Callable[[], ConfigDict] = training_fields) -> None:
+def main(
+    run: Callable[..., None],
+    *,
+    fields: Callable[[], ConfigDict] = training_fields,
+    names: Sequence[str] = (),
+) -> None:
     """Parse the command line and call `run`; exits 0, 1 (an OpdError, one line) or 2 (wrong flags).
 
-    `fields` makes the tree that the entry point's config files start from.
+    `fields` makes the tree that the entry point's config files start from. With `names`, the first
+    argument must be one of them, and `run` is called with it.
     """
-    app.run(lambda _: _guarded(run), flags_parser=functools.partial(_parse, fields=fields))
+    app.run(
+        lambda rest: _guarded(functools.partial(run, *rest[1:])),
+        flags_parser=functools.partial(_parse, fields=fields, names=names),
+    )
 
 
-def _parse(arguments: list[str], *, fields: Callable[[], ConfigDict]) -> list[str]:
+def _parse(
+    arguments: list[str], *, fields: Callable[[], ConfigDict], names: Sequence[str]
+) -> list[str]:
     try:
         rest = FLAGS(arguments)
         if "config" in FLAGS:
@@ -47,8 +58,12 @@ def _parse(arguments: list[str], *, fields: Callable[[], ConfigDict]) -> list[st
         if isinstance(error, flags.Error) and "--config" not in str(error):
             _fail(f"{error}; see --help", EXIT_FLAGS)
         _fail(str(explain(error, arguments, fields())), EXIT_USER)
-    if len(rest) > 1:
-        _fail(f"got {rest[1]!r}, wanted flags only; see --help", EXIT_FLAGS)
+    if names and len(rest) == 1:
+        _fail(f"a name is missing, wanted {' or '.join(names)}, then flags; see --help", EXIT_FLAGS)
+    if names and rest[1] not in names:
+        _fail(f"{rest[1]!r} is not known; {near(rest[1], list(names))}; see --help", EXIT_FLAGS)
+    if len(rest) > 1 + bool(names):
+        _fail(f"got {rest[-1]!r}, wanted flags only; see --help", EXIT_FLAGS)
     return rest
 
 

@@ -1,13 +1,12 @@
 """A trained student as a Hugging Face folder: weights of a checkpoint, everything else of its source."""
 
-import json
 import pathlib
-from typing import Any
 
 from opd_jax import checkpoint, data, models
-from opd_jax.errors import ConfigError, WorkdirError
+from opd_jax.errors import ConfigError
 from opd_jax.models import decoder
 from opd_jax.setup import with_ends
+from opd_jax.workdir import read_config
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -34,7 +33,7 @@ def export(workdir: str, out: str, *, step: int | None = None, dtype: str = "flo
             f"dtype={dtype!r}, wanted one of {', '.join(DTYPES)}; set --dtype=float32"
         )
     models.check_free(out)
-    student = _student(pathlib.Path(workdir))
+    student = read_config(pathlib.Path(workdir))["student"]
     source = student["path"]
     config = models.load_config(
         source,
@@ -51,27 +50,3 @@ def export(workdir: str, out: str, *, step: int | None = None, dtype: str = "flo
         file = pathlib.Path(out) / "chat_template.jinja"
         file.write_text(tokenizer.hf.chat_template, encoding="utf-8")
     return step
-
-
-def _student(workdir: pathlib.Path) -> dict[str, Any]:
-    """Section `student` of the run's config.json."""
-    if not workdir.is_dir():
-        raise WorkdirError(
-            f"workdir {str(workdir)!r} does not exist; give the folder that train.py printed first"
-        )
-    file = workdir / "config.json"
-    if not file.is_file():
-        raise WorkdirError(
-            f"workdir {str(workdir)!r} holds no config.json, so it is not a run; "
-            "give the folder that train.py printed first"
-        )
-    try:
-        student = json.loads(file.read_text(encoding="utf-8"))["student"]
-        if not isinstance(student["path"], str):
-            raise TypeError("student.path is not text")
-    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
-        raise WorkdirError(
-            f"{file} cannot be read as the config of a run ({error}); "
-            "restore it, or give another workdir"
-        ) from error
-    return student

@@ -11,6 +11,9 @@ class Stream(IntEnum):
     ROLLOUT = 1
     EVAL = 2
     SAMPLE = 3  # cold-start solutions of the teacher; the step is the batch of problems
+    PROBE = (
+        4  # of a probe; the step is the length of the prefix, then folds say who and which batch
+    )
 
 
 def key_for(seed: int, step: int, stream: Stream) -> jax.Array:

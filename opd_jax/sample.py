@@ -23,7 +23,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from opd_jax import config as configuration
-from opd_jax import data, display, fitting, metrics, models, sample_file, workdir
+from opd_jax import data, display, fitting, metrics, models, rules, sample_file, workdir
 from opd_jax import setup as roles
 from opd_jax.errors import ConfigError, DataError, ModelError
 from opd_jax.eval.grade import Grade, Grader
@@ -112,7 +112,7 @@ def run(config: ConfigDict, out: str, *, command: list[str]) -> dict[str, Any]:
 
 def make_plan(config: ConfigDict) -> Plan:
     """Read and check all but the weights. Raises an OpdError; writes and compiles nothing."""
-    configuration.validate(config)
+    rules.validate(config)
     config = roles.resolved(config, ["teacher"])
     if not config.teacher.path:
         raise ConfigError(

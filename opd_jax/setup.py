@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from opd_jax import config as configuration
-from opd_jax import data, guard, models, objectives
+from opd_jax import data, guard, models, objectives, rules
 from opd_jax.errors import ConfigError, ModelError
 from opd_jax.fitting import Misfit, prompt_misfit, teacher_misfit, without_misfits
 
@@ -61,7 +60,7 @@ class Setup:
 
 def make_setup(config: ConfigDict) -> Setup:
     """Read and check all but the weights. Raises an OpdError; writes and compiles nothing."""
-    configuration.validate(config)
+    rules.validate(config)
     terms = make_terms(config)
     config = resolved(
         config,

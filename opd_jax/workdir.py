@@ -52,6 +52,30 @@ def check(path: pathlib.Path, config: ConfigDict) -> None:
         )
 
 
+def read_config(path: pathlib.Path) -> dict[str, Any]:
+    """What config.json of a run holds, with at least `student.path`. Raises WorkdirError: no run."""
+    if not path.is_dir():
+        raise WorkdirError(
+            f"workdir {str(path)!r} does not exist; give the folder that train.py printed first"
+        )
+    file = path / "config.json"
+    if not file.is_file():
+        raise WorkdirError(
+            f"workdir {str(path)!r} holds no config.json, so it is not a run; "
+            "give the folder that train.py printed first"
+        )
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(config["student"]["path"], str):
+            raise TypeError("student.path is not text")
+    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
+        raise WorkdirError(
+            f"{file} cannot be read as the config of a run ({error}); "
+            "restore it, or give another workdir"
+        ) from error
+    return config
+
+
 def obstacle(folder: pathlib.Path) -> pathlib.Path | None:
     """What keeps a folder from being made or written into: the nearest path that exists; or None."""
     while not folder.exists():

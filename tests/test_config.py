@@ -8,6 +8,7 @@ import pytest
 
 from configs import grpo, opd, opsd, recipes, sft, stable_opd, topk_opd
 from opd_jax import config as configuration
+from opd_jax import rules
 from opd_jax.errors import ConfigError
 from opd_jax.setup import make_terms
 
@@ -32,7 +33,7 @@ METHODS = {"stable_opd": stable_opd, "opd": opd, "sft": sft, "opsd": opsd, "topk
 @pytest.mark.parametrize("recipe", recipes.RECIPES)
 def test_shipped_configs_are_valid(name, recipe):
     options = "" if recipe == "tiny" else ",data=problems.jsonl"
-    configuration.validate(METHODS[name].get_config(recipe + options))
+    rules.validate(METHODS[name].get_config(recipe + options))
 
 
 def test_the_recipe_is_tiny_where_none_is_named():
@@ -123,14 +124,14 @@ def test_methods_differ_in_numbers_only():
 )
 def test_impossible_values_are_refused_in_one_line(field, value, says):
     with pytest.raises(ConfigError) as error:
-        configuration.validate(with_field(field, value))
+        rules.validate(with_field(field, value))
     assert says in str(error.value)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(("field", "value"), [("metrics.positions", ()), ("metrics.hedging", ())])
 def test_what_may_be_empty(field, value):
-    configuration.validate(with_field(field, value))
+    rules.validate(with_field(field, value))
 
 
 def test_unknown_field_names_the_nearest():
@@ -138,7 +139,7 @@ def test_unknown_field_names_the_nearest():
     with config.unlocked():
         config.rollout.temprature = 1.0
     with pytest.raises(ConfigError, match="did you mean 'temperature'"):
-        configuration.validate(config)
+        rules.validate(config)
 
 
 def test_missing_field_is_named():
@@ -146,14 +147,14 @@ def test_missing_field_is_named():
     with config.unlocked():
         del config.rollout.top_p
     with pytest.raises(ConfigError, match=r"config.rollout.top_p is missing"):
-        configuration.validate(config)
+        rules.validate(config)
 
 
 def test_nothing_to_train_is_refused():
     config = opd.get_config()
     config.loss.pg_weight = 0.0
     with pytest.raises(ConfigError, match="nothing would be trained"):
-        configuration.validate(config)
+        rules.validate(config)
 
 
 def test_recipe_options_set_what_most_runs_change():
@@ -219,21 +220,21 @@ def test_losses_that_cannot_teach_or_would_be_ignored_are_refused(changes, says)
     config = opd.get_config()
     config.loss.update(changes)
     with pytest.raises(ConfigError, match=re.escape(says)):
-        configuration.validate(config)
+        rules.validate(config)
 
 
 def test_a_group_of_one_is_refused():
     config = grpo.get_config()
     config.rollout.samples_per_prompt = 1
     with pytest.raises(ConfigError, match="samples_per_prompt=4"):
-        configuration.validate(config)
+        rules.validate(config)
 
 
 def test_grpo_needs_no_teacher_and_takes_one_with_its_own_advantage():
     assert not make_terms(grpo.get_config()).needs_teacher
     config = grpo.get_config("smollm2-135m,teacher=DIR,data=problems.jsonl")
     config.loss.teacher_coef = 1.0
-    configuration.validate(config)
+    rules.validate(config)
     assert make_terms(config).needs_teacher
 
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from configs import opd, sft, stable_opd
-from opd_jax import config as configuration
 from opd_jax import guard
 from opd_jax.errors import ConfigError
 from opd_jax.guard import Alarm, Response, State
+from opd_jax.rules import validate
 from tests.guard_traces import (
     BATCHES,
     COLLAPSES,
@@ -440,11 +440,11 @@ def test_the_guard_is_off_and_rows_go_on_by_default():
 @pytest.mark.parametrize("action", guard.ACTIONS)
 def test_actions_are_valid_and_say_what_they_may_raise(action):
     config = with_fields(opd.get_config(), guard__action=action)
-    configuration.validate(config)
+    validate(config)
     raises = action in ("strengthen", "rollback")
     assert guard.may_raise_beta_kl(config) == guard.may_raise_lambda_gold(config) == raises
     config = with_fields(config, guard__lambda_gold_max=0.0)
-    configuration.validate(config)
+    validate(config)
     assert not guard.may_raise_lambda_gold(config)
 
 
@@ -477,6 +477,6 @@ def test_actions_are_valid_and_say_what_they_may_raise(action):
 def test_impossible_guards_are_refused_in_one_line(fields, says):
     config = opd.get_config()
     with pytest.raises(ConfigError) as error:
-        configuration.validate(with_fields(config, **fields))
+        validate(with_fields(config, **fields))
     assert says in str(error.value)
     assert "\n" not in str(error.value)

@@ -13,10 +13,10 @@ LAYER = {
     "shapes": 1, "batching": 1, "repetition": 1, "right_wrong": 1, "eval.grading_worker": 1,
     "guard": 2, "losses": 2, "models": 2, "data": 2, "checkpoint": 2, "eval.grade": 2,
     "config": 3, "metrics": 3, "scoring": 3, "rollout": 3,
-    "objectives": 4, "workdir": 4, "fitting": 4, "cli": 4, "eval.evaluate": 4,
+    "objectives": 4, "rules": 4, "workdir": 4, "fitting": 4, "cli": 4, "eval.evaluate": 4,
     "data.decontaminate": 4, "data.prepare_config": 4, "data.judge": 5, "data.prepare": 6,
     "rows": 5, "update": 5, "setup": 5, "sample_file": 5,
-    "sample": 6, "export": 6, "loading": 6, "collect": 6, "train": 7,
+    "sample": 6, "export": 6, "loading": 6, "collect": 6, "train": 7, "probe": 7,
 }  # fmt: skip
 
 

@@ -1,0 +1,50 @@
+"""Probe: python launch/probe.py NAME --config=CONFIG[:RECIPE] [--workdir=DIR [--step=N]] [--out=FILE.json].
+
+NAME is pair (is this teacher worth training with?; several by --teachers=DIR,DIR2) or continuation (does
+the teacher still help behind the student's own prefixes? also alone against on prefixes).
+"""
+
+import sys
+from typing import Any
+
+from absl import flags
+
+from opd_jax import cli
+
+NAMES = ("pair", "continuation")
+
+cli.define_config("configs/opd.py")
+flags.DEFINE_string(
+    "workdir", None,
+    "a run whose checkpoint is the student, with the run's own config, unless --config is given: then "
+    "only the student is the run's; default: the config's student.path",
+)  # fmt: skip
+flags.DEFINE_integer("step", None, "of the run's checkpoint; default the newest", lower_bound=0)
+flags.DEFINE_list(
+    "teachers", [], "folders to compare by pair, in place of teacher.path; commas between them"
+)
+flags.DEFINE_string("out", None, "file to write, .json: figures, verdict, every answer")
+
+
+def main(name: str) -> None:
+    """Ask the question NAME, and print what is found."""
+    from opd_jax import probe  # JAX starts only after the flags are known to be right
+
+    given = cli.FLAGS
+    flag: Any = given["config"]
+    config = given.config
+    if given.workdir and not flag.present:
+        config = probe.config_of_run(given.workdir, flag.override_values)
+    probe.run(
+        name,
+        config,
+        folder=given.workdir,
+        step=given.step,
+        teachers=given.teachers,
+        out=given.out,
+        command=sys.argv,
+    )
+
+
+if __name__ == "__main__":
+    cli.main(main, names=NAMES)

@@ -1,0 +1,302 @@
+"""The rules of the config: what is impossible, would be ignored or could not work, refused in one line.
+
+`validate` is called once, before anything is loaded.
+"""
+
+import difflib
+import math
+import re
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from opd_jax import guard
+from opd_jax.config import default, flatten, near
+from opd_jax.errors import ConfigError
+from opd_jax.losses import AGGREGATIONS, DIRECTIONS, ESTIMATORS, FORMS, SUPPORT_WEIGHTS
+from opd_jax.repetition import RULES
+from opd_jax.supports import SUPPORTS
+
+DTYPES = ("auto", "float32", "bfloat16")
+
+
+def validate(config: ConfigDict) -> None:
+    """Refuse impossible values and combinations, before anything is loaded.
+
+    Raises ConfigError with one line: the field, what it is, what is wanted, the option that fixes it.
+    """
+    _check_names(config.to_dict(), default().to_dict(), "")
+    flat = flatten(config.to_dict())
+    for field in ("steps", "data.size", "rollout.prompts_per_step", "rollout.samples_per_prompt",
+                  "rollout.max_prompt_tokens", "rollout.max_response_tokens", "scoring.token_chunk",
+                  "scoring.overlap_top_k", "loss.top_k", "loss.truncated_tail",
+                  "optim.microbatch_tokens", "optim.updates_per_rollout",
+                  "checkpoint.keep", "eval.problems", "eval.samples", "metrics.repetition_tail",
+                  "log.every", "sample.samples", "sample.batch", "rollout.repetition_period",
+                  "guard.max_rollbacks", "probe.problems", "probe.batch"):  # fmt: skip
+        _range(flat, field, 1, math.inf)
+    for field in ("rollout.slots", "loss.lambda_gold", "loss.beta_kl", "loss.pg_weight",
+                  "optim.warmup_steps", "optim.weight_decay", "checkpoint.every", "eval.every",
+                  "rollout.temperature", "eval.temperature", "log.rollouts", "log.gradients", "seed",
+                  "loss.clip_high", "loss.divergence_weight", "loss.teacher_coef", "loss.group_coef",
+                  "loss.advantage_clamp", "loss.dual_clip", "loss.importance_cap", "data.epochs",
+                  "student.rope_theta", "student.max_position",
+                  "teacher.rope_theta", "teacher.max_position", "reference.rope_theta",
+                  "reference.max_position", "sample.problems", "sample.slots",
+                  "sample.temperature", "sample.max_response_tokens", "rollout.stop_on_repetition",
+                  "guard.beta_kl_floor", "guard.beta_kl_max", "guard.lambda_gold_floor",
+                  "guard.lambda_gold_max"):  # fmt: skip
+        _range(flat, field, 0, math.inf)
+    for field in ("rollout.top_p", "eval.top_p", "optim.beta1", "optim.beta2", "loss.clip_low",
+                  "loss.discount",
+                  "teacher.decay", "optim.warmup_fraction", "sample.top_p"):  # fmt: skip
+        _range(flat, field, 0, 1)
+    for field in ("optim.learning_rate", "optim.grad_clip", "metrics.repetition_threshold",
+                  "rollout.top_p", "eval.top_p", "sample.top_p"):  # fmt: skip
+        if not 0 < flat[field] < math.inf:
+            raise _wrong(field, flat[field], "a finite number above 0")
+    _range(flat, "metrics.repetition_level", 1, 9)
+    _range(flat, "metrics.repeated_ngram", 2, math.inf)
+    for field, choices in (
+        ("student.dtype", DTYPES), ("teacher.dtype", DTYPES), ("reference.dtype", DTYPES),
+        ("loss.kl_estimator", ESTIMATORS), ("loss.direction", DIRECTIONS), ("loss.form", FORMS),
+        ("loss.support", SUPPORTS), ("loss.support_weight", SUPPORT_WEIGHTS),
+        ("loss.aggregation", AGGREGATIONS), ("loss.gold_aggregation", AGGREGATIONS[:2]),
+        ("loss.truncated", ("keep", "mask", "tail")), ("loss.repeated", ("keep", "mask")),
+        ("optim.schedule", ("constant", "linear", "cosine")),
+        ("teacher.follow", ("frozen", "average", "live")), ("data.bad_rows", ("refuse", "skip")),
+        ("scoring.special_tokens", ("remap", "mask", "keep")), ("metrics.repeated_tokens", RULES),
+        ("guard.action", guard.ACTIONS),
+    ):  # fmt: skip
+        _choice(flat, field, choices)
+    if not config.data.train:
+        raise _wrong(
+            "data.train", "''", "a file of problems (.jsonl, .json, .parquet), or tiny:train"
+        )
+    if not config.student.path:
+        raise _wrong("student.path", "''", "the path of a Hugging Face folder")
+    weights = ("pg_weight", "divergence_weight", "lambda_gold", "beta_kl")
+    if not any(config.loss[name] for name in weights):
+        raise ConfigError(
+            f"loss.{', loss.'.join(weights)} are all 0, wanted one above 0: nothing would be "
+            "trained; set --config.loss.pg_weight=1"
+        )
+    _check_loss(config)
+    if config.teacher.follow != "frozen" and config.teacher.path != "student":
+        raise ConfigError(
+            f"teacher.follow={config.teacher.follow} is for a teacher that is the student, got "
+            f"teacher.path={config.teacher.path!r}; set --config.teacher.path=student"
+        )
+    for field in ("data.prompt_template", "data.teacher_prompt_template"):
+        if flat[field] != "same" and "{problem}" not in flat[field]:
+            raise _wrong(field, repr(flat[field]), "a text that holds {problem}")
+    if flat["data.prompt_template"] == "same" or flat["data.system_prompt"] == "same":
+        raise ConfigError(
+            "data.prompt_template and data.system_prompt are the student's own texts, got 'same'; "
+            "set --config.data.prompt_template={problem}"
+        )
+    if not all(isinstance(text, str) and text for text in config.scoring.mask_first):
+        raise _wrong(
+            "scoring.mask_first", config.scoring.mask_first, 'texts, such as ("<","think")'
+        )
+    _check_metrics(config.metrics)
+    depths = config.probe.depths
+    whole = all(type(depth) is int and depth >= 1 for depth in depths)
+    if not whole or len(set(depths)) < len(depths):
+        raise _wrong("probe.depths", depths, "different whole numbers, at least 1, such as 64,256")
+    if config.seed >= 2**32:
+        raise _wrong("seed", config.seed, "a whole number below 2**32")
+    try:
+        re.compile(config.eval.match)
+    except re.error as error:
+        raise _wrong(
+            "eval.match", repr(config.eval.match), f"a regular expression ({error})"
+        ) from None
+    if config.sample.temperature == 0 and config.sample.samples > 1:
+        raise ConfigError(
+            f"sample.samples={config.sample.samples} with sample.temperature=0 gives the same "
+            "solution every time; set --config.sample.samples=1 or a temperature above 0"
+        )
+    if config.loss.pg_weight and config.rollout.temperature == 0:
+        raise _wrong("rollout.temperature", 0, "a number above 0: greedy rollouts do not explore")
+    prompts, updates = config.rollout.prompts_per_step, config.optim.updates_per_rollout
+    if prompts % updates:
+        raise ConfigError(
+            f"rollout.prompts_per_step={prompts} does not divide into optim.updates_per_rollout="
+            f"{updates} equal parts; set --config.rollout.prompts_per_step={-(-prompts // updates) * updates}"
+        )
+    _check_repetition(config.rollout)
+    _check_guard(config)
+    row = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+    if config.optim.microbatch_tokens < row:
+        raise ConfigError(
+            f"optim.microbatch_tokens={config.optim.microbatch_tokens} is less than one row of "
+            f"{row} tokens (rollout.max_prompt_tokens + rollout.max_response_tokens); "
+            f"set --config.optim.microbatch_tokens={row} or more"
+        )
+
+
+def _check_loss(config: ConfigDict) -> None:
+    """Rules between the fields of the loss: what would be ignored, or could not teach, is refused."""
+    loss = config.loss
+    by_teacher = loss.pg_weight and loss.teacher_coef
+    if (by_teacher or loss.divergence_weight) and not config.teacher.path:
+        raise _wrong(
+            "teacher.path", "''",
+            "a Hugging Face folder (loss.teacher_coef or loss.divergence_weight is above 0)",
+        )  # fmt: skip
+    for field in ("jsd_beta", "skew"):
+        if not 0 < loss[field] < 1:
+            raise _wrong(f"loss.{field}", loss[field], "a number between 0 and 1")
+    if loss.pg_weight and not (loss.teacher_coef or loss.group_coef):
+        raise ConfigError(
+            "loss.teacher_coef and loss.group_coef are both 0, so every advantage is 0; set "
+            "--config.loss.teacher_coef=1, or --config.loss.pg_weight=0"
+        )
+    if loss.pg_weight and loss.group_coef and config.rollout.samples_per_prompt < 2:
+        raise ConfigError(
+            "rollout.samples_per_prompt=1 with loss.group_coef above 0, wanted 2 or more: a rollout "
+            "is compared with others of its prompt; set --config.rollout.samples_per_prompt=4"
+        )
+    if loss.dual_clip and loss.dual_clip <= 1:
+        raise _wrong("loss.dual_clip", loss.dual_clip, "a number above 1, or 0 for none")
+    if loss.advantage in ("divergence", "top_k", "topk", "kl"):
+        raise ConfigError(
+            f"loss.advantage={loss.advantage} would be the same for every token that could have been "
+            "sampled, and such an advantage teaches nothing: its expected gradient is 0; set "
+            "--config.loss.advantage=support, or --config.loss.pg_weight=0 "
+            "--config.loss.divergence_weight=1 for the divergence's own gradient"
+        )
+    _choice(flatten(config.to_dict()), "loss.advantage", ("sampled", "support"))
+    on_support = bool(by_teacher) and loss.advantage == "support"
+    if on_support and loss.support == "full":
+        raise ConfigError(
+            "loss.advantage=support with loss.support=full, wanted a support of top_k ids; set "
+            "--config.loss.support=student, or --config.loss.pg_weight=0 "
+            "--config.loss.divergence_weight=1 for the whole vocabulary"
+        )
+    if on_support and (loss.discount or loss.advantage_clamp):
+        raise ConfigError(
+            "loss.discount and loss.advantage_clamp are for the sampled token's advantage, got "
+            "loss.advantage=support; set both to 0"
+        )
+    if loss.support == "full" and loss.form != "raw":
+        raise ConfigError(
+            f"loss.form={loss.form} is for a support of top_k ids, got loss.support=full, over which "
+            "all forms agree; set --config.loss.form=raw or --config.loss.support=student"
+        )
+    if loss.form == "stop_gradient" and loss.direction != "reverse":
+        raise ConfigError(
+            f"loss.form=stop_gradient with loss.direction={loss.direction}, wanted reverse: elsewhere "
+            "it would stop the whole gradient; set --config.loss.direction=reverse"
+        )
+    single = loss.top_k == 1 and loss.support in ("student", "teacher", "intersection")
+    if loss.divergence_weight and single and loss.form == "renormalised":
+        raise ConfigError(
+            "loss.top_k=1 with loss.form=renormalised: over one id every renormalised distribution is "
+            "1, so the divergence is 0 and teaches nothing; set --config.loss.top_k=16"
+        )
+
+
+def _check_repetition(rollout: ConfigDict) -> None:
+    last, period = rollout.stop_on_repetition, rollout.repetition_period
+    if last and not period <= last < rollout.max_response_tokens:
+        raise _wrong(
+            "rollout.stop_on_repetition", last,
+            f"0, or a number from rollout.repetition_period={period}, so that a cycle came round once, "
+            f"to below rollout.max_response_tokens={rollout.max_response_tokens}",
+        )  # fmt: skip
+
+
+def _check_guard(config: ConfigDict) -> None:
+    section, loss = config.guard, config.loss
+    flat = flatten({"guard": section.to_dict()})
+    _range(flat, "guard.false_alarm_every", 10, math.inf)
+    _range(flat, "guard.memory", 2 * guard.LAG, math.inf)
+    _range(flat, "guard.patience", guard.LAG, math.inf)
+    _range(flat, "guard.factor", 1.1, math.inf)
+    if section.action == "off":
+        return
+    if not (loss.pg_weight or loss.divergence_weight or loss.beta_kl):
+        raise ConfigError(
+            f"guard.action={section.action!r} watches rollouts, and this loss makes none "
+            "(loss.pg_weight, loss.divergence_weight and loss.beta_kl are 0); set --config.guard.action=off"
+        )
+    if section.action not in ("strengthen", "rollback"):
+        return
+    for name in ("beta_kl", "lambda_gold"):
+        first, most = loss[name] or section[f"{name}_floor"], section[f"{name}_max"]
+        if most and not 0 < first <= most:
+            raise _wrong(
+                f"guard.{name}_max", most,
+                f"0, or at least {first}, which loss.{name} or guard.{name}_floor begins with (above 0)",
+            )  # fmt: skip
+    if not (guard.may_raise_beta_kl(config) or guard.may_raise_lambda_gold(config)):
+        raise ConfigError(
+            f"guard.action={section.action!r} has nothing to raise: guard.beta_kl_max and "
+            "guard.lambda_gold_max are not above loss.beta_kl and loss.lambda_gold; "
+            "set --config.guard.beta_kl_max=0.1"
+        )
+    every, keep = config.checkpoint.every, config.checkpoint.keep
+    if section.action == "rollback" and every * (keep - 1) < guard.REACH:
+        wanted = -(-guard.REACH // every) + 1 if every else 2
+        raise ConfigError(
+            f"guard.action='rollback' wants a checkpoint that is {guard.REACH} steps old, got "
+            f"checkpoint.keep={keep} of checkpoint.every={every} steps; set --config.checkpoint.keep={wanted}"
+            + ("" if every else f" --config.checkpoint.every={guard.REACH}")
+        )
+
+
+def _check_metrics(section: ConfigDict) -> None:
+    """The two tuples; either may be empty."""
+    places, words = section.positions, section.hedging
+    whole = isinstance(places, tuple) and all(type(n) is int and n > 0 for n in places)
+    if not whole or list(places) != sorted(set(places)):
+        wanted = "whole numbers above 0, each above the one before, such as (256,512)"
+        raise _wrong("metrics.positions", repr(places), wanted)
+    if not isinstance(words, tuple) or not all(
+        isinstance(word, str) and re.fullmatch(r"[^\W\d_]+", word) for word in words
+    ):
+        wanted = 'words of letters, such as ("wait","but")'
+        raise _wrong("metrics.hedging", repr(words), wanted)
+
+
+def _check_names(got: dict, known: dict, prefix: str) -> None:
+    for name, value in got.items():
+        if name not in known:
+            raise ConfigError(f"config.{prefix}{name} is not a field; {near(name, list(known))}")
+        if isinstance(known[name], dict) != isinstance(value, dict):
+            raise ConfigError(
+                f"config.{prefix}{name} is {value!r}, wanted the kind of {known[name]!r}"
+            )
+        if isinstance(value, dict):
+            _check_names(value, known[name], f"{prefix}{name}.")
+    for name in known:
+        if name not in got:
+            raise ConfigError(
+                f"config.{prefix}{name} is missing; start from opd_jax.config.default()"
+            )
+
+
+def _wrong(field: str, got: Any, wanted: str) -> ConfigError:
+    return ConfigError(f"{field}={got}, wanted {wanted}; set --config.{field}=...")
+
+
+def _range(flat: dict[str, Any], field: str, low: float, high: float) -> None:
+    value = flat[field]
+    whole = isinstance(flatten(default().to_dict())[field], int)
+    kind = int if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
+        wanted = f"at least {low}" if high == math.inf else f"{low} to {high}"
+        raise _wrong(field, value, f"a {'whole ' if whole else ''}number, {wanted}")
+    if value == math.inf:
+        raise _wrong(field, value, "a finite number")
+
+
+def _choice(flat: dict[str, Any], field: str, choices: tuple[str, ...]) -> None:
+    if flat[field] not in choices:
+        hint = difflib.get_close_matches(str(flat[field]), choices, n=1) or choices[:1]
+        raise ConfigError(
+            f"{field}={flat[field]!r}, wanted one of {', '.join(choices)}; "
+            f"set --config.{field}={hint[0]}"
+        )

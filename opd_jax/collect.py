@@ -113,6 +113,7 @@ class Collector:
             given.rollout, given.scores, given.mask_BT, given.texts, given.flagged_B,
             given.repeated_BT, correct_B=given.correct_B, positions=section.positions,
             hedging=section.hedging, max_response_tokens=rollout.max_response_tokens,
+            stops_on_repetition=rollout.stop_on_repetition > 0,
         )  # fmt: skip
 
     def _rollout(
@@ -129,6 +130,8 @@ class Collector:
             top_p=section.top_p,
             stop_ids=alignment.stop_ids,
             slots=section.slots or None,
+            stop_on_repetition=section.stop_on_repetition,
+            repetition_period=section.repetition_period,
             max_prompt_tokens=section.max_prompt_tokens,
             vocabulary=alignment.vocabulary,
             drawn_V=self.drawn_V,

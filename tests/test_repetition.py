@@ -139,6 +139,14 @@ def test_ngram_mask_equals_a_plain_loop(ngram, low, high):
         assert got.any()
 
 
+def test_ngrams_that_differ_beyond_64_bits_are_different():
+    """Five digits of base 2^16: the first one's weight is 2^64, which is 0 where numbers wrap."""
+    response = [1, 7, 8, 9, 65_535, 2, 7, 8, 9, 65_535]
+    made = rows(response, prompts=[1], outcomes=[Outcome.BUDGET], width=11)
+    assert not repetition.ngram_mask(made, ngram=5).any()
+    assert np.flatnonzero(repetition.ngram_mask(made, ngram=4)[0]).tolist() == [10]
+
+
 def test_ngrams_longer_than_the_rows_repeat_nothing():
     made = rows([2] * 4, prompts=[1], outcomes=[Outcome.BUDGET], width=5)
     assert not repetition.ngram_mask(made, ngram=6).any()

@@ -1,17 +1,21 @@
 """Synthetic runs for the collapse guard: what healthy and collapsing runs may look like.
 
-`python -m tests.guard_traces [SEEDS]` prints the table of docs/guard.md.
+`python -m tests.guard_traces [SEEDS]` prints the table of docs/guard.md;
+`python -m tests.guard_traces WORKDIR...` says what the guard would have said of runs that were made.
 
 A run is a mean per step of three shares, from which rollouts are drawn: prompts differ (a beta
 distribution whose intraclass correlation is 0.3), the samples of a prompt are alike, and only a
 truncated rollout can be flagged repetitive.
 """
 
+import json
+import pathlib
 import sys
 from collections.abc import Callable
 
 import numpy as np
 
+from opd_jax import config as configuration
 from opd_jax import guard
 
 STEPS = 300
@@ -121,8 +125,6 @@ def rows(means: Means, prompts: int, samples: int, seed: int) -> list[dict[str, 
 
 def rules(prompts: int = 16, samples: int = 4, **changes: object) -> guard.Rules:
     """The rules of the default config at a batch size."""
-    from opd_jax import config as configuration
-
     config = configuration.default()
     config.rollout.prompts_per_step, config.rollout.samples_per_prompt = prompts, samples
     config.guard.update(changes)
@@ -170,19 +172,36 @@ def main(seeds: int) -> None:
     for name, means in HEALTHY.items():
         counts = [false_alarms(means, *batch, seeds) for batch in BATCHES]
         print(f"{name:46}" + "".join(f"{count:>16}" for count in counts))
+    found = {name: [detections(name, *batch, seeds) for batch in BATCHES] for name in COLLAPSES}
     print(f"\n{'lead: median (5%, worst)':46}{heads}")
-    for name in COLLAPSES:
-        cells = []
-        for batch in BATCHES:
-            lead, _ = detections(name, *batch, seeds)
-            cells.append(f"{np.median(lead):.0f} ({np.percentile(lead, 5):.0f}, {lead.min():.0f})")
+    for name, results in found.items():
+        cells = [
+            f"{np.median(x):.0f} ({np.percentile(x, 5):.0f}, {x.min():.0f})" for x, _ in results
+        ]
         print(f"{name:46}" + "".join(f"{cell:>16}" for cell in cells))
-    print(f"\n{'estimated onset - true one: 5%, median, 95%':46}{heads}")
-    for name in COLLAPSES:
-        errors = [detections(name, *batch, seeds)[1] for batch in BATCHES]
-        cells = [" ".join(f"{x:.0f}" for x in np.percentile(e, [5, 50, 95])) for e in errors]
+    print(f"\n{'onset found - true one: 5%, median, 95%':46}{heads}")
+    for name, results in found.items():
+        cells = [" ".join(f"{x:.0f}" for x in np.percentile(e, [5, 50, 95])) for _, e in results]
         print(f"{name:46}" + "".join(f"{cell:>16}" for cell in cells))
+
+
+def replay(workdir: pathlib.Path) -> None:
+    """Print what the guard finds in the metrics.jsonl of a run."""
+    rollout = json.loads((workdir / "config.json").read_text())["rollout"]
+    settings = rules(rollout["prompts_per_step"], rollout["samples_per_prompt"], action="warn")
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    state, steps, said = guard.State(), 0, []
+    for line in lines:
+        state, alarm = guard.observe(state, line["step"], line, settings)
+        state, response = guard.respond(state, line["step"], alarm, settings, [])
+        said += response.lines
+        steps += "rollout/truncation_rate" in line
+    print(f"{workdir}: {steps} steps", *(said or ["no alarm"]), sep="\n  ")
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 200)
+    if sys.argv[1:] and not sys.argv[1].isdigit():
+        for argument in sys.argv[1:]:
+            replay(pathlib.Path(argument))
+    else:
+        main(int(sys.argv[1]) if len(sys.argv) > 1 else 200)

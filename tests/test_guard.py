@@ -197,6 +197,44 @@ def test_a_collapse_from_the_first_step_on_is_seen_in_time():
     assert lead.min() >= 1
 
 
+def measured(name: str) -> list[dict[str, float]]:
+    """Metrics of a real run of the embedded models, 64 rollouts a step, from step 1 on."""
+    stored = json.loads((MEASURED / f"{name}.json").read_text())
+    return [dict(zip(stored["columns"], values, strict=True)) for values in stored["rows"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "lead"),
+    [
+        ("loops", 10),  # a teacher that loves loops: truncation 0 -> 0.9 in 30 steps
+        ("large_rate", 1),  # 0.17 -> 0.97 in two steps: nobody can see it ten steps before
+    ],
+)
+def test_measured_collapses_are_seen_before(name, lead):
+    run = measured(name)
+    crossed = 1 + next(i for i, m in enumerate(run) if m["rollout/truncation_rate"] > 0.9)
+    alarm = observed(run, rules())[1][0]
+    assert crossed - alarm.step >= lead
+    assert alarm.onset <= alarm.step - 3
+
+
+def test_a_measured_healthy_run_raises_no_alarm():
+    assert observed(measured("healthy"), rules())[1] == []
+
+
+def test_a_measured_run_that_loops_for_a_while_is_alarming_and_recovers():
+    """Truncation 0 -> 0.62 at steps 79 and 90, all of it repetitive, and back to 0 by itself."""
+    state, told = State(), []
+    for step, metrics in enumerate(measured("unsteady"), start=1):
+        state, found = guard.observe(state, step, metrics, rules(action="warn"))
+        state, response = guard.respond(state, step, found, rules(action="warn"), [])
+        told += [(step, name) for name in response.event]
+    alarms = [step for step, name in told if name == "guard/alarm"]
+    assert len(alarms) == 1
+    assert 70 < alarms[0] < 79
+    assert "guard/recovered" in [name for step, name in told if step > 100]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", HEALTHY)
 def test_hundreds_of_healthy_runs(name):

@@ -17,6 +17,7 @@ from opd_jax import config as configuration
 from opd_jax import data, models, train, workdir
 from opd_jax.errors import ConfigError, DataError, ModelError, NonFiniteError, WorkdirError
 from opd_jax.eval import Grade
+from opd_jax.eval.grade import Grader
 from opd_jax.models import decoder
 from opd_jax.setup import make_setup
 from tests import bench_metrics
@@ -270,6 +271,65 @@ def test_a_live_teacher_with_the_students_prompt_has_nothing_to_say(folders, tmp
     train.run(config, str(tmp_path / "run"), command=[])
     for row in lines(tmp_path / "run", "metrics.jsonl")[1:]:
         assert row["score/advantage_mean"] == row["optim/grad_norm"] == 0.0
+
+
+def test_a_divergence_over_a_support_in_two_updates_a_rollout(folders, tmp_path):
+    config = small(folders, "opd")
+    config.steps, config.eval.data = 2, ""
+    config.loss.update({"pg_weight": 0.0, "divergence_weight": 1.0, "support": "union", "top_k": 4})
+    config.loss.form = "tail"
+    config.optim.updates_per_rollout = 2
+    config.log.gradients = 1  # one term: nothing to compare it with
+    train.run(config, str(tmp_path / "run"), command=[])
+    rows = lines(tmp_path / "run", "metrics.jsonl")[1:]
+    assert rows[0]["loss/total"] == rows[0]["loss/divergence"] > 0
+    assert not any(key.startswith("optim/grad_cosine") for row in rows for key in row)
+    # Of nearly uniform models 4 ids and the rest hold less than all of the divergence.
+    assert rows[0]["loss/divergence"] < rows[0]["score/reverse_kl"]
+
+
+def test_grpo_has_no_teacher_and_learns_from_grades(folders, tmp_path, monkeypatch):
+    config = small(folders, "opd")
+    config.steps, config.eval.data, config.teacher.path = 2, "", ""
+    config.loss.teacher_coef, config.loss.group_coef = 0.0, 1.0
+    train.run(config, str(tmp_path / "wrong"), command=[])
+    (row, _) = rows = lines(tmp_path / "wrong", "metrics.jsonl")[1:]
+    assert row["rollout/accuracy"] == row["loss/opd"] == row["optim/grad_norm"] == 0.0  # all wrong
+    assert not any("teacher" in key or "overlap" in key for row in rows for key in row)
+    assert "score/student_entropy" in row
+    sample = lines(tmp_path / "wrong", "rollouts.jsonl")[0]
+    assert sample["correct"] is False
+    assert "teacher_logprob" not in sample
+    every_other = [Grade.CORRECT, Grade.WRONG] * 4
+    monkeypatch.setattr(Grader, "grade", lambda self, pairs: every_other)
+    train.run(config, str(tmp_path / "half"), command=[])
+    row = lines(tmp_path / "half", "metrics.jsonl")[1]
+    assert row["rollout/accuracy"] == 0.5
+    assert row["optim/grad_norm"] > 0
+    # Ratio 1: the loss is minus the mean advantage, and each pair's (1, 0) gives +-0.707.
+    np.testing.assert_allclose(row["loss/opd"], 0.0, atol=1e-5)
+    signs = [np.sign(line["advantage"][0]) for line in lines(tmp_path / "half", "rollouts.jsonl")]
+    assert signs == [1.0, 1.0]
+
+
+def test_gradients_of_the_terms_are_logged_now_and_then(folders, tmp_path):
+    config = small(folders)
+    config.steps, config.eval.data, config.log.gradients = 2, "", 2
+    train.run(config, str(tmp_path / "run"), command=[])
+    _, first, second = lines(tmp_path / "run", "metrics.jsonl")
+    names = {"opd", "reference_kl", "sft"}
+    norms = {f"optim/grad_norm_{name}" for name in names}
+    assert not norms & first.keys()
+    assert norms <= second.keys()
+    assert second["optim/grad_norm"] <= sum(second[key] for key in norms) + 1e-6
+    cosines = [value for key, value in second.items() if key.startswith("optim/grad_cosine_")]
+    assert len(cosines) == 3
+    assert all(-1 <= value <= 1 for value in cosines)
+    config.log.gradients = 0
+    train.run(config, str(tmp_path / "plain"), command=[])
+    plain = lines(tmp_path / "plain", "metrics.jsonl")[2]
+    assert plain["loss/total"] == second["loss/total"]  # looking changes nothing
+    assert plain["optim/grad_norm"] == second["optim/grad_norm"]
 
 
 def test_a_run_without_held_out_data_measures_none(folders, tmp_path, capsys):

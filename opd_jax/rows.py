@@ -176,7 +176,10 @@ def as_lines(
     decode: Callable[[list[int]], str],
     correct: np.ndarray | None = None,
 ) -> list[dict[str, Any]]:
-    """The first `count` rollouts of a step as rows of rollouts.jsonl, with what both models said."""
+    """The first `count` rollouts of a step as rows of rollouts.jsonl, with what both models said.
+
+    `advantage_BT` is that of the sampled tokens, whatever the loss is over.
+    """
     per_token = {
         "sampler_logprob": rollout.sampler_logprob_BT,
         "student_logprob": scores.student_logprob_BT,

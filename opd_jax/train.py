@@ -269,8 +269,11 @@ class _Run:
         made = rows.rollout_rows(
             rollout, given.scores, counted_BT, advantage_BT, terms, weigh=self.weigh
         )
+        shown_BT = advantage_BT
+        if terms.needs_teacher and (terms.on_support or not terms.pg_weight):
+            shown_BT = given.scores.teacher_logprob_BT - given.scores.student_logprob_BT
         lines = rows.as_lines(
-            step, rollout, given.scores, advantage_BT, correct=given.correct_B,
+            step, rollout, given.scores, shown_BT, correct=given.correct_B,
             count=min(self.config.log.rollouts, len(given.texts)),
             decode=self.setup.tokenizer.decode,
         )  # fmt: skip

@@ -1,6 +1,9 @@
 """Settings of every test: CPU, no network, and accidental broadcasting is an error."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -13,6 +16,11 @@ import pytest
 from opd_jax.models import ModelConfig, decoder
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Many tests make whole runs of the same shapes: each program is compiled once a session.
+_compiled = tempfile.mkdtemp(prefix="opd_jax_tests_")
+atexit.register(shutil.rmtree, _compiled, ignore_errors=True)
+jax.config.update("jax_compilation_cache_dir", _compiled)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 @pytest.fixture

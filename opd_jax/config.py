@@ -168,9 +168,9 @@ def default() -> ConfigDict:
     collapse.patience = 20  # healthy steps that end an alarm, or take back one strengthening
     collapse.factor = 2.0  # by which an alarm multiplies beta_kl and lambda_gold
     collapse.beta_kl_floor = 0.01  # first raised value where loss.beta_kl is 0
-    collapse.beta_kl_max = 0.1  # 0 = never raised
+    collapse.beta_kl_max = 1.0  # 0 = never raised
     collapse.lambda_gold_floor = 0.1  # first raised value where loss.lambda_gold is 0
-    collapse.lambda_gold_max = 1.0  # 0 = never raised; else data.train needs golden solutions
+    collapse.lambda_gold_max = 2.0  # 0 = never raised; else data.train needs golden solutions
     collapse.max_rollbacks = 3  # after so many the run is stopped
 
     log = config.log = ConfigDict()

@@ -72,7 +72,7 @@ class State:
       evidence: of each of TESTS, in nats. since: step at which it last left 0.
       pause: steps left in which nothing is concluded.
       alarmed: from an alarm until enough healthy steps. healthy: such steps so far, in a row.
-      collapses: alarms so far, repeated ones not counted.
+      collapses: alarms so far, repeated ones not counted. onset: of the one that goes on, else 0.
       level: how often the terms are strengthened. rollbacks: so far.
       event: of a rollback, for the next line of metrics.jsonl; its own step's line is set aside.
     """
@@ -86,6 +86,7 @@ class State:
     alarmed: bool = False
     healthy: int = 0
     collapses: int = 0
+    onset: int = 0
     level: int = 0
     rollbacks: int = 0
     event: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -176,10 +177,11 @@ def observe(
     state = _weighed(state, step, values, rules)
     suspicion = _suspicion(state.evidence, rules)
     if suspicion >= 1:
-        alarm = Alarm(step, _onset(state, rules), _text(state, step, values, rules), state.alarmed)
+        onset = state.onset or _onset(state, rules)
+        alarm = Alarm(step, onset, _text(state, step, onset, values, rules), state.alarmed)
         state = dataclasses.replace(
             state, evidence={}, since={}, pause=PAUSE, alarmed=True, healthy=0,
-            collapses=state.collapses + (not state.alarmed),
+            collapses=state.collapses + (not state.alarmed), onset=onset,
         )  # fmt: skip
         return _remembered(state, values, rules), alarm
     state = dataclasses.replace(state, healthy=state.healthy + 1 if suspicion < 0.5 else 0)
@@ -251,7 +253,7 @@ def _onset(state: State, rules: Rules) -> int:
     return min(state.since[name] for name in ("truncation", *agreeing) if name in state.since)
 
 
-def _text(state: State, step: int, values: dict[str, float], rules: Rules) -> str:
+def _text(state: State, step: int, onset: int, values: dict[str, float], rules: Rules) -> str:
     """One line: every signal from its baseline to the mean of the last steps."""
     last = [*state.recent, values][-SPLIT:]
 
@@ -263,7 +265,7 @@ def _text(state: State, step: int, values: dict[str, float], rules: Rules) -> st
     beside = [name for name in ("entropy", "length") if name in values]
     told = f" ({', '.join(map(change, beside))})" if beside else ""
     return (
-        f"step {step}: collapse since about step {_onset(state, rules)}: "
+        f"step {step}: collapse since about step {onset}: "
         f"{', '.join(map(change, ['truncation', *risen]))}{told}"
     )
 
@@ -374,6 +376,8 @@ def _gone_back(
         (step for step in before if step < alarm.onset - MARGIN), default=max(before, default=None)
     )
     if target is None:
+        if alarm.again:  # said before; the next level, if there is one, is said
+            return state, Response()
         lines = (*told.lines, f"no checkpoint is from before step {alarm.onset}; the run goes on")
         return state, dataclasses.replace(told, lines=lines)
     event = told.event | {
@@ -381,7 +385,9 @@ def _gone_back(
         "guard/rolled_back_to": float(target),
         "guard/rollbacks": state.rollbacks + 1.0,
     }
-    state = dataclasses.replace(state, rollbacks=state.rollbacks + 1, recent=(), event=event)
+    state = dataclasses.replace(
+        state, rollbacks=state.rollbacks + 1, recent=(), onset=0, event=event
+    )
     lines = (*told.lines, f"back to step {target}")
     return state, Response(lines, event, restore=target)
 
@@ -401,7 +407,7 @@ def _eased(state: State, step: int, rules: Rules) -> tuple[State, Response]:
         event = {"guard/recovered": 1.0} | ({"guard/masking": 0.0} if masking(state, rules) else {})
         response = Response((f"step {step}: healthy for {state.healthy} steps",), event)
     level = state.level - eases
-    return dataclasses.replace(state, alarmed=False, healthy=0, level=level), response
+    return dataclasses.replace(state, alarmed=False, healthy=0, onset=0, level=level), response
 
 
 def to_json(state: State) -> str:

@@ -132,16 +132,19 @@ class _Run:
         self.guard = guard.State()
         begin = partial(update.init_state, tx=tx, average=config.teacher.follow == "average")
         self.like = jax.eval_shape(begin, decoder.abstract_params(setup.student))
-        self.first = saved.latest or 0
-        if self.first:
+        self.first = newest = saved.latest or 0
+        if newest:
             self._resume()
         else:
             student, weights.student = weights.student, None  # the state takes it over
             assert student is not None  # read where there is no checkpoint
             self.state = begin(student)
-        kept = self.first or -1  # without a checkpoint even step 0 is written anew
+        kept = newest or -1  # without a checkpoint even step 0 is written anew
         self.log = workdir.Lines(folder / "metrics.jsonl", resume_step=kept)
         self.samples = workdir.Lines(folder / "rollouts.jsonl", resume_step=kept)
+        if self.first < newest:  # a rollback was cut short
+            self.log.go_back(self.first)
+            self.samples.go_back(self.first)
 
     def _resume(self) -> None:
         """The newest checkpoint; or the one that a rollback which was cut short was going back to."""

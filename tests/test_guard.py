@@ -296,7 +296,8 @@ def test_stop_stops():
 
 
 def test_strengthening_doubles_from_the_floors_up_to_the_bounds():
-    settings = dataclasses.replace(rules(action="strengthen"), lambda_gold=0.3)
+    settings = rules(action="strengthen", beta_kl_max=0.1, lambda_gold_max=1.0)
+    settings = dataclasses.replace(settings, lambda_gold=0.3)
     state, seen = ALARMED, []
     for _ in range(5):
         state, response = respond(state, settings, alarm())
@@ -407,6 +408,19 @@ def test_without_a_checkpoint_a_rollback_strengthens_where_it_is():
     assert "no checkpoint" in response.lines[1]
 
 
+def test_a_checkpoint_of_a_collapse_that_goes_on_is_no_way_back():
+    """Nothing to go back to at the first alarm; at the second, only what was saved since."""
+    settings = rules(action="rollback")
+    state, restored, onsets = State(), [], []
+    for step, metrics in enumerate([row(0.1)] * 40 + [row(0.9, 0.5)] * 30, start=1):
+        state, found = guard.observe(state, step, metrics, settings)
+        state, response = guard.respond(state, step, found, settings, [42] if step > 42 else [])
+        restored += [response.restore] if response.restore is not None else []
+        onsets += [found.onset] if found else []
+    assert onsets == [41] * 4
+    assert restored == []
+
+
 def test_a_run_killed_in_a_rollback_goes_on_with_it():
     old, new = State(), State(rollbacks=1)
     assert guard.resumed((60, old), None) == (60, old)
@@ -497,7 +511,7 @@ def test_actions_are_valid_and_say_what_they_may_raise(action):
         ({"guard__max_rollbacks": 0}, "at least 1"),
         ({"guard__beta_kl_max": -1.0}, "guard.beta_kl_max=-1.0"),
         ({"guard__action": "strengthen", "guard__beta_kl_max": 0.001}, "guard.beta_kl_max=0.001"),
-        ({"guard__action": "strengthen", "loss__lambda_gold": 2.0}, "at least 2.0"),
+        ({"guard__action": "strengthen", "loss__lambda_gold": 3.0}, "at least 3.0"),
         ({"guard__action": "strengthen", "guard__beta_kl_floor": 0.0}, "above 0"),
         (
             {"guard__action": "strengthen", "guard__beta_kl_max": 0.0, "guard__lambda_gold_max": 0.0},

@@ -111,8 +111,8 @@ class Response:
 
     Attributes:
       lines: for a person. event: keys for this step's line of metrics.jsonl, plain numbers.
-      stop: save a checkpoint and end the run.
       restore: step of the checkpoint to go back to, None to stay.
+      stop: save a checkpoint, unless `restore` is one, and end the run.
     """
 
     lines: tuple[str, ...] = ()
@@ -368,13 +368,14 @@ def _stronger(state: State, rules: Rules) -> State:
 def _gone_back(
     state: State, told: Response, alarm: Alarm, rules: Rules, checkpoints: Sequence[int]
 ) -> tuple[State, Response]:
-    if state.rollbacks >= rules.max_rollbacks:
-        lines = (*told.lines, f"the run went back {state.rollbacks} times already; it stops")
-        return state, dataclasses.replace(told, lines=lines, stop=True)
     before = [step for step in checkpoints if step < alarm.onset]
     target = max(
         (step for step in before if step < alarm.onset - MARGIN), default=max(before, default=None)
     )
+    if state.rollbacks >= rules.max_rollbacks:
+        where = "" if target is None else f" at step {target}"
+        lines = (*told.lines, f"the run went back {state.rollbacks} times already; it stops{where}")
+        return state, dataclasses.replace(told, lines=lines, stop=True, restore=target)
     if target is None:
         if alarm.again:  # said before; the next level, if there is one, is said
             return state, Response()

@@ -235,7 +235,7 @@ def _check_guard(config: ConfigDict) -> None:
         raise ConfigError(
             f"guard.action={section.action!r} has nothing to raise: guard.beta_kl_max and "
             "guard.lambda_gold_max are not above loss.beta_kl and loss.lambda_gold; "
-            "set --config.guard.beta_kl_max=0.1"
+            "set --config.guard.beta_kl_max=1.0"
         )
     every, keep = config.checkpoint.every, config.checkpoint.keep
     if section.action == "rollback" and every * (keep - 1) < guard.REACH:

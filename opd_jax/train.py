@@ -176,21 +176,22 @@ class _Run:
             _require_finite(step, row)
             progress.step(step, row)
             response = self._watch(step, row)
-            last = response.stop or (step == config.steps and response.restore is None)
             for line in response.lines:
                 progress.say(line)
+            if response.restore is not None:
+                self._log(step, row, sampled)
+                step = self._go_back(response.restore)
+                last = response.stop
+                continue
+            last = response.stop or step == config.steps
             due = last or (config.eval.every and step % config.eval.every == 0)
             if due and self.setup.held_out:
                 summary = self._evaluate(step)
                 row |= self._eval_keys(summary)
                 progress.say(f"step {step}: {display.headline(summary)}")
             if last or step % config.log.every == 0 or any(k.startswith(_NEWS) for k in row):
-                self.log.write({"step": step} | row)
-                for sample in sampled:
-                    self.samples.write(sample)
-            if response.restore is not None:
-                step = self._go_back(response.restore)
-            elif last or (config.checkpoint.every and step % config.checkpoint.every == 0):
+                self._log(step, row, sampled)
+            if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
                 self.saved.save(step, self.state, self.batches, guard.to_json(self.guard))
         self.log.close()
         self.samples.close()
@@ -199,6 +200,11 @@ class _Run:
             progress.say(f"\n{display.table(table)}\n")
         progress.say(f"written to {self.folder}")
         return Result(self.state, table)
+
+    def _log(self, step: int, row: Summary, sampled: list[dict]) -> None:
+        self.log.write({"step": step} | row)
+        for sample in sampled:
+            self.samples.write(sample)
 
     def _watch(self, step: int, row: Summary) -> guard.Response:
         """What the guard makes of a step; its keys go into the step's row."""

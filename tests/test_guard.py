@@ -398,8 +398,8 @@ def test_the_last_rollback_is_followed_by_a_stop():
     settings = rules(action="rollback", max_rollbacks=2)
     _, response = respond(State(alarmed=True, rollbacks=2, level=2), settings, alarm())
     assert response.stop
-    assert response.restore is None
-    assert "2 times" in response.lines[1]
+    assert response.restore == 30  # the run ends where it was healthy
+    assert "2 times already; it stops at step 30" in response.lines[1]
 
 
 def test_without_a_checkpoint_a_rollback_strengthens_where_it_is():

@@ -1,6 +1,7 @@
 """Runs that the guard interferes with: an alarm at a step of the test's choice, and what the run does."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -118,6 +119,21 @@ def test_a_rollback_that_was_cut_short_is_finished(folders, tmp_path, monkeypatc
             k: v for k, v in b.items() if k.startswith(("loss/", "score/", "guard/"))
         }
     assert resumed.state.step == whole.state.step
+
+
+def test_after_the_last_rollback_the_run_ends_at_the_healthy_checkpoint(
+    folders,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+    capsys,
+):
+    alarm_at(monkeypatch, 3, onset=3)
+    config = config_with(folders, "rollback")
+    monkeypatch.setattr(guard, "State", partial(guard.State, rollbacks=3))
+    result = train.run(config, str(tmp_path / "run"), command=[])
+    assert result.state.step == 2
+    assert "3 times already; it stops at step 2" in capsys.readouterr().out
+    assert [row["step"] for row in lines(tmp_path / "run", "metrics.jsonl")] == [0, 1, 2]
 
 
 def test_masking_leaves_repetitive_tokens_out(folders, tmp_path, monkeypatch):  # noqa: F811

@@ -1,10 +1,13 @@
 """What measuring a step and grading its answers cost: `python -m tests.bench_metrics`.
 
+With a model's folder: what the statistics of the two distributions cost in scoring.
+
 Records made at random go through `Collector.understand` and `measure`: decoding, RepRate, repetitive
 tokens, means by position, hedging, right against wrong. Not collected by pytest.
 """
 
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -12,12 +15,15 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from configs import recipes
-from opd_jax import data
+from opd_jax import data, scoring
+from opd_jax import models as hf
 from opd_jax.collect import Collector
 from opd_jax.eval import Grade, Grader
 from opd_jax.types import Outcome, Rollout, Scores
@@ -109,7 +115,33 @@ def grading(grader: Grader, form: str) -> str:
     return f"{took:.2f} ms, {64e3 / took:,.0f} answers/s"
 
 
+def scoring_statistics(folder: str, rows: int = 8, tokens: int = 384) -> str:
+    """Scoring with everything that is measured against the two log-probs that OPD itself needs."""
+    config, params = hf.load(folder, dtype=jnp.float32)
+    draw = np.random.default_rng(0)
+    ids = draw.integers(0, config.vocab_size, (rows, tokens)).astype(np.int32)
+    length = np.full(rows, tokens, np.int32)
+
+    def everything() -> None:
+        scoring.score(
+            params, config, params, config, ids, length,
+            vocabulary=config.vocab_size, top_k=16, token_chunk=512, microbatch_tokens=rows * tokens,
+        )  # fmt: skip
+
+    def least() -> None:
+        for _ in range(2):
+            jax.block_until_ready(
+                scoring.token_logprob(params, config, ids, length, token_chunk=512)
+            )
+
+    most, least_ms = (milliseconds(work, time.perf_counter, 3) for work in (everything, least))
+    return f"scoring {rows} x {tokens}: {most:,.0f} ms, of sampled tokens alone {least_ms:,.0f} ms"
+
+
 def main() -> None:
+    if len(sys.argv) > 1:
+        print(scoring_statistics(sys.argv[1]))
+        return
     tiny = recipes.recipe("tiny").student.path
     cases = {
         "64 x 200, recipe tiny": prepare("tiny", data.Tokenizer(tiny), rows=64, tokens=200),

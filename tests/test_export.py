@@ -38,7 +38,7 @@ def write_run(folder: pathlib.Path, steps: tuple[int, ...], model: pathlib.Path 
             state = TrainState(
                 step=np.int32(step), params=moved, opt_state=optax.adam(1).init(moved)
             )
-            saved.save(step, state, batches)
+            saved.save(step, state, batches, guard="")
 
 
 @pytest.fixture(scope="module")

@@ -158,7 +158,7 @@ def test_export_gives_the_same_text(folder, ours, prompts, their_texts, tmp_path
     with checkpoint.Checkpoints(run, keep=1) as saved:
         problems = data.open_problems("tiny:train", field="data.train", size=4)
         batches = data.make_batches(problems, batch=1, seed=0, shuffle=True)
-        saved.save(3, state, batches)
+        saved.save(3, state, batches, guard="")
     assert export(str(run), str(tmp_path / "out")) == 3
     assert_same_trees(models.load(str(tmp_path / "out"))[1], ours[1])
     exported = theirs_of(str(tmp_path / "out"))

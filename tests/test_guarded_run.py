@@ -1,12 +1,11 @@
 """Runs that the guard interferes with: an alarm at a step of the test's choice, and what the run does."""
 
-import json
 from functools import partial
 
 import numpy as np
 import pytest
 
-from opd_jax import guard, train
+from opd_jax import checkpoint, guard, train
 from tests.test_train import folders, lines, small, without_times  # noqa: F401  (a fixture)
 
 
@@ -148,7 +147,7 @@ def test_masking_leaves_repetitive_tokens_out(folders, tmp_path, monkeypatch):  
     config.guard.action = "off"
     train.run(config, str(tmp_path / "plain"), command=[])
     masked, plain = (lines(tmp_path / name, "metrics.jsonl")[1] for name in ("run", "plain"))
-    assert plain["score/repeated_token_fraction"] > 0.05
+    assert plain["score/repeated_token_fraction"] > 0
     assert masked["score/advantage_mean"] == plain["score/advantage_mean"]  # measured all the same
     assert masked["loss/opd"] != plain["loss/opd"]
     always = config_with(folders, "off")
@@ -169,7 +168,7 @@ def test_the_guards_state_is_in_the_checkpoint(folders, tmp_path):  # noqa: F811
     train.run(config, str(tmp_path / "run"), command=[])
     states = []
     for name in ("straight", "run"):
-        (found,) = (tmp_path / name / "checkpoints" / "4" / "guard").glob("*")
-        states.append(json.loads(found.read_text()))
+        with checkpoint.Checkpoints(tmp_path / name, keep=40) as saved:
+            states.append(guard.from_json(saved.guard(4)))
     assert states[0] == states[1]
-    assert "truncation" in states[0]["state"]
+    assert states[0].steps["truncation"] == 4

@@ -1,6 +1,5 @@
 """Stopping on repetition: exact against a loop in Python, and free of slots, chunks and neighbours."""
 
-import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -165,6 +164,6 @@ def test_repetition_is_not_truncation_and_is_written_by_its_name(free):
     few = few.replace(outcome_B=np.array([Outcome.EOS, Outcome.BUDGET, Outcome.REPETITION]))
     assert metrics.truncated(few.outcome_B).tolist() == [False, True, False]
     nothing = np.zeros(few.tokens_BT.shape, np.float32)
-    scores = Scores(**{field.name: nothing for field in dataclasses.fields(Scores)})
-    lines = rows.as_lines(1, few, scores, count=3, decode=str)
+    scores = Scores(student_logprob_BT=nothing, student_entropy_BT=nothing)
+    lines = rows.as_lines(1, few, scores, nothing, count=3, decode=str)
     assert [line["outcome"] for line in lines] == ["eos", "budget", "repetition"]

@@ -107,7 +107,8 @@ def smollm2_135m(config: ConfigDict) -> None:
     config.optim.learning_rate = 1e-5
     config.optim.warmup_steps = 5
     config.optim.microbatch_tokens = 2048  # fits a laptop: 49,152 logits a token are the rest
-    config.scoring.token_chunk = 512
+    config.scoring.token_chunk = 128  # the logits of so few stay in the cache of a CPU
+    config.optim.token_chunk = 512
     config.eval.data = ""
     config.eval.problems = 64
     config.eval.teacher = False

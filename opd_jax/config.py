@@ -78,7 +78,7 @@ def default() -> ConfigDict:
     probe.depths = ()  # tokens of student prefixes; empty = 1/8, 1/4, 1/2 of max_response_tokens
 
     scoring = config.scoring = ConfigDict()
-    scoring.token_chunk = 2048  # tokens whose logits exist at one time
+    scoring.token_chunk = 2048  # tokens whose logits exist at one time while scoring
     scoring.overlap_top_k = 16  # k of the overlap metrics (2604.13016 uses 16)
     scoring.special_tokens = (
         "remap"  # ids with two meanings: remap | mask | keep (data/alignment.py)
@@ -130,6 +130,7 @@ def default() -> ConfigDict:
     optim.beta2 = 0.999
     optim.weight_decay = 0.0
     optim.grad_clip = 1.0  # global norm
+    optim.token_chunk = 2048  # tokens whose logits exist at one time in the update
     optim.microbatch_tokens = 16_384  # tokens that go through the models at one time
     optim.updates_per_rollout = 1  # optimizer steps a rollout batch is split into
     optim.remat = False  # recompute layers in the backward pass instead of keeping activations

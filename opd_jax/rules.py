@@ -29,6 +29,7 @@ def validate(config: ConfigDict) -> None:
     flat = flatten(config.to_dict())
     for field in ("steps", "data.size", "rollout.prompts_per_step", "rollout.samples_per_prompt",
                   "rollout.max_prompt_tokens", "rollout.max_response_tokens", "scoring.token_chunk",
+                  "optim.token_chunk",
                   "scoring.overlap_top_k", "loss.top_k", "loss.truncated_tail",
                   "optim.microbatch_tokens", "optim.updates_per_rollout",
                   "checkpoint.keep", "eval.problems", "eval.samples", "metrics.repetition_tail",

@@ -98,7 +98,7 @@ class _Run:
         self.schedule = update.make_schedule(config.optim, updates)
         shared: dict[str, Any] = {
             "vocabulary": setup.alignment.vocabulary,
-            "token_chunk": config.scoring.token_chunk,
+            "token_chunk": config.optim.token_chunk,
             "remat": config.optim.remat,
         }
         terms = setup.terms

@@ -52,7 +52,7 @@ def small(folders: pathlib.Path, method: str = "stable_opd"):
     config.rollout.samples_per_prompt = 2
     config.rollout.max_prompt_tokens = 36
     config.rollout.max_response_tokens = 124
-    config.scoring.token_chunk = 256
+    config.scoring.token_chunk = config.optim.token_chunk = 256
     config.loss.pg_weight, config.loss.lambda_gold, config.loss.beta_kl = METHODS[method]
     config.optim.learning_rate = 1e-2
     config.optim.microbatch_tokens = 640

@@ -118,7 +118,7 @@ def test_two_widths_train_together(ordinary, tmp_path, family, special_tokens, c
     config.rollout.prompts_per_step, config.rollout.samples_per_prompt = 2, 2
     config.rollout.max_prompt_tokens, config.rollout.max_response_tokens = 48, 160
     config.scoring.special_tokens = special_tokens
-    config.scoring.token_chunk = 128
+    config.scoring.token_chunk = config.optim.token_chunk = 128
     config.loss.lambda_gold, config.loss.beta_kl = 0.1, 0.1
     config.optim.learning_rate = 1e-3
     config.eval.problems = 2

@@ -218,7 +218,10 @@ class _Run:
     def _go_back(self, step: int) -> int:
         """To the checkpoint of `step`, with the guard as it is now; later lines are set aside."""
         noted = {"step": step, "guard": guard.to_json(self.guard)}
-        (self.folder / _ROLLBACK).write_text(json.dumps(noted) + "\n", encoding="utf-8")
+        record = self.folder / _ROLLBACK
+        whole = record.with_suffix(".tmp")  # the record appears whole, before anything is touched
+        whole.write_text(json.dumps(noted) + "\n", encoding="utf-8")
+        whole.replace(record)
         self.saved.delete_after(step)
         del self.state  # makes room for the one that is read
         self.state = self.saved.restore(step, self.like, self.batches)
@@ -239,7 +242,7 @@ class _Run:
         lines: list[dict] = []
         rollout_rows = golden_rows = None
         prompts = setup.student_style.prompts(problems, setup.tokenizer)
-        golden = self._golden(problems) if terms.needs_golden else []
+        golden = self._golden(problems) if self._weights()["sft"] else []
         if terms.needs_rollouts:
             student = _cast(self.state.params, self.dtype)
             teacher = self._teacher_now(student)

@@ -7,7 +7,6 @@ problems itself. What the figures mean is in verdict.py.
 import dataclasses
 from typing import Any
 
-import jax
 import numpy as np
 
 from opd_jax import display, metrics, models, rows, scoring
@@ -25,6 +24,7 @@ from opd_jax.probe.writing import (
     teacher_writer,
     write,
 )
+from opd_jax.right_wrong import sequence_reward
 from opd_jax.setup import Setup
 from opd_jax.types import Rollout, Scores
 
@@ -81,10 +81,8 @@ def probe(
 
 def sequence_means(values_BT: np.ndarray, mask_BT: np.ndarray) -> list[float | None]:
     """r(y) = 1/T sum_t values_t over each row's masked tokens (2604.13016, 6.2); None where none is."""
-    return [
-        float(np.mean(values_T[mask_T], dtype=np.float64)) if mask_T.any() else None
-        for values_T, mask_T in zip(np.asarray(values_BT), mask_BT, strict=True)
-    ]
+    means_B = sequence_reward(np.asarray(values_BT), mask_BT)
+    return [None if np.isnan(mean_) else float(mean_) for mean_ in means_B]
 
 
 def by_outcome(rewards: list[float | None], answers: list[Answer]) -> dict[str, float | None]:
@@ -174,9 +172,9 @@ def _measure(
     )  # fmt: skip
     clock.lap("answer", written.response_length_B.sum())
     own = read(plan, written, writer, everything, grader)
-    on_device = jax.device_get(metrics.score_metrics(scores, mask_BT))
     figures: dict[str, float | None] = {
-        key.removeprefix("score/"): float(value) for key, value in on_device.items()
+        key.removeprefix("score/"): value
+        for key, value in metrics.score_metrics(scores, mask_BT).items()
     }
     per_token = {
         "advantage": scores.teacher_logprob_BT - scores.student_logprob_BT,

@@ -159,17 +159,14 @@ def read(
         grades[i] = given
     cut = metrics.truncated(written.outcome_B).tolist()
     section = plan.config.metrics
+    looping = metrics.flagged(
+        texts,
+        tail=section.repetition_tail,
+        threshold=section.repetition_threshold,
+        level=section.repetition_level,
+    ).tolist()
     return [
-        Answer(
-            text,
-            grades[i],
-            cut[i],
-            metrics.repetitive(
-                text, tail=section.repetition_tail, threshold=section.repetition_threshold
-            ),
-            len(whole[i]),
-        )
-        for i, text in enumerate(texts)
+        Answer(text, grades[i], cut[i], looping[i], len(whole[i])) for i, text in enumerate(texts)
     ]
 
 

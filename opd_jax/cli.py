@@ -1,6 +1,7 @@
 """What every entry point in launch/ shares: flags, exit statuses, one-line errors."""
 
 import functools
+import os
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
@@ -69,10 +70,22 @@ def _parse(
 
 def _guarded(run: Callable[[], None]) -> None:
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every file at INFO
+    _keep_programs()
     try:
         run()
     except OpdError as error:
         _fail(str(error), EXIT_USER)
+
+
+def _keep_programs() -> None:
+    """Compiled programs are kept for later runs, where JAX_COMPILATION_CACHE_DIR says or else in ~/.cache."""
+    import jax  # only now: the flags are known to be right
+
+    if not jax.config.values["jax_compilation_cache_dir"]:
+        base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+        folder = pathlib.Path(base) / "opd_jax" / "programs"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def _fail(text: str, status: int) -> None:

@@ -7,6 +7,10 @@ import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Many tests make whole runs of the same shapes: each program is compiled once a session, also in the
+# processes that tests start.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="opd_jax_tests_")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +20,7 @@ import pytest
 from opd_jax.models import ModelConfig, decoder
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Many tests make whole runs of the same shapes: each program is compiled once a session.
-_compiled = tempfile.mkdtemp(prefix="opd_jax_tests_")
-atexit.register(shutil.rmtree, _compiled, ignore_errors=True)
-jax.config.update("jax_compilation_cache_dir", _compiled)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """The command line: a user's mistake costs one line, status 1, and nothing on disk."""
 
+import os
 import pathlib
 import subprocess
 import sys
@@ -59,3 +60,21 @@ def test_a_wrong_field_of_the_default_config_is_one_line():
     assert done.stderr == (
         "error: config.rollout.temprature is not a field; did you mean 'rollout.temperature'?\n"
     )
+
+
+@pytest.mark.parametrize("told", [None, "elsewhere"])
+def test_compiled_programs_are_kept_between_runs(told, tmp_path):
+    """In the user's cache folder, or where JAX's own variable says."""
+    code = (
+        "from opd_jax import cli; cli._keep_programs(); import jax; import jax.numpy as jnp; "
+        "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0); "
+        "jax.jit(lambda x: jnp.sin(x) @ x)(jnp.ones((64, 64))).block_until_ready()"
+    )
+    env = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+    env |= {"XDG_CACHE_HOME": str(tmp_path)}
+    if told:
+        env |= {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / told)}
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=env, timeout=120)
+    folder = tmp_path / (told or "opd_jax/programs")
+    assert any(folder.iterdir())
+    assert [x.name for x in tmp_path.iterdir()] == [told or "opd_jax"]

@@ -16,13 +16,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from opd_jax.models import rope
+from opd_jax.models import cache, rope
 from opd_jax.models.architecture import ModelConfig
-from opd_jax.models.attention import attend_cached, attend_causal
+from opd_jax.models.attention import attend_causal
+from opd_jax.models.cache import Cache
 from opd_jax.types import Array
 
 Params = dict[str, Any]
-Cache = tuple[jax.Array, jax.Array]  # keys, values: [B, S, K, H]
 EXCLUDED = -1e30  # a finite logit of no mass: exp gives 0 exactly, and 0 * EXCLUDED is not nan
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
@@ -173,31 +173,26 @@ def unstack(params: Params) -> Params:
     }
 
 
-def init_cache(config: ModelConfig, batch: int, slots: int, dtype: jnp.dtype) -> tuple[Cache, ...]:
-    """Zeroed key/value caches, one pair a layer. Zeros, not garbage: 0 * nan is nan under a mask."""
-    shape = (batch, slots, config.num_kv_heads, config.head_dim)
-    return tuple(
-        (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers)
-    )
-
-
 def prefill(
     params: Params, config: ModelConfig, tokens_BT: jax.Array, length_B: jax.Array
 ) -> tuple[Cache, ...]:
-    """Keys and values [B, T, K, H] of every layer for right-padded prompts. `params` unstacked."""
+    """Keys and values [B, T, K, H] of every layer for right-padded prompts: `cache.place` takes them.
+
+    `params` unstacked.
+    """
     x_BTD = params["embed"]["embedding"][tokens_BT]
     tables = rope.rotary(config, jnp.arange(tokens_BT.shape[1])[None])
-    caches = []
+    pairs = []
     for weights in params["layers"]:
-        x_BTD, cache = _apply(
+        x_BTD, pair = _apply(
             config,
             weights,
             x_BTD,
             tables,
             lambda q, k, v: (attend_causal(q, k, v, length_B), (k, v)),
         )
-        caches.append(cache)
-    return tuple(caches)
+        pairs.append(pair)
+    return tuple(pairs)
 
 
 def decode(
@@ -214,23 +209,17 @@ def decode(
     """
     x_BTD = params["embed"]["embedding"][token_B][:, None]
     tables = rope.rotary(config, position_B[:, None])
-    rows = jnp.arange(token_B.shape[0])
     new_caches = []
-    for weights, (keys, values) in zip(params["layers"], caches, strict=True):
+    for weights, before in zip(params["layers"], caches, strict=True):
 
         def attend(
-            q: jax.Array,
-            k: jax.Array,
-            v: jax.Array,
-            keys: jax.Array = keys,
-            values: jax.Array = values,
+            q: jax.Array, k: jax.Array, v: jax.Array, before: Cache = before
         ) -> tuple[jax.Array, Cache]:
-            keys = keys.at[rows, position_B].set(k[:, 0].astype(keys.dtype))
-            values = values.at[rows, position_B].set(v[:, 0].astype(values.dtype))
-            return attend_cached(q, keys, values, position_B + 1), (keys, values)
+            after = cache.append(before, k[:, 0], v[:, 0], position_B)
+            return cache.attend(q[:, 0], after, position_B + 1)[:, None], after
 
-        x_BTD, cache = _apply(config, weights, x_BTD, tables, attend)
-        new_caches.append(cache)
+        x_BTD, after = _apply(config, weights, x_BTD, tables, attend)
+        new_caches.append(after)
     return _final_norm(params, config, x_BTD)[:, 0], tuple(new_caches)
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from opd_jax.errors import DataError
-from opd_jax.models import decoder
+from opd_jax.models import cache, decoder
 from opd_jax.models.architecture import ModelConfig
 from opd_jax.rollout.sampling import sample
 from opd_jax.types import Outcome, Rollout
@@ -41,7 +41,7 @@ class Slots(flax.struct.PyTreeNode):
       length_B: tokens so far. limit_B: length at which the budget is spent.
       live_B: still decoding. ended_B: an end token was emitted.
       key_B: a PRNG key a row.
-      caches: per layer keys and values [B, T, K, H].
+      caches: a layer's keys and values each, see models/cache.py.
       cycles: what stopping on repetition needs; None where it is off.
     """
 
@@ -52,7 +52,7 @@ class Slots(flax.struct.PyTreeNode):
     live_B: jax.Array
     ended_B: jax.Array
     key_B: jax.Array
-    caches: tuple[decoder.Cache, ...]
+    caches: tuple[cache.Cache, ...]
     cycles: Cycles | None = None
 
 
@@ -62,7 +62,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     key: jax.Array,
-    max_response_tokens: int,
+    max_response_tokens: int | Sequence[int],
     temperature: float = 1.0,
     top_p: float = 1.0,
     stop_ids: Sequence[int] = (),
@@ -73,7 +73,7 @@ def generate(
     scored_V: np.ndarray | None = None,
     stop_on_repetition: int = 0,
     repetition_period: int = 16,
-    chunk: int = 128,
+    chunk: int | None = None,
 ) -> Rollout:
     """Sample one response a prompt.
 
@@ -81,7 +81,7 @@ def generate(
       params: stacked parameters, in the dtype to compute in.
       prompts: token ids, any lengths from 1 up.
       key: PRNG key of this batch; row i samples with keys derived from (key, i, position).
-      max_response_tokens: budget of a response, the end token included.
+      max_response_tokens: budget of a response, the end token included; or one for each prompt.
       temperature, top_p: see `sampling.sample`; temperature 0 is greedy.
       stop_ids: end tokens; the one emitted is kept as the response's last token.
       slots: sequences decoded at one time; None for all.
@@ -91,21 +91,24 @@ def generate(
       drawn_V, scored_V: bool [vocabulary], see `sampling.sample`.
       stop_on_repetition: a row ends when its last so many response tokens each equal the response
         token d before them, for one period d from 1 to `repetition_period`; 0 for never.
-      chunk: decode steps between two looks from the host.
+      chunk: decode steps between two looks from the host; None for 1/16 of the budget, 8 to 128.
 
-    Returns: `Rollout` with rows of max_prompt_tokens + max_response_tokens, in the prompts' order.
+    Returns: `Rollout` with rows of max_prompt_tokens + the (largest) budget, in the prompts' order.
 
     Raises DataError: no prompts, an empty or over-long one, more positions than the model has, or a
     repetition that cannot be.
     """
     width = max_prompt_tokens or max(map(len, prompts), default=0)
-    _check(prompts, width, max_response_tokens, model_config)
+    budget_P = np.broadcast_to(np.asarray(max_response_tokens, np.int32), len(prompts))
+    _check(prompts, width, budget_P, model_config)
+    budget = int(budget_P.max())
     if stop_on_repetition < 0 or (stop_on_repetition and repetition_period < 1):
         raise DataError(
             f"stop_on_repetition={stop_on_repetition}, repetition_period={repetition_period}, wanted "
             "0 for never, or a number of tokens and a period of at least 1"
         )
-    total = width + max_response_tokens
+    total = width + budget
+    chunk = chunk or min(max(budget // 16, 8), 128)
     slots = min(slots or len(prompts), len(prompts))
     layers = _unstack(params)
     row_keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(len(prompts)))
@@ -124,7 +127,9 @@ def generate(
         free = np.flatnonzero(owner < 0)[: len(waiting)]
         if len(free):
             owner[free] = taken = np.array([waiting.pop() for _ in free])
-            state = _admit(layers, model_config, state, prompts, taken, free, row_keys, width)
+            state = _admit(
+                layers, model_config, state, prompts, budget_P, taken, free, row_keys, width
+            )
         state = _decode_chunk(
             layers, model_config, state,
             steps=chunk, temperature=temperature, top_p=top_p, stop_ids=tuple(stop_ids),
@@ -142,11 +147,13 @@ def generate(
     return out
 
 
-def _check(prompts: Sequence[Sequence[int]], width: int, budget: int, config: ModelConfig) -> None:
+def _check(
+    prompts: Sequence[Sequence[int]], width: int, budget_P: np.ndarray, config: ModelConfig
+) -> None:
     if not prompts:
         raise DataError("generate: got no prompts, wanted at least one")
-    if budget < 1:
-        raise DataError(f"max_response_tokens={budget}, wanted at least 1")
+    if budget_P.min() < 1:
+        raise DataError(f"max_response_tokens={budget_P.min()}, wanted at least 1")
     for i, prompt in enumerate(prompts):
         if not 1 <= len(prompt) <= width:
             raise DataError(
@@ -158,9 +165,9 @@ def _check(prompts: Sequence[Sequence[int]], width: int, budget: int, config: Mo
                 f"prompt {i} has token ids {min(prompt)} to {max(prompt)}, the model knows 0 to "
                 f"{config.vocab_size - 1}; use the model's own tokenizer"
             )
-    if width + budget > config.max_position:
+    if width + budget_P.max() > config.max_position:
         raise DataError(
-            f"prompt ({width}) + response ({budget}) tokens are more than the model's "
+            f"prompt ({width}) + response ({budget_P.max()}) tokens are more than the model's "
             f"{config.max_position} positions; lower one of them"
         )
 
@@ -180,22 +187,29 @@ def _admit(
     config: ModelConfig,
     state: Slots,
     prompts: Sequence[Sequence[int]],
+    budget_P: np.ndarray,
     taken: np.ndarray,
     free: np.ndarray,
     row_keys: jax.Array,
     width: int,
 ) -> Slots:
-    """Prefill the prompts `taken` into the slots `free`, in powers of two so that few shapes occur."""
+    """Prefill the prompts `taken` into the slots `free`.
+
+    Few shapes occur: rows in powers of two, as wide as the longest prompt in quarters of `width`.
+    """
     count = min(1 << (len(free) - 1).bit_length(), len(state.live_B))
+    quarter = -(-width // 4)
+    longest = max(len(prompts[row]) for row in taken)
+    width = min(-(-longest // quarter) * quarter, width)
     # Surplus rows of the batch aim at a slot that does not exist: the scatter drops them.
     slot = np.full(count, len(state.live_B), np.int32)
     tokens, length = np.zeros((count, width), np.int32), np.ones(count, np.int32)
-    source = np.zeros(count, np.int32)
-    slot[: len(free)], source[: len(free)] = free, taken
+    budget, source = np.ones(count, np.int32), np.zeros(count, np.int32)
+    slot[: len(free)], source[: len(free)], budget[: len(free)] = free, taken, budget_P[taken]
     for i, row in enumerate(taken):
         length[i] = len(prompts[row])
         tokens[i, : length[i]] = prompts[row]
-    return _prefill(layers, config, state, tokens, length, slot, row_keys[source])
+    return _prefill(layers, config, state, tokens, length, length + budget, slot, row_keys[source])
 
 
 @jax.jit
@@ -217,7 +231,7 @@ def _empty(
         live_B=jnp.zeros(slots, bool),
         ended_B=jnp.zeros(slots, bool),
         key_B=jax.random.split(jax.random.key(0), slots),
-        caches=decoder.init_cache(config, slots, total, dtype),
+        caches=cache.init(config, slots, total, dtype),
         cycles=Cycles(jnp.zeros(slots, jnp.int32), jnp.zeros((slots, periods), jnp.int32))
         if periods
         else None,
@@ -231,6 +245,7 @@ def _prefill(
     state: Slots,
     tokens_BT: jax.Array,
     length_B: jax.Array,
+    limit_B: jax.Array,
     slot_B: jax.Array,
     key_B: jax.Array,
 ) -> Slots:
@@ -242,11 +257,7 @@ def _prefill(
     width, total = tokens_BT.shape[1], state.tokens_BT.shape[1]
     new = decoder.prefill(layers, config, tokens_BT, length_B)
     caches = tuple(
-        tuple(
-            cache.at[slot_B, :width].set(fresh.astype(cache.dtype), mode="drop")
-            for cache, fresh in zip(pair, fresh_pair, strict=True)
-        )
-        for pair, fresh_pair in zip(state.caches, new, strict=True)
+        cache.place(before, *pair, slot_B) for before, pair in zip(state.caches, new, strict=True)
     )
     rows_BT = jnp.pad(tokens_BT, ((0, 0), (0, total - width)))
     cycles = state.cycles
@@ -259,11 +270,11 @@ def _prefill(
         tokens_BT=state.tokens_BT.at[slot_B].set(rows_BT, mode="drop"),
         logprob_BT=state.logprob_BT.at[slot_B].set(0.0, mode="drop"),
         length_B=state.length_B.at[slot_B].set(length_B, mode="drop"),
-        limit_B=state.limit_B.at[slot_B].set(length_B + total - width, mode="drop"),
+        limit_B=state.limit_B.at[slot_B].set(limit_B, mode="drop"),
         live_B=state.live_B.at[slot_B].set(True, mode="drop"),
         ended_B=state.ended_B.at[slot_B].set(False, mode="drop"),
         key_B=state.key_B.at[slot_B].set(key_B, mode="drop"),
-        caches=caches,  # type: ignore[arg-type]
+        caches=caches,
         cycles=cycles,
     )
 

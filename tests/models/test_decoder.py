@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opd_jax.models import decoder, rope
+from opd_jax.models import cache, decoder, rope
 from opd_jax.models.scaling import RopeScaling
 from tests.conftest import noisy_params, random_rows, tiny_config
 
@@ -67,9 +67,12 @@ def test_prefill_and_decode_equal_forward(params, name):
     decode = jax.jit(decoder.decode, static_argnames="config")
     prefill = jax.jit(decoder.prefill, static_argnames="config")
 
-    caches = decoder.init_cache(config, 3, width, jnp.float32)
     prompts = prefill(layers, config, tokens[:, :5], prompt_length)
-    caches = jax.tree.map(lambda cache, new: cache.at[:, :5].set(new), caches, prompts)
+    caches = cache.init(config, 3, width, jnp.float32)
+    caches = tuple(
+        cache.place(before, *pair, jnp.arange(3))
+        for before, pair in zip(caches, prompts, strict=True)
+    )
     for step in range(8):  # as the sampler does: the last prompt token is fed first
         position = prompt_length - 1 + step
         hidden, caches = decode(layers, config, tokens[np.arange(3), position], position, caches)

@@ -163,3 +163,24 @@ def test_other_prompts_of_the_same_count_do_not_compile_again(params, plain):
     assert min(compiled) > 0
     roll(params, [[20, 21], [22] * 5, [23], [24], [25], [26], [27]], key=jax.random.key(9))
     assert (_decode_chunk._cache_size(), _prefill._cache_size()) == compiled
+
+
+def test_a_budget_for_each_prompt(params, plain):
+    """A row with a smaller budget is the beginning of the row with the whole one; slots do not matter."""
+    budgets = [9, 1, 4, 9, 2, 7, 3]
+    for slots in (None, 2):
+        got = roll(params, max_response_tokens=budgets, slots=slots, chunk=2)
+        assert got.tokens_BT.shape == plain.tokens_BT.shape
+        for row, budget in enumerate(budgets):
+            assert got.response(row) == plain.response(row)[:budget]
+            ended = len(plain.response(row)) <= budget and plain.outcome_B[row] == Outcome.EOS
+            assert got.outcome_B[row] == (Outcome.EOS if ended else Outcome.BUDGET)
+
+
+def test_short_prompts_are_prefilled_in_narrow_rows(params, plain):
+    """Quarters of the width: prompts of up to 2 of 5 tokens take rows of 2."""
+    wide = _prefill._cache_size()
+    short = roll(params, [[6], [12, 13]], max_prompt_tokens=WIDTH)
+    again = roll(params, [[6], [12, 13]])
+    assert_same_rows(short, again)
+    assert _prefill._cache_size() > wide

@@ -40,6 +40,22 @@ def test_draws_follow_the_exact_distribution(temperature, top_p):
     assert chi2 < scipy.stats.chi2.isf(1e-3, df=possible.sum() - 1)
 
 
+def test_draws_over_several_blocks_of_the_vocabulary_follow_the_exact_distribution():
+    """Ids 300, in blocks of 16, the last not full, one block without any mass, one with a peak."""
+    logits = np.random.default_rng(0).standard_normal(300).astype(np.float32)
+    logits[32:48], logits[48:64], logits[299] = -np.inf, -1e30, 5.0
+    expected = 100_000 * scipy.special.softmax(logits.astype(np.float64))
+    token, logprob = draw(np.tile(logits, (100_000, 1)))
+    count = np.bincount(token, minlength=300)
+    possible = expected > 0
+    assert possible.sum() == 268
+    assert count[~possible].sum() == 0
+    chi2 = np.sum((count - expected)[possible] ** 2 / expected[possible])
+    assert chi2 < scipy.stats.chi2.isf(1e-3, df=267)
+    want = scipy.special.log_softmax(logits.astype(np.float64))[token]
+    np.testing.assert_allclose(logprob, want, atol=1e-5)
+
+
 def test_a_draw_depends_on_its_key_alone():
     logits = np.random.default_rng(0).standard_normal((6, 30))
     keys = jax.random.split(jax.random.key(3), 6)

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from opd_jax.models import rope
 from opd_jax.models.architecture import ModelConfig
 from opd_jax.models.attention import attend_cached, attend_causal
+from opd_jax.models.remat import checkpointed
 from opd_jax.types import Array
 
 Params = dict[str, Any]
@@ -111,12 +112,12 @@ def hidden_states(
     tokens_BT: jax.Array,
     length_B: jax.Array,
     *,
-    remat: bool = False,
+    remat: str = "none",
 ) -> jax.Array:
     """Final normed hidden states [B, T, D] of right-padded rows, in the parameters' dtype.
 
     Position t sees tokens 0..t of its row; entries at t >= length are finite and meaningless.
-    `remat` recomputes each layer in the backward pass instead of keeping its activations.
+    `remat` names what each layer keeps for the backward pass (models/remat.py).
     """
     x_BTD = params["embed"]["embedding"][tokens_BT]
     tables = rope.rotary(config, jnp.arange(tokens_BT.shape[1])[None])
@@ -128,9 +129,7 @@ def hidden_states(
 
         return _apply(config, weights, x_BTD, tables, attend)
 
-    if remat:
-        layer = jax.checkpoint(layer, prevent_cse=False)
-    x_BTD, _ = jax.lax.scan(layer, x_BTD, params["layers"])
+    x_BTD, _ = jax.lax.scan(checkpointed(layer, remat), x_BTD, params["layers"])
     return _final_norm(params, config, x_BTD)
 
 

@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from opd_jax.models import rope
+from opd_jax.models import rope, summing
 from opd_jax.models.architecture import ModelConfig
 from opd_jax.models.attention import attend_cached, attend_causal
 from opd_jax.models.remat import checkpointed
@@ -117,19 +117,33 @@ def hidden_states(
     """Final normed hidden states [B, T, D] of right-padded rows, in the parameters' dtype.
 
     Position t sees tokens 0..t of its row; entries at t >= length are finite and meaningless.
-    `remat` names what each layer keeps for the backward pass (models/remat.py).
+    `remat` names what each layer keeps for the backward pass (models/remat.py). Where `params` has
+    `sums`, float32 and shaped like `layers`, the layers compute in the embedding's dtype, and the
+    gradient of `sums` is `sums` plus the gradient of the layers, which have none of their own.
     """
     x_BTD = params["embed"]["embedding"][tokens_BT]
     tables = rope.rotary(config, jnp.arange(tokens_BT.shape[1])[None])
     length_B = jnp.maximum(length_B, 1)  # fused attention over an empty row would be nan
 
-    def layer(x_BTD: jax.Array, weights: Params) -> tuple[jax.Array, None]:
-        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
-            return attend_causal(q, k, v, length_B), None
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
+        return attend_causal(q, k, v, length_B), None
 
+    def layer(carry: tuple, inputs: tuple[jax.Array, Params]) -> tuple[tuple, None]:
+        (x_BTD, sums), (index, weights) = carry, inputs
+        weights, sums = summing.lend(x_BTD.dtype, weights, sums, index)
+        x_BTD, _ = _apply(config, weights, x_BTD, tables, attend)
+        return (x_BTD, sums), None
+
+    def plain(x_BTD: jax.Array, weights: Params) -> tuple[jax.Array, None]:
         return _apply(config, weights, x_BTD, tables, attend)
 
-    x_BTD, _ = jax.lax.scan(checkpointed(layer, remat), x_BTD, params["layers"])
+    if "sums" in params:
+        layers = (jnp.arange(config.num_layers), params["layers"])
+        start = (x_BTD, params["sums"])
+        (x_BTD, sums), _ = jax.lax.scan(checkpointed(layer, remat), start, layers)
+        x_BTD = summing.begin(x_BTD, sums, jax.lax.stop_gradient(params["sums"]))
+    else:
+        x_BTD, _ = jax.lax.scan(checkpointed(plain, remat), x_BTD, params["layers"])
     return _final_norm(params, config, x_BTD)
 
 

@@ -134,7 +134,7 @@ def _stable_opd_paper(config: ConfigDict) -> None:
     config.optim.beta2 = 0.999  # unknown; verl's defaults
     config.optim.weight_decay = 0.01  # unknown; verl's default
     config.optim.grad_clip = 1.0  # unknown
-    config.optim.remat = True
+    config.optim.remat = "attention"
     config.optim.microbatch_tokens = 32_768
     config.checkpoint.every = 20
     config.eval.data = ""
@@ -186,7 +186,7 @@ def qwen3_1_7b(config: ConfigDict) -> None:
     config.loss.aggregation = "token"  # its code
     config.optim.learning_rate = 1e-6  # Table 2
     config.optim.weight_decay = 0.01  # its code
-    config.optim.remat = True
+    config.optim.remat = "attention"
     config.optim.microbatch_tokens = 32_768
     config.checkpoint.every = 20
     config.eval.data = ""

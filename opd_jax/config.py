@@ -133,7 +133,9 @@ def default() -> ConfigDict:
     optim.token_chunk = 2048  # tokens whose logits exist at one time in the update
     optim.microbatch_tokens = 16_384  # tokens that go through the models at one time
     optim.updates_per_rollout = 1  # optimizer steps a rollout batch is split into
-    optim.remat = False  # recompute layers in the backward pass instead of keeping activations
+    # What each layer keeps for the backward pass, where the rest is computed again: none: all of it |
+    # attention: what fused attention returned | dots: that and its matrix products | full: nothing
+    optim.remat = "none"
 
     checkpoint = config.checkpoint = ConfigDict()
     checkpoint.every = 50  # steps; 0 = only at the end

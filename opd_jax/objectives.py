@@ -121,7 +121,7 @@ def make_rollout_loss(
     *,
     vocabulary: int,
     token_chunk: int,
-    remat: bool,
+    remat: str,
     scored_V: Array | None = None,
 ) -> RolloutLoss:
     """loss(params, frozen, rows) -> the terms on rollouts, unweighted, each a sum of weighted tokens.
@@ -180,7 +180,7 @@ def make_rollout_loss(
 
 
 def make_golden_loss(
-    config: ModelConfig, *, vocabulary: int, token_chunk: int, remat: bool
+    config: ModelConfig, *, vocabulary: int, token_chunk: int, remat: str
 ) -> GoldenLoss:
     """loss(params, rows) -> L_SFT, unweighted, a sum of weighted tokens."""
 

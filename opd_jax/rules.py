@@ -14,6 +14,7 @@ from opd_jax import guard
 from opd_jax.config import default, flatten, near
 from opd_jax.errors import ConfigError
 from opd_jax.losses import AGGREGATIONS, DIRECTIONS, ESTIMATORS, FORMS, SUPPORT_WEIGHTS
+from opd_jax.models.remat import POLICIES
 from opd_jax.repetition import RULES
 from opd_jax.supports import SUPPORTS
 
@@ -64,7 +65,7 @@ def validate(config: ConfigDict) -> None:
         ("loss.support", SUPPORTS), ("loss.support_weight", SUPPORT_WEIGHTS),
         ("loss.aggregation", AGGREGATIONS), ("loss.gold_aggregation", AGGREGATIONS[:2]),
         ("loss.truncated", ("keep", "mask", "tail")), ("loss.repeated", ("keep", "mask")),
-        ("optim.schedule", ("constant", "linear", "cosine")),
+        ("optim.schedule", ("constant", "linear", "cosine")), ("optim.remat", POLICIES),
         ("teacher.follow", ("frozen", "average", "live")), ("data.bad_rows", ("refuse", "skip")),
         ("scoring.special_tokens", ("remap", "mask", "keep")), ("metrics.repeated_tokens", RULES),
         ("guard.action", guard.ACTIONS),

@@ -84,8 +84,8 @@ def make_accumulate(
     compilation, and rows all of whose terms have weight 0 are not passed through. The forward and
     backward passes compute in `dtype`; master weights and gradients are float32.
     """
-    on_rollouts = _make_add(rollout_loss, dtype) if rollout_loss else None
-    on_golden = _make_add(_without_frozen(golden_loss), dtype) if golden_loss else None
+    on_rollouts = make_add(rollout_loss, dtype) if rollout_loss else None
+    on_golden = make_add(_without_frozen(golden_loss), dtype) if golden_loss else None
 
     def accumulate(
         params: Any,
@@ -182,19 +182,25 @@ def term_gradients(
     return out
 
 
-def _make_add(loss: Callable, dtype: jnp.dtype) -> Callable:
+def make_add(loss: Callable, dtype: jnp.dtype) -> Callable:
     """(params, frozen, rows, weights, grads) -> (loss, its parts, grads + its gradient); donates grads."""
 
-    def compute(master: Any, frozen: Frozen, rows: Any, weights: Any) -> tuple[jax.Array, Parts]:
-        parts = loss(jax.tree.map(lambda w: w.astype(dtype), master), frozen, rows)
+    def compute(own: Any, sums: Any, rest: tuple) -> tuple[jax.Array, Parts]:
+        layers, frozen, rows, weights = rest
+        params = jax.tree.map(lambda w: w.astype(dtype), own)
+        parts = loss(params | ({"layers": layers, "sums": sums} if layers else {}), frozen, rows)
         return sum((weights[name] * x for name, x in parts.items()), jnp.zeros(())), parts
 
     @partial(jax.jit, donate_argnums=(4,))
     def add(params: Any, frozen: Frozen, rows: Any, weights: Any, grads: Any) -> tuple:
-        (value, parts), new = jax.value_and_grad(compute, has_aux=True)(
-            params, frozen, rows, weights
+        # The layers' gradients are added by the decoder (models/summing.py), the others' here.
+        own, grads = dict(params), dict(grads)
+        layers, sums = own.pop("layers", {}), grads.pop("layers", {})
+        (value, parts), (new, sums) = jax.value_and_grad(compute, argnums=(0, 1), has_aux=True)(
+            own, sums, (layers, frozen, rows, weights)
         )
-        return value, parts, jax.tree.map(jnp.add, grads, new)
+        grads = jax.tree.map(jnp.add, grads, new) | ({"layers": sums} if layers else {})
+        return value, parts, grads
 
     return add
 

@@ -73,6 +73,13 @@ def test_methods_differ_in_numbers_only():
         ("rollout.top_p", 1.5, "0 to 1"),
         ("optim.learning_rate", float("inf"), "finite"),
         ("optim.schedule", "cosin", "--config.optim.schedule=cosine"),
+        (
+            "optim.remat",
+            "attn",
+            "wanted one of none, attention, dots, full; set --config.optim.remat=",
+        ),
+        ("optim.remat", True, "optim.remat=True, wanted one of none, attention, dots, full"),
+        ("optim.remat", False, "optim.remat=False, wanted one of none"),
         ("loss.kl_estimator", "k4", "full, k1, k2, k3"),
         ("loss.direction", "backward", "reverse, forward, jsd, skewed_reverse"),
         ("loss.jsd_beta", 1.0, "between 0 and 1"),

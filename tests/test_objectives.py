@@ -17,7 +17,7 @@ from tests.conftest import distance, random_params, random_rows, tiny_config
 CONFIG = tiny_config(num_layers=2)
 VOCABULARY = CONFIG.vocab_size
 TERMS = Terms(pg_weight=0.7, jsd_beta=0.25, lambda_gold=0.3, beta_kl=0.2, clip_high=0.3)
-SHARED = {"token_chunk": 7, "remat": False}  # 4 rows of 10 tokens: the last chunk is not full
+SHARED = {"token_chunk": 7, "remat": "none"}  # 4 rows of 10 tokens: the last chunk is not full
 STUDENT, REFERENCE = random_params(CONFIG, seed=0), random_params(CONFIG, seed=1)
 
 
@@ -214,7 +214,7 @@ def test_golden_loss_equals_the_direct_sum(rows):
     def direct(params):
         return -0.3 * jnp.sum(golden.weight_BT[:, 1:] * token_logprobs(params, golden)[0])
 
-    loss = objectives.make_golden_loss(CONFIG, vocabulary=VOCABULARY, token_chunk=7, remat=True)
+    loss = objectives.make_golden_loss(CONFIG, vocabulary=VOCABULARY, token_chunk=7, remat="full")
     (total, parts), gradient = jax.jit(jax.value_and_grad(weighted(loss, TERMS), has_aux=True))(
         STUDENT, golden
     )

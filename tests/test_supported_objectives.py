@@ -113,7 +113,7 @@ def test_scores_do_not_depend_on_the_support():
 def loss_of(terms: Terms):
     """jitted (value by name, gradient of the sum) of (params, frozen, rows)."""
     loss = objectives.make_rollout_loss(
-        terms, CONFIG, Frozen(teacher=CONFIG), vocabulary=VOCABULARY, token_chunk=7, remat=False
+        terms, CONFIG, Frozen(teacher=CONFIG), vocabulary=VOCABULARY, token_chunk=7, remat="none"
     )
 
     def total(params, frozen, given):
@@ -141,7 +141,7 @@ def every_divergence(support: str):
     made = [
         objectives.make_rollout_loss(
             dataclasses.replace(base, direction=d, form=f), CONFIG, Frozen(teacher=CONFIG),
-            vocabulary=VOCABULARY, token_chunk=7, remat=False,
+            vocabulary=VOCABULARY, token_chunk=7, remat="none",
         )
         for d, f in kinds
     ]  # fmt: skip
@@ -325,7 +325,7 @@ def test_no_array_of_batch_time_vocabulary_with_supports():
     terms = dataclasses.replace(TERMS, support="union", form="tail")
     config = tiny_config(num_layers=1, vocab_size=2000)
     loss = objectives.make_rollout_loss(
-        terms, config, Frozen(), vocabulary=2000, token_chunk=8, remat=False
+        terms, config, Frozen(), vocabulary=2000, token_chunk=8, remat="none"
     )
     given = make_rows(dataclasses.replace(TERMS, support="union"), "union")
 

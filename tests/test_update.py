@@ -106,7 +106,7 @@ def model_update(*, golden: float, beta: float, limbs: bool, rows: int = B):
         beta_kl=beta,
         raised=("reference_kl", "sft") if limbs else (),
     )
-    shared = {"vocabulary": CONFIG.vocab_size, "token_chunk": 16, "remat": False}
+    shared = {"vocabulary": CONFIG.vocab_size, "token_chunk": 16, "remat": "none"}
     return make_step(
         OPTIMIZERS["sgd"],
         objectives.make_rollout_loss(terms, CONFIG, Frozen(reference=CONFIG), **shared),

@@ -16,10 +16,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from opd_jax.models import cache, rope
+from opd_jax.models import cache, rope, summing
 from opd_jax.models.architecture import ModelConfig
 from opd_jax.models.attention import attend_causal
 from opd_jax.models.cache import Cache
+from opd_jax.models.remat import checkpointed
 from opd_jax.types import Array
 
 Params = dict[str, Any]
@@ -111,26 +112,38 @@ def hidden_states(
     tokens_BT: jax.Array,
     length_B: jax.Array,
     *,
-    remat: bool = False,
+    remat: str = "none",
 ) -> jax.Array:
     """Final normed hidden states [B, T, D] of right-padded rows, in the parameters' dtype.
 
     Position t sees tokens 0..t of its row; entries at t >= length are finite and meaningless.
-    `remat` recomputes each layer in the backward pass instead of keeping its activations.
+    `remat` names what each layer keeps for the backward pass (models/remat.py). Where `params` has
+    `sums`, float32 and shaped like `layers`, the layers compute in the embedding's dtype, and the
+    gradient of `sums` is `sums` plus the gradient of the layers, which have none of their own.
     """
     x_BTD = params["embed"]["embedding"][tokens_BT]
     tables = rope.rotary(config, jnp.arange(tokens_BT.shape[1])[None])
     length_B = jnp.maximum(length_B, 1)  # fused attention over an empty row would be nan
 
-    def layer(x_BTD: jax.Array, weights: Params) -> tuple[jax.Array, None]:
-        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
-            return attend_causal(q, k, v, length_B), None
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
+        return attend_causal(q, k, v, length_B), None
 
+    def layer(carry: tuple, inputs: tuple[jax.Array, Params]) -> tuple[tuple, None]:
+        (x_BTD, sums), (index, weights) = carry, inputs
+        weights, sums = summing.lend(x_BTD.dtype, weights, sums, index)
+        x_BTD, _ = _apply(config, weights, x_BTD, tables, attend)
+        return (x_BTD, sums), None
+
+    def plain(x_BTD: jax.Array, weights: Params) -> tuple[jax.Array, None]:
         return _apply(config, weights, x_BTD, tables, attend)
 
-    if remat:
-        layer = jax.checkpoint(layer, prevent_cse=False)
-    x_BTD, _ = jax.lax.scan(layer, x_BTD, params["layers"])
+    if "sums" in params:
+        layers = (jnp.arange(config.num_layers), params["layers"])
+        start = (x_BTD, params["sums"])
+        (x_BTD, sums), _ = jax.lax.scan(checkpointed(layer, remat), start, layers)
+        x_BTD = summing.begin(x_BTD, sums, jax.lax.stop_gradient(params["sums"]))
+    else:
+        x_BTD, _ = jax.lax.scan(checkpointed(plain, remat), x_BTD, params["layers"])
     return _final_norm(params, config, x_BTD)
 
 

@@ -161,7 +161,7 @@ def scoring(
                 given.length_B,
                 microbatch_tokens=bench.microbatch_tokens,
                 token_chunk=bench.token_chunk,
-            )  # fmt: skip
+            )
         )
     works = [
         account.forward(m.config, given.length_B, itemsize=m.itemsize) for m in (student, teacher)
@@ -259,7 +259,7 @@ def _evenly(
     steps = int(np.ceil(lengths.sum() / slots))
     positions = sum(prompt * int(n) + int(n) * (int(n) - 1) / 2 for n in lengths) / steps
     step = account.decode_step(
-        config, rows=int(round(lengths.sum() / steps)), positions=positions, itemsize=itemsize
+        config, rows=round(lengths.sum() / steps), positions=positions, itemsize=itemsize
     )
     return [step] * steps
 

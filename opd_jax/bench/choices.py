@@ -17,7 +17,7 @@ from opd_jax.models import ModelConfig, decoder
 
 Attention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 # The whole token loop in one CUDA graph. WHILE without the minimum of 1 makes no graph at all.
-WHILE_GRAPH = {
+WHILE_GRAPH: dict[str, Any] = {
     "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,"
     "CONDITIONAL,WHILE",
     "xla_gpu_graph_min_graph_size": 1,
@@ -49,7 +49,7 @@ def plain(query_BNH: jax.Array, key: jax.Array, value: jax.Array, length_B: jax.
 
 def einsum(query_BNH: jax.Array, key: jax.Array, value: jax.Array, length_B: jax.Array) -> Any:
     """Two matrix products by XLA: reads the whole cache, whatever the lengths."""
-    batch, heads, size = query_BNH.shape
+    batch, _, size = query_BNH.shape
     rows = query_BNH.reshape(batch, key.shape[2], -1, size)
     score = jnp.einsum("BKGH,BSKH->BKGS", rows, key, preferred_element_type=jnp.float32)
     live = jnp.arange(key.shape[1])[None] < length_B[:, None]

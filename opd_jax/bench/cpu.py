@@ -1,5 +1,6 @@
 """The suite `cpu`: the embedded model, or a real one, in float32 on the cores that there are."""
 
+import functools
 import pathlib
 
 import jax.numpy as jnp
@@ -39,15 +40,10 @@ def run(options: Options) -> list[Row]:
 
     listed = [Case("ceilings", "", machine)]
     for batch in (toy_if(dry, 8, 2), toy_if(dry, 32, 3)):
-        listed.append(
-            Case(
-                f"generate, batch {batch}",
-                f"{prompt}+{new}",
-                lambda batch=batch: cases.generation(
-                    bench, subject, batch=batch, prompt=prompt, new=new
-                ),
-            )  # fmt: skip
+        fn = functools.partial(
+            cases.generation, bench, subject, batch=batch, prompt=prompt, new=new
         )
+        listed.append(Case(f"generate, batch {batch}", f"{prompt}+{new}", fn))
     listed += [
         Case(
             "slots", "",

@@ -57,6 +57,7 @@ def counting_subject(config: ModelConfig, dtype: Any, *, seed: int = 0) -> Subje
     No layer adds to the residual stream, and the output row of v + 1 is the embedding of v.
     """
     params = random_subject(config, dtype, seed=seed).params
+    params.pop("head", None)  # what the embedding is to be compared with is itself
     silent = {"output", "down"}
     layers = {
         name: jax.tree.map(jnp.zeros_like, part) if name in silent else part

@@ -29,7 +29,7 @@ def main() -> None:
     optim.learning_rate = case.learning_rate
     config, params = models.load(case.model, dtype=jnp.float32)
     teacher_config, teacher = models.load(case.teacher or case.model, dtype=jnp.float32)
-    teacher["final_norm"]["scale"] *= SHARPER
+    teacher["norm"]["scale"] *= SHARPER
     terms = {
         "full": objectives.Terms(divergence_weight=1.0, direction="reverse", support="full"),
         "sampled": objectives.Terms(pg_weight=1.0),

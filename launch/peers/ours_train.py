@@ -1,6 +1,8 @@
 """Scoring, a full update, and the bare matrix products of both, by this library and XLA.
 
-python launch/peers/ours_train.py --what=score|score_all|update|products_forward|products_update --model=FOLDER --batch=8 --prompt=256
+python launch/peers/ours_train.py --what=WHAT --model=FOLDER --batch=8 --prompt=256
+
+WHAT is score, score_all, update, products_forward or products_update.
 
 The rows are those of torch_train.py. `score` is what that computes, `score_all` all that training asks for.
 """
@@ -48,7 +50,9 @@ def _pair(case: Any) -> list:
 
     from opd_jax import models
 
-    return [models.load(path, dtype=jnp.float32) for path in (case.model, case.teacher or case.model)]
+    return [
+        models.load(path, dtype=jnp.float32) for path in (case.model, case.teacher or case.model)
+    ]
 
 
 def _score(case: Any) -> Step:
@@ -155,7 +159,7 @@ def _products(case: Any) -> Step:
     def split(y: jax.Array, count: int) -> jax.Array:
         return y.reshape(case.batch, case.prompt, count, -1, size)
 
-    def forward(layers: Any, head_VD: jax.Array, x_BTD: jax.Array) -> jax.Array:
+    def forward(x_BTD: jax.Array, layers: Any, head_VD: jax.Array) -> jax.Array:
         for q, k, v, o, gate, up, down in layers:
             query = split(x_BTD @ q, kv)
             keys, values = split(x_BTD @ k, kv)[..., 0, :], split(x_BTD @ v, kv)[..., 0, :]
@@ -167,12 +171,12 @@ def _products(case: Any) -> Step:
 
     if case.what == "products_forward":
         run = jax.jit(forward)
-        return lambda: jax.block_until_ready(run(layers, head_VD, x_BTD)), {}
+        return lambda: jax.block_until_ready(run(x_BTD, layers, head_VD)), {}
     gradient = jax.random.normal(next(keys), (case.batch, case.prompt, config.vocab_size))
 
     @jax.jit
     def both(layers: Any, head_VD: jax.Array, x_BTD: jax.Array, gradient: jax.Array) -> Any:
-        return jax.vjp(lambda *w: forward(*w, x_BTD), layers, head_VD)[1](gradient)
+        return jax.vjp(partial(forward, x_BTD), layers, head_VD)[1](gradient)
 
     return lambda: jax.block_until_ready(both(layers, head_VD, x_BTD, gradient)), {}
 

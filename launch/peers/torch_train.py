@@ -1,6 +1,8 @@
 """Scoring, a full update, and the bare matrix products of both, by torch.
 
-python launch/peers/torch_train.py --what=score|update|products_forward|products_update --model=FOLDER --batch=8 --prompt=256
+python launch/peers/torch_train.py --what=WHAT --model=FOLDER --batch=8 --prompt=256
+
+WHAT is score, update, products_forward or products_update.
 
 The rows are `batch` times `prompt` tokens; every token but the first is predicted. `--teacher` names the
 second model of scoring (the same folder where it is left out).

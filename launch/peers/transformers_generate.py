@@ -3,6 +3,8 @@
 python launch/peers/transformers_generate.py --model=FOLDER --batch=8 --prompt=64 --new=128
 """
 
+from typing import Any
+
 from timing import measure, prompts, read_case, report
 
 
@@ -13,7 +15,7 @@ def main() -> None:
     import transformers
 
     torch.manual_seed(case.seed)
-    model = transformers.AutoModelForCausalLM.from_pretrained(case.model, dtype=torch.float32)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(case.model, dtype=torch.float32)
     model.eval()
     ids = torch.tensor(prompts(case))
 

@@ -1,0 +1,1 @@
+"""Benchmarks: what decoding, scoring, updates and whole steps take, beside what the machine can do."""

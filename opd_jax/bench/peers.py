@@ -11,8 +11,11 @@ import os
 import pathlib
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+
+from opd_jax.bench.measure import Row
+from opd_jax.bench.runner import Case, Options, run_cases
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 SCRIPTS = REPOSITORY / "launch" / "peers"
@@ -21,7 +24,14 @@ CHECK_TOLERANCE = 1e-3  # relative; both compute in float32, in other orders
 Flags = Mapping[str, str | int | float]
 Answer = dict[str, Any]  # the JSON line of a script; {"error": why} where there is none
 Ask = Callable[[str, str, Flags], Answer]
-Row = dict[str, Any]  # the fields of measure.Row, and for a ratio also `ratio` and `wanted`
+
+
+@dataclasses.dataclass(frozen=True)
+class Ratio(Row):
+    """The row of a pair. `ratio`: the peer's median seconds over ours; `wanted`: what that is to be."""
+
+    ratio: float | None = None
+    wanted: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,85 +109,81 @@ def pairs(*, dry: bool = False) -> list[Pair]:
 
 
 def run(
-    model: str,
-    pythons: Pythons,
-    *,
-    repeats: int = 3,
-    dry: bool = False,
-    timeout_s: float = 900.0,
-    only: str = "",
+    options: Options, pythons: Pythons, *, timeout_s: float = 900.0, only: str = ""
 ) -> list[Row]:
-    """All rows of the suite with the model of this folder; `only`: of pairs whose name begins so."""
+    """All rows with the model of `options.model`; `only`: of the pairs whose name begins so."""
 
     def ask(python: str, script: str, flags: Flags) -> Answer:
-        print("peers:", script, *_arguments(flags), file=sys.stderr, flush=True)
         return answer(python, SCRIPTS / f"{script}.py", flags, timeout_s=timeout_s)
 
-    chosen = [pair for pair in pairs(dry=dry) if pair.name.startswith(only)]
-    return list(compare(chosen, {"model": model, "repeats": repeats}, pythons, ask))
-
-
-def compare(chosen: Sequence[Pair], shared: Flags, pythons: Pythons, ask: Ask) -> Iterator[Row]:
-    """For each pair a row a side and one of the ratio; a side that several pairs have is run once."""
     asked: dict[str, Answer] = {}
-    for pair in chosen:
-        answers = []
-        for side in (pair.peer, pair.ours):
-            flags = {**shared, **pair.flags, **side.flags}
-            name = " ".join([side.script, *_arguments(flags)])
-            if new := name not in asked:
-                python = getattr(pythons, side.python)
-                none = {"missing": f"no Python with {side.label} is given"}
-                asked[name] = ask(python, side.script, flags) if python else none
-            answers.append(asked[name])
-            if new:
-                yield side_row(f"{pair.name}: {side.label}", pair.shape, asked[name])
-        yield ratio_row(pair, *answers)
+    shared = {"model": options.model, "repeats": options.repeats}
+
+    def case(pair: Pair) -> Case:
+        name = f"{pair.name}: {pair.peer.label}"
+        return Case(name, pair.shape, lambda: list(compare(pair, shared, pythons, ask, asked)))
+
+    chosen = [pair for pair in pairs(dry=options.dry) if pair.name.startswith(only)]
+    return run_cases("peers", [case(pair) for pair in chosen], options)
+
+
+def compare(
+    pair: Pair, shared: Flags, pythons: Pythons, ask: Ask, asked: dict[str, Answer]
+) -> Iterator[Row]:
+    """A row a side, and one of the ratio. A side that is in `asked` already is not run again."""
+    answers = []
+    for side in (pair.peer, pair.ours):
+        flags = {**shared, **pair.flags, **side.flags}
+        name = " ".join([side.script, *_arguments(flags)])
+        if new := name not in asked:
+            python = getattr(pythons, side.python)
+            none = {"missing": f"no Python with {side.label} is given"}
+            asked[name] = ask(python, side.script, flags) if python else none
+        answers.append(asked[name])
+        if new:
+            yield side_row(f"{pair.name}: {side.label}", pair.shape, asked[name])
+    yield ratio_row(pair, *answers)
 
 
 def side_row(name: str, shape: str, given: Answer) -> Row:
     """The figures of one side, or why there are none."""
-    row: Row = {"name": name, "shape": shape, "status": "ok", "note": given.get("note", "")}
     if problem := _problem(given):
-        return row | problem
-    return row | {
-        "median_s": given["seconds"],
-        "min_s": min(given["repeats"]),
-        "max_s": max(given["repeats"]),
-        "repeats": len(given["repeats"]),
-        "first_s": given["warmup"],
-        "tokens_per_s": given["tokens_per_second"],
-        "peak_gib": given["peak_gib"],
-        "peak_of": "process",
-        "note": _told(given),
-    }
+        return Row(name, shape, **problem)
+    return Row(
+        name,
+        shape,
+        median_s=given["seconds"],
+        min_s=min(given["repeats"]),
+        max_s=max(given["repeats"]),
+        repeats=len(given["repeats"]),
+        first_s=given["warmup"],
+        tokens_per_s=given["tokens_per_second"],
+        peak_gib=given["peak_gib"],
+        peak_of="process",
+        note=_told(given),
+    )
 
 
-def ratio_row(pair: Pair, theirs: Answer, ours: Answer) -> Row:
+def ratio_row(pair: Pair, theirs: Answer, ours: Answer) -> Ratio:
     """How many times ours is as fast: the peer's median seconds over ours.
 
     "failed" where that is less than wanted, or where the two did not do the same thing.
     """
-    row: Row = {
-        "name": f"{pair.name}: ours against {pair.peer.label}",
-        "shape": pair.shape,
-        "status": "ok",
-        "ratio": None,
-        "wanted": pair.wanted,
-    }
+    row = Ratio(f"{pair.name}: ours against {pair.peer.label}", pair.shape, wanted=pair.wanted)
     if problem := _problem(theirs) or _problem(ours):
-        return row | problem
+        return dataclasses.replace(row, **problem)
     if unlike := difference(theirs, ours):
-        return row | {"status": "failed", "note": unlike}
+        return dataclasses.replace(row, status="failed", note=unlike)
     ratio = theirs["seconds"] / ours["seconds"]
     least = min(theirs["repeats"]) / max(ours["repeats"])
     most = max(theirs["repeats"]) / min(ours["repeats"])
     wanted = "" if pair.wanted is None else f", wanted {pair.wanted:.2f} x"
-    return row | {
-        "status": "failed" if pair.wanted and ratio < pair.wanted else "ok",
-        "ratio": ratio,
-        "note": f"{ratio:.2f} x{wanted} ({least:.2f} to {most:.2f} over the repeats)",
-    }
+    return dataclasses.replace(
+        row,
+        status="failed" if pair.wanted and ratio < pair.wanted else "ok",
+        ratio=ratio,
+        note=f"{ratio:.2f} x{wanted} ({least:.2f} to {most:.2f} over the repeats)",
+    )
 
 
 def difference(theirs: Answer, ours: Answer) -> str:
@@ -223,7 +229,7 @@ def _last(text: str) -> str:
     return lines[-1] if lines else ""
 
 
-def _problem(given: Answer) -> Row | None:
+def _problem(given: Answer) -> dict[str, str] | None:
     if "missing" in given:
         return {"status": "not run", "note": given["missing"]}
     if "error" in given:

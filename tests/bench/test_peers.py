@@ -47,18 +47,18 @@ def timing():
 
 def test_ratio_is_the_peers_median_over_ours():
     row = peers.ratio_row(PAIR, line([5.0, 6.0, 10.0]), line([2.5, 2.0, 4.0]))
-    assert row["ratio"] == pytest.approx(6.0 / 2.5)
-    assert row["status"] == "ok"
+    assert row.ratio == pytest.approx(6.0 / 2.5)
+    assert row.status == "ok"
     # the slowest of ours against the fastest of theirs, and the other way round
-    assert row["note"] == "2.40 x, wanted 2.00 x (1.25 to 5.00 over the repeats)"
+    assert row.note == "2.40 x, wanted 2.00 x (1.25 to 5.00 over the repeats)"
 
 
 def test_less_than_wanted_is_failed_and_unwanted_is_only_told():
     slow, fast = line([3.0]), line([2.0])
-    assert peers.ratio_row(PAIR, slow, fast)["status"] == "failed"
+    assert peers.ratio_row(PAIR, slow, fast).status == "failed"
     told = peers.ratio_row(dataclasses.replace(PAIR, wanted=None), fast, slow)
-    assert told["status"] == "ok"
-    assert told["note"].startswith("0.67 x (")
+    assert told.status == "ok"
+    assert told.note.startswith("0.67 x (")
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_less_than_wanted_is_failed_and_unwanted_is_only_told():
 )
 def test_sides_that_did_other_work_have_no_ratio(ours, says):
     row = peers.ratio_row(PAIR, line([9.0], loss=3.0), ours)
-    assert (row["status"], row["ratio"], row["note"]) == ("failed", None, says)
+    assert (row.status, row.ratio, row.note) == ("failed", None, says)
 
 
 def test_checks_may_differ_by_rounding():
@@ -79,7 +79,8 @@ def test_checks_may_differ_by_rounding():
 
 
 def test_every_side_is_asked_once_and_failures_stay_rows():
-    asked = []
+    asked: list = []
+    known: dict = {}
 
     def ask(python, name, flags):
         asked.append((python, name, dict(flags)))
@@ -87,18 +88,22 @@ def test_every_side_is_asked_once_and_failures_stay_rows():
 
     other = dataclasses.replace(PAIR, peer=peers.Side("Tunix", "tunix", "tunix"))
     pythons = peers.Pythons(ours="a", torch="b", tunix="")
-    rows = list(peers.compare([PAIR, other], {"model": "m"}, pythons, ask))
+    rows = [
+        row
+        for pair in (PAIR, other)
+        for row in peers.compare(pair, {"model": "m"}, pythons, ask, known)
+    ]
     flags = {"model": "m", "batch": 8}
     assert asked == [("b", "theirs", flags), ("a", "mine", flags)]
-    assert [(row["name"], row["status"], row["note"]) for row in rows] == [
+    assert [(row.name, row.status, row.note) for row in rows] == [
         ("generate: transformers", "error", "ValueError: no"),
         ("generate: ours", "ok", "torch 2"),
         ("generate: ours against transformers", "error", "ValueError: no"),
         ("generate: Tunix", "not run", "no Python with Tunix is given"),
         ("generate: ours against Tunix", "not run", "no Python with Tunix is given"),
     ]
-    assert rows[1]["median_s"] == 1.0
-    assert rows[1]["tokens_per_s"] == 100.0
+    assert rows[1].median_s == 1.0
+    assert rows[1].tokens_per_s == 100.0
 
 
 def test_an_answer_is_the_last_line_and_flags_arrive(tmp_path):
@@ -150,8 +155,8 @@ def test_the_report_is_one_line_that_the_suite_reads(timing, capsys):
     given = json.loads(capsys.readouterr().out)
     assert (given["seconds"], given["warmup"], given["tokens_per_second"]) == (2.0, 9.0, 5.0)
     assert given["prompts"] == zlib.crc32(json.dumps(timing.prompts(case)).encode())
-    assert peers.side_row("x", "", given)["status"] == "ok"
-    assert peers.ratio_row(PAIR, given, given)["ratio"] == 1.0
+    assert peers.side_row("x", "", given).status == "ok"
+    assert peers.ratio_row(PAIR, given, given).ratio == 1.0
 
 
 def test_every_pair_names_a_script_and_flags_it_has():

@@ -14,6 +14,7 @@ from opd_jax.bench.cases import Bench
 from opd_jax.bench.measure import Row, watch_memory
 from opd_jax.bench.runner import on_gpu
 from opd_jax.models import ModelConfig, decoder
+from opd_jax.models import cache as model_cache
 
 Attention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 # The whole token loop in one CUDA graph. WHILE without the minimum of 1 makes no graph at all.
@@ -110,7 +111,7 @@ def graphs(
         return caches, token_B
 
     token_B = jnp.zeros(rows, jnp.int32)
-    kept = [decoder.init_cache(config, rows, cache, jnp.dtype(dtype))]
+    kept = [model_cache.init(config, rows, cache, jnp.dtype(dtype))]
     with watch_memory() as peak:
         compiled = loop.lower(params, kept[0], token_B).compile(compiler_options=options)
 

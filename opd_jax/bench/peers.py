@@ -229,7 +229,7 @@ def _last(text: str) -> str:
     return lines[-1] if lines else ""
 
 
-def _problem(given: Answer) -> dict[str, str] | None:
+def _problem(given: Answer) -> dict[str, Any] | None:
     if "missing" in given:
         return {"status": "not run", "note": given["missing"]}
     if "error" in given:

@@ -1,20 +1,25 @@
-"""Benchmarks: python launch/bench.py --suite=cpu|h200 [--out=FILE.json] [--model=DIR] [--repeats=3].
+"""Benchmarks: python launch/bench.py --suite=cpu|h200|peers [--out=FILE.json] [--model=DIR] [--repeats=3].
 
 Prints a table; --out writes every figure with the environment. docs/benchmarks.md says what they mean.
 """
 
 import os
 import pathlib
+import sys
 
 from absl import flags
 
 from opd_jax import cli
 
-flags.DEFINE_enum("suite", "cpu", ["cpu", "h200"], "what to measure")
+flags.DEFINE_enum("suite", "cpu", ["cpu", "h200", "peers"], "what to measure")
 flags.DEFINE_string("out", None, "JSON file to write; default runs/bench-SUITE.json")
-flags.DEFINE_string("model", "", "suite cpu: folder of a model, in place of the embedded one")
+flags.DEFINE_string(
+    "model", "", "suites cpu and peers: folder of a model, in place of the embedded one"
+)
 flags.DEFINE_integer("repeats", 3, "of each case after its first call", lower_bound=1)
 flags.DEFINE_float("budget_s", 440.0, "no case is begun after so many seconds", lower_bound=0.0)
+for peer in ("torch", "trl", "tunix"):  # each in an environment of its own
+    flags.DEFINE_string(f"{peer}_python", "", f"suite peers: the Python that has {peer}")
 flags.DEFINE_bool("dry", False, "the same code at toy shapes, on whatever machine")
 
 
@@ -22,7 +27,7 @@ def main() -> None:
     """Run the suite and print its table."""
     # Caches and weights of many gigabytes: more than the three quarters that JAX takes by itself.
     os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.92")
-    from opd_jax.bench import cpu, h200, report  # JAX starts only after the flags are known
+    from opd_jax.bench import cpu, h200, peers, report  # JAX starts only after the flags are known
     from opd_jax.bench.runner import Options
 
     given = cli.FLAGS
@@ -33,7 +38,10 @@ def main() -> None:
         budget_s=given.budget_s,
         dry=given.dry,
     )
-    suites = {"cpu": cpu.run, "h200": h200.run}
+    pythons = peers.Pythons(
+        sys.executable, given.torch_python or sys.executable, given.trl_python, given.tunix_python
+    )
+    suites = {"cpu": cpu.run, "h200": h200.run, "peers": lambda given: peers.run(given, pythons)}
     print(report.table(suites[given.suite](options)))
     print(f"written to {options.out}", flush=True)
 

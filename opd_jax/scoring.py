@@ -47,6 +47,7 @@ def map_tokens(
     Returns: tree of [B, T, ...], aligned with `tokens_BT`; position 0, which nothing predicts, is 0.
     """
     batch, time = tokens_BT.shape
+    token_chunk = min(token_chunk, batch * time)
     chunks = -(-batch * time // token_chunk)
     padding = chunks * token_chunk - batch * time
 

@@ -117,7 +117,7 @@ def run(
         return answer(python, SCRIPTS / f"{script}.py", flags, timeout_s=timeout_s)
 
     asked: dict[str, Answer] = {}
-    shared: Flags = {"model": options.model or "", "repeats": options.repeats}
+    shared: Flags = {"model": options.model, "repeats": options.repeats}
 
     def case(pair: Pair) -> Case:
         name = f"{pair.name}: {pair.peer.label}"

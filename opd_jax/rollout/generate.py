@@ -307,7 +307,7 @@ def _decode_chunk(
     stop_on_repetition: int,
 ) -> Slots:
     """Up to `steps` tokens for every live slot; stops early when none is live."""
-    head_VD = decoder.head(layers)[:vocabulary]
+    head_VD = decoder.head(layers)  # whole: a slice of it would be a copy
     rows = jnp.arange(len(state.live_B))
     stops = jnp.array(stop_ids, jnp.int32)
 
@@ -320,7 +320,7 @@ def _decode_chunk(
         # The key of a token is folded from its position in the row.
         key_B = jax.vmap(jax.random.fold_in)(state.key_B, state.length_B)
         token_B, logprob_B = sample(
-            decoder.logits(head_VD, hidden_BD),
+            decoder.logits(head_VD, hidden_BD)[:, :vocabulary],
             key_B,
             temperature=temperature,
             top_p=top_p,

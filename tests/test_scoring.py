@@ -84,7 +84,7 @@ def test_map_tokens_aligns_tokens_models_and_extras(token_chunk):
     hidden = jnp.eye(11)[tokens]
 
     def fn(p_CV, q_CV, *, token_C, extra):
-        assert p_CV.shape == q_CV.shape == (token_chunk, 11)
+        assert p_CV.shape == q_CV.shape == (min(token_chunk, 3 * 6), 11)  # no more than there are
         return {"a": scoring.take(p_CV, token_C) * extra, "b": scoring.take(q_CV, token_C)}
 
     out = scoring.map_tokens(

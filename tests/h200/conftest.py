@@ -31,14 +31,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.h200)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="session", autouse=True)
 def _needs_the_plug_in() -> None:
     if importlib.util.find_spec("jax_cuda13_plugin") is None:
         pytest.skip("wanted jax[cuda13], to compile for an H200")
 
 
 @pytest.fixture(scope="session")
-def on_h200() -> Callable[[Any], Any]:
+def on_h200(_needs_the_plug_in: None) -> Callable[[Any], Any]:
     """Shapes and dtypes of a tree of arrays (or of their shapes), placed on one H200."""
     topology = topologies.get_topology_desc(
         platform="cuda",

@@ -128,6 +128,7 @@ class Collector:
             max_response_tokens=section.max_response_tokens,
             temperature=section.temperature,
             top_p=section.top_p,
+            top_k=section.top_k,
             stop_ids=alignment.stop_ids,
             slots=section.slots or None,
             stop_on_repetition=section.stop_on_repetition,

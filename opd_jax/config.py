@@ -56,6 +56,7 @@ def default() -> ConfigDict:
     rollout.max_response_tokens = 192
     rollout.temperature = 1.0
     rollout.top_p = 1.0
+    rollout.top_k = 0  # most likely ids that are sampled among; 0 = all
     rollout.slots = 0  # sequences decoded at one time; 0 = all of a step's
     # A row ends when its last so many tokens repeat with a short period; 0 = never, as in the papers.
     rollout.stop_on_repetition = 0
@@ -68,6 +69,7 @@ def default() -> ConfigDict:
     sample.slots = 0  # sequences decoded at one time; 0 = all of a batch's
     sample.temperature = 0.7  # 2604.13016, C.1: "temperature 0.7, top-p=0.95"
     sample.top_p = 0.95
+    sample.top_k = 0
     sample.max_response_tokens = 0  # 0 = rollout.max_response_tokens
     sample.keep_wrong = False  # also solutions whose answer is wrong, or cannot be read
     sample.keep_repetitive = False  # also those that `metrics` calls repetitive
@@ -148,6 +150,7 @@ def default() -> ConfigDict:
     evaluation.samples = 1  # answers a problem (k of avg@k)
     evaluation.temperature = 0.6
     evaluation.top_p = 1.0
+    evaluation.top_k = 0
     evaluation.teacher = True  # also measure the teacher, for the closing table
     evaluation.match = ""  # regular expression; the share of answers it is found in is reported
 

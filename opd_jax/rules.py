@@ -46,6 +46,7 @@ def validate(config: ConfigDict) -> None:
                   "teacher.rope_theta", "teacher.max_position", "reference.rope_theta",
                   "reference.max_position", "sample.problems", "sample.slots",
                   "sample.temperature", "sample.max_response_tokens", "rollout.stop_on_repetition",
+                  "rollout.top_k", "sample.top_k", "eval.top_k",
                   "guard.beta_kl_floor", "guard.beta_kl_max", "guard.lambda_gold_floor",
                   "guard.lambda_gold_max"):  # fmt: skip
         _range(flat, field, 0, math.inf)

@@ -175,6 +175,7 @@ def sample_batch(
         max_response_tokens=section.max_response_tokens,
         temperature=section.temperature,
         top_p=section.top_p,
+        top_k=section.top_k,
         stop_ids=plan.stop_ids,
         slots=section.slots or None,
         max_prompt_tokens=plan.width,

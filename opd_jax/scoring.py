@@ -41,14 +41,14 @@ def map_tokens(
       heads, hiddens: per model the output matrix [V, D] and final hidden states [B, T, D].
       tokens_BT: ids; ids of V or more are clamped (callers mask them).
       per_token: more [B, T, ...] arrays, aligned with `tokens_BT`.
-      token_chunk: tokens whose logits exist at one time.
+      token_chunk: most tokens whose logits exist at one time.
       scored_V: bool, the ids over which log-probs are normalised; None for all.
 
     Returns: tree of [B, T, ...], aligned with `tokens_BT`; position 0, which nothing predicts, is 0.
     """
     batch, time = tokens_BT.shape
-    token_chunk = min(token_chunk, batch * time)
     chunks = -(-batch * time // token_chunk)
+    token_chunk = -(-batch * time // chunks)  # even shares: hardly any of the last is padding
     padding = chunks * token_chunk - batch * time
 
     def cut(array: jax.Array) -> jax.Array:

@@ -78,3 +78,25 @@ def test_compiled_programs_are_kept_between_runs(told, tmp_path):
     folder = tmp_path / (told or "opd_jax/programs")
     assert any(folder.iterdir())
     assert [x.name for x in tmp_path.iterdir()] == [told or "opd_jax"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
+@pytest.mark.parametrize("told", [None, "glibc.malloc.check=0"])
+def test_the_allocator_asks_for_huge_pages_unless_told_otherwise(told, tmp_path):
+    """The command starts itself again: once, with the same arguments, in the same process."""
+    script = tmp_path / "entry.py"
+    script.write_text(
+        "import os, sys\n"
+        "from opd_jax import cli\n"
+        "cli.main(lambda: print(os.getpid(), os.environ['GLIBC_TUNABLES'], *sys.argv[1:]), names=())\n"
+    )
+    env = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+    env |= {"PYTHONPATH": str(ROOT)} | ({"GLIBC_TUNABLES": told} if told else {})
+    started = subprocess.Popen(
+        [sys.executable, str(script), "--stderrthreshold=info"],
+        stdout=subprocess.PIPE, text=True, env=env,
+    )  # fmt: skip
+    out, _ = started.communicate(timeout=120)
+    assert out.split() == [
+        str(started.pid), told or "glibc.malloc.hugetlb=1", "--stderrthreshold=info"
+    ]  # fmt: skip

@@ -55,6 +55,7 @@ def evaluate(
         max_response_tokens=rollout.max_response_tokens,
         temperature=section.temperature,
         top_p=section.top_p,
+        top_k=section.top_k,
         stop_ids=stop_ids,
         slots=rollout.slots or 256,
         max_prompt_tokens=max_prompt_tokens,

@@ -124,6 +124,7 @@ def write(
             max_response_tokens=section.max_response_tokens - depth,
             temperature=section.temperature,
             top_p=section.top_p,
+            top_k=section.top_k,
             stop_ids=writer.stop_ids,
             slots=section.slots or None,
             max_prompt_tokens=width,

@@ -6,54 +6,64 @@ takes them out, and prefills waiting prompts into the free slots. A sample depen
 alone, never on slots, chunks or neighbours.
 """
 
+import dataclasses
 from collections.abc import Sequence
-from functools import partial
+from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from opd_jax.errors import DataError
-from opd_jax.models import cache, decoder
+from opd_jax.models import decoder
 from opd_jax.models.architecture import ModelConfig
-from opd_jax.rollout.sampling import sample
-from opd_jax.types import Outcome, Rollout
+from opd_jax.programs import Program
+from opd_jax.rollout import decoding
+from opd_jax.types import Rollout
+
+_PREFILL_TOKENS = 16_384  # prompts that go through the model at one time
 
 
-class Cycles(flax.struct.PyTreeNode):
-    """How long each row has repeated itself, for each period 1 to Z.
-
-    Attributes:
-      start_B: where the response begins; prompts are never compared with.
-      run_BZ: for period d at [:, d - 1], how many of the last tokens in a row equal the one d before.
-    """
-
-    start_B: jax.Array
-    run_BZ: jax.Array
-
-
-class Slots(flax.struct.PyTreeNode):
-    """Decode state, one row a slot.
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """The shapes that a generation meets, whatever its prompts: few programs are ever compiled.
 
     Attributes:
-      tokens_BT, logprob_BT: the rows so far and the log-probs of their sampled tokens.
-      length_B: tokens so far. limit_B: length at which the budget is spent.
-      live_B: still decoding. ended_B: an end token was emitted.
-      key_B: a PRNG key a row.
-      caches: a layer's keys and values each, see models/cache.py.
-      cycles: what stopping on repetition needs; None where it is off.
+      slots: sequences decoded at one time. total: tokens of a row.
+      prompt_widths: of a batch of prompts: quarters of the longest there may be.
+      many, few: prompts that are prefilled at one time: at first, and as slots fall free.
+      chunk: decode steps between two looks from the host.
     """
 
-    tokens_BT: jax.Array
-    logprob_BT: jax.Array
-    length_B: jax.Array
-    limit_B: jax.Array
-    live_B: jax.Array
-    ended_B: jax.Array
-    key_B: jax.Array
-    caches: tuple[cache.Cache, ...]
-    cycles: Cycles | None = None
+    slots: int
+    total: int
+    prompt_widths: tuple[int, ...]
+    many: int
+    few: int
+    chunk: int
+
+    @classmethod
+    def of(
+        cls,
+        prompts: int,
+        *,
+        slots: int | None,
+        prompt_tokens: int,
+        response_tokens: int,
+        chunk: int | None,
+    ) -> "Shapes":
+        """`slots` and `chunk` as in `generate`."""
+        slots = min(slots or prompts, prompts)
+        quarter = -(-prompt_tokens // 4)
+        few = -(-slots // 8)
+        return cls(
+            slots=slots,
+            total=prompt_tokens + response_tokens,
+            prompt_widths=tuple(sorted({min(quarter * i, prompt_tokens) for i in (1, 2, 3, 4)})),
+            many=max(min(_PREFILL_TOKENS // prompt_tokens, slots), few),
+            few=few,
+            chunk=chunk or min(max(response_tokens // 16, 8), 128),
+        )
 
 
 def generate(
@@ -65,6 +75,7 @@ def generate(
     max_response_tokens: int | Sequence[int],
     temperature: float = 1.0,
     top_p: float = 1.0,
+    top_k: int = 0,
     stop_ids: Sequence[int] = (),
     slots: int | None = None,
     max_prompt_tokens: int | None = None,
@@ -82,7 +93,7 @@ def generate(
       prompts: token ids, any lengths from 1 up.
       key: PRNG key of this batch; row i samples with keys derived from (key, i, position).
       max_response_tokens: budget of a response, the end token included; or one for each prompt.
-      temperature, top_p: see `sampling.sample`; temperature 0 is greedy.
+      temperature, top_p, top_k: see `sampling.sample`; temperature 0 is greedy.
       stop_ids: end tokens; the one emitted is kept as the response's last token.
       slots: sequences decoded at one time; None for all.
       max_prompt_tokens: fixes the width of the rows (default: the longest prompt), so that batches
@@ -107,43 +118,88 @@ def generate(
             f"stop_on_repetition={stop_on_repetition}, repetition_period={repetition_period}, wanted "
             "0 for never, or a number of tokens and a period of at least 1"
         )
-    total = width + budget
-    chunk = chunk or min(max(budget // 16, 8), 128)
-    slots = min(slots or len(prompts), len(prompts))
-    layers = _unstack(params)
+    shapes = Shapes.of(
+        len(prompts), slots=slots, prompt_tokens=width, response_tokens=budget, chunk=chunk
+    )
+    settings = _settings(
+        shapes, temperature=temperature, top_p=top_p, top_k=top_k, stop_ids=stop_ids,
+        vocabulary=vocabulary, drawn_V=drawn_V, scored_V=scored_V,
+        stop_on_repetition=stop_on_repetition,
+    )  # fmt: skip
+    layers = decoding.unstack(params)
     row_keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(len(prompts)))
     periods = repetition_period if stop_on_repetition else 0
-    state = _empty(layers, model_config, slots, total, periods)
-    owner = np.full(slots, -1)  # which prompt sits in each slot
+    state = decoding.empty(layers, model_config, shapes.slots, shapes.total, periods)
+    owner = np.full(shapes.slots, -1)  # which prompt sits in each slot
     waiting = list(range(len(prompts)))[::-1]
     out = Rollout(
-        tokens_BT=np.zeros((len(prompts), total), np.int32),
+        tokens_BT=np.zeros((len(prompts), shapes.total), np.int32),
         length_B=np.zeros(len(prompts), np.int32),
         prompt_length_B=np.array([len(p) for p in prompts], np.int32),
-        sampler_logprob_BT=np.zeros((len(prompts), total), np.float32),
+        sampler_logprob_BT=np.zeros((len(prompts), shapes.total), np.float32),
         outcome_B=np.zeros(len(prompts), np.int32),
     )
     while waiting or (owner >= 0).any():
-        free = np.flatnonzero(owner < 0)[: len(waiting)]
-        if len(free):
-            owner[free] = taken = np.array([waiting.pop() for _ in free])
-            state = _admit(
-                layers, model_config, state, prompts, budget_P, taken, free, row_keys, width
-            )
-        state = _decode_chunk(
-            layers, model_config, state,
-            steps=chunk, temperature=temperature, top_p=top_p, stop_ids=tuple(stop_ids),
-            vocabulary=vocabulary, drawn_V=drawn_V, scored_V=scored_V,
-            stop_on_repetition=stop_on_repetition,
-        )  # fmt: skip
+        free = np.flatnonzero(owner < 0)
+        while waiting and len(free) >= min(shapes.few, len(waiting)):
+            count = shapes.many if min(len(free), len(waiting)) >= shapes.many else shapes.few
+            slot, free = free[: min(count, len(waiting))], free[count:]
+            owner[slot] = taken = np.array([waiting.pop() for _ in slot])
+            admitted = _admitted(shapes, count, prompts, budget_P, taken, slot, row_keys)
+            state = decoding.prefill(layers, model_config, state, *admitted)
+        few_live = shapes.slots - min(shapes.few, len(waiting)) if waiting else 0
+        state = decoding.decode_chunk(layers, model_config, state, np.int32(few_live), **settings)
         done = np.flatnonzero(~np.asarray(state.live_B) & (owner >= 0))
         if len(done):
             rows = owner[done]
             out.tokens_BT[rows] = np.asarray(state.tokens_BT)[done]
             out.length_B[rows] = np.asarray(state.length_B)[done]
             out.sampler_logprob_BT[rows] = np.asarray(state.logprob_BT)[done]
-            out.outcome_B[rows] = _outcomes(state, stop_on_repetition)[done]
+            out.outcome_B[rows] = decoding.outcomes(state, stop_on_repetition)[done]
             owner[done] = -1
+    return out
+
+
+def programs(
+    params: decoder.Params,
+    model_config: ModelConfig,
+    prompts: int,
+    *,
+    max_prompt_tokens: int,
+    max_response_tokens: int,
+    slots: int | None = None,
+    stop_on_repetition: int = 0,
+    repetition_period: int = 16,
+    chunk: int | None = None,
+    **sampling: Any,
+) -> list[Program]:
+    """Everything that `generate` compiles for so many prompts with these settings.
+
+    `params` may be shapes and dtypes alone.
+    """
+    shapes = Shapes.of(
+        prompts, slots=slots, prompt_tokens=max_prompt_tokens,
+        response_tokens=max_response_tokens, chunk=chunk,
+    )  # fmt: skip
+    periods = repetition_period if stop_on_repetition else 0
+    state_shape = (model_config, shapes.slots, shapes.total, periods)
+    layers = jax.eval_shape(decoding.unstack, params)
+    state = jax.eval_shape(lambda layers: decoding.empty(layers, *state_shape), layers)
+    out = [
+        Program("unstack", decoding.unstack, (params,)),
+        Program("empty slots", decoding.empty, (layers, *state_shape)),
+    ]
+    for count in sorted({shapes.many, shapes.few} if prompts > shapes.slots else {shapes.many}):
+        row = jax.ShapeDtypeStruct((count,), jnp.int32)
+        key_B = jax.ShapeDtypeStruct((count,), state.key_B.dtype)
+        for width in shapes.prompt_widths:
+            tokens_BT = jax.ShapeDtypeStruct((count, width), jnp.int32)
+            given = (layers, model_config, state, tokens_BT, row, row, row, key_B)
+            out.append(Program(f"prefill {count} x {width}", decoding.prefill, given))
+    settings = _settings(shapes, stop_on_repetition=stop_on_repetition, **sampling)
+    chunk_of = (layers, model_config, state, jax.ShapeDtypeStruct((), jnp.int32))
+    name = f"decode {shapes.slots} x {shapes.total}"
+    out.append(Program(name, decoding.decode_chunk, chunk_of, settings))
     return out
 
 
@@ -172,193 +228,45 @@ def _check(
         )
 
 
-def _outcomes(state: Slots, stop_on_repetition: int) -> np.ndarray:
-    """The `Outcome` of every slot, were it done."""
-    outcome_B = np.where(np.asarray(state.ended_B), Outcome.EOS, Outcome.BUDGET)
-    if state.cycles is None:
-        return outcome_B
-    # Never true of a row that ended: an equal token before would have ended it already.
-    looped_B = (np.asarray(state.cycles.run_BZ) >= stop_on_repetition).any(axis=-1)
-    return np.where(looped_B, Outcome.REPETITION, outcome_B)
+def _settings(
+    shapes: Shapes,
+    *,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    stop_ids: Sequence[int] = (),
+    vocabulary: int | None = None,
+    drawn_V: np.ndarray | None = None,
+    scored_V: np.ndarray | None = None,
+    stop_on_repetition: int = 0,
+) -> dict[str, Any]:
+    """The keyword arguments of `decoding.decode_chunk`."""
+    return {
+        "steps": shapes.chunk, "temperature": temperature, "top_p": top_p, "top_k": top_k,
+        "stop_ids": tuple(stop_ids), "vocabulary": vocabulary, "drawn_V": drawn_V,
+        "scored_V": scored_V, "stop_on_repetition": stop_on_repetition,
+    }  # fmt: skip
 
 
-def _admit(
-    layers: decoder.Params,
-    config: ModelConfig,
-    state: Slots,
+def _admitted(
+    shapes: Shapes,
+    count: int,
     prompts: Sequence[Sequence[int]],
     budget_P: np.ndarray,
     taken: np.ndarray,
-    free: np.ndarray,
+    slot: np.ndarray,
     row_keys: jax.Array,
-    width: int,
-) -> Slots:
-    """Prefill the prompts `taken` into the slots `free`.
-
-    Few shapes occur: rows in powers of two, as wide as the longest prompt in quarters of `width`.
-    """
-    count = min(1 << (len(free) - 1).bit_length(), len(state.live_B))
-    quarter = -(-width // 4)
+) -> tuple:
+    """What `decoding.prefill` takes for the prompts `taken`, at most `count`, in the slots `slot`."""
     longest = max(len(prompts[row]) for row in taken)
-    width = min(-(-longest // quarter) * quarter, width)
+    width = min(width for width in shapes.prompt_widths if width >= longest)
     # Surplus rows of the batch aim at a slot that does not exist: the scatter drops them.
-    slot = np.full(count, len(state.live_B), np.int32)
+    target = np.full(count, shapes.slots, np.int32)
     tokens, length = np.zeros((count, width), np.int32), np.ones(count, np.int32)
     budget, source = np.ones(count, np.int32), np.zeros(count, np.int32)
-    slot[: len(free)], source[: len(free)], budget[: len(free)] = free, taken, budget_P[taken]
+    used = slice(len(taken))
+    target[used], source[used], budget[used] = slot, taken, budget_P[taken]
     for i, row in enumerate(taken):
         length[i] = len(prompts[row])
         tokens[i, : length[i]] = prompts[row]
-    return _prefill(layers, config, state, tokens, length, length + budget, slot, row_keys[source])
-
-
-@jax.jit
-def _unstack(params: decoder.Params) -> decoder.Params:
-    """One copy of the weights as a tuple of layers, made once a rollout and not once a token."""
-    return decoder.unstack(params)
-
-
-@partial(jax.jit, static_argnames=("config", "slots", "total", "periods"))
-def _empty(
-    layers: decoder.Params, config: ModelConfig, slots: int, total: int, periods: int
-) -> Slots:
-    dtype = layers["embed"]["embedding"].dtype
-    return Slots(
-        tokens_BT=jnp.zeros((slots, total), jnp.int32),
-        logprob_BT=jnp.zeros((slots, total), jnp.float32),
-        length_B=jnp.ones(slots, jnp.int32),
-        limit_B=jnp.ones(slots, jnp.int32),
-        live_B=jnp.zeros(slots, bool),
-        ended_B=jnp.zeros(slots, bool),
-        key_B=jax.random.split(jax.random.key(0), slots),
-        caches=cache.init(config, slots, total, dtype),
-        cycles=Cycles(jnp.zeros(slots, jnp.int32), jnp.zeros((slots, periods), jnp.int32))
-        if periods
-        else None,
-    )
-
-
-@partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))
-def _prefill(
-    layers: decoder.Params,
-    config: ModelConfig,
-    state: Slots,
-    tokens_BT: jax.Array,
-    length_B: jax.Array,
-    limit_B: jax.Array,
-    slot_B: jax.Array,
-    key_B: jax.Array,
-) -> Slots:
-    """Run the prompts and place rows, keys and caches into their slots.
-
-    The last prompt token is fed again by the first decode step, which samples the first response
-    token: sampling then has one place.
-    """
-    width, total = tokens_BT.shape[1], state.tokens_BT.shape[1]
-    new = decoder.prefill(layers, config, tokens_BT, length_B)
-    caches = tuple(
-        cache.place(before, *pair, slot_B) for before, pair in zip(state.caches, new, strict=True)
-    )
-    rows_BT = jnp.pad(tokens_BT, ((0, 0), (0, total - width)))
-    cycles = state.cycles
-    if cycles is not None:
-        cycles = Cycles(
-            start_B=cycles.start_B.at[slot_B].set(length_B, mode="drop"),
-            run_BZ=cycles.run_BZ.at[slot_B].set(0, mode="drop"),
-        )
-    return Slots(
-        tokens_BT=state.tokens_BT.at[slot_B].set(rows_BT, mode="drop"),
-        logprob_BT=state.logprob_BT.at[slot_B].set(0.0, mode="drop"),
-        length_B=state.length_B.at[slot_B].set(length_B, mode="drop"),
-        limit_B=state.limit_B.at[slot_B].set(limit_B, mode="drop"),
-        live_B=state.live_B.at[slot_B].set(True, mode="drop"),
-        ended_B=state.ended_B.at[slot_B].set(False, mode="drop"),
-        key_B=state.key_B.at[slot_B].set(key_B, mode="drop"),
-        caches=caches,
-        cycles=cycles,
-    )
-
-
-@partial(
-    jax.jit,
-    static_argnames=(
-        "config",
-        "steps",
-        "temperature",
-        "top_p",
-        "stop_ids",
-        "vocabulary",
-        "stop_on_repetition",
-    ),
-    donate_argnames=("state",),
-)
-def _decode_chunk(
-    layers: decoder.Params,
-    config: ModelConfig,
-    state: Slots,
-    *,
-    steps: int,
-    temperature: float,
-    top_p: float,
-    stop_ids: tuple[int, ...],
-    vocabulary: int | None,
-    drawn_V: jax.Array | None,
-    scored_V: jax.Array | None,
-    stop_on_repetition: int,
-) -> Slots:
-    """Up to `steps` tokens for every live slot; stops early when none is live."""
-    head_VD = decoder.head(layers)  # whole: a slice of it would be a copy
-    rows = jnp.arange(len(state.live_B))
-    stops = jnp.array(stop_ids, jnp.int32)
-
-    def one_token(carry: tuple[jax.Array, Slots]) -> tuple[jax.Array, Slots]:
-        step, state = carry
-        position_B = jnp.where(state.live_B, state.length_B - 1, 0)
-        hidden_BD, caches = decoder.decode(
-            layers, config, state.tokens_BT[rows, position_B], position_B, state.caches
-        )
-        # The key of a token is folded from its position in the row.
-        key_B = jax.vmap(jax.random.fold_in)(state.key_B, state.length_B)
-        token_B, logprob_B = sample(
-            decoder.logits(head_VD, hidden_BD)[:, :vocabulary],
-            key_B,
-            temperature=temperature,
-            top_p=top_p,
-            drawn_V=drawn_V,
-            scored_V=scored_V,
-        )
-        target_B = jnp.where(state.live_B, state.length_B, state.tokens_BT.shape[1])  # else dropped
-        length_B = state.length_B + state.live_B
-        stopped_B = state.live_B & jnp.any(token_B[:, None] == stops[None], axis=-1)
-        live_B = state.live_B & ~stopped_B & (length_B < state.limit_B)
-        cycles = state.cycles
-        if cycles is not None:
-            cycles = _extended(cycles, state, token_B)
-            live_B &= ~jnp.any(cycles.run_BZ >= stop_on_repetition, axis=-1)
-        state = state.replace(
-            tokens_BT=state.tokens_BT.at[rows, target_B].set(token_B, mode="drop"),
-            logprob_BT=state.logprob_BT.at[rows, target_B].set(logprob_B, mode="drop"),
-            length_B=length_B,
-            live_B=live_B,
-            ended_B=state.ended_B | stopped_B,
-            caches=caches,
-            cycles=cycles,
-        )
-        return step + 1, state
-
-    def unfinished(carry: tuple[jax.Array, Slots]) -> jax.Array:
-        return (carry[0] < steps) & jnp.any(carry[1].live_B)
-
-    return jax.lax.while_loop(unfinished, one_token, (jnp.zeros((), jnp.int32), state))[1]
-
-
-def _extended(cycles: Cycles, state: Slots, token_B: jax.Array) -> Cycles:
-    """The runs after `token_B`, which is about to be written into the live rows of `state`.
-
-    run_d grows by one where token[t] = token[t - d], both of the response, and else is 0.
-    """
-    back_BZ = state.length_B[:, None] - jnp.arange(1, cycles.run_BZ.shape[1] + 1)[None]
-    before_BZ = jnp.take_along_axis(state.tokens_BT, jnp.maximum(back_BZ, 0), axis=1)
-    same_BZ = (token_B[:, None] == before_BZ) & (back_BZ >= cycles.start_B[:, None])
-    run_BZ = jnp.where(same_BZ, cycles.run_BZ + 1, 0)
-    return cycles.replace(run_BZ=jnp.where(state.live_B[:, None], run_BZ, cycles.run_BZ))
+    return tokens, length, length + budget, target, row_keys[source]

@@ -1,8 +1,9 @@
-"""From logits to a token and its log-prob: temperature, top-p, a draw; nothing sorts the vocabulary."""
+"""From logits to a token and its log-prob: temperature, top-k, top-p, a draw; no vocabulary is sorted."""
 
 import jax
 import jax.numpy as jnp
 
+from opd_jax import supports
 from opd_jax.models import decoder
 
 _BISECTIONS = 30
@@ -14,16 +15,18 @@ def sample(
     *,
     temperature: float,
     top_p: float,
+    top_k: int = 0,
     drawn_V: jax.Array | None = None,
     scored_V: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Draw one token a row -> (token_B int32, logprob_B float32).
 
-    The draw is from softmax(logits / temperature) cut to its nucleus of mass `top_p`; temperature 0
-    takes the most likely token. The log-prob is that of the model itself, untempered and uncut, so
-    it can be compared with the scorer's whatever the sampling settings. Only ids in `drawn_V` are
-    drawn, and log-probs are normalised over the ids in `scored_V` (bool; None: all of them); an id
-    that is drawn and not scored has log-prob 0.
+    The draw is from softmax(logits / temperature) cut to its `top_k` most likely ids (0: all), and
+    what is left of that to its nucleus of mass `top_p`; temperature 0 takes the most likely token.
+    The log-prob is that of the model itself, untempered and uncut, so it can be compared with the
+    scorer's whatever the sampling settings. Only ids in `drawn_V` are drawn, and log-probs are
+    normalised over the ids in `scored_V` (bool; None: all of them); an id that is drawn and not
+    scored has log-prob 0.
     """
     logits_BV = logits_BV.astype(jnp.float32)
     scored_BV = logits_BV if scored_V is None else decoder.exclude(logits_BV, scored_V)
@@ -33,6 +36,8 @@ def sample(
         token_B = jnp.argmax(logits_BV, axis=-1)
     else:
         tempered_BV = logits_BV / temperature
+        if 0 < top_k < tempered_BV.shape[-1]:
+            tempered_BV = most_likely(tempered_BV, top_k)
         if top_p < 1.0:
             tempered_BV = nucleus(tempered_BV, top_p)
         token_B = draw(tempered_BV, key_B)
@@ -73,6 +78,12 @@ def _blocks(logits_BV: jax.Array) -> jax.Array:
 def _block_mass(blocks_BMX: jax.Array) -> jax.Array:
     """log sum exp of each block; -inf where it holds nothing. [B, M]."""
     return jax.nn.logsumexp(blocks_BMX, axis=-1)
+
+
+def most_likely(logits_BV: jax.Array, k: int) -> jax.Array:
+    """-inf outside the `k` most likely ids and those as likely as the last of them. [B, V]."""
+    values_BK, _ = supports.top_k(logits_BV, k)
+    return jnp.where(logits_BV >= values_BK[:, -1:], logits_BV, -jnp.inf)
 
 
 def nucleus(logits_BV: jax.Array, top_p: float) -> jax.Array:

@@ -4,10 +4,11 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from opd_jax.models import decoder
-from opd_jax.rollout.generate import _decode_chunk, _empty
+from opd_jax.rollout.decoding import decode_chunk, empty
 from tests.h200.conftest import QWEN_1_5B
 
 SLOTS, TOTAL = 64, 8192
@@ -18,10 +19,10 @@ def compiled(on_h200, fused_attention):
     params = decoder.abstract_params(QWEN_1_5B)
     params = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, jnp.bfloat16), params)
     layers = jax.eval_shape(decoder.unstack, params)
-    state = jax.eval_shape(lambda layers: _empty(layers, QWEN_1_5B, SLOTS, TOTAL, 0), layers)
-    return _decode_chunk.lower(
-        on_h200(layers), QWEN_1_5B, on_h200(state),
-        steps=128, temperature=1.0, top_p=1.0, stop_ids=(151_643,), vocabulary=151_665,
+    state = jax.eval_shape(lambda layers: empty(layers, QWEN_1_5B, SLOTS, TOTAL, 0), layers)
+    return decode_chunk.lower(
+        on_h200(layers), QWEN_1_5B, on_h200(state), on_h200(np.int32(0)),
+        steps=128, temperature=1.0, top_p=1.0, top_k=0, stop_ids=(151_643,), vocabulary=151_665,
         drawn_V=None, scored_V=None, stop_on_repetition=0,
     ).compile()  # fmt: skip
 

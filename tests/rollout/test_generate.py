@@ -8,7 +8,8 @@ import pytest
 from opd_jax import scoring
 from opd_jax.errors import DataError
 from opd_jax.models import decoder
-from opd_jax.rollout.generate import _decode_chunk, _prefill, generate
+from opd_jax.rollout import generate
+from opd_jax.rollout.decoding import decode_chunk, prefill
 from opd_jax.types import Outcome, Rollout
 from tests.conftest import noisy_params, tiny_config
 
@@ -159,10 +160,10 @@ def test_impossible_prompts_are_refused(params, prompts, changes, message):
 
 
 def test_other_prompts_of_the_same_count_do_not_compile_again(params, plain):
-    compiled = _decode_chunk._cache_size(), _prefill._cache_size()
+    compiled = decode_chunk._cache_size(), prefill._cache_size()
     assert min(compiled) > 0
     roll(params, [[20, 21], [22] * 5, [23], [24], [25], [26], [27]], key=jax.random.key(9))
-    assert (_decode_chunk._cache_size(), _prefill._cache_size()) == compiled
+    assert (decode_chunk._cache_size(), prefill._cache_size()) == compiled
 
 
 def test_a_budget_for_each_prompt(params, plain):
@@ -179,8 +180,8 @@ def test_a_budget_for_each_prompt(params, plain):
 
 def test_short_prompts_are_prefilled_in_narrow_rows(params, plain):
     """Quarters of the width: prompts of up to 2 of 5 tokens take rows of 2."""
-    wide = _prefill._cache_size()
+    wide = prefill._cache_size()
     short = roll(params, [[6], [12, 13]], max_prompt_tokens=WIDTH)
     again = roll(params, [[6], [12, 13]])
     assert_same_rows(short, again)
-    assert _prefill._cache_size() > wide
+    assert prefill._cache_size() > wide

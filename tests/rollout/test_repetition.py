@@ -10,7 +10,8 @@ import pytest
 from opd_jax import metrics, rows
 from opd_jax.errors import DataError
 from opd_jax.models import decoder
-from opd_jax.rollout.generate import Cycles, Slots, _decode_chunk, _empty, _extended, generate
+from opd_jax.rollout import generate
+from opd_jax.rollout.decoding import Cycles, Slots, _extended, decode_chunk, empty
 from opd_jax.types import Outcome, Rollout, Scores
 from tests.conftest import noisy_params, tiny_config
 
@@ -124,10 +125,10 @@ def test_off_is_the_default_and_holds_no_state(params, free):
         np.testing.assert_array_equal(getattr(off, name), getattr(free, name))
     assert (free.outcome_B == Outcome.BUDGET).all()
     layers = decoder.unstack(params)
-    assert _empty(layers, MODEL, 2, 9, 0).cycles is None
-    programs = _decode_chunk._cache_size()
+    assert empty(layers, MODEL, 2, 9, 0).cycles is None
+    programs = decode_chunk._cache_size()
     roll(params, stop_on_repetition=0, repetition_period=5)
-    assert _decode_chunk._cache_size() == programs
+    assert decode_chunk._cache_size() == programs
 
 
 def test_an_end_token_is_eos_and_cannot_close_a_cycle(params):

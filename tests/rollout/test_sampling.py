@@ -7,15 +7,17 @@ import pytest
 import scipy.special
 import scipy.stats
 
-from opd_jax.rollout.sampling import nucleus, sample
+from opd_jax.rollout.sampling import most_likely, nucleus, sample
 
 LOGITS = np.array([1.5, -0.5, 0.0, 2.0, -2.0, 0.5, 1.0], np.float32)
 
 
-def draw(logits_BV, seed: int = 0, *, temperature: float = 1.0, top_p: float = 1.0):
+def draw(logits_BV, seed: int = 0, *, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0):
     """(tokens, logprobs) with one key a row."""
     keys = jax.random.split(jax.random.key(seed), len(logits_BV))
-    token, logprob = sample(jnp.asarray(logits_BV), keys, temperature=temperature, top_p=top_p)
+    token, logprob = sample(
+        jnp.asarray(logits_BV), keys, temperature=temperature, top_p=top_p, top_k=top_k
+    )
     return np.asarray(token), np.asarray(logprob)
 
 
@@ -38,6 +40,40 @@ def test_draws_follow_the_exact_distribution(temperature, top_p):
     assert count[~possible].sum() == 0
     chi2 = np.sum((count - expected)[possible] ** 2 / expected[possible])
     assert chi2 < scipy.stats.chi2.isf(1e-3, df=possible.sum() - 1)
+
+
+def test_draws_from_the_top_k_and_then_its_nucleus_follow_the_exact_distribution():
+    """The three likeliest are ids 3, 0, 6 with 0.506, 0.307, 0.186 of their mass: 0.8 keeps two."""
+    for top_p, stay in ((1.0, [3, 0, 6]), (0.8, [3, 0])):
+        token, logprob = draw(np.tile(LOGITS, (20_000, 1)), top_k=3, top_p=top_p)
+        count = np.bincount(token, minlength=len(LOGITS))[stay]
+        assert count.sum() == 20_000
+        expected = 20_000 * scipy.special.softmax(LOGITS[stay].astype(np.float64))
+        chi2 = np.sum((count - expected) ** 2 / expected)
+        assert chi2 < scipy.stats.chi2.isf(1e-3, df=len(stay) - 1)
+        want = scipy.special.log_softmax(LOGITS.astype(np.float64))[token]  # the model's own
+        np.testing.assert_allclose(logprob, want, atol=1e-6)
+
+
+@pytest.mark.parametrize("k", [1, 16, 17, 40, 101, 1000])
+def test_the_most_likely_equal_sorting(k):
+    """More than 16 take several rounds; as many as there are ids, or more, cut nothing."""
+    logits = np.random.default_rng(0).standard_normal((30, 101)).astype(np.float32)
+    last = np.sort(logits, axis=-1)[:, ::-1][:, min(k, 101) - 1]
+    want = logits >= last[:, None]
+    if k < 101:
+        kept = np.asarray(most_likely(jnp.asarray(logits), k)) > -np.inf
+        np.testing.assert_array_equal(kept, want)
+    token, _ = draw(logits, top_k=k)
+    assert want[np.arange(30), token].all()
+    if k == 1:
+        np.testing.assert_array_equal(token, logits.argmax(-1))
+
+
+def test_the_most_likely_keep_ties():
+    logits = jnp.array([[1.0, 3.0, 2.0, 2.0, 2.0, 0.0]])
+    stay = most_likely(logits, 2)[0] > -jnp.inf
+    np.testing.assert_array_equal(stay, [False, True, True, True, True, False])
 
 
 def test_draws_over_several_blocks_of_the_vocabulary_follow_the_exact_distribution():

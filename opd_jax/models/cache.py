@@ -1,8 +1,9 @@
 """Keys and values of what has been read, laid out as the attention that reads them wants it.
 
-cuDNN takes [B, S, K, H] and stops at each row's length. The plain form takes [B, K, S, H], so that
-each head's positions lie together, and walks over blocks of positions up to the longest live row:
-its cost follows what is there, not the budget. Only this file knows which of the two a cache is.
+cuDNN takes one [B, S, K, H] each and stops at each row's length. The plain form keeps a few blocks of
+positions apart, keys [B, K, H, S] and values [B, K, S, H]: a matrix product reads a whole block where it
+lies, and blocks beyond the longest live row are not read at all, so the cost follows what is there and
+not the budget. Only this file knows which of the two a cache is.
 """
 
 import jax
@@ -11,47 +12,77 @@ import jax.numpy as jnp
 from opd_jax.models import attention
 from opd_jax.models.architecture import ModelConfig
 
-Cache = tuple[jax.Array, jax.Array]  # keys, values
-BLOCK = 128  # positions of the plain form that are read at one time
+Cache = tuple[tuple[jax.Array, jax.Array], ...]  # blocks of keys and values
+BLOCK = 128  # positions of a block of the plain form, at least
+MOST_BLOCKS = 4  # of a row; each is a program of its own in every layer
 _MASKED = -1e30  # finite: the difference of two is no nan
 
 
 def init(config: ModelConfig, batch: int, slots: int, dtype: jnp.dtype) -> tuple[Cache, ...]:
-    """Zeroed caches of at least `slots` positions, a pair a layer. Zeros: 0 * nan is nan under a mask."""
+    """Zeroed caches of `slots` positions, one a layer. Zeros: 0 * nan is nan under a mask."""
+    kv_heads, size = config.num_kv_heads, config.head_dim
     if attention.fused(dtype):
-        shape = (batch, slots, config.num_kv_heads, config.head_dim)
+        shapes = [((batch, slots, kv_heads, size),) * 2]
     else:
-        whole = -(-slots // BLOCK) * BLOCK if slots > BLOCK else slots
-        shape = (batch, config.num_kv_heads, whole, config.head_dim)
+        shapes = [
+            ((batch, kv_heads, size, width), (batch, kv_heads, width, size))
+            for width in _block_widths(slots)
+        ]
     return tuple(
-        (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers)
+        tuple((jnp.zeros(keys, dtype), jnp.zeros(values, dtype)) for keys, values in shapes)
+        for _ in range(config.num_layers)
     )
+
+
+def _block_widths(slots: int) -> list[int]:
+    """Blocks of equal width, a multiple of `BLOCK`; the last holds what is left."""
+    width = -(-slots // (BLOCK * MOST_BLOCKS)) * BLOCK
+    return [min(width, slots - start) for start in range(0, slots, width)]
 
 
 def append(cache: Cache, key_BKH: jax.Array, value_BKH: jax.Array, position_B: jax.Array) -> Cache:
     """The cache with one more token a row, at `position`."""
     rows = jnp.arange(position_B.shape[0])
-
-    def put(array: jax.Array, new_BKH: jax.Array) -> jax.Array:
-        new_BKH = new_BKH.astype(array.dtype)
-        if attention.fused(array.dtype):
-            return array.at[rows, position_B].set(new_BKH)
-        return array.at[rows, :, position_B].set(new_BKH)
-
-    return put(cache[0], key_BKH), put(cache[1], value_BKH)
+    key_BKH, value_BKH = (x.astype(cache[0][0].dtype) for x in (key_BKH, value_BKH))
+    if attention.fused(key_BKH.dtype):
+        ((keys, values),) = cache
+        at = (rows, position_B)
+        return ((keys.at[at].set(key_BKH), values.at[at].set(value_BKH)),)
+    out, start = [], 0
+    for keys, values in cache:
+        width = values.shape[2]
+        inside_B = (position_B >= start) & (position_B < start + width)
+        at_B = jnp.where(inside_B, position_B - start, width)  # else beyond the end: dropped
+        out.append(
+            (
+                keys.at[rows, :, :, at_B].set(key_BKH, mode="drop"),
+                values.at[rows, :, at_B].set(value_BKH, mode="drop"),
+            )
+        )
+        start += width
+    return tuple(out)
 
 
 def place(cache: Cache, key_BTKH: jax.Array, value_BTKH: jax.Array, slot_B: jax.Array) -> Cache:
     """The cache with whole prompts in its rows `slot`, from position 0; rows it has not are dropped."""
-    width = key_BTKH.shape[1]
-
-    def put(array: jax.Array, new_BTKH: jax.Array) -> jax.Array:
-        new_BTKH = new_BTKH.astype(array.dtype)
-        if attention.fused(array.dtype):
-            return array.at[slot_B, :width].set(new_BTKH, mode="drop")
-        return array.at[slot_B, :, :width].set(new_BTKH.swapaxes(1, 2), mode="drop")
-
-    return put(cache[0], key_BTKH), put(cache[1], value_BTKH)
+    key_BTKH, value_BTKH = (x.astype(cache[0][0].dtype) for x in (key_BTKH, value_BTKH))
+    if attention.fused(key_BTKH.dtype):
+        ((keys, values),) = cache
+        at = (slot_B, slice(key_BTKH.shape[1]))
+        return (
+            (keys.at[at].set(key_BTKH, mode="drop"), values.at[at].set(value_BTKH, mode="drop")),
+        )
+    out, start = [], 0
+    for keys, values in cache:
+        part = slice(start, start + values.shape[2])
+        key_BKHS = key_BTKH[:, part].transpose(0, 2, 3, 1)
+        value_BKSH = value_BTKH[:, part].swapaxes(1, 2)
+        if width := value_BKSH.shape[2]:
+            keys = keys.at[slot_B, :, :, :width].set(key_BKHS, mode="drop")
+            values = values.at[slot_B, :, :width].set(value_BKSH, mode="drop")
+        out.append((keys, values))
+        start = part.stop
+    return tuple(out)
 
 
 def attend(query_BNH: jax.Array, cache: Cache, length_B: jax.Array) -> jax.Array:
@@ -60,10 +91,10 @@ def attend(query_BNH: jax.Array, cache: Cache, length_B: jax.Array) -> jax.Array
     The N/K = G query heads that share a key head stand together, so each key and value is read once
     for all of them.
     """
-    keys, values = cache
     batch, heads, size = query_BNH.shape
     if not attention.fused(query_BNH.dtype):
-        return _attend_blocks(query_BNH, keys, values, length_B)
+        return _attend_blocks(query_BNH, cache, length_B)
+    ((keys, values),) = cache
     kv_heads = keys.shape[2]
     grouped_BGKH = query_BNH.reshape(batch, kv_heads, heads // kv_heads, size).swapaxes(1, 2)
     attended_BGKH = jax.nn.dot_product_attention(
@@ -77,49 +108,57 @@ def attend(query_BNH: jax.Array, cache: Cache, length_B: jax.Array) -> jax.Array
     return attended_BGKH.swapaxes(1, 2).reshape(batch, heads, size)
 
 
-def _attend_blocks(
-    query_BNH: jax.Array, key_BKSH: jax.Array, value_BKSH: jax.Array, length_B: jax.Array
-) -> jax.Array:
-    """`attend` over blocks of positions, with a running maximum and sum of the softmax.
+def _attend_blocks(query_BNH: jax.Array, cache: Cache, length_B: jax.Array) -> jax.Array:
+    """`attend` block by block, with a running maximum and sum of the softmax.
 
     A block beyond a row's length changes nothing of it, to the bit: its neighbours do not matter.
     """
-    batch, kv_heads, positions, size = key_BKSH.shape
+    batch, kv_heads, size, _ = cache[0][0].shape
     query_BKGH = query_BNH.reshape(batch, kv_heads, -1, size)
-    block = min(BLOCK, positions)
-
-    def add_block(i: jax.Array, state: tuple) -> tuple[jax.Array, jax.Array, jax.Array]:
-        top_BKG, sum_BKG, out_BKGH = state
-        keys, values = (
-            jax.lax.dynamic_slice_in_dim(array, i * block, block, axis=2)
-            for array in (key_BKSH, value_BKSH)
-        )
-        score_BKGS = size**-0.5 * jnp.einsum(
-            "BKGH,BKSH->BKGS", query_BKGH, keys, preferred_element_type=jnp.float32
-        )
-        there_BS = i * block + jnp.arange(block)[None] < length_B[:, None]
-        score_BKGS = jnp.where(there_BS[:, None, None], score_BKGS, _MASKED)
-        new_BKG = jnp.maximum(top_BKG, jnp.max(score_BKGS, axis=-1))
-        weight_BKGS = jnp.exp(score_BKGS - new_BKG[..., None])
-        kept_BKG = jnp.exp(top_BKG - new_BKG)
-        added_BKGH = jnp.einsum(
-            "BKGS,BKSH->BKGH",
-            weight_BKGS.astype(values.dtype),
-            values,
-            preferred_element_type=jnp.float32,
-        )
-        return (
-            new_BKG,
-            sum_BKG * kept_BKG + jnp.sum(weight_BKGS, axis=-1),
-            out_BKGH * kept_BKG[..., None] + added_BKGH,
-        )
-
     heads = query_BKGH.shape[:3]
     state = (
         jnp.full(heads, _MASKED, jnp.float32),
         jnp.zeros(heads, jnp.float32),
         jnp.zeros(query_BKGH.shape, jnp.float32),
     )
-    blocks = (jnp.max(length_B) + block - 1) // block
-    _, sum_BKG, out_BKGH = jax.lax.fori_loop(0, blocks, add_block, state)
+    longest, start = jnp.max(length_B), 0
+    for keys, values in cache:
+        there_BS = start + jnp.arange(values.shape[2])[None] < length_B[:, None]
+        state = jax.lax.cond(
+            longest > start,
+            _add_block,
+            lambda state, *_: state,
+            *(state, query_BKGH, keys, values, there_BS),
+        )
+        start += values.shape[2]
+    _, sum_BKG, out_BKGH = state
     return (out_BKGH / sum_BKG[..., None]).astype(query_BNH.dtype).reshape(query_BNH.shape)
+
+
+def _add_block(
+    state: tuple[jax.Array, jax.Array, jax.Array],
+    query_BKGH: jax.Array,
+    key_BKHS: jax.Array,
+    value_BKSH: jax.Array,
+    there_BS: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(maximum, sum of weights, weighted values) with one more block of positions."""
+    top_BKG, sum_BKG, out_BKGH = state
+    score_BKGS = query_BKGH.shape[-1] ** -0.5 * jnp.einsum(
+        "BKGH,BKHS->BKGS", query_BKGH, key_BKHS, preferred_element_type=jnp.float32
+    )
+    score_BKGS = jnp.where(there_BS[:, None, None], score_BKGS, _MASKED)
+    new_BKG = jnp.maximum(top_BKG, jnp.max(score_BKGS, axis=-1))
+    weight_BKGS = jnp.exp(score_BKGS - new_BKG[..., None])
+    kept_BKG = jnp.exp(top_BKG - new_BKG)
+    added_BKGH = jnp.einsum(
+        "BKGS,BKSH->BKGH",
+        weight_BKGS.astype(value_BKSH.dtype),
+        value_BKSH,
+        preferred_element_type=jnp.float32,
+    )
+    return (
+        new_BKG,
+        sum_BKG * kept_BKG + jnp.sum(weight_BKGS, axis=-1),
+        out_BKGH * kept_BKG[..., None] + added_BKGH,
+    )

@@ -49,6 +49,16 @@ def test_a_query_meets_the_first_positions_of_its_row(history, lengths):
         np.testing.assert_allclose(got[row], want, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("positions", "widths"),
+    [(9, [9]), (128, [128]), (129, [128, 1]), (512, [128] * 4), (513, [256, 256, 1])],
+)
+def test_a_row_is_a_few_blocks(positions, widths):
+    (blocks,) = cache.init(CONFIG, 3, positions, jnp.float32)
+    assert [keys.shape for keys, _ in blocks] == [(3, 2, 8, width) for width in widths]
+    assert [values.shape for _, values in blocks] == [(3, 2, width, 8) for width in widths]
+
+
 def test_tokens_are_appended_at_their_positions(history):
     keys, values = history
     grown, position = filled(history, 5), jnp.array([5, 130, 2])
@@ -78,6 +88,6 @@ def test_a_long_neighbour_changes_no_bit_and_costs_no_more_than_there_is(history
     beside = cache.attend(query, full, jnp.array([3, 3, SLOTS]))
     np.testing.assert_array_equal(short[:2], beside[:2])
     # Blocks beyond the longest row are not read: nan there would spoil everything it touches.
-    spoilt = jax.tree.map(lambda x: x.at[:, :, cache.BLOCK :].set(jnp.nan), full)
+    spoilt = (full[0], *jax.tree.map(lambda x: x * jnp.nan, full[1:]))
     np.testing.assert_array_equal(cache.attend(query, spoilt, jnp.array([3, 3, 3])), short)
     assert np.isnan(cache.attend(query, spoilt, jnp.array([3, 3, cache.BLOCK + 1]))).any()

@@ -15,6 +15,7 @@ from opd_jax.errors import OpdError
 
 FLAGS = flags.FLAGS
 EXIT_USER, EXIT_FLAGS = 1, 2
+HUGE_PAGES = "glibc.malloc.hugetlb=1"  # as GLIBC_TUNABLES
 
 
 def define_config(default: str, *, fields: Callable[[], ConfigDict] = training_fields) -> None:
@@ -85,7 +86,7 @@ def _use_huge_pages() -> None:
     (docs/benchmarks.md). glibc reads the variable only when a process starts. Elsewhere: no effect.
     """
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        os.environ["GLIBC_TUNABLES"] = HUGE_PAGES
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from opd_jax import cli
 from opd_jax.bench.measure import Row
 from opd_jax.bench.runner import Case, Options, run_cases
 
@@ -201,6 +202,7 @@ def difference(theirs: Answer, ours: Answer) -> str:
 def answer(python: str, script: pathlib.Path, flags: Flags, *, timeout_s: float) -> Answer:
     """What a script prints last, as JSON; {"error": its last line of complaint} where it fails."""
     environment = {name: x for name, x in os.environ.items() if name != "PYTHONPATH"}
+    environment.setdefault("GLIBC_TUNABLES", cli.HUGE_PAGES)  # for both sides
     if script.name.startswith("ours_"):
         environment["PYTHONPATH"] = str(REPOSITORY)
     command = [python, str(script), *_arguments(flags)]

@@ -188,7 +188,7 @@ def unstack(params: Params) -> Params:
 
 def prefill(
     params: Params, config: ModelConfig, tokens_BT: jax.Array, length_B: jax.Array
-) -> tuple[Cache, ...]:
+) -> tuple[tuple[jax.Array, jax.Array], ...]:
     """Keys and values [B, T, K, H] of every layer for right-padded prompts: `cache.place` takes them.
 
     `params` unstacked.

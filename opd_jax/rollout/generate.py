@@ -55,7 +55,7 @@ class Shapes:
         """`slots` and `chunk` as in `generate`."""
         slots = min(slots or prompts, prompts)
         quarter = -(-prompt_tokens // 4)
-        few = -(-slots // 8)
+        few = -(-slots // 16)
         return cls(
             slots=slots,
             total=prompt_tokens + response_tokens,

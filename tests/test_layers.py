@@ -16,7 +16,7 @@ LAYER = {
     "objectives": 4, "rules": 4, "workdir": 4, "fitting": 4, "cli": 4, "eval.evaluate": 4,
     "data.decontaminate": 4, "data.prepare_config": 4, "data.judge": 5, "data.prepare": 6,
     "rows": 5, "update": 5, "setup": 5, "sample_file": 5,
-    "sample": 6, "export": 6, "loading": 6, "collect": 6, "train": 7, "probe": 7, "bench": 8,
+    "sample": 6, "ahead": 6, "export": 6, "loading": 6, "collect": 6, "train": 7, "probe": 7, "bench": 8,
 }  # fmt: skip
 
 

@@ -1,11 +1,11 @@
-"""Every program of a training run by name, and compiling them before they are needed.
+"""Every program of a run's training steps by name, and compiling them before they are needed.
 
 What is compiled here goes into the cache of compiled programs, from which the run's own calls take it.
 """
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -35,10 +35,13 @@ def compile_all(programs: Sequence[Program]) -> float:
     return time.perf_counter() - began
 
 
-def blank_rollout_rows(setup: Setup, student: Any, teacher: Any) -> RolloutRows:
+def blank_rollout_rows(
+    setup: Setup, student: Any, teacher: Any, asked: Mapping[str, Any]
+) -> RolloutRows:
     """Rows of the shapes and dtypes of one update's share of the rollouts, all zeros.
 
-    `student`, `teacher`: the models that score, as shapes and dtypes.
+    `student`, `teacher`: the models that score, as shapes and dtypes; `asked`: what they are asked
+    (Collector.scoring).
     """
     config, terms = setup.config, setup.terms
     batch = (
@@ -52,18 +55,10 @@ def blank_rollout_rows(setup: Setup, student: Any, teacher: Any) -> RolloutRows:
     if setup.separate_prompts:
         width = setup.teacher_width
         theirs = TeacherRows(np.zeros((batch, width), np.int32), length_B, length_B)
+    score = partial(scoring.score_part, student_config=setup.student, teacher_config=setup.teacher)
     scores = jax.eval_shape(
-        partial(
-            scoring.score_part,
-            student_config=setup.student,
-            teacher_config=setup.teacher,
-            vocabulary=setup.alignment.vocabulary,
-            top_k=config.scoring.overlap_top_k,
-            token_chunk=config.scoring.token_chunk,
-            support=terms.scored_support,
-        ),
+        partial(score, **asked),
         student, teacher=teacher, tokens_BT=tokens_BT, length_B=length_B, other=theirs,
-        scored_V=None,
     )  # fmt: skip
     nothing_BT = np.zeros(shape, np.float32)
     made = rows.rollout_rows(

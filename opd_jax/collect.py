@@ -64,9 +64,8 @@ class Collector:
         group = self.config.rollout.samples_per_prompt
         rollout = self._rollout(student, prompts, key)
         clock.lap("rollout", rollout.response_length_B.sum())
-        teacher_rows = self._teacher_rows(
-            rollout, problems
-        )  # first: tokenizers are not for two threads
+        # Before the texts are read: a tokenizer is not for two threads at a time.
+        teacher_rows = self._teacher_rows(rollout, problems)
         answers = [problem.answer for problem in problems for _ in range(group)]
         reading = self._background.submit(self._read, rollout, answers)  # while the models score
         scores = self._score(student, teacher, rollout, teacher_rows)
@@ -127,7 +126,7 @@ class Collector:
             *scoring.programs(
                 student, setup.student, teacher, setup.teacher, batch, setup.width,
                 teacher_width=setup.teacher_width if setup.separate_prompts else 0,
-                **self._scoring,
+                microbatch_tokens=self.config.optim.microbatch_tokens, **self.scoring,
             ),
         ]  # fmt: skip
 
@@ -151,14 +150,13 @@ class Collector:
         }
 
     @property
-    def _scoring(self) -> dict[str, Any]:
+    def scoring(self) -> dict[str, Any]:
         """What is asked of both models about them."""
         config = self.config
         return {
             "vocabulary": self.setup.alignment.vocabulary,
             "top_k": config.scoring.overlap_top_k,
             "token_chunk": config.scoring.token_chunk,
-            "microbatch_tokens": config.optim.microbatch_tokens,
             "scored_V": self.scored_V,
             "support": self.setup.terms.scored_support,
         }
@@ -195,7 +193,8 @@ class Collector:
         """Student and teacher on the rollouts; the student alone where no term asks the teacher."""
         return scoring.score(
             student, self.setup.student, teacher, self.setup.teacher,
-            rollout.tokens_BT, rollout.length_B, teacher_rows=teacher_rows, **self._scoring,
+            rollout.tokens_BT, rollout.length_B, teacher_rows=teacher_rows,
+            microbatch_tokens=self.config.optim.microbatch_tokens, **self.scoring,
         )  # fmt: skip
 
     def _read(self, rollout: Rollout, answers: list[Any]) -> tuple[list[str], list[Grade] | None]:

@@ -244,7 +244,7 @@ class _Run:
         teacher = jax.eval_shape(self._teacher_now, student)
         rollout_rows = golden_rows = None
         if terms.needs_rollouts:
-            rollout_rows = ahead.blank_rollout_rows(setup, student, teacher)
+            rollout_rows = ahead.blank_rollout_rows(setup, student, teacher, self.collector.scoring)
         if terms.needs_golden:
             golden_rows = ahead.blank_golden_rows(setup)
         frozen = Frozen(self.reference, teacher if terms.teacher_in_update else None)

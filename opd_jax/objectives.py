@@ -153,7 +153,7 @@ def make_rollout_loss(
         return out
 
     def loss(params: decoder.Params, frozen: Frozen, rows: RolloutRows) -> Parts:
-        heads = [decoder.head(params)[:vocabulary]]
+        heads = [decoder.head(params)]
         hiddens = [
             decoder.hidden_states(params, config, rows.tokens_BT, rows.length_B, remat=remat)
         ]
@@ -163,7 +163,7 @@ def make_rollout_loss(
                 weights, getattr(frozen_configs, name), rows.tokens_BT, rows.length_B,
                 rows.teacher if name == "teacher" else None,
             )  # fmt: skip
-            heads.append(jax.lax.stop_gradient(decoder.head(weights)[:vocabulary]))
+            heads.append(jax.lax.stop_gradient(decoder.head(weights)))
             hiddens.append(jax.lax.stop_gradient(hidden))
         parts = scoring.map_tokens(
             token_terms,
@@ -172,6 +172,7 @@ def make_rollout_loss(
             rows.tokens_BT,
             _per_token(terms, rows),
             token_chunk=token_chunk,
+            vocabulary=vocabulary,
             scored_V=scored_V,
         )
         return {name: _weighted_sum(x_BT, rows.weight_BT) for name, x_BT in parts.items()}
@@ -189,10 +190,11 @@ def make_golden_loss(
             lambda student_CV, token_C: {
                 "sft": losses.sft_nll(logprob_BT=scoring.take(student_CV, token_C))
             },
-            (decoder.head(params)[:vocabulary],),
+            (decoder.head(params),),
             (decoder.hidden_states(params, config, rows.tokens_BT, rows.length_B, remat=remat),),
             rows.tokens_BT,
             token_chunk=token_chunk,
+            vocabulary=vocabulary,
         )
         return {"sft": _weighted_sum(parts["sft"], rows.weight_BT)}
 

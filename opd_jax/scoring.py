@@ -32,6 +32,7 @@ def map_tokens(
     per_token: Mapping[str, jax.Array] | None = None,
     *,
     token_chunk: int,
+    vocabulary: int | None = None,
     scored_V: Array | None = None,
 ) -> Any:
     """Apply `fn` to the next-token log-probs of each model, a chunk of tokens at a time.
@@ -39,11 +40,15 @@ def map_tokens(
     Args:
       fn: called with one float32 log-softmax [C, V] per model, `token_C` (the ids to score) and
         each array of `per_token` as [C, ...]; returns a tree of [C, ...].
-      heads, hiddens: per model the output matrix [V, D] and final hidden states [B, T, D].
+      heads, hiddens: per model the output matrix [>= V, D] and final hidden states [B, T, D]. A head
+        is cast to the dtype of its hidden states chunk by chunk, so that the gradient of a float32
+        one is summed in float32.
       tokens_BT: ids; ids of V or more are clamped (callers mask them).
       per_token: more [B, T, ...] arrays, aligned with `tokens_BT`.
       token_chunk: most tokens whose logits exist at one time.
-      scored_V: bool, the ids over which log-probs are normalised; None for all.
+      vocabulary: V, the first ids that all models have, over which alone log-probs are normalised
+        (None: all of the heads; no slice of a head is copied).
+      scored_V: bool, those of them over which they are; None for all.
 
     Returns: tree of [B, T, ...], aligned with `tokens_BT`; position 0, which nothing predicts, is 0.
     """
@@ -63,10 +68,12 @@ def map_tokens(
     @partial(jax.checkpoint, prevent_cse=False)
     def one_chunk(_: None, chunk: tuple) -> tuple[None, dict[str, jax.Array]]:
         hidden_CDs, token_C, extras = chunk
-        logprobs = [
-            jax.nn.log_softmax(decoder.logits(head_VD, hidden_CD, scored_V), axis=-1)
-            for head_VD, hidden_CD in zip(heads, hidden_CDs, strict=True)
-        ]
+        logprobs = []
+        for head_VD, hidden_CD in zip(heads, hidden_CDs, strict=True):
+            logit_CV = decoder.logits(head_VD.astype(hidden_CD.dtype), hidden_CD)[:, :vocabulary]
+            if scored_V is not None:
+                logit_CV = decoder.exclude(logit_CV, scored_V)
+            logprobs.append(jax.nn.log_softmax(logit_CV, axis=-1))
         return None, fn(*logprobs, token_C=token_C, **extras)
 
     extras = {name: shifted(array) for name, array in (per_token or {}).items()}
@@ -126,10 +133,11 @@ def token_logprob(
     check_shapes(tokens_BT=tokens_BT, length_B=length_B)
     out = map_tokens(
         lambda logprob_CV, token_C: {"logprob": take(logprob_CV, token_C)},
-        (decoder.head(params)[:vocabulary],),
+        (decoder.head(params),),
         (decoder.hidden_states(params, config, tokens_BT, length_B),),
         tokens_BT,
         token_chunk=token_chunk,
+        vocabulary=vocabulary,
     )
     return jnp.where(jnp.arange(tokens_BT.shape[1])[None] < length_B[:, None], out["logprob"], 0.0)
 
@@ -236,17 +244,18 @@ def score_part(
     support: tuple[str, int] | None = None,
 ) -> Scores:
     """`score` of one micro-batch, traced once for each of its shapes."""
-    heads = [decoder.head(student)[:vocabulary]]
+    heads = [decoder.head(student)]
     hiddens = [decoder.hidden_states(student, student_config, tokens_BT, length_B)]
     fn: TokenFn = _student_statistics
     if teacher is not None:
         assert teacher_config is not None
-        heads.append(decoder.head(teacher)[:vocabulary])
+        heads.append(decoder.head(teacher))
         hiddens.append(teacher_states(teacher, teacher_config, tokens_BT, length_B, other))
         fn = partial(_pair_statistics, top_k=top_k, support=support)
     return map_tokens(
-        fn, tuple(heads), tuple(hiddens), tokens_BT, token_chunk=token_chunk, scored_V=scored_V
-    )
+        fn, tuple(heads), tuple(hiddens), tokens_BT,
+        token_chunk=token_chunk, vocabulary=vocabulary, scored_V=scored_V,
+    )  # fmt: skip
 
 
 def _student_statistics(student_CV: jax.Array, *, token_C: jax.Array) -> Scores:

@@ -1,4 +1,4 @@
-"""Supports: at each prefix some ids, the most likely of student or teacher, combined. No vocabulary is sorted.
+"""Supports: at each prefix some ids, the most likely of student or teacher, combined; no long sort.
 
 Ids [C, X] with -1 where a place holds none; log-probs over a support have -inf there.
 """

@@ -245,7 +245,9 @@ def make_add(loss: Callable, dtype: jnp.dtype) -> Callable:
 
     def compute(own: Any, sums: Any, rest: tuple) -> tuple[jax.Array, Parts]:
         layers, frozen, rows, weights = rest
-        params = jax.tree.map(lambda w: w.astype(dtype), own)
+        # These two are cast where they are used: their gradients, of many tokens, add up in float32.
+        kept = {name: own[name] for name in ("embed", "head") if name in own}
+        params = jax.tree.map(lambda w: w.astype(dtype), own) | kept
         parts = loss(params | ({"layers": layers, "sums": sums} if layers else {}), frozen, rows)
         return sum((weights[name] * x for name, x in parts.items()), jnp.zeros(())), parts
 

@@ -351,6 +351,26 @@ def test_bfloat16_compute_keeps_float32_masters():
     assert distance(change, exact.params["dense"]["bias"] - 1.0) < 0.02
 
 
+def test_in_bfloat16_the_gradients_of_embedding_and_head_add_up_in_float32():
+    """600 times the same token: summed in bfloat16, 1 + 1 + ... gets no further than 256."""
+    config = tiny_config(num_layers=1, tie_embeddings=False, max_position=600)
+    params = random_params(config, seed=3)
+    loss = objectives.make_golden_loss(
+        config, vocabulary=config.vocab_size, token_chunk=1, remat="none"
+    )
+    rows = GoldenRows(
+        np.full((1, 600), 7, np.int32), np.array([600], np.int32), np.ones((1, 600), np.float32)
+    )
+    gradients = {}
+    for dtype in (jnp.bfloat16, jnp.float32):
+        add = update.make_add(lambda params, _, rows: loss(params, rows), dtype)
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        _, _, gradients[dtype] = add(params, Frozen(), rows, {"sft": 1.0}, zeros)
+    rough, exact = gradients[jnp.bfloat16], gradients[jnp.float32]
+    assert distance(rough["head"]["kernel"], exact["head"]["kernel"]) < 0.02
+    assert distance(rough["embed"]["embedding"], exact["embed"]["embedding"]) < 0.02
+
+
 def test_weight_decay_is_for_kernels_and_embeddings():
     params = decoder.init(jax.random.key(0), tiny_config(tie_embeddings=False, num_layers=1))
     params = jax.tree.map(jnp.ones_like, params)

@@ -6,7 +6,8 @@ Parameters are a plain tree:
 
 Training scans one layer over the stacked weights. Decoding takes the same weights as a tuple of
 layers (`unstack`, once per rollout) and a tuple of caches, so that the token loop copies neither.
-Compute follows the dtype of the parameters; norms, rotations, softmax and logits are float32.
+Compute follows the dtype of the parameters (that of norm.scale where the embedding and the head are
+float32 masters); norms, rotations, softmax and logits are float32.
 """
 
 from collections.abc import Callable
@@ -114,14 +115,14 @@ def hidden_states(
     *,
     remat: str = "none",
 ) -> jax.Array:
-    """Final normed hidden states [B, T, D] of right-padded rows, in the parameters' dtype.
+    """Final normed hidden states [B, T, D] of right-padded rows, in the final norm's dtype.
 
     Position t sees tokens 0..t of its row; entries at t >= length are finite and meaningless.
     `remat` names what each layer keeps for the backward pass (models/remat.py). Where `params` has
-    `sums`, float32 and shaped like `layers`, the layers compute in the embedding's dtype, and the
+    `sums`, float32 and shaped like `layers`, the layers compute in the final norm's dtype, and the
     gradient of `sums` is `sums` plus the gradient of the layers, which have none of their own.
     """
-    x_BTD = params["embed"]["embedding"][tokens_BT]
+    x_BTD = params["embed"]["embedding"][tokens_BT].astype(params["norm"]["scale"].dtype)
     tables = rope.rotary(config, jnp.arange(tokens_BT.shape[1])[None])
     length_B = jnp.maximum(length_B, 1)  # fused attention over an empty row would be nan
 

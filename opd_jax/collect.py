@@ -54,19 +54,17 @@ class Collector:
         self,
         student: models.Params,
         teacher: models.Params | None,
-        problems: Sequence[data.Problem],
-        prompts: Sequence[Sequence[int]],
+        batch: data.Batch,
         *,
         key: jax.Array,
         clock: Clock,
     ) -> Experience:
         """Roll out, score, grade. `student` and `teacher` are in the dtypes they compute in."""
         group = self.config.rollout.samples_per_prompt
-        rollout = self._rollout(student, prompts, key)
+        rollout = self._rollout(student, batch.prompts, key)
         clock.lap("rollout", rollout.response_length_B.sum())
-        # Before the texts are read: a tokenizer is not for two threads at a time.
-        teacher_rows = self._teacher_rows(rollout, problems)
-        answers = [problem.answer for problem in problems for _ in range(group)]
+        teacher_rows = self._teacher_rows(rollout, batch.teacher_prompts)
+        answers = [problem.answer for problem in batch.problems for _ in range(group)]
         reading = self._background.submit(self._read, rollout, answers)  # while the models score
         scores = self._score(student, teacher, rollout, teacher_rows)
         clock.lap("score", rollout.response_length_B.sum())
@@ -169,13 +167,12 @@ class Collector:
         return generate(student, self.setup.student, grouped, key=key, **self._generation)
 
     def _teacher_rows(
-        self, rollout: Rollout, problems: Sequence[data.Problem]
+        self, rollout: Rollout, prompts: Sequence[Sequence[int]] | None
     ) -> TeacherRows | None:
         """The rollouts as the teacher reads them, where that is not as the student does."""
         setup, samples = self.setup, self.config.rollout.samples_per_prompt
-        if not setup.separate_prompts:
+        if prompts is None:
             return None
-        prompts = setup.teacher_style.prompts(problems, setup.teacher_tokenizer)
         return rows.teacher_rows(
             rollout,
             [prompt for prompt in prompts for _ in range(samples)],

@@ -57,6 +57,17 @@ class Setup:
     teacher_prompts: list[list[int]]
     notes: list[str]
 
+    def read(self, problems: list[data.Problem]) -> data.Batch:
+        """The problems of a step as ids."""
+        theirs, golden = None, []
+        if self.separate_prompts:
+            theirs = self.teacher_style.prompts(problems, self.teacher_tokenizer)
+        if self.terms.needs_golden:
+            texts = [problem.solution for problem in problems]
+            golden = [[*ids, self.golden_end] for ids in self.tokenizer.encode_all(texts)]
+        prompts = self.student_style.prompts(problems, self.tokenizer)
+        return data.Batch(problems, prompts, theirs, golden)
+
 
 def make_setup(config: ConfigDict) -> Setup:
     """Read and check all but the weights. Raises an OpdError; writes and compiles nothing."""

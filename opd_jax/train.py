@@ -129,6 +129,7 @@ class _Run:
             batch=config.rollout.prompts_per_step,
             seed=config.seed,
             shuffle=config.data.shuffle,
+            read=setup.read,
         )
         self.rules = guard.make_rules(config)
         self.guard = guard.State()
@@ -261,27 +262,24 @@ class _Run:
         beta_kl, lambda_gold = guard.terms(self.guard, self.rules)
         return self.setup.terms.weights | {"reference_kl": beta_kl, "sft": lambda_gold}
 
-    def _step(self, step: int, problems: list[data.Problem]) -> tuple[Summary, list[dict]]:
+    def _step(self, step: int, batch: data.Batch) -> tuple[Summary, list[dict]]:
         """One batch of prompts: roll out, score, update. Returns the step's metrics and rollouts."""
         setup, terms = self.setup, self.setup.terms
         clock = Clock()
         row: Summary = {}
         lines: list[dict] = []
         rollout_rows = golden_rows = given = None
-        prompts = setup.student_style.prompts(problems, setup.tokenizer)
-        golden = self._golden(problems) if self._weights()["sft"] else []
+        golden = batch.golden if self._weights()["sft"] else []
         if terms.needs_rollouts:
             student = _cast(self.state.params, self.dtype)
             teacher = self._teacher_now(student)
             key = key_for(self.config.seed, step, Stream.ROLLOUT)
-            given = self.collector.collect(
-                student, teacher, problems, prompts, key=key, clock=clock
-            )
+            given = self.collector.collect(student, teacher, batch, key=key, clock=clock)
             del student, teacher  # the update donates the state they may share
             rollout_rows, lines = self._rollout_rows(step, given)
         if golden:
-            batch = data.golden_rows(prompts, golden, width=setup.width)
-            golden_rows = rows.golden_rows(*batch, weigh=self.weigh_golden)
+            laid_out = data.golden_rows(batch.prompts, golden, width=setup.width)
+            golden_rows = rows.golden_rows(*laid_out, weigh=self.weigh_golden)
         under_way = self._update(step, rollout_rows, golden_rows)
         if given is not None:  # looked at while the device updates
             row |= self.collector.measure(given)
@@ -330,10 +328,6 @@ class _Run:
             return student
         follows = self.state.params if self.state.average is None else self.state.average
         return _cast(follows, self.dtype)
-
-    def _golden(self, problems: list[data.Problem]) -> list[list[int]]:
-        texts = [problem.solution for problem in problems]
-        return [[*ids, self.setup.golden_end] for ids in self.setup.tokenizer.encode_all(texts)]
 
     def _update(self, step: int, rollout_rows: Any, golden_rows: Any) -> list[dict[str, jax.Array]]:
         """`updates_per_rollout` optimizer steps, each on its share of the prompts, begun; measurements

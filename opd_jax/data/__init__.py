@@ -2,7 +2,7 @@
 
 from opd_jax.data.alignment import Alignment, align, alone
 from opd_jax.data.alignment import report as alignment_report
-from opd_jax.data.loader import PromptStyle, golden_rows, make_batches
+from opd_jax.data.loader import Batch, PromptStyle, golden_rows, make_batches
 from opd_jax.data.problem import Problem
 from opd_jax.data.source import Problems, open_problems, split_of
 from opd_jax.data.tiny import problem
@@ -10,6 +10,7 @@ from opd_jax.data.tokenizer import Tokenizer
 
 __all__ = [
     "Alignment",
+    "Batch",
     "Problem",
     "Problems",
     "PromptStyle",

@@ -2,7 +2,8 @@
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import grain
 import numpy as np
@@ -37,15 +38,35 @@ class PromptStyle:
         return tokenizer.chats([self.turns(problem) for problem in problems])
 
 
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """A step's problems as the models read them.
+
+    Attributes:
+      prompts: ids of each problem for the student. teacher_prompts: for the teacher, where it is shown
+        others; None where not.
+      golden: ids of each golden solution, an end token last; [] where no term asks for them.
+    """
+
+    problems: list[Problem]
+    prompts: list[list[int]]
+    teacher_prompts: list[list[int]] | None
+    golden: list[list[int]]
+
+
 def make_batches(
     problems: Sequence[Problem],
     *,
     batch: int,
     seed: int,
     shuffle: bool,
+    read: Callable[[list[Problem]], Any] = list,
     shard: tuple[int, int] = (0, 1),
 ) -> grain.DatasetIterator:
-    """Endless batches (lists of `Problem`); the iterator's state goes into checkpoints.
+    """Endless batches, each what `read` makes of a list of `Problem`, two of them ahead of time.
+
+    Reading (tokenising) goes on in a thread beside the steps. The iterator's state, which goes into
+    checkpoints, is that of the last batch taken, whatever has been read ahead.
 
     Every epoch visits each problem once, in an order of its own drawn from the seed; batches run on
     over the end of an epoch. `shard` = (index, count) takes this process's part of every batch of
@@ -63,7 +84,9 @@ def make_batches(
     if shuffle:
         dataset = dataset.shuffle()
     mine = dataset.repeat()[index::count].map(lambda i: problems[int(i)])
-    return iter(mine.batch(batch // count, drop_remainder=True, batch_fn=list).to_iter_dataset())
+    batches = mine.batch(batch // count, drop_remainder=True, batch_fn=list).map(read)
+    ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+    return iter(batches.to_iter_dataset(ahead))
 
 
 def golden_rows(

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import threading
 from typing import Any
 
 os.environ.setdefault(
@@ -15,7 +16,10 @@ from opd_jax.errors import ModelError
 
 
 class Tokenizer:
-    """Text to ids and back for one model folder. Nothing is fetched, no code of the folder runs."""
+    """Text to ids and back for one model folder, from any thread.
+
+    Nothing is fetched, no code of the folder runs.
+    """
 
     def __init__(self, path: str, *, chat_template: str = "", enable_thinking: bool = True):
         """Read the folder.
@@ -38,6 +42,7 @@ class Tokenizer:
             ) from None
         if chat_template:
             self.hf.chat_template = _template(chat_template)
+        self._one = threading.Lock()  # transformers' own is for one thread at a time
         self.path = path
         self.enable_thinking = enable_thinking
         self.size = max(self.hf.get_vocab().values()) + 1
@@ -93,7 +98,8 @@ class Tokenizer:
         """
         texts = [self.render(text, system=system) for text, system in prompts]
         plain = not self.has_template
-        return self.hf(texts, add_special_tokens=plain)["input_ids"] if texts else []
+        with self._one:
+            return self.hf(texts, add_special_tokens=plain)["input_ids"] if texts else []
 
     def end_of_turn(self) -> int | None:
         """The special token with which the chat template closes the model's turn, if it does."""
@@ -106,16 +112,19 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text as it stands, no special tokens added."""
-        return self.hf.encode(text, add_special_tokens=False)
+        with self._one:
+            return self.hf.encode(text, add_special_tokens=False)
 
     def encode_all(self, texts: list[str]) -> list[list[int]]:
         """`encode` of many texts."""
-        return self.hf(texts, add_special_tokens=False)["input_ids"] if texts else []
+        with self._one:
+            return self.hf(texts, add_special_tokens=False)["input_ids"] if texts else []
 
     def decode(self, ids: list[int]) -> str:
         """Text of the ids, special tokens left out."""
         # As an array: transformers looks at every id of a list, which takes longer than decoding it.
-        return self.hf.decode(np.asarray(ids, np.int64), skip_special_tokens=True)
+        with self._one:
+            return self.hf.decode(np.asarray(ids, np.int64), skip_special_tokens=True)
 
     def vocabulary(self) -> dict[str, int]:
         """Token string -> id, added tokens included."""

@@ -1,6 +1,8 @@
 """Order of the data, prompts through the template, and the layout of golden rows."""
 
 import itertools
+import threading
+import time
 import types
 
 import numpy as np
@@ -51,6 +53,25 @@ def test_order_depends_on_the_seed_alone():
     assert order(seed=3) != order(seed=4)
     assert order(seed=3) == order(seed=3, batch=6)
     assert order(seed=3, shuffle=False) == list(range(SIZE))
+
+
+def test_two_batches_are_read_ahead_and_the_state_is_that_of_the_last_one_taken():
+    read, enough = [], threading.Event()
+
+    def reading(batch):
+        read.append([p.id for p in batch])
+        if len(read) == 3:
+            enough.set()
+        return len(read), batch
+
+    batches = batches_of(seed=3, batch=4, read=reading)
+    (_, first), state = next(batches), batches.get_state()
+    assert enough.wait(10)  # the next two, though nobody has asked
+    time.sleep(0.05)
+    assert len(read) <= 4
+    batches.set_state(state)
+    (_, second) = next(batches)
+    assert [p.id for p in first + second] == [f"tiny-train-{i}" for i in order(seed=3)[:8]]
 
 
 def test_batches_hold_the_problems_of_the_split():

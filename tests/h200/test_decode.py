@@ -14,8 +14,14 @@ from tests.h200.conftest import QWEN_1_5B
 SLOTS, TOTAL = 64, 8192
 
 
+@pytest.fixture(scope="module")
+def dump(tmp_path_factory):
+    """Where the compiler writes what it made."""
+    return tmp_path_factory.mktemp("dump")
+
+
 @pytest.fixture
-def compiled(on_h200, fused_attention):
+def compiled(on_h200, fused_attention, dump):
     params = decoder.abstract_params(QWEN_1_5B)
     params = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, jnp.bfloat16), params)
     layers = jax.eval_shape(decoder.unstack, params)
@@ -24,7 +30,7 @@ def compiled(on_h200, fused_attention):
         on_h200(layers), QWEN_1_5B, on_h200(state), on_h200(np.int32(0)),
         steps=128, temperature=1.0, top_p=1.0, top_k=0, stop_ids=(151_643,), vocabulary=151_665,
         drawn_V=None, scored_V=None, stop_on_repetition=0,
-    ).compile()  # fmt: skip
+    ).compile(compiler_options={"xla_dump_to": str(dump)})  # fmt: skip
 
 
 def test_the_token_loop_copies_nothing(compiled):
@@ -38,3 +44,16 @@ def test_the_token_loop_copies_nothing(compiled):
     assert text.count('custom_call_target="__cudnn$fmhaSoftmax"') == QWEN_1_5B.num_layers
     print(f"temporaries {memory.temp_size_in_bytes / 2**20:.1f} MiB, "
           f"aliased {memory.alias_size_in_bytes / 2**30:.2f} GiB")  # fmt: skip
+
+
+def test_the_body_of_the_token_loop_is_one_command_buffer(compiled, dump):
+    """A CUDA graph a token: what the host launches is one thing, whatever the number of layers."""
+    (file,) = dump.glob("*thunk_sequence_after_thunk_passes.txt")
+    body = file.read_text().partition("\n  body:\n")[2].splitlines()
+    indents = [len(line) - len(line.lstrip()) for line in body]
+    end = next((i for i, n in enumerate(indents) if n < 4), len(body))
+    launched = [line.split()[1] for line, n in zip(body[:end], indents, strict=False) if n == 4]
+    assert launched == ["kCommandBuffer"]
+    inside = [line.split()[1] for line, n in zip(body[:end], indents, strict=False) if n == 8]
+    assert inside.count("kCuDnn") == QWEN_1_5B.num_layers  # it really is the model
+    print(f"{len(inside)} kernels a token in one graph")

@@ -61,7 +61,7 @@ def blank_rollout_rows(
         student, teacher=teacher, tokens_BT=tokens_BT, length_B=length_B, other=theirs,
     )  # fmt: skip
     nothing_BT = np.zeros(shape, np.float32)
-    made = rows.rollout_rows(
+    return rows.rollout_rows(
         Rollout(tokens_BT, length_B, length_B, nothing_BT, length_B),
         jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), scores),
         np.zeros(shape, bool),
@@ -69,7 +69,6 @@ def blank_rollout_rows(
         terms,
         weigh=partial(losses.token_weights, aggregation="token", length=1),
     )
-    return made.replace(teacher=theirs if terms.teacher_in_update else None)
 
 
 def blank_golden_rows(setup: Setup) -> GoldenRows:

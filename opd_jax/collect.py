@@ -24,7 +24,6 @@ class Experience:
 
     Attributes:
       rollout, scores: the records.
-      teacher_rows: the responses as the teacher reads them; None where it reads the same rows.
       mask_BT: tokens that both models are held to. repeated_BT: tokens that repeat earlier ones.
       flagged_B: rollouts that repeat themselves.
       correct_B: whether each answer is right; None where the problems have no answers.
@@ -33,7 +32,6 @@ class Experience:
 
     rollout: Rollout
     scores: Scores
-    teacher_rows: TeacherRows | None
     mask_BT: np.ndarray
     repeated_BT: np.ndarray
     flagged_B: np.ndarray
@@ -68,13 +66,12 @@ class Collector:
         reading = self._background.submit(self._read, rollout, answers)  # while the models score
         scores = self._score(student, teacher, rollout, teacher_rows)
         clock.lap("score", rollout.response_length_B.sum())
-        return self.understand(rollout, scores, teacher_rows, *reading.result())
+        return self.understand(rollout, scores, *reading.result())
 
     def understand(
         self,
         rollout: Rollout,
         scores: Scores,
-        teacher_rows: TeacherRows | None,
         texts: list[str],
         grades: Sequence[Grade] | None,
     ) -> Experience:
@@ -97,7 +94,6 @@ class Collector:
         return Experience(
             rollout=rollout,
             scores=scores,
-            teacher_rows=teacher_rows,
             mask_BT=rows.scored_mask(rollout, alignment.scored, self.setup.first_pieces),
             repeated_BT=repeated_BT,
             flagged_B=flagged_B,
@@ -157,6 +153,7 @@ class Collector:
             "token_chunk": config.scoring.token_chunk,
             "scored_V": self.scored_V,
             "support": self.setup.terms.scored_support,
+            "keep_hidden": self.setup.terms.over_vocabulary,
         }
 
     def _rollout(

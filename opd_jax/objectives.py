@@ -109,15 +109,15 @@ class Terms:
         return self.support, self.top_k
 
     @property
-    def teacher_in_update(self) -> bool:
-        """Whether the update itself reads the teacher: a divergence over the whole vocabulary."""
+    def over_vocabulary(self) -> bool:
+        """Whether the update takes the teacher's whole distribution: its hidden states and its head."""
         return self.divergence_weight != 0 and self.support == "full"
 
 
 def make_rollout_loss(
     terms: Terms,
     config: ModelConfig,
-    frozen_configs: Frozen,
+    reference_config: ModelConfig | None = None,
     *,
     vocabulary: int,
     token_chunk: int,
@@ -126,11 +126,12 @@ def make_rollout_loss(
 ) -> RolloutLoss:
     """loss(params, frozen, rows) -> the terms on rollouts, unweighted, each a sum of weighted tokens.
 
-    `frozen` holds the reference where that term is there and the teacher where `teacher_in_update`;
-    `frozen_configs` their architectures. Log-probs are normalised over `scored_V`.
+    `frozen` holds the reference where that term is there (`reference_config` is its architecture) and
+    the teacher's head where `terms.over_vocabulary`: its hidden states are those of the rows.
+    Log-probs are normalised over `scored_V`.
     """
     names = [name for name in terms.names if name in ON_ROLLOUTS]
-    beside = ["teacher"] * terms.teacher_in_update + ["reference"] * ("reference_kl" in names)
+    beside = ["teacher"] * terms.over_vocabulary + ["reference"] * ("reference_kl" in names)
 
     def token_terms(
         student_CV: jax.Array,
@@ -157,18 +158,21 @@ def make_rollout_loss(
         hiddens = [
             decoder.hidden_states(params, config, rows.tokens_BT, rows.length_B, remat=remat)
         ]
-        for name in beside:
-            weights = getattr(frozen, name)
-            hidden = scoring.teacher_states(
-                weights, getattr(frozen_configs, name), rows.tokens_BT, rows.length_B,
-                rows.teacher if name == "teacher" else None,
-            )  # fmt: skip
-            heads.append(jax.lax.stop_gradient(decoder.head(weights)))
-            hiddens.append(jax.lax.stop_gradient(hidden))
+        if "teacher" in beside:
+            heads.append(frozen.teacher_head_VD)
+            hiddens.append(rows.teacher_hidden_BTD)
+        if "reference" in beside:
+            assert reference_config is not None
+            heads.append(decoder.head(frozen.reference))
+            hiddens.append(
+                decoder.hidden_states(
+                    frozen.reference, reference_config, rows.tokens_BT, rows.length_B
+                )
+            )
         parts = scoring.map_tokens(
             token_terms,
-            tuple(heads),
-            tuple(hiddens),
+            (heads[0], *jax.lax.stop_gradient(heads[1:])),
+            (hiddens[0], *jax.lax.stop_gradient(hiddens[1:])),
             rows.tokens_BT,
             _per_token(terms, rows),
             token_chunk=token_chunk,

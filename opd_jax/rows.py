@@ -141,6 +141,7 @@ def rollout_rows(
         weight_BT=np.asarray(weigh(counted_BT)),
         advantage_BT=advantage_BT,
         sampler_logprob_BT=np.asarray(scores.student_logprob_BT),
+        teacher_hidden_BTD=scores.teacher_hidden_BTD,
         support=scores.support,
         support_advantage_BTX=None if on_support is None else np.asarray(on_support),
     )

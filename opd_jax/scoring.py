@@ -157,11 +157,13 @@ def score(
     teacher_rows: TeacherRows | None = None,
     scored_V: Array | None = None,
     support: tuple[str, int] | None = None,
+    keep_hidden: bool = False,
 ) -> Scores:
     """Student and teacher on the same responses, in one pass over chunks of tokens; see `Scores`.
 
     `top_k` is that of the overlap; `support` names a support (supports.SUPPORTS) and its own k, for
-    losses over one. `teacher_rows` holds the responses behind the teacher's own prompts, where those
+    losses over one; `keep_hidden` keeps the teacher's hidden states, for losses over the whole
+    vocabulary. `teacher_rows` holds the responses behind the teacher's own prompts, where those
     are others; `scored_V` the ids over which log-probs are normalised (see data.alignment). Rows go
     through the models in micro-batches of at most `microbatch_tokens` tokens, which bounds the
     activations as `token_chunk` bounds the logits. Returns host arrays of the shape of `tokens_BT`.
@@ -176,6 +178,7 @@ def score(
         scores = score_part(
             student, student_config, teacher, teacher_config, tokens, length, other, scored_V,
             vocabulary=vocabulary, top_k=top_k, token_chunk=token_chunk, support=support,
+            keep_hidden=keep_hidden,
         )  # fmt: skip
         measured.append((part, scores))
 
@@ -225,7 +228,8 @@ def programs(
 @partial(
     jax.jit,
     static_argnames=(
-        "student_config", "teacher_config", "vocabulary", "top_k", "token_chunk", "support"
+        "student_config", "teacher_config", "vocabulary", "top_k", "token_chunk", "support",
+        "keep_hidden",
     ),
 )  # fmt: skip
 def score_part(
@@ -242,6 +246,7 @@ def score_part(
     top_k: int,
     token_chunk: int,
     support: tuple[str, int] | None = None,
+    keep_hidden: bool = False,
 ) -> Scores:
     """`score` of one micro-batch, traced once for each of its shapes."""
     heads = [decoder.head(student)]
@@ -252,10 +257,11 @@ def score_part(
         heads.append(decoder.head(teacher))
         hiddens.append(teacher_states(teacher, teacher_config, tokens_BT, length_B, other))
         fn = partial(_pair_statistics, top_k=top_k, support=support)
-    return map_tokens(
+    scores = map_tokens(
         fn, tuple(heads), tuple(hiddens), tokens_BT,
         token_chunk=token_chunk, vocabulary=vocabulary, scored_V=scored_V,
     )  # fmt: skip
+    return scores.replace(teacher_hidden_BTD=hiddens[1]) if keep_hidden else scores
 
 
 def _student_statistics(student_CV: jax.Array, *, token_C: jax.Array) -> Scores:

@@ -107,7 +107,7 @@ class _Run:
         rollout_loss = objectives.make_rollout_loss(
             terms,
             setup.student,
-            Frozen(reference=setup.reference, teacher=setup.teacher),
+            setup.reference,
             scored_V=self.collector.scored_V,
             **shared,
         )
@@ -177,6 +177,8 @@ class _Run:
             self.log.write({"step": 0} | self._eval_keys(before))
             if before:
                 progress.say(f"step 0: {display.headline(before)}")
+        if step < config.steps:
+            progress.show("the first step also compiles its programs ...", always=True)
         last = False
         while step < config.steps and not last:
             step += 1
@@ -248,7 +250,8 @@ class _Run:
             rollout_rows = ahead.blank_rollout_rows(setup, student, teacher, self.collector.scoring)
         if terms.needs_golden:
             golden_rows = ahead.blank_golden_rows(setup)
-        frozen = Frozen(self.reference, teacher if terms.teacher_in_update else None)
+        head_VD = decoder.head(teacher) if teacher and terms.over_vocabulary else None
+        frozen = Frozen(self.reference, head_VD)
         frozen = jax.eval_shape(lambda frozen: frozen, frozen)
         given = (state.params, frozen, rollout_rows, golden_rows, self._weights())
         return [
@@ -268,19 +271,24 @@ class _Run:
         clock = Clock()
         row: Summary = {}
         lines: list[dict] = []
-        rollout_rows = golden_rows = given = None
+        rollout_rows = golden_rows = given = head_VD = None
         golden = batch.golden if self._weights()["sft"] else []
         if terms.needs_rollouts:
             student = _cast(self.state.params, self.dtype)
             teacher = self._teacher_now(student)
             key = key_for(self.config.seed, step, Stream.ROLLOUT)
             given = self.collector.collect(student, teacher, batch, key=key, clock=clock)
-            del student, teacher  # the update donates the state they may share
+            if teacher is not None and terms.over_vocabulary:
+                head_VD = decoder.head(teacher)
+                if self.scorer is None:  # it may be the state's, which the update donates
+                    head_VD = jnp.copy(head_VD)
+            del student, teacher  # as these may be
             rollout_rows, lines = self._rollout_rows(step, given)
         if golden:
             laid_out = data.golden_rows(batch.prompts, golden, width=setup.width)
             golden_rows = rows.golden_rows(*laid_out, weigh=self.weigh_golden)
-        under_way = self._update(step, rollout_rows, golden_rows)
+        frozen = Frozen(self.reference, head_VD)
+        under_way = self._update(step, frozen, rollout_rows, golden_rows)
         if given is not None:  # looked at while the device updates
             row |= self.collector.measure(given)
         row |= _means(under_way)
@@ -315,7 +323,7 @@ class _Run:
             count=min(self.config.log.rollouts, len(given.texts)),
             decode=self.setup.tokenizer.decode,
         )  # fmt: skip
-        return made.replace(teacher=given.teacher_rows if terms.teacher_in_update else None), lines
+        return made, lines
 
     def _teacher_now(self, student: models.Params | None = None) -> models.Params | None:
         """The weights that score: frozen, the student's moving average, or its own; None without any.
@@ -329,18 +337,17 @@ class _Run:
         follows = self.state.params if self.state.average is None else self.state.average
         return _cast(follows, self.dtype)
 
-    def _update(self, step: int, rollout_rows: Any, golden_rows: Any) -> list[dict[str, jax.Array]]:
+    def _update(
+        self, step: int, frozen: Frozen, rollout_rows: Any, golden_rows: Any
+    ) -> list[dict[str, jax.Array]]:
         """`updates_per_rollout` optimizer steps, each on its share of the prompts, begun; measurements
         of each. Those of the gradients apart are of the first."""
         parts, every = self.config.optim.updates_per_rollout, self.config.log.gradients
         weights = self._weights()
         measured = []
         for i in range(parts):
-            teacher = None
-            if self.setup.terms.teacher_in_update:
-                teacher = self._teacher_now()
             given = (
-                Frozen(reference=self.reference, teacher=teacher),
+                frozen,
                 rollout_rows and rows.share(rollout_rows, i, parts, weigh=self.weigh),
                 golden_rows and rows.share(golden_rows, i, parts, weigh=self.weigh_golden),
                 weights,

@@ -88,6 +88,8 @@ class Scores(flax.struct.PyTreeNode):
       overlap_advantage_BT: mean over the shared ids of p (log q - log p), renormalised there.
       student_overlap_mass_BT, teacher_overlap_mass_BT: probability each puts on the shared ids.
       support: what a loss over a support needs; None where no term is.
+      teacher_hidden_BTD: the teacher's final hidden states, in the dtype it computes in, laid out as the
+        student's rows, for losses over the whole vocabulary; None where no term is.
 
     All but the student's two are None where there is no teacher.
     """
@@ -102,6 +104,7 @@ class Scores(flax.struct.PyTreeNode):
     student_overlap_mass_BT: Array = None
     teacher_overlap_mass_BT: Array = None
     support: Support | None = None
+    teacher_hidden_BTD: Array = None
 
 
 class TeacherRows(flax.struct.PyTreeNode):
@@ -120,10 +123,13 @@ class TeacherRows(flax.struct.PyTreeNode):
 
 
 class Frozen(flax.struct.PyTreeNode):
-    """Weights that a loss reads and never changes; None where no term needs them."""
+    """Weights that a loss reads and never changes; None where no term needs them.
+
+    Of the teacher that is the output matrix: its hidden states come with the rows.
+    """
 
     reference: Any = None
-    teacher: Any = None
+    teacher_head_VD: Any = None
 
 
 class RolloutRows(flax.struct.PyTreeNode):
@@ -134,7 +140,7 @@ class RolloutRows(flax.struct.PyTreeNode):
       weight_BT: float32, each token's share of the mean; 0 outside the response, sums to 1 over
         the global batch.
       advantage_BT, sampler_logprob_BT: float32, constants.
-      teacher: the responses behind the teacher's prompts; None where it reads the same rows.
+      teacher_hidden_BTD: as in `Scores`.
       support: of each token's prefix, for losses over one; None where no term is.
       support_advantage_BTX: float32, constant, of each id of the support.
     """
@@ -144,7 +150,7 @@ class RolloutRows(flax.struct.PyTreeNode):
     weight_BT: Array
     advantage_BT: Array
     sampler_logprob_BT: Array
-    teacher: TeacherRows | None = None
+    teacher_hidden_BTD: Array = None
     support: Support | None = None
     support_advantage_BTX: Array = None
 

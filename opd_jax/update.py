@@ -96,12 +96,10 @@ class Gradients:
             if not any(mine.values()):
                 continue
             for part in batching.split(
-                rows.length_B,
-                width=rows.tokens_BT.shape[1],
-                tokens=self.microbatch_tokens,
-                teacher=getattr(rows, "teacher", None),
+                rows.length_B, width=rows.tokens_BT.shape[1], tokens=self.microbatch_tokens
             ):
-                value, parts, grads = add(params, frozen, _gather(rows, part), mine, grads)
+                given = batching.gather(rows, part)
+                value, parts, grads = add(params, frozen, given, mine, grads)
                 for name, x in (parts | {"total": value}).items():
                     sums[name] = sums.get(name, 0.0) + x
         return grads, sums
@@ -112,14 +110,10 @@ class Gradients:
         """All that is compiled for rows like these, whatever their lengths."""
         out = [Program("zero gradients", _zeros_like, (params,))]
         for name, add, rows, mine in self._kinds(rollout_rows, golden_rows, weights):
-            teacher = getattr(rows, "teacher", None)
             for part in batching.shapes(
-                len(rows.length_B),
-                width=rows.tokens_BT.shape[1],
-                tokens=self.microbatch_tokens,
-                teacher_width=0 if teacher is None else teacher.tokens_BT.shape[1],
+                len(rows.length_B), width=rows.tokens_BT.shape[1], tokens=self.microbatch_tokens
             ):
-                given = (params, frozen, _gather(rows, part), mine, params)
+                given = (params, frozen, batching.gather(rows, part), mine, params)
                 out.append(Program(f"gradient on {name} {part.count} x {part.width}", add, given))
         return out
 
@@ -263,15 +257,6 @@ def make_add(loss: Callable, dtype: jnp.dtype) -> Callable:
         return value, parts, grads
 
     return add_gradient
-
-
-def _gather(rows: Any, part: batching.MicroBatch) -> Any:
-    """A micro-batch of the rows; the teacher's have a width of their own."""
-    teacher = getattr(rows, "teacher", None)
-    if teacher is None:
-        return batching.gather(rows, part)
-    taken = batching.gather(rows.replace(teacher=None), part)
-    return taken.replace(teacher=batching.gather_teacher(teacher, part))
 
 
 def _without_frozen(loss: GoldenLoss) -> Callable:

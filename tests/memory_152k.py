@@ -81,7 +81,7 @@ def update(vocabulary: int, tokens: int) -> Case:
     """A micro-batch's loss and gradient, added to the sum."""
     config = model(vocabulary)
     loss = objectives.make_rollout_loss(
-        Terms(pg_weight=1.0), config, Frozen(),
+        Terms(pg_weight=1.0), config,
         vocabulary=vocabulary, token_chunk=CHUNK, remat="none",
     )  # fmt: skip
     params, weights = decoder.abstract_params(config), {n: shape() for n in objectives.ON_ROLLOUTS}

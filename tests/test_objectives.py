@@ -35,8 +35,7 @@ def weighted(loss, terms):
 def rollout_loss(estimator: str = "full", vocabulary: int = VOCABULARY):
     """((total, parts), gradient) of (params, reference, rows), jitted once for all tests."""
     terms = dataclasses.replace(TERMS, kl_estimator=estimator)
-    frozen = Frozen(reference=CONFIG)
-    loss = objectives.make_rollout_loss(terms, CONFIG, frozen, vocabulary=vocabulary, **SHARED)
+    loss = objectives.make_rollout_loss(terms, CONFIG, CONFIG, vocabulary=vocabulary, **SHARED)
     made = jax.jit(jax.value_and_grad(weighted(loss, terms), has_aux=True))
     return lambda params, reference, rows: made(params, Frozen(reference=reference), rows)
 
@@ -145,7 +144,7 @@ def test_a_teacher_equal_to_the_student_teaches_nothing(rows):
     np.testing.assert_array_equal(advantage_BT, 0.0)
     rows = rows.replace(advantage_BT=advantage_BT, sampler_logprob_BT=scores.student_logprob_BT)
     terms = dataclasses.replace(TERMS, beta_kl=0.0)
-    loss = objectives.make_rollout_loss(terms, CONFIG, Frozen(), vocabulary=VOCABULARY, **SHARED)
+    loss = objectives.make_rollout_loss(terms, CONFIG, vocabulary=VOCABULARY, **SHARED)
     (total, parts), gradient = jax.jit(jax.value_and_grad(weighted(loss, terms), has_aux=True))(
         STUDENT, Frozen(), rows
     )
@@ -255,10 +254,15 @@ def test_divergence_equals_the_direct_sum_behind_a_prompt_of_the_teachers_own(ro
     terms = dataclasses.replace(
         TERMS, pg_weight=0.0, beta_kl=0.0, divergence_weight=0.6, direction=direction
     )
-    frozen = Frozen(teacher=CONFIG)
-    loss = objectives.make_rollout_loss(terms, CONFIG, frozen, vocabulary=VOCABULARY, **SHARED)
+    scores = scoring.score(
+        STUDENT, CONFIG, REFERENCE, CONFIG, rows.tokens_BT, rows.length_B, teacher_rows=own,
+        keep_hidden=True, vocabulary=VOCABULARY, top_k=2, token_chunk=7, microbatch_tokens=40,
+    )  # fmt: skip
+    loss = objectives.make_rollout_loss(terms, CONFIG, vocabulary=VOCABULARY, **SHARED)
     (total, parts), gradient = jax.jit(jax.value_and_grad(weighted(loss, terms), has_aux=True))(
-        STUDENT, Frozen(teacher=REFERENCE), rows.replace(teacher=own)
+        STUDENT,
+        Frozen(teacher_head_VD=decoder.head(REFERENCE)),
+        rows.replace(teacher_hidden_BTD=scores.teacher_hidden_BTD),
     )
     expected, expected_gradient = jax.jit(
         jax.value_and_grad(direct_divergence), static_argnames="direction"

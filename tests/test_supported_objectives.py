@@ -22,6 +22,7 @@ STUDENT, TEACHER = random_params(CONFIG, seed=0), random_params(CONFIG, seed=1)
 TOKENS, LENGTH = random_rows(CONFIG, 4, 10)
 PROMPT = 3
 TOPK = SUPPORTS[1:]
+BESIDE = Frozen(teacher_head_VD=decoder.head(TEACHER))
 TERMS = Terms(divergence_weight=1.0, support="teacher", top_k=K)
 SAMPLED = Rollout(
     tokens_BT=np.asarray(TOKENS),
@@ -39,7 +40,7 @@ def scored(support: str | None, k: int = K) -> Scores:
     return scoring.score(
         STUDENT, CONFIG, TEACHER, CONFIG, SAMPLED.tokens_BT, SAMPLED.length_B,
         vocabulary=VOCABULARY, top_k=3, token_chunk=7, microbatch_tokens=20,
-        support=support and (support, k),
+        support=support and (support, k), keep_hidden=support is None,
     )  # fmt: skip
 
 
@@ -106,14 +107,14 @@ def test_the_scorer_takes_down_the_named_support(support):
 def test_scores_do_not_depend_on_the_support():
     plain, more = scored(None), scored("union", 20)
     for field in dataclasses.fields(Scores):
-        if field.name != "support":
+        if field.name not in ("support", "teacher_hidden_BTD"):
             np.testing.assert_array_equal(getattr(plain, field.name), getattr(more, field.name))
 
 
 def loss_of(terms: Terms):
     """jitted (value by name, gradient of the sum) of (params, frozen, rows)."""
     loss = objectives.make_rollout_loss(
-        terms, CONFIG, Frozen(teacher=CONFIG), vocabulary=VOCABULARY, token_chunk=7, remat="none"
+        terms, CONFIG, vocabulary=VOCABULARY, token_chunk=7, remat="none"
     )
 
     def total(params, frozen, given):
@@ -140,7 +141,7 @@ def every_divergence(support: str):
     base = dataclasses.replace(TERMS, support=support, jsd_beta=0.25)
     made = [
         objectives.make_rollout_loss(
-            dataclasses.replace(base, direction=d, form=f), CONFIG, Frozen(teacher=CONFIG),
+            dataclasses.replace(base, direction=d, form=f), CONFIG,
             vocabulary=VOCABULARY, token_chunk=7, remat="none",
         )
         for d, f in kinds
@@ -150,7 +151,7 @@ def every_divergence(support: str):
     def values(params, frozen, given):
         return [loss(params, frozen, given)["divergence"] for loss in made]
 
-    got = values(STUDENT, Frozen(teacher=TEACHER), make_rows(base, support))
+    got = values(STUDENT, BESIDE, make_rows(base, support))
     return dict(zip(kinds, got, strict=True))
 
 
@@ -179,7 +180,7 @@ def test_as_many_ids_as_there_are_is_the_whole_vocabulary():
         )
         np.testing.assert_allclose(value, whole_value, atol=2e-6)
         full = dataclasses.replace(TERMS, support="full")
-        _, expected = loss_of(full)(STUDENT, Frozen(teacher=TEACHER), make_rows(full, "full"))
+        _, expected = loss_of(full)(STUDENT, BESIDE, make_rows(full, "full"))
         assert distance(gradient, expected) < 1e-5
 
 
@@ -312,8 +313,8 @@ def test_what_terms_need():
     assert grpo.needs_reward
     assert grpo.scored_support is None
     assert TERMS.scored_support == ("teacher", K)
-    assert not TERMS.teacher_in_update
-    assert dataclasses.replace(TERMS, support="full").teacher_in_update
+    assert not TERMS.over_vocabulary
+    assert dataclasses.replace(TERMS, support="full").over_vocabulary
     assert Terms(pg_weight=1.0, support="teacher").scored_support is None  # nothing is over it
     raised = Terms(pg_weight=1.0, raised=("reference_kl", "sft"))
     assert raised.needs_reference
@@ -324,9 +325,7 @@ def test_what_terms_need():
 def test_no_array_of_batch_time_vocabulary_with_supports():
     terms = dataclasses.replace(TERMS, support="union", form="tail")
     config = tiny_config(num_layers=1, vocab_size=2000)
-    loss = objectives.make_rollout_loss(
-        terms, config, Frozen(), vocabulary=2000, token_chunk=8, remat="none"
-    )
+    loss = objectives.make_rollout_loss(terms, config, vocabulary=2000, token_chunk=8, remat="none")
     given = make_rows(dataclasses.replace(TERMS, support="union"), "union")
 
     def total(params):

@@ -109,7 +109,7 @@ def model_update(*, golden: float, beta: float, limbs: bool, rows: int = B):
     shared = {"vocabulary": CONFIG.vocab_size, "token_chunk": 16, "remat": "none"}
     return make_step(
         OPTIMIZERS["sgd"],
-        objectives.make_rollout_loss(terms, CONFIG, Frozen(reference=CONFIG), **shared),
+        objectives.make_rollout_loss(terms, CONFIG, CONFIG, **shared),
         objectives.make_golden_loss(CONFIG, **shared) if limbs else None,
         tokens=rows * T,
         weights=terms.weights,

@@ -21,6 +21,7 @@ def main() -> None:
 
     from opd_jax import config as fields
     from opd_jax import losses, models, objectives, rows, scoring, update
+    from opd_jax.models import decoder
     from opd_jax.rollout import generate
     from opd_jax.types import Frozen
 
@@ -36,14 +37,14 @@ def main() -> None:
     }[case.loss]
     tx = update.make_optimizer(optim, 1000)
     loss = objectives.make_rollout_loss(
-        terms, config, Frozen(teacher=teacher_config),
+        terms, config,
         vocabulary=config.vocab_size, token_chunk=optim.token_chunk, remat=optim.remat,
     )  # fmt: skip
     accumulate = update.make_accumulate(
         loss, None, microbatch_tokens=optim.microbatch_tokens, dtype=jnp.float32
     )
     apply = update.make_update(tx, accumulate)
-    frozen = Frozen(teacher=teacher if terms.teacher_in_update else None)
+    frozen = Frozen(teacher_head_VD=decoder.head(teacher) if terms.over_vocabulary else None)
     states = [update.init_state(params, tx)]
     del params
     given_prompts = prompts(case)
@@ -64,7 +65,7 @@ def main() -> None:
             state.params, config, teacher, teacher_config, rollout.tokens_BT, rollout.length_B,
             vocabulary=config.vocab_size, top_k=given.scoring.overlap_top_k,
             token_chunk=given.scoring.token_chunk, microbatch_tokens=optim.microbatch_tokens,
-            support=terms.scored_support,
+            support=terms.scored_support, keep_hidden=terms.over_vocabulary,
         )  # fmt: skip
         scored = time.perf_counter()
         mask_BT = rollout.response_mask_BT

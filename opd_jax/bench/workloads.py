@@ -148,7 +148,7 @@ class Learner:
         section = training.default().optim
         tx = update.make_optimizer(section, 1000)
         loss = objectives.make_rollout_loss(
-            TERMS, config, Frozen(),
+            TERMS, config,
             vocabulary=config.vocab_size, token_chunk=token_chunk, remat=remat,
         )  # fmt: skip
         accumulate = update.make_accumulate(

@@ -19,7 +19,7 @@ BACKWARD = 'custom_call_target="__cudnn$fmhaSoftmaxBackward"'
 def compile_gradient(on_h200, remat: str, token_chunk: int = 1024):
     """A micro-batch's pass of the update: float32 masters, bfloat16 compute, gradients summed."""
     loss = objectives.make_rollout_loss(
-        Terms(pg_weight=1.0), QWEN_1_5B, Frozen(),
+        Terms(pg_weight=1.0), QWEN_1_5B,
         vocabulary=QWEN_1_5B.vocab_size, token_chunk=token_chunk, remat=remat,
     )  # fmt: skip
     array_BT = np.zeros((ROWS, WIDTH), np.float32)

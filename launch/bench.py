@@ -20,6 +20,7 @@ flags.DEFINE_integer("repeats", 3, "of each case after its first call", lower_bo
 flags.DEFINE_float("budget_s", 440.0, "no case is begun after so many seconds", lower_bound=0.0)
 for peer in ("torch", "trl", "tunix"):  # each in an environment of its own
     flags.DEFINE_string(f"{peer}_python", "", f"suite peers: the Python that has {peer}")
+flags.DEFINE_string("only", "", "of the cases those whose name begins so")
 flags.DEFINE_bool("dry", False, "the same code at toy shapes, on whatever machine")
 
 
@@ -37,6 +38,7 @@ def main() -> None:
         repeats=given.repeats,
         budget_s=given.budget_s,
         dry=given.dry,
+        only=given.only,
     )
     pythons = peers.Pythons(
         sys.executable, given.torch_python or sys.executable, given.trl_python, given.tunix_python

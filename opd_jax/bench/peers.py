@@ -109,10 +109,8 @@ def pairs(*, dry: bool = False) -> list[Pair]:
     return out
 
 
-def run(
-    options: Options, pythons: Pythons, *, timeout_s: float = 900.0, only: str = ""
-) -> list[Row]:
-    """All rows with the model of `options.model`; `only`: of the pairs whose name begins so."""
+def run(options: Options, pythons: Pythons, *, timeout_s: float = 900.0) -> list[Row]:
+    """All rows with the model of `options.model`."""
 
     def ask(python: str, script: str, flags: Flags) -> Answer:
         return answer(python, SCRIPTS / f"{script}.py", flags, timeout_s=timeout_s)
@@ -124,8 +122,7 @@ def run(
         name = f"{pair.name}: {pair.peer.label}"
         return Case(name, pair.shape, lambda: list(compare(pair, shared, pythons, ask, asked)))
 
-    chosen = [pair for pair in pairs(dry=options.dry) if pair.name.startswith(only)]
-    return run_cases("peers", [case(pair) for pair in chosen], options)
+    return run_cases("peers", [case(pair) for pair in pairs(dry=options.dry)], options)
 
 
 def compare(

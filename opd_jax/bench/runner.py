@@ -23,6 +23,7 @@ class Options:
       repeats: of each case after its first call.
       budget_s: no case is begun after so many seconds.
       dry: the same code at toy shapes, on whatever machine.
+      only: of the cases those whose name begins so.
     """
 
     out: pathlib.Path | None = None
@@ -30,6 +31,7 @@ class Options:
     repeats: int = 3
     budget_s: float = float("inf")
     dry: bool = False
+    only: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +48,7 @@ def run_cases(suite: str, cases: Sequence[Case], options: Options) -> list[Row]:
     """The rows of all cases in order; the file is written anew after each, so a kill loses one."""
     about, began = report.environment(), time.perf_counter()
     rows: list[Row] = []
-    for case in cases:
+    for case in (case for case in cases if case.name.startswith(options.only)):
         spent = time.perf_counter() - began
         _say(f"{spent:6.1f} s  {case.name}  {case.shape}")
         rows += _attempt(case, options.budget_s - spent)

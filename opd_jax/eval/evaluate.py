@@ -66,7 +66,10 @@ def evaluate(
     texts = [tokenizer.decode(sampled.response(i)) for i in range(len(answers))]
     graded = all(problem.answer for problem in problems)
     grades = (
-        grader.grade((text, p.answer) for text, p in zip(texts, answers, strict=True))
+        grader.grade(
+            ((text, p.answer) for text, p in zip(texts, answers, strict=True)),
+            fallbacks=tuple(section.fallbacks),
+        )
         if graded
         else [None] * len(texts)
     )

@@ -1,4 +1,4 @@
-"""The process that runs math-verify: one JSON line in ({"text", "gold"}), one grade name out.
+"""The process that runs math-verify: one JSON line in, one grade name out.
 
 Answers come from models and files, and math-verify evaluates what they say: a tower of powers can
 take forever or eat the memory. So it runs here, under a memory limit, and the parent
@@ -6,8 +6,10 @@ take forever or eat the memory. So it runs here, under a memory limit, and the p
 """
 
 import contextlib
+import functools
 import json
 import logging
+import re
 import resource
 import sys
 import warnings
@@ -15,19 +17,93 @@ from typing import Any
 
 from math_verify import parse, verify
 
-from opd_jax.eval.boxed import boxed_answer
+from opd_jax.eval.answer import Found, close, find, letters, number, parts
 
 _MEMORY = 4 * 2**30
+_PARTS = 40  # answers of a list that are compared one by one
 
 
-def grade(text: str, gold: str) -> str:
-    """Grade name of an answer: CORRECT, WRONG, or UNPARSED (no box, or nothing math-verify can read)."""
-    boxed = boxed_answer(text)
-    answer = _parse(boxed) if boxed is not None else []
+def grade(text: str, gold: str, fallbacks: tuple[str, ...] = (), rule: str = "plain") -> str:
+    """Grade name of an answer: CORRECT, WRONG, or UNPARSED (no answer, or none math-verify can read)."""
+    found = find(text, fallbacks)
+    return "UNPARSED" if found is None else compare(found, gold, rule)
+
+
+def compare(found: Found, gold: str, rule: str) -> str:
+    """Grade name of an answer that was found. Rules: answer.RULES."""
+    if not found.free and letters(found.text) == letters(gold):
+        return "CORRECT"
+    expression, wanted = found.text, gold
+    if rule == "units" and not found.free:
+        expression, wanted = _latex(expression), _latex(wanted)
+        value = number(wanted)
+        if value is not None and (given := _value(expression)) is not None:
+            return "CORRECT" if close(given, value) else "WRONG"
+    if rule == "several":
+        expression, wanted = expression.replace("$", ""), wanted.replace("$", "")
+        if len(parts(wanted)) > 1 and not found.free:
+            return _several(expression, wanted)
+    answer = parse(expression, parsing_timeout=None) if found.free else _parse(expression)
     if not answer:
         return "UNPARSED"
+    return "CORRECT" if _verify(_gold(wanted), answer) else "WRONG"
+
+
+def _several(expression: str, wanted: str) -> str:
+    """Of a list: as many answers as are wanted, each equal to another one of these."""
+    left, given = parts(wanted), parts(expression)
+    if len(given) == len(left) <= _PARTS:
+        for answer in given:
+            parsed = _parse(answer)
+            same = next((g for g in left if letters(g) == letters(answer)), None)
+            same = same or next((g for g in left if _verify(_gold(g), parsed)), None)
+            if same is None:
+                break
+            left.remove(same)
+        if not left:
+            return "CORRECT"
+    answer = _parse(expression)
+    if not answer:
+        return "UNPARSED"
+    return (
+        "CORRECT"
+        if len(given) == len(parts(wanted)) and _verify(_gold(wanted), answer)
+        else "WRONG"
+    )
+
+
+def _latex(expression: str) -> str:
+    """Minerva writes some answers as Python would: np.arcsin(10/13), \\exp{a*t}."""
+    expression = re.sub(r"\bnp\.(arc\w+|sin|cos|tan|exp|sqrt|log)", r"\\\1", expression)
+    expression = re.sub(r"\\exp\s*\{([^{}]*)\}", r"e^{\1}", expression)
+    expression = re.sub(
+        r"\\(arcsin|arccos|arctan)\s*\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}", r"\\\1(\2)", expression
+    )
+    return expression.replace("*", " ")
+
+
+def _value(expression: str) -> float | None:
+    """The value of a number, or of an expression that is one: the last side of an equation."""
+    last = re.split(r"(?<![<>!\\])=|\\approx|\\simeq|≈", expression)[-1]
+    found = number(last)
+    if found is not None:
+        return found
+    for parsed in _parse(last):
+        try:
+            return float(parsed)
+        except (TypeError, ValueError, OverflowError, AttributeError):
+            continue
+    return None
+
+
+def _verify(gold: list[Any], answer: list[Any]) -> bool:
     # The order matters: verify(gold, answer) is not symmetric.
-    return "CORRECT" if verify(_parse(gold), answer, timeout_seconds=None) else "WRONG"
+    return verify(gold, answer, timeout_seconds=None)
+
+
+@functools.lru_cache(maxsize=1024)
+def _gold(expression: str) -> list[Any]:
+    return _parse(expression)  # of all answers to a problem the same one
 
 
 def _parse(expression: str) -> list[Any]:
@@ -45,7 +121,8 @@ def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         try:
-            outcome = grade(request["text"], request["gold"])
+            found = Found(request["answer"], request["free"])
+            outcome = compare(found, request["gold"], request["rule"])
         except (Exception, RecursionError, MemoryError):  # whatever sympy makes of a hostile answer
             outcome = "UNPARSED"
         print(outcome, flush=True)

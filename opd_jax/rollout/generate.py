@@ -71,7 +71,8 @@ def generate(
     model_config: ModelConfig,
     prompts: Sequence[Sequence[int]],
     *,
-    key: jax.Array,
+    key: jax.Array | None = None,
+    row_keys: jax.Array | None = None,
     max_response_tokens: int | Sequence[int],
     temperature: float = 1.0,
     top_p: float = 1.0,
@@ -92,6 +93,7 @@ def generate(
       params: stacked parameters, in the dtype to compute in.
       prompts: token ids, any lengths from 1 up.
       key: PRNG key of this batch; row i samples with keys derived from (key, i, position).
+      row_keys: [prompts] instead: a key for each row, which derives (row_keys[i], position).
       max_response_tokens: budget of a response, the end token included; or one for each prompt.
       temperature, top_p, top_k: see `sampling.sample`; temperature 0 is greedy.
       stop_ids: end tokens; the one emitted is kept as the response's last token.
@@ -127,7 +129,9 @@ def generate(
         stop_on_repetition=stop_on_repetition,
     )  # fmt: skip
     layers = decoding.unstack(params)
-    row_keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(len(prompts)))
+    if row_keys is None:
+        assert key is not None  # one of the two is given
+        row_keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(len(prompts)))
     periods = repetition_period if stop_on_repetition else 0
     state = decoding.empty(layers, model_config, shapes.slots, shapes.total, periods)
     owner = np.full(shapes.slots, -1)  # which prompt sits in each slot

@@ -1,0 +1,60 @@
+"""Golden solutions of published files against their own answers, and against those of other problems.
+
+The exceptions are those of docs/evaluation.md, each with its cause. Skipped where the files are absent.
+"""
+
+import random
+import time
+
+import pytest
+
+from opd_jax import data
+from opd_jax.eval import Grade, Grader
+from opd_jax.eval.benchmarks import BENCHMARKS, load
+from opd_jax.eval.boxed import last_boxed
+from tests.eval.real_data import FILES, LUFFY, TRAINING, needs_data
+
+pytestmark = [needs_data, pytest.mark.slow]
+LUFFYS = {f"luffy-{name}": name for name in FILES if name != "gsm8k"}
+
+
+def problems_of(name):
+    if name in TRAINING:
+        opened = data.open_problems(
+            str(TRAINING[name]), field="x", bad_rows="skip", need_answer=True
+        )
+        return opened[:], "plain"
+    benchmark = BENCHMARKS[LUFFYS.get(name, name)]
+    file = LUFFY if name in LUFFYS else FILES[name]
+    return load(benchmark, str(file)).problems, benchmark.rule
+
+
+def golden(problem):
+    """The golden solution where it has a box, else the answer in a box."""
+    if last_boxed(problem.solution):
+        return problem.solution
+    return f"\\boxed{{{problem.answer}}}"
+
+
+@pytest.mark.parametrize("name", [*FILES, *LUFFYS, *TRAINING])
+def test_golden_solutions(name):
+    problems, rule = problems_of(name)
+    pairs = [(golden(problem), problem.answer) for problem in problems]
+    draw = random.Random(0)
+    order = list(range(len(problems)))
+    draw.shuffle(order)
+    others = [(pairs[i][0], problems[j].answer) for i, j in enumerate(order)]
+    with Grader() as grader:
+        began = time.perf_counter()
+        grades = grader.grade(pairs, rule=rule)
+        rate = len(pairs) / (time.perf_counter() - began)
+        shuffled = grader.grade(others, rule=rule)
+    wrong = [(p.id, g.name, p.answer) for p, g in zip(problems, grades, strict=True)
+             if g is not Grade.CORRECT]  # fmt: skip
+    right = 1 - len(wrong) / len(problems)
+    chance = sum(grade is Grade.CORRECT for grade in shuffled) / len(problems)
+    print(f"{name}: {len(problems)} problems, {right:.2%} CORRECT, {rate:.0f} answers/s; shuffled "
+          f"{chance:.2%} CORRECT; not correct: {wrong}")  # fmt: skip
+    assert right >= 0.995
+    if "aime" not in name:  # whole numbers below 1000
+        assert chance <= 0.03

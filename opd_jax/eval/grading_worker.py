@@ -16,6 +16,8 @@ import warnings
 from typing import Any
 
 from math_verify import parse, verify
+from sympy import Expr, Float, Symbol, UnevaluatedExpr, nan, oo, zoo
+from sympy.core.function import AppliedUndef
 
 from opd_jax.eval.answer import Found, close, find, letters, number, parts
 
@@ -46,17 +48,17 @@ def compare(found: Found, gold: str, rule: str) -> str:
     answer = parse(expression, parsing_timeout=None) if found.free else _parse(expression)
     if not answer:
         return "UNPARSED"
-    return "CORRECT" if _verify(_gold(wanted), answer) else "WRONG"
+    return "CORRECT" if _verify(_parse(wanted), answer) else "WRONG"
 
 
 def _several(expression: str, wanted: str) -> str:
     """Of a list: as many answers as are wanted, each equal to another one of these."""
     left, given = parts(wanted), parts(expression)
     if len(given) == len(left) <= _PARTS:
-        for answer in given:
-            parsed = _parse(answer)
-            same = next((g for g in left if letters(g) == letters(answer)), None)
-            same = same or next((g for g in left if _verify(_gold(g), parsed)), None)
+        for part in given:
+            parsed = _parse(part)
+            same = next((one for one in left if letters(one) == letters(part)), None)
+            same = same or next((one for one in left if _verify(_parse(one), parsed)), None)
             if same is None:
                 break
             left.remove(same)
@@ -67,7 +69,7 @@ def _several(expression: str, wanted: str) -> str:
         return "UNPARSED"
     return (
         "CORRECT"
-        if len(given) == len(parts(wanted)) and _verify(_gold(wanted), answer)
+        if len(given) == len(parts(wanted)) and _verify(_parse(wanted), answer)
         else "WRONG"
     )
 
@@ -97,15 +99,39 @@ def _value(expression: str) -> float | None:
 
 
 def _verify(gold: list[Any], answer: list[Any]) -> bool:
+    if _plainly_different(gold, answer):
+        return False
     # The order matters: verify(gold, answer) is not symmetric.
     return verify(gold, answer, timeout_seconds=None)
 
 
-@functools.lru_cache(maxsize=1024)
-def _gold(expression: str) -> list[Any]:
-    return _parse(expression)  # of all answers to a problem the same one
+def _plainly_different(gold: list[Any], answer: list[Any]) -> bool:
+    """Whether two ordinary expressions have values far apart at two points: no need to simplify.
+
+    math-verify would simplify their difference, which takes up to a second for a wrong answer. What it
+    treats in a way of its own (sets, relations, percentages, single symbols, functions) is left to it.
+    """
+    if len(gold) != 2 or len(answer) != 2 or gold[1] == answer[1]:  # [expression, text]
+        return False
+    pair = gold[0], answer[0]
+    for one in pair:
+        if not isinstance(one, Expr) or isinstance(one, Symbol) or one.is_Matrix:
+            return False
+        if one.has(UnevaluatedExpr, AppliedUndef, zoo, nan, oo):
+            return False
+    symbols = sorted(pair[0].free_symbols | pair[1].free_symbols, key=str)
+    for start in (0.37, 1.71):
+        points = {symbol: Float(start + 0.618 * i) for i, symbol in enumerate(symbols)}
+        try:
+            one, other = (complex(found.evalf(15, subs=points)) for found in pair)
+        except (TypeError, ValueError, OverflowError, AttributeError, ZeroDivisionError):
+            return False
+        if not abs(one - other) > 1e-3 * max(abs(one), abs(other), 1.0):
+            return False
+    return True
 
 
+@functools.lru_cache(maxsize=4096)  # the gold answer and the usual ones come again and again
 def _parse(expression: str) -> list[Any]:
     return parse(f"\\boxed{{{expression}}}", parsing_timeout=None)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 from typing import Any
 
@@ -90,7 +91,8 @@ def open_subject(path: str, config: ConfigDict, *, step: int | None) -> Subject:
             raise ConfigError(
                 f"step={step} is for the workdir of a run, got the model folder {path!r}; leave --step out"
             )
-        section.path = place = models.locate(path)
+        place = models.locate(path)
+        section.path = place = os.path.abspath(place) if os.path.isdir(place) else place
         name = pathlib.PurePath(path).name or path
     model, tokenizer = roles.open_model(section)
     vocabulary = min(tokenizer.size, model.vocab_size)

@@ -129,13 +129,12 @@ def _laid_out(lines: list[list[str]], *, markdown: bool) -> str:
         rule = "|" + "---|" * len(lines[0])
         rows = ["| " + " | ".join(line) + " |" for line in clean]
         return "\n".join([rows[0], rule, *rows[1:]])
-    width = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    width = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    left = [i == 0 or name == "source" for i, name in enumerate(lines[0])]
     return "\n".join(
         "  ".join(
-            cell.ljust(width[i])
-            if i in (0, len(line) - 1 if line[-1].isascii() and " " in line[-1] else 0)
-            else cell.rjust(width[i])
-            for i, cell in enumerate(line)
+            cell.ljust(w) if at_left else cell.rjust(w)
+            for cell, w, at_left in zip(line, width, left, strict=True)
         ).rstrip()
         for line in lines
     )

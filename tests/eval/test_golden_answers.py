@@ -43,7 +43,8 @@ def test_golden_solutions(name):
     draw = random.Random(0)
     order = list(range(len(problems)))
     draw.shuffle(order)
-    others = [(pairs[i][0], problems[j].answer) for i, j in enumerate(order)]
+    # Of large files a part: these are the slow ones, wrong and never the same letters.
+    others = [(pairs[i][0], problems[j].answer) for i, j in enumerate(order[:1000])]
     with Grader() as grader:
         began = time.perf_counter()
         grades = grader.grade(pairs, rule=rule)
@@ -52,7 +53,7 @@ def test_golden_solutions(name):
     wrong = [(p.id, g.name, p.answer) for p, g in zip(problems, grades, strict=True)
              if g is not Grade.CORRECT]  # fmt: skip
     right = 1 - len(wrong) / len(problems)
-    chance = sum(grade is Grade.CORRECT for grade in shuffled) / len(problems)
+    chance = sum(grade is Grade.CORRECT for grade in shuffled) / len(others)
     print(f"{name}: {len(problems)} problems, {right:.2%} CORRECT, {rate:.0f} answers/s; shuffled "
           f"{chance:.2%} CORRECT; not correct: {wrong}")  # fmt: skip
     assert right >= 0.995

@@ -68,6 +68,15 @@ def letters(text: str) -> str:
     return text.rstrip(".")
 
 
+def same_letters(answer: str, gold: str) -> bool:
+    r"""Whether two expressions have equal letters; `x = 5` has those of `5`."""
+    answer, gold = letters(answer), letters(gold)
+    if answer == gold or "=" in gold:
+        return answer == gold
+    named = re.fullmatch(r"(?:[A-Za-z]|\\[a-z]+)=(.+)", answer, re.DOTALL)
+    return named is not None and named[1] == gold
+
+
 _MANTISSA = r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d*)?"
 _NUMBER = re.compile(
     rf"({_MANTISSA})(?:[eE]([+-]?\d+)|(?:(?:\\times|\\cdot|\*|×)?10\^(?:\{{([+-]?\d+)\}}|(-?\d))))?"

@@ -12,7 +12,7 @@ from enum import Enum
 from types import TracebackType
 
 from opd_jax.errors import GradingError
-from opd_jax.eval.answer import Found, find, letters
+from opd_jax.eval.answer import Found, find, same_letters
 from opd_jax.eval.boxed import same_whole_number
 
 _WARM_UP_S = 60.0  # for the imports of a new process; not part of any answer's time
@@ -118,7 +118,7 @@ def _at_once(answer: Found | None, gold: str) -> Grade | None:
     if answer.free:
         return None
     same = same_whole_number(answer.text, gold)
-    if same is None and letters(answer.text) == letters(gold):
+    if same is None and same_letters(answer.text, gold):
         return Grade.CORRECT
     return None if same is None else Grade.CORRECT if same else Grade.WRONG
 

@@ -19,7 +19,7 @@ from math_verify import parse, verify
 from sympy import Expr, Float, Symbol, UnevaluatedExpr, nan, oo, zoo
 from sympy.core.function import AppliedUndef
 
-from opd_jax.eval.answer import Found, close, find, letters, number, parts
+from opd_jax.eval.answer import Found, close, find, letters, number, parts, same_letters
 
 _MEMORY = 4 * 2**30
 _PARTS = 40  # answers of a list that are compared one by one
@@ -33,7 +33,7 @@ def grade(text: str, gold: str, fallbacks: tuple[str, ...] = (), rule: str = "pl
 
 def compare(found: Found, gold: str, rule: str) -> str:
     """Grade name of an answer that was found. Rules: answer.RULES."""
-    if not found.free and letters(found.text) == letters(gold):
+    if not found.free and same_letters(found.text, gold):
         return "CORRECT"
     expression, wanted = found.text, gold
     if rule == "units" and not found.free:

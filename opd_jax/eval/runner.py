@@ -83,7 +83,7 @@ def run(
     tasks = make_tasks(config, subject)
     out = pathlib.Path(folder)
     header = make_header(config, subject, tasks)
-    check_workdir(out, header)
+    header["benchmarks"] = check_workdir(out, header) | header["benchmarks"]
     print(f"workdir {out}", f"model {subject.name}: {subject.path}", sep="\n", flush=True)
     for task in tasks:
         left = sum(task.skipped.values())
@@ -168,8 +168,11 @@ def make_header(config: ConfigDict, subject: Subject, tasks: Sequence[Task]) -> 
     }  # fmt: skip
 
 
-def check_workdir(out: pathlib.Path, header: dict[str, Any]) -> None:
-    """Refuse a workdir that cannot be written or holds something else. Raises WorkdirError."""
+def check_workdir(out: pathlib.Path, header: dict[str, Any]) -> dict[str, Any]:
+    """Refuse a workdir that cannot be written or holds something else; the benchmarks it has so far.
+
+    Raises WorkdirError.
+    """
     if above := workdir.obstacle(out):
         raise WorkdirError(
             f"workdir {str(out)!r} cannot be written ({above} is read-only or not a folder); give "
@@ -182,9 +185,10 @@ def check_workdir(out: pathlib.Path, header: dict[str, Any]) -> None:
                 f"workdir {str(out)!r} is not empty and holds no evaluation.json, so it is not an "
                 "evaluation; give a new folder with --workdir"
             )
-        return
+        return {}
     try:
-        old = _identity(json.loads(file.read_text(encoding="utf-8")))
+        there = json.loads(file.read_text(encoding="utf-8"))
+        old = _identity(there)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise WorkdirError(f"{file} cannot be read ({error}); give a new --workdir") from None
     new = _identity(header)
@@ -196,6 +200,7 @@ def check_workdir(out: pathlib.Path, header: dict[str, Any]) -> None:
             f"workdir {str(out)!r} belongs to another evaluation ({'; '.join(changed)}); give a new "
             "--workdir, or the old values to go on with it"
         )
+    return there["benchmarks"]
 
 
 def _identity(header: dict[str, Any]) -> dict[str, Any]:

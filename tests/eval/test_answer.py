@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from opd_jax.eval.answer import Found, close, find, letters, number, parts
+from opd_jax.eval.answer import Found, close, find, letters, number, parts, same_letters
 
 pytestmark = pytest.mark.short
 
@@ -90,3 +90,15 @@ def test_letters_leaves_out_what_only_looks():
     assert letters(r"$\left( 3, \dfrac{\pi}{2} \right)$.") == r"(3,\frac{\pi}{2})"
     assert letters(r"\leftarrow") == r"\leftarrow"
     assert letters("1 000") == "1000"
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "same"),
+    [
+        ("5", "5", True), ("x = 5", "5", True), (r"\lambda=5", "5", True), ("x=5", "x = 5", True),
+        ("5", "x=5", False), ("y=5", "x=5", False), ("2x=5", "5", False), ("x=y=5", "5", False),
+        ("x=", "", False), ("", "", True),
+    ],
+)  # fmt: skip
+def test_same_letters(answer, gold, same):
+    assert same_letters(answer, gold) is same

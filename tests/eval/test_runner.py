@@ -153,6 +153,7 @@ def test_several_benchmarks_and_a_file_of_ones_own(tmp_path):
         str(tmp_path / "run"), command=[],
     )  # fmt: skip
     assert list(report["results"]) == ["mine"]
+    assert list(report["benchmarks"]) == ["tiny", "mine"]  # what was asked stays known
     assert (tmp_path / "run" / "eval" / "mine.jsonl").read_bytes() == before
 
 

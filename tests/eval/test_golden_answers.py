@@ -10,6 +10,7 @@ import pytest
 
 from opd_jax import data
 from opd_jax.eval import Grade, Grader
+from opd_jax.eval.answer import same_letters
 from opd_jax.eval.benchmarks import BENCHMARKS, load
 from opd_jax.eval.boxed import last_boxed
 from tests.eval.real_data import FILES, LUFFY, TRAINING, needs_data
@@ -44,7 +45,10 @@ def test_golden_solutions(name):
     order = list(range(len(problems)))
     draw.shuffle(order)
     # Of large files a part: these are the slow ones, wrong and never the same letters.
-    others = [(pairs[i][0], problems[j].answer) for i, j in enumerate(order[:1000])]
+    drawn = list(enumerate(order[:1000]))
+    # DeepMath asks so often for 0, 1, 2 and Yes that one pair in 17 has equal answers: left out, counted.
+    unequal = [(i, j) for i, j in drawn if not same_letters(problems[i].answer, problems[j].answer)]
+    others = [(pairs[i][0], problems[j].answer) for i, j in unequal]
     with Grader() as grader:
         began = time.perf_counter()
         grades = grader.grade(pairs, rule=rule)
@@ -54,8 +58,10 @@ def test_golden_solutions(name):
              if g is not Grade.CORRECT]  # fmt: skip
     right = 1 - len(wrong) / len(problems)
     chance = sum(grade is Grade.CORRECT for grade in shuffled) / len(others)
-    print(f"{name}: {len(problems)} problems, {right:.2%} CORRECT, {rate:.0f} answers/s; shuffled "
-          f"{chance:.2%} CORRECT; not correct: {wrong}")  # fmt: skip
+    equal = 1 - len(others) / len(drawn)
+    print(
+        f"{name}: {len(problems)} problems, {right:.2%} CORRECT, {rate:.0f} answers/s; shuffled "
+        f"{chance:.2%} CORRECT, another {equal:.2%} had equal answers; not correct: {wrong}"
+    )
     assert right >= 0.995
-    if "aime" not in name:  # whole numbers below 1000
-        assert chance <= 0.03
+    assert chance <= 0.03

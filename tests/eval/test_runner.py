@@ -245,7 +245,7 @@ def test_processes_killed_ten_times_at_random(straight, tmp_path):
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
         while process.poll() is None and not (file.exists() and file.stat().st_size > there):
             time.sleep(0.01)
-        time.sleep(draw.uniform(0, 0.3))
+        time.sleep(draw.uniform(0, 0.05))
         process.kill()
         process.wait()
         seen.append(file.stat().st_size)

@@ -49,13 +49,25 @@ def split(
     parts = []
     start = 0
     while start < len(order):
-        quarters = int(quarters_B[order[start]])
-        widths = [min(math.ceil(whole / 4) * quarters, whole) for whole in (width, teacher_width)]
-        most = max(tokens // max(widths), 1)
-        count = math.ceil(len(order) / math.ceil(len(order) / most))  # even shares
-        parts.append(MicroBatch(order[start : start + count], count, *widths))
-        start += count
+        shape = _shape(int(quarters_B[order[start]]), len(order), width, teacher_width, tokens)
+        parts.append(dataclasses.replace(shape, rows=order[start : start + shape.count]))
+        start += shape.count
     return parts
+
+
+def shapes(batch: int, *, width: int, tokens: int, teacher_width: int = 0) -> list[MicroBatch]:
+    """Every micro-batch, without rows, that `split` makes of `batch` rows of whatever lengths."""
+    found = [_shape(quarters, batch, width, teacher_width, tokens) for quarters in (4, 3, 2, 1)]
+    unique = {(part.count, part.width, part.teacher_width): part for part in found}
+    return list(unique.values())
+
+
+def _shape(quarters: int, batch: int, width: int, teacher_width: int, tokens: int) -> MicroBatch:
+    """The micro-batch of rows of so many quarters of the widths."""
+    widths = [min(math.ceil(whole / 4) * quarters, whole) for whole in (width, teacher_width)]
+    most = max(tokens // max(widths), 1)
+    count = math.ceil(batch / math.ceil(batch / most))  # even shares
+    return MicroBatch(np.zeros(0, int), count, *widths)
 
 
 def _quarters(length_B: np.ndarray, width: int) -> np.ndarray:

@@ -15,7 +15,11 @@ from opd_jax.errors import OpdError
 
 FLAGS = flags.FLAGS
 EXIT_USER, EXIT_FLAGS = 1, 2
-HUGE_PAGES = "glibc.malloc.hugetlb=1"  # as GLIBC_TUNABLES
+# As GLIBC_TUNABLES: huge pages, and memory that was freed is kept for the next step.
+ALLOCATOR = (
+    "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:"
+    "glibc.malloc.trim_threshold=1099511627776"
+)
 
 
 def define_config(default: str, *, fields: Callable[[], ConfigDict] = training_fields) -> None:
@@ -43,7 +47,7 @@ def main(
     `fields` makes the tree that the entry point's config files start from. With `names`, the first
     argument must be one of them, and `run` is called with it.
     """
-    _use_huge_pages()
+    _set_allocator()
     app.run(
         lambda rest: _guarded(functools.partial(run, *rest[1:])),
         flags_parser=functools.partial(_parse, fields=fields, names=names),
@@ -79,14 +83,15 @@ def _guarded(run: Callable[[], None]) -> None:
         _fail(str(error), EXIT_USER)
 
 
-def _use_huge_pages() -> None:
-    """Start again with glibc told to ask for huge pages, where GLIBC_TUNABLES says nothing yet.
+def _set_allocator() -> None:
+    """Start again with `ALLOCATOR` as glibc's settings, where GLIBC_TUNABLES says nothing yet.
 
-    On a CPU every step takes and returns gigabytes; in pages of 4 KiB that cost a quarter of its time
-    (docs/benchmarks.md). glibc reads the variable only when a process starts. Elsewhere: no effect.
+    On a CPU every step takes and frees gigabytes; getting them from the system anew, in pages of
+    4 KiB, cost a quarter of its time (docs/benchmarks.md). glibc reads the variable only when a
+    process starts; other C libraries ignore it.
     """
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-        os.environ["GLIBC_TUNABLES"] = HUGE_PAGES
+        os.environ["GLIBC_TUNABLES"] = ALLOCATOR
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 

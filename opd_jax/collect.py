@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -11,7 +11,9 @@ import numpy as np
 from opd_jax import data, metrics, models, repetition, rows, scoring
 from opd_jax.clock import Clock
 from opd_jax.eval.grade import Grade, Grader
+from opd_jax.programs import Program
 from opd_jax.rollout import generate
+from opd_jax.rollout import programs as rollout_programs
 from opd_jax.setup import Setup
 from opd_jax.types import Rollout, Scores, TeacherRows
 
@@ -46,7 +48,7 @@ class Collector:
         self.setup, self.config, self.grader = setup, setup.config, grader
         self.scored_V = None if setup.alignment.scored.all() else setup.alignment.scored
         self.drawn_V = None if setup.alignment.drawn.all() else setup.alignment.drawn
-        self._background = ThreadPoolExecutor(max_workers=1)  # waits for the grading processes
+        self._background = ThreadPoolExecutor(max_workers=1)  # reads the texts
 
     def collect(
         self,
@@ -59,17 +61,16 @@ class Collector:
         clock: Clock,
     ) -> Experience:
         """Roll out, score, grade. `student` and `teacher` are in the dtypes they compute in."""
-        setup, group = self.setup, self.config.rollout.samples_per_prompt
+        group = self.config.rollout.samples_per_prompt
         rollout = self._rollout(student, prompts, key)
         clock.lap("rollout", rollout.response_length_B.sum())
-        texts = [setup.tokenizer.decode(rollout.response(i)) for i in range(len(rollout.length_B))]
-        answers = [problem.answer for problem in problems for _ in range(group)]
-        grading = self._start_grading(texts, answers)
+        # Before the texts are read: a tokenizer is not for two threads at a time.
         teacher_rows = self._teacher_rows(rollout, problems)
+        answers = [problem.answer for problem in problems for _ in range(group)]
+        reading = self._background.submit(self._read, rollout, answers)  # while the models score
         scores = self._score(student, teacher, rollout, teacher_rows)
         clock.lap("score", rollout.response_length_B.sum())
-        grades = None if grading is None else grading.result()
-        return self.understand(rollout, scores, teacher_rows, texts, grades)
+        return self.understand(rollout, scores, teacher_rows, *reading.result())
 
     def understand(
         self,
@@ -116,28 +117,56 @@ class Collector:
             stops_on_repetition=rollout.stop_on_repetition > 0,
         )  # fmt: skip
 
+    def programs(self, student: models.Params, teacher: models.Params | None) -> list[Program]:
+        """All that `collect` compiles, whatever the prompts; models may be shapes and dtypes alone."""
+        rollout, setup = self.config.rollout, self.setup
+        batch = rollout.prompts_per_step * rollout.samples_per_prompt
+        return [
+            *rollout_programs(student, setup.student, batch, **self._generation),
+            *scoring.programs(
+                student, setup.student, teacher, setup.teacher, batch, setup.width,
+                teacher_width=setup.teacher_width if setup.separate_prompts else 0,
+                microbatch_tokens=self.config.optim.microbatch_tokens, **self.scoring,
+            ),
+        ]  # fmt: skip
+
+    @property
+    def _generation(self) -> dict[str, Any]:
+        """How the student's rollouts are made."""
+        section, alignment = self.config.rollout, self.setup.alignment
+        return {
+            "max_prompt_tokens": section.max_prompt_tokens,
+            "max_response_tokens": section.max_response_tokens,
+            "slots": section.slots or None,
+            "temperature": section.temperature,
+            "top_p": section.top_p,
+            "top_k": section.top_k,
+            "stop_ids": alignment.stop_ids,
+            "vocabulary": alignment.vocabulary,
+            "drawn_V": self.drawn_V,
+            "scored_V": self.scored_V,
+            "stop_on_repetition": section.stop_on_repetition,
+            "repetition_period": section.repetition_period,
+        }
+
+    @property
+    def scoring(self) -> dict[str, Any]:
+        """What is asked of both models about them."""
+        config = self.config
+        return {
+            "vocabulary": self.setup.alignment.vocabulary,
+            "top_k": config.scoring.overlap_top_k,
+            "token_chunk": config.scoring.token_chunk,
+            "scored_V": self.scored_V,
+            "support": self.setup.terms.scored_support,
+        }
+
     def _rollout(
         self, student: models.Params, prompts: Sequence[Sequence[int]], key: jax.Array
     ) -> Rollout:
-        section, alignment = self.config.rollout, self.setup.alignment
-        return generate(
-            student,
-            self.setup.student,
-            [prompt for prompt in prompts for _ in range(section.samples_per_prompt)],
-            key=key,
-            max_response_tokens=section.max_response_tokens,
-            temperature=section.temperature,
-            top_p=section.top_p,
-            top_k=section.top_k,
-            stop_ids=alignment.stop_ids,
-            slots=section.slots or None,
-            stop_on_repetition=section.stop_on_repetition,
-            repetition_period=section.repetition_period,
-            max_prompt_tokens=section.max_prompt_tokens,
-            vocabulary=alignment.vocabulary,
-            drawn_V=self.drawn_V,
-            scored_V=self.scored_V,
-        )
+        group = self.config.rollout.samples_per_prompt
+        grouped = [prompt for prompt in prompts for _ in range(group)]
+        return generate(student, self.setup.student, grouped, key=key, **self._generation)
 
     def _teacher_rows(
         self, rollout: Rollout, problems: Sequence[data.Problem]
@@ -162,25 +191,16 @@ class Collector:
         teacher_rows: TeacherRows | None,
     ) -> Scores:
         """Student and teacher on the rollouts; the student alone where no term asks the teacher."""
-        setup, config = self.setup, self.config
         return scoring.score(
-            student,
-            setup.student,
-            teacher,
-            setup.teacher,
-            rollout.tokens_BT,
-            rollout.length_B,
-            vocabulary=setup.alignment.vocabulary,
-            top_k=config.scoring.overlap_top_k,
-            token_chunk=config.scoring.token_chunk,
-            microbatch_tokens=config.optim.microbatch_tokens,
-            teacher_rows=teacher_rows,
-            scored_V=self.scored_V,
-            support=setup.terms.scored_support,
-        )
+            student, self.setup.student, teacher, self.setup.teacher,
+            rollout.tokens_BT, rollout.length_B, teacher_rows=teacher_rows,
+            microbatch_tokens=self.config.optim.microbatch_tokens, **self.scoring,
+        )  # fmt: skip
 
-    def _start_grading(self, texts: list[str], answers: list[Any]) -> Future | None:
-        """Grades of the rollouts, made by other processes while the models score; None without answers."""
+    def _read(self, rollout: Rollout, answers: list[Any]) -> tuple[list[str], list[Grade] | None]:
+        """Texts of the responses, and their grades, made by other processes; None without answers."""
+        decode = self.setup.tokenizer.decode
+        texts = [decode(rollout.response(i)) for i in range(len(rollout.length_B))]
         if not all(answers):
-            return None
-        return self._background.submit(self.grader.grade, list(zip(texts, answers, strict=True)))
+            return texts, None
+        return texts, list(self.grader.grade(list(zip(texts, answers, strict=True))))

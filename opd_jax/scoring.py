@@ -17,6 +17,7 @@ import numpy as np
 from opd_jax import batching, losses, supports
 from opd_jax.models import decoder
 from opd_jax.models.architecture import ModelConfig
+from opd_jax.programs import Program
 from opd_jax.shapes import check_shapes
 from opd_jax.types import Array, Scores, Support, TeacherRows
 
@@ -176,6 +177,40 @@ def score(
     out = jax.tree.map(empty, measured[0][1])
     for part, scores in measured:  # fetched when all are under way
         jax.tree.map(partial(batching.scatter, part=part), out, scores)
+    return out
+
+
+def programs(
+    student: decoder.Params,
+    student_config: ModelConfig,
+    teacher: decoder.Params | None,
+    teacher_config: ModelConfig | None,
+    batch: int,
+    width: int,
+    *,
+    microbatch_tokens: int,
+    teacher_width: int = 0,
+    scored_V: Array | None = None,
+    **settings: Any,
+) -> list[Program]:
+    """All that `score` compiles for `batch` rows of `width`, whatever their lengths.
+
+    `teacher_width` is that of the teacher's own rows, 0 where it has none; the models may be shapes
+    and dtypes alone.
+    """
+    out = []
+    for part in batching.shapes(
+        batch, width=width, tokens=microbatch_tokens, teacher_width=teacher_width
+    ):
+        length_B = np.zeros(part.count, np.int32)
+        tokens_BT = np.zeros((part.count, part.width), np.int32)
+        other = None
+        if teacher_width:
+            theirs_BT = np.zeros((part.count, part.teacher_width), np.int32)
+            other = TeacherRows(tokens_BT=theirs_BT, length_B=length_B, offset_B=length_B)
+        models = (student, student_config, teacher, teacher_config)
+        given = (*models, tokens_BT, length_B, other, scored_V)
+        out.append(Program(f"score {part.count} x {part.width}", score_part, given, settings))
     return out
 
 

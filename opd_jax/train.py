@@ -17,6 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from opd_jax import (
+    ahead,
     checkpoint,
     data,
     display,
@@ -37,6 +38,7 @@ from opd_jax.eval.grade import Grader
 from opd_jax.keys import Stream, key_for
 from opd_jax.loading import Weights, load_weights
 from opd_jax.models import decoder
+from opd_jax.programs import Program
 from opd_jax.rules import BEST
 from opd_jax.setup import Setup, compute_dtype, make_setup
 from opd_jax.types import Frozen, RolloutRows, TrainState
@@ -164,6 +166,11 @@ class _Run:
         """Steps from where the run stands to `steps`, with evaluations, logs and checkpoints."""
         config, step = self.config, self.first
         progress = display.Progress(config.steps, step)
+        if ahead.worthwhile():
+            programs = self._programs()
+            progress.say(
+                f"{len(programs)} programs compiled in {ahead.compile_all(programs):.1f} s"
+            )
         if step:
             progress.say(f"resumed at step {step}")
         else:
@@ -233,6 +240,26 @@ class _Run:
         self.samples.go_back(step)
         return step
 
+    def _programs(self) -> list[Program]:
+        """All that the steps of this run compile."""
+        setup, terms = self.setup, self.setup.terms
+        state = jax.eval_shape(lambda state: state, self.state)
+        student = jax.eval_shape(partial(_cast, dtype=self.dtype), state.params)
+        teacher = jax.eval_shape(self._teacher_now, student)
+        rollout_rows = golden_rows = None
+        if terms.needs_rollouts:
+            rollout_rows = ahead.blank_rollout_rows(setup, student, teacher, self.collector.scoring)
+        if terms.needs_golden:
+            golden_rows = ahead.blank_golden_rows(setup)
+        frozen = Frozen(self.reference, teacher if terms.teacher_in_update else None)
+        frozen = jax.eval_shape(lambda frozen: frozen, frozen)
+        given = (state.params, frozen, rollout_rows, golden_rows, self._weights())
+        return [
+            *(self.collector.programs(student, teacher) if terms.needs_rollouts else []),
+            *self.accumulate.programs(*given),
+            self.update.program(state),
+        ]
+
     def _weights(self) -> dict[str, float]:
         """The weight of each term, as configured or as the guard has raised it."""
         beta_kl, lambda_gold = guard.terms(self.guard, self.rules)
@@ -244,7 +271,7 @@ class _Run:
         clock = Clock()
         row: Summary = {}
         lines: list[dict] = []
-        rollout_rows = golden_rows = None
+        rollout_rows = golden_rows = given = None
         prompts = setup.student_style.prompts(problems, setup.tokenizer)
         golden = self._golden(problems) if self._weights()["sft"] else []
         if terms.needs_rollouts:
@@ -255,13 +282,14 @@ class _Run:
                 student, teacher, problems, prompts, key=key, clock=clock
             )
             del student, teacher  # the update donates the state they may share
-            row |= self.collector.measure(given)
-            clock.lap("measure")
             rollout_rows, lines = self._rollout_rows(step, given)
         if golden:
             batch = data.golden_rows(prompts, golden, width=setup.width)
             golden_rows = rows.golden_rows(*batch, weigh=self.weigh_golden)
-        row |= self._update(step, rollout_rows, golden_rows)
+        under_way = self._update(step, rollout_rows, golden_rows)
+        if given is not None:  # looked at while the device updates
+            row |= self.collector.measure(given)
+        row |= _means(under_way)
         clock.lap("update", row.get("rollout/tokens", 0.0) + sum(map(len, golden)))
         row |= clock.row()
         row["optim/learning_rate"] = float(
@@ -311,8 +339,9 @@ class _Run:
         texts = [problem.solution for problem in problems]
         return [[*ids, self.setup.golden_end] for ids in self.setup.tokenizer.encode_all(texts)]
 
-    def _update(self, step: int, rollout_rows: Any, golden_rows: Any) -> dict[str, float]:
-        """`updates_per_rollout` optimizer steps, each on its share of the prompts; mean measurements."""
+    def _update(self, step: int, rollout_rows: Any, golden_rows: Any) -> list[dict[str, jax.Array]]:
+        """`updates_per_rollout` optimizer steps, each on its share of the prompts, begun; measurements
+        of each. Those of the gradients apart are of the first."""
         parts, every = self.config.optim.updates_per_rollout, self.config.log.gradients
         weights = self._weights()
         measured = []
@@ -330,10 +359,8 @@ class _Run:
             if every and step % every == 0 and i == 0:
                 apart = update.term_gradients(self.accumulate, self.state.params, *given)
             self.state, some = self.update(self.state, *given)
-            measured.append(some)
-        rows_of_parts = jax.device_get(measured)
-        means = {name: float(np.mean([m[name] for m in rows_of_parts])) for name in measured[0]}
-        return means | {name: float(x) for name, x in jax.device_get(apart).items()}
+            measured.append(some | apart)
+        return measured
 
     def _evaluate(self, step: int | str) -> Summary:
         """Held-out answers of the student as it is, or of the "teacher", written to eval/STEP/.
@@ -411,6 +438,15 @@ class _Run:
 def _cast(params: models.Params, dtype: jnp.dtype) -> models.Params:
     """The weights in the dtype to compute in; the very same arrays where that is theirs already."""
     return jax.tree.map(lambda w: w if w.dtype == dtype else w.astype(dtype), params)
+
+
+def _means(measured: list[dict[str, jax.Array]]) -> Summary:
+    """The mean of each measurement over the parts that have it; waits for the device."""
+    fetched = jax.device_get(measured)
+    return {
+        name: float(np.mean([part[name] for part in fetched if name in part]))
+        for name in fetched[0]
+    }
 
 
 def _require_finite(step: int, row: dict[str, float]) -> None:

@@ -1,5 +1,6 @@
 """One optimizer step: gradients summed over micro-batches, then Optax; every buffer is donated."""
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -12,16 +13,14 @@ import optax
 from opd_jax import batching
 from opd_jax.models import decoder
 from opd_jax.objectives import ON_GOLDEN, ON_ROLLOUTS, GoldenLoss, Parts, RolloutLoss
+from opd_jax.programs import Program
 from opd_jax.types import Frozen, GoldenRows, RolloutRows, TrainState
 
 Weights = Mapping[str, float]
+Rows = RolloutRows | GoldenRows | None
 Accumulate = Callable[
     [Any, Frozen, RolloutRows | None, GoldenRows | None, Weights],
     tuple[Any, dict[str, jax.Array]],
-]
-Update = Callable[
-    [TrainState, Frozen, RolloutRows | None, GoldenRows | None, Weights],
-    tuple[TrainState, dict[str, jax.Array]],
 ]
 
 
@@ -69,42 +68,37 @@ def init_state(
     )
 
 
-def make_accumulate(
-    rollout_loss: RolloutLoss | None,
-    golden_loss: GoldenLoss | None,
-    *,
-    microbatch_tokens: int,
-    dtype: jnp.dtype,
-) -> Accumulate:
-    """accumulate(params, frozen, rollout_rows, golden_rows, weights) -> (gradient, loss and its parts).
+@dataclasses.dataclass(frozen=True)
+class Gradients:
+    """gradients(params, frozen, rollout_rows, golden_rows, weights) -> (gradient, loss and its parts).
 
     Rows (host arrays) go through in micro-batches of like length (batching.split); because every
     token carries its share of the global mean, the sum of their gradients is the gradient of the
     whole batch. `weights` (by term) are arguments of the compiled function: other ones cost no
-    compilation, and rows all of whose terms have weight 0 are not passed through. The forward and
-    backward passes compute in `dtype`; master weights and gradients are float32.
+    compilation, and rows all of whose terms have weight 0 are not passed through.
     """
-    on_rollouts = make_add(rollout_loss, dtype) if rollout_loss else None
-    on_golden = make_add(_without_frozen(golden_loss), dtype) if golden_loss else None
 
-    def accumulate(
+    on_rollouts: Callable | None
+    on_golden: Callable | None
+    microbatch_tokens: int
+
+    def __call__(
+        self,
         params: Any,
         frozen: Frozen,
         rollout_rows: RolloutRows | None,
         golden_rows: GoldenRows | None,
         weights: Weights,
     ) -> tuple[Any, dict[str, jax.Array]]:
+        """The sum over all micro-batches."""
         grads, sums = _zeros_like(params), {"total": jnp.zeros(())}
-        for add, terms, rows in (
-            (on_rollouts, ON_ROLLOUTS, rollout_rows), (on_golden, ON_GOLDEN, golden_rows)
-        ):  # fmt: skip
-            mine = {name: weights[name] for name in terms}
-            if add is None or rows is None or not any(mine.values()):
+        for _, add, rows, mine in self._kinds(rollout_rows, golden_rows, weights):
+            if not any(mine.values()):
                 continue
             for part in batching.split(
                 rows.length_B,
                 width=rows.tokens_BT.shape[1],
-                tokens=microbatch_tokens,
+                tokens=self.microbatch_tokens,
                 teacher=getattr(rows, "teacher", None),
             ):
                 value, parts, grads = add(params, frozen, _gather(rows, part), mine, grads)
@@ -112,16 +106,92 @@ def make_accumulate(
                     sums[name] = sums.get(name, 0.0) + x
         return grads, sums
 
-    return accumulate
+    def programs(
+        self, params: Any, frozen: Frozen, rollout_rows: Rows, golden_rows: Rows, weights: Weights
+    ) -> list[Program]:
+        """All that is compiled for rows like these, whatever their lengths."""
+        out = [Program("zero gradients", _zeros_like, (params,))]
+        for name, add, rows, mine in self._kinds(rollout_rows, golden_rows, weights):
+            teacher = getattr(rows, "teacher", None)
+            for part in batching.shapes(
+                len(rows.length_B),
+                width=rows.tokens_BT.shape[1],
+                tokens=self.microbatch_tokens,
+                teacher_width=0 if teacher is None else teacher.tokens_BT.shape[1],
+            ):
+                given = (params, frozen, _gather(rows, part), mine, params)
+                out.append(Program(f"gradient on {name} {part.count} x {part.width}", add, given))
+        return out
+
+    def _kinds(
+        self, rollout_rows: Rows, golden_rows: Rows, weights: Weights
+    ) -> list[tuple[str, Callable, Any, Weights]]:
+        """Name, program, rows and weights of each kind of rows that there is."""
+        return [
+            (name, add, rows, {term: weights[term] for term in terms})
+            for name, add, terms, rows in (
+                ("rollouts", self.on_rollouts, ON_ROLLOUTS, rollout_rows),
+                ("golden", self.on_golden, ON_GOLDEN, golden_rows),
+            )
+            if add is not None and rows is not None
+        ]
+
+
+def make_accumulate(
+    rollout_loss: RolloutLoss | None,
+    golden_loss: GoldenLoss | None,
+    *,
+    microbatch_tokens: int,
+    dtype: jnp.dtype,
+) -> Gradients:
+    """The gradient of the losses; see `Gradients`.
+
+    The forward and backward passes compute in `dtype`; master weights and gradients are float32.
+    """
+    return Gradients(
+        on_rollouts=make_add(rollout_loss, dtype) if rollout_loss else None,
+        on_golden=make_add(_without_frozen(golden_loss), dtype) if golden_loss else None,
+        microbatch_tokens=microbatch_tokens,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """update(state, frozen, rollout_rows, golden_rows, weights) -> (state, metrics); `state` is donated.
+
+    A non-finite gradient leaves parameters and optimizer untouched and is reported as
+    `optim/grad_norm`.
+    """
+
+    accumulate: Accumulate
+    apply: Callable
+
+    def __call__(
+        self,
+        state: TrainState,
+        frozen: Frozen,
+        rollout_rows: RolloutRows | None,
+        golden_rows: GoldenRows | None,
+        weights: Weights,
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """One optimizer step."""
+        grads, sums = self.accumulate(state.params, frozen, rollout_rows, golden_rows, weights)
+        state, norm = self.apply(state, grads, sums["total"])
+        metrics = {f"loss/{name}": value for name, value in sums.items()}
+        return state, metrics | {"optim/grad_norm": norm}
+
+    def program(self, state: TrainState) -> Program:
+        """What follows the gradient."""
+        total = jax.ShapeDtypeStruct((), jnp.float32)
+        return Program("optimizer", self.apply, (state, state.params, total))
 
 
 def make_update(
     tx: optax.GradientTransformation, accumulate: Accumulate, *, decay: float = 0.0
 ) -> Update:
-    """update(state, frozen, rollout_rows, golden_rows, weights) -> (state, metrics); `state` is donated.
+    """The step of the optimizer `tx` on the gradient of `accumulate`.
 
-    `decay` is that of the moving average, where the state has one. A non-finite gradient leaves
-    parameters and optimizer untouched and is reported as `optim/grad_norm`.
+    `decay` is that of the moving average, where the state has one.
     """
 
     @partial(jax.jit, donate_argnums=(0,))
@@ -137,19 +207,7 @@ def make_update(
         new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
         return new.replace(step=state.step + 1), norm
 
-    def update(
-        state: TrainState,
-        frozen: Frozen,
-        rollout_rows: RolloutRows | None,
-        golden_rows: GoldenRows | None,
-        weights: Weights,
-    ) -> tuple[TrainState, dict[str, jax.Array]]:
-        grads, sums = accumulate(state.params, frozen, rollout_rows, golden_rows, weights)
-        state, norm = apply(state, grads, sums["total"])
-        metrics = {f"loss/{name}": value for name, value in sums.items()}
-        return state, metrics | {"optim/grad_norm": norm}
-
-    return update
+    return Update(accumulate, apply)
 
 
 def term_gradients(
@@ -192,7 +250,7 @@ def make_add(loss: Callable, dtype: jnp.dtype) -> Callable:
         return sum((weights[name] * x for name, x in parts.items()), jnp.zeros(())), parts
 
     @partial(jax.jit, donate_argnums=(4,))
-    def add(params: Any, frozen: Frozen, rows: Any, weights: Any, grads: Any) -> tuple:
+    def add_gradient(params: Any, frozen: Frozen, rows: Any, weights: Any, grads: Any) -> tuple:
         # The layers' gradients are added by the decoder (models/summing.py), the others' here.
         own, grads = dict(params), dict(grads)
         layers, sums = own.pop("layers", {}), grads.pop("layers", {})
@@ -202,7 +260,7 @@ def make_add(loss: Callable, dtype: jnp.dtype) -> Callable:
         grads = jax.tree.map(jnp.add, grads, new) | ({"layers": sums} if layers else {})
         return value, parts, grads
 
-    return add
+    return add_gradient
 
 
 def _gather(rows: Any, part: batching.MicroBatch) -> Any:

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from opd_jax import cli
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 
@@ -82,7 +84,7 @@ def test_compiled_programs_are_kept_between_runs(told, tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
 @pytest.mark.parametrize("told", [None, "glibc.malloc.check=0"])
-def test_the_allocator_asks_for_huge_pages_unless_told_otherwise(told, tmp_path):
+def test_the_allocator_is_set_unless_told_otherwise(told, tmp_path):
     """The command starts itself again: once, with the same arguments, in the same process."""
     script = tmp_path / "entry.py"
     script.write_text(
@@ -98,5 +100,5 @@ def test_the_allocator_asks_for_huge_pages_unless_told_otherwise(told, tmp_path)
     )  # fmt: skip
     out, _ = started.communicate(timeout=120)
     assert out.split() == [
-        str(started.pid), told or "glibc.malloc.hugetlb=1", "--stderrthreshold=info"
+        str(started.pid), told or cli.ALLOCATOR, "--stderrthreshold=info"
     ]  # fmt: skip

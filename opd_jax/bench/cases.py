@@ -177,10 +177,7 @@ def updating(
     """Forward, backward and AdamW over full rows."""
     given = workloads.random_rows(config, rows, width)
     with watch_memory() as peak:
-        learner = workloads.Learner(
-            config, dtype,
-            remat=remat, microbatch_tokens=bench.microbatch_tokens, token_chunk=bench.token_chunk,
-        )  # fmt: skip
+        learner = _learner(bench, config, dtype, remat)
 
         def run() -> Any:
             return learner.update(given), learner.state.params
@@ -208,10 +205,7 @@ def whole_step(
     """Roll out, score, update; every response fills its budget."""
     prompts = workloads.prompts_at_random(config, batch, prompt)
     with watch_memory() as peak:
-        learner = workloads.Learner(
-            config, dtype,
-            remat=remat, microbatch_tokens=bench.microbatch_tokens, token_chunk=bench.token_chunk,
-        )  # fmt: skip
+        learner = _learner(bench, config, dtype, remat)
 
         def run() -> Any:
             made = workloads.step(
@@ -250,6 +244,13 @@ def decode_seconds(
 def decode_point(row: Row, *, prompt: int, steps: int) -> tuple[float, float]:
     """Mean positions a sequence, and seconds, of a step of a `decoding` row."""
     return prompt + _SHORT + (steps - 1) / 2, (row.median_s or 0.0) / steps
+
+
+def _learner(bench: Bench, config: ModelConfig, dtype: Any, remat: str) -> workloads.Learner:
+    return workloads.Learner(
+        config, dtype,
+        remat=remat, microbatch_tokens=bench.microbatch_tokens, token_chunk=bench.token_chunk,
+    )  # fmt: skip
 
 
 def _evenly(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from opd_jax import objectives, scoring, update
-from opd_jax.bench import reference, workloads
+from opd_jax.bench import reference
 from opd_jax.bench.measure import Row, make_check
 from opd_jax.models import ModelConfig, decoder
 from opd_jax.objectives import Terms
@@ -75,7 +75,7 @@ def gradients(dtype: str) -> list[Row]:
         CONFIG,
         vocabulary=CONFIG.vocab_size,
         token_chunk=256,
-        remat=workloads.remat_policies()["none"],
+        remat="none",
     )
     accumulate = update.make_accumulate(
         None, loss, microbatch_tokens=len(rows) * WIDTH, dtype=jnp.dtype(dtype)

@@ -13,6 +13,7 @@ from opd_jax.bench.measure import Row, Timing, make_row
 from opd_jax.bench.runner import Case, Options, on_gpu, run_cases
 from opd_jax.errors import ConfigError
 from opd_jax.models import ModelConfig
+from opd_jax.models.remat import POLICIES
 
 QWEN_1_5B = ModelConfig(
     model_type="qwen2", vocab_size=151_936, hidden_size=1536, intermediate_size=8960, num_layers=28,
@@ -133,7 +134,7 @@ def _speed(bench: Bench, sizes: Sizes) -> list[Case]:
         return [dataclasses.replace(found[0], note="1.5B and 7B; remat full")]
 
     many, few = sizes.slots
-    policies = sorted(workloads.remat_policies(), key=lambda name: name == "none")  # largest last
+    policies = sorted(POLICIES, key=lambda name: name == "none")  # largest last
     return [
         Case("ceilings", "", machine),
         decoding(student, "1.5B", many, sizes.prompt),

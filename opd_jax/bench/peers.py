@@ -202,7 +202,7 @@ def difference(theirs: Answer, ours: Answer) -> str:
 def answer(python: str, script: pathlib.Path, flags: Flags, *, timeout_s: float) -> Answer:
     """What a script prints last, as JSON; {"error": its last line of complaint} where it fails."""
     environment = {name: x for name, x in os.environ.items() if name != "PYTHONPATH"}
-    environment.setdefault("GLIBC_TUNABLES", cli.HUGE_PAGES)  # for both sides
+    environment.setdefault("GLIBC_TUNABLES", cli.ALLOCATOR)  # for both sides
     if script.name.startswith("ours_"):
         environment["PYTHONPATH"] = str(REPOSITORY)
     command = [python, str(script), *_arguments(flags)]

@@ -133,13 +133,6 @@ def score(
     )  # fmt: skip
 
 
-def remat_policies() -> dict[str, Any]:
-    """What `optim.remat` can be, by name."""
-    if isinstance(training.default().optim.remat, str):
-        return {name: name for name in ("none", "attention", "dots", "full")}
-    return {"none": False, "full": True}
-
-
 class Learner:
     """A student in training: master weights and AdamW's state, and the compiled update."""
 
@@ -156,7 +149,7 @@ class Learner:
         tx = update.make_optimizer(section, 1000)
         loss = objectives.make_rollout_loss(
             TERMS, config, Frozen(),
-            vocabulary=config.vocab_size, token_chunk=token_chunk, remat=remat_policies()[remat],
+            vocabulary=config.vocab_size, token_chunk=token_chunk, remat=remat,
         )  # fmt: skip
         accumulate = update.make_accumulate(
             loss, None, microbatch_tokens=microbatch_tokens, dtype=jnp.dtype(dtype)

@@ -49,7 +49,7 @@ class Best:
         config = (self._workdir / "config.json").read_bytes()
         (self._folder / "config.json").write_bytes(config)
         with Checkpoints(self._folder, keep=1) as saved:
-            saved.delete_after(step)  # of before a rollback; Orbax keeps what is newest
+            saved.delete_after(step - 1)  # of before a rollback, this step's too
             save(saved)
         record = self._folder / "best.json"
         whole = record.with_suffix(".tmp")  # the record appears whole, after what it speaks of

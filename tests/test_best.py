@@ -6,10 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from opd_jax import checkpoint, train
+from opd_jax import checkpoint, data, train
 from opd_jax.best import Best
 from opd_jax.errors import ConfigError
 from opd_jax.export import export
+from opd_jax.types import TrainState
 from tests.test_train import folders, small  # noqa: F401 (a fixture)
 
 
@@ -43,6 +44,23 @@ def test_what_is_kept(tmp_path):
         Best(tmp_path / "a", metric="accuracy", more=True).offer(
             9, {"length_mean": 1.0}, Saved()(9)
         )
+
+
+def test_a_step_that_comes_again_after_a_rollback_is_written_again(tmp_path):
+    """A run that went back and came to the step of the best by another way, and does better there."""
+    (tmp_path / "config.json").write_text("{}")
+    problems = data.open_problems("tiny:train", field="data.train", size=9)
+    batches = data.make_batches(problems, batch=2, seed=0, shuffle=True)
+    for step, value in ((20, 0.5), (20, 0.6), (10, 0.7)):
+        state = TrainState(np.int32(step), {"w": np.full(3, value)}, ())
+        Best(tmp_path, metric="accuracy", more=True).offer(
+            step, {"accuracy": value},
+            lambda saved, step=step, state=state: saved.save(step, state, batches, guard=""),
+        )  # fmt: skip
+        with checkpoint.Checkpoints(tmp_path / "best", keep=1) as saved:
+            assert saved.steps == [step]
+            got = saved.restore(step, state, batches)
+        np.testing.assert_array_equal(got.params["w"], state.params["w"])
 
 
 def test_a_run_keeps_its_best_and_trains_as_without(folders, tmp_path):  # noqa: F811

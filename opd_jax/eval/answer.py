@@ -12,14 +12,15 @@ from opd_jax.eval.boxed import boxed_answer
 # What is done where a text has no box, by name and in the order given (config: eval.fallbacks).
 # answer_line: DAPO's prompt asks for a last line "Answer: $Answer" (2604.13016, section 5.2).
 # after_think: LUFFY's reward reads the text after </think>, whatever stands in it.
-FALLBACKS = ("answer_line", "after_think")
+# last_number: the last resort of Qwen2.5-Math (evaluation/parser.py, use_last_number).
+FALLBACKS = ("answer_line", "after_think", "last_number")
 # plain: math-verify's own. units: Minerva, numbers with units and powers of ten, equal within 1e-4 of
 # their size. several: OlympiadBench, lists of answers in any order.
 RULES = ("plain", "units", "several")
 RELATIVE = 1e-4  # Qwen2.5-Math, evaluation/grader.py: isclose(reference, prediction, rel_tol=1e-4)
 
 _LINE = re.compile(r"(?i)\banswer[*_]*\s*[:：][*_]*[ \t]*([^\n]+)")
-_TAIL = 4_000  # characters after </think> that are searched
+_TAIL = 4_000  # characters at the end of a text that are searched
 _LONGEST = 2_000  # of an answer line
 
 
@@ -36,9 +37,9 @@ def find(text: str, fallbacks: tuple[str, ...] = ()) -> Found | None:
     box = boxed_answer(text)
     if box is not None:
         return Found(box)
+    finders = dict(zip(FALLBACKS, (_answer_line, _after_think, _last_number), strict=True))
     for name in fallbacks:
-        found = _answer_line(text) if name == "answer_line" else _after_think(text)
-        if found is not None:
+        if (found := finders[name](text)) is not None:
             return found
     return None
 
@@ -57,6 +58,11 @@ def _after_think(text: str) -> Found | None:
     _, mark, after = text.rpartition("</think>")
     after = after.strip()
     return Found(after[-_TAIL:], free=True) if mark and after else None
+
+
+def _last_number(text: str) -> Found | None:
+    numbers = re.findall(r"-?\d*\.?\d+", text[-_TAIL:].replace(",", ""))
+    return Found(numbers[-1]) if numbers else None
 
 
 _SPACE = re.compile(r"\\[,;:!\s]|\\q?quad(?![a-z])|[~\s]|\\left(?![a-z])|\\right(?![a-z])|\$")

@@ -72,14 +72,8 @@ BENCHMARKS = {
         Benchmark("tiny", "tiny", 200, source="made by rule: opd_jax/data/tiny.py", protocol="plain"),
     )
 }  # fmt: skip
-PAPER = (
-    "math500",
-    "minerva",
-    "olympiad",
-    "amc",
-    "aime24",
-    "aime25",
-)  # columns of 2604.08527, Table 1
+# Columns of 2604.08527, Table 1.
+PAPER = ("math500", "minerva", "olympiad", "amc", "aime24", "aime25")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,21 +99,22 @@ def parse(text: str) -> list[tuple[Benchmark, str]]:
             name, file = re.sub(r"[^\w.-]", "_", pathlib.PurePath(part).name.split(".")[0]), part
         if name == "tiny":
             file = file or "tiny:test"
+        known = BENCHMARKS.get(name) or Benchmark(name, name)
         if not file:
             raise ConfigError(
-                f"eval.benchmarks names {name!r} without a file, wanted {name}=FILE "
-                f"({BENCHMARKS[name].source}); set --config.eval.benchmarks={name}=FILE"
+                f"eval.benchmarks names {name!r} without a file, wanted {name}=FILE ({known.source}); "
+                f"set --config.eval.benchmarks={name}=FILE"
             )
         if not re.fullmatch(r"[\w.-]+", name) or name in (".", ".."):
             raise ConfigError(
                 f"eval.benchmarks names {name!r}, wanted a name of letters, digits, '_', '-' and '.', "
                 "for files are called after it; correct it"
             )
-        if name in (known.name for known, _ in found):
+        if name in (one.name for one, _ in found):
             raise ConfigError(
                 f"eval.benchmarks names {name!r} twice; give one of them another name"
             )
-        found.append((BENCHMARKS.get(name) or Benchmark(name, name), file))
+        found.append((known, file))
     if not found:
         raise ConfigError(
             "eval.benchmarks='' names nothing, wanted NAME=FILE,NAME=FILE,...; known names: "
@@ -138,14 +133,15 @@ def load(
 ) -> Loaded:
     """The problems of a benchmark, each with an answer.
 
-    A file of several benchmarks (LUFFY's valid.all.parquet: a column data_source with more than one
-    value) gives those of its `label`, each problem once. `columns` that are named come before the
-    table's. Raises DataError: see data.open_problems, and for a file of another size than the
-    table's, unless `any_size`.
+    Where the benchmark has a `label`, a file of several (LUFFY's valid.all.parquet: a column
+    data_source with more than one value) gives the problems of that label, each once. `columns` that
+    are named come before the table's. Raises DataError: see data.open_problems, and for a file of
+    another size than the table's, unless `any_size`.
     """
-    made = file.startswith("tiny:")
-    mixed, labels = (False, []) if made else _labels(file)
+    labels = _labels(file) if benchmark.label else []
+    mixed = len(set(labels) - {""}) > 1
     fields = ("problem", "solution", "answer", "id")
+    made = file.startswith("tiny:")
     known = Columns() if mixed or made else _present(benchmark.columns, file)
     chosen = Columns(*(getattr(columns, f) or getattr(known, f) for f in fields))
     opened = data.open_problems(
@@ -157,7 +153,7 @@ def load(
         if benchmark.label not in labels:
             raise DataError(
                 f"{file} holds several benchmarks ({', '.join(sorted(set(labels)))}), none of them "
-                f"called {benchmark.label or benchmark.name!r}; name a file of {benchmark.name} alone"
+                f"called {benchmark.label!r}; name a file of {benchmark.name} alone"
             )
         if skipped:
             raise DataError(f"{file}: rows of several benchmarks cannot be left out; correct them")
@@ -179,13 +175,13 @@ def load(
     return Loaded(benchmark, file, problems, skipped)
 
 
-def _labels(file: str) -> tuple[bool, list[str]]:
-    """Whether a file mixes benchmarks, and the data_source of each of its rows."""
+def _labels(file: str) -> list[str]:
+    """The data_source of each row of a file, "" where it has none."""
     labels = []
     for _, row in stream(file):
         source = None if isinstance(row, RowError) else row.get("data_source")
         labels.append(source if isinstance(source, str) else "")
-    return len(set(labels) - {""}) > 1, labels
+    return labels
 
 
 def _present(columns: Columns, file: str) -> Columns:

@@ -2,7 +2,8 @@
 
 Answers come from models and files, and math-verify evaluates what they say: a tower of powers can
 take forever or eat the memory. So it runs here, under a memory limit, and the parent
-(`grade.Grader`) kills it when an answer takes too long. Kept free of JAX: it starts in a second.
+(`grade.Grader`) kills it when an answer takes too long. A parent that was killed cannot: an alarm
+ends the process then. Kept free of JAX: it starts in a second.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import json
 import logging
 import re
 import resource
+import signal
 import sys
 import warnings
 from typing import Any
@@ -22,6 +24,7 @@ from sympy.core.function import AppliedUndef
 from opd_jax.eval.answer import Found, close, find, letters, number, parts, same_letters
 
 _MEMORY = 4 * 2**30
+_ALONE_S = 600  # for one answer; far more than the parent ever allows
 _PARTS = 40  # answers of a list that are compared one by one
 
 
@@ -81,7 +84,7 @@ def _latex(expression: str) -> str:
     expression = re.sub(
         r"\\(arcsin|arccos|arctan)\s*\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}", r"\\\1(\2)", expression
     )
-    return expression.replace("*", " ")
+    return expression.replace("*", r" \cdot ")
 
 
 def _value(expression: str) -> float | None:
@@ -144,14 +147,19 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
+    grades, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints is no grade
     for line in sys.stdin:
         request = json.loads(line)
+        signal.alarm(
+            _ALONE_S
+        )  # its default ends the process, also in the midst of one long operation
         try:
             found = Found(request["answer"], request["free"])
             outcome = compare(found, request["gold"], request["rule"])
         except (Exception, RecursionError, MemoryError):  # whatever sympy makes of a hostile answer
             outcome = "UNPARSED"
-        print(outcome, flush=True)
+        signal.alarm(0)
+        print(outcome, file=grades, flush=True)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,12 @@ from ml_collections import ConfigDict
 from opd_jax import checkpoint, data, models
 from opd_jax import setup as roles
 from opd_jax.errors import ConfigError, ModelError
-from opd_jax.models import decoder
+from opd_jax.models import cache, decoder
 from opd_jax.workdir import read_config
 
 _FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
           "chat_template.jinja", "*.safetensors")  # fmt: skip
+_SLOTS = 256  # sequences decoded at one time, at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +51,21 @@ class Subject:
             pathlib.Path(self.path), decoder.abstract_params(self.config), step=self.step
         )
         return jax.tree.map(lambda w: jnp.asarray(np.asarray(w), dtype), host)
+
+    def slots(self, tokens: int) -> int:
+        """How many rows of so many tokens to decode at one time: 256, or fewer where memory is short.
+
+        Their caches may take two thirds of what the weights leave of the memory.
+        """
+        dtype = roles.compute_dtype(self.section.dtype)
+        one = _bytes(jax.eval_shape(lambda: cache.init(self.config, 1, tokens, dtype)))
+        weights = sum(w.size for w in jax.tree.leaves(decoder.abstract_params(self.config)))
+        device = jax.local_devices()[0].memory_stats() or {}
+        memory = device.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf(
+            "SC_PHYS_PAGES"
+        )
+        left = memory - weights * jnp.dtype(dtype).itemsize
+        return int(min(max(left * 2 // 3 // one, 1), _SLOTS))
 
     def sha256(self) -> str:
         """Of the files that the model is made of: with it a result says which model it is about."""
@@ -112,6 +128,10 @@ def _is_run(folder: pathlib.Path) -> bool:
     except (OSError, ValueError, RecursionError):
         return (folder / "checkpoints").is_dir()
     return isinstance(found, dict) and isinstance(found.get("student"), dict)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _add(digest: Any, file: pathlib.Path, source: pathlib.Path) -> None:

@@ -56,8 +56,9 @@ PROTOCOLS = {
         Protocol(
             "qwen2.5-math",
             "Qwen2.5-Math, evaluation/sh/eval.sh: --temperature 0 --n_sampling 1 --top_p 1, prompt type "
-            "qwen25-math-cot; 2048 tokens a call (found, its default)",
-            0.0, 1.0, 2048, 1, "{problem}", BOXED,
+            "qwen25-math-cot; 2048 tokens: eval.sh does not set --max_tokens_per_call, whose default in "
+            "evaluation/math_eval.py is 2048; without a box the last number (evaluation/parser.py)",
+            0.0, 1.0, 2048, 1, "{problem}", BOXED, ("last_number",),
         ),
         Protocol(
             "boxed",

@@ -1,10 +1,11 @@
 """launch/evaluate.py: a model on several benchmarks, every answer kept, and the table.
 
-Each answer is drawn with a key of its own, from (seed, benchmark, problem, sample), in batches whose
-members are always the same. So the file of a run that was killed and went on is the file of one that
-was not, byte for byte, and slots change no answer beyond rounding.
+Each answer is drawn with a key of its own, from (seed, prompt, sample), in batches whose members are
+always the same. So the file of a run that was killed and went on is the file of one that was not, byte
+for byte; slots, batches and the order of the problems change no answer beyond rounding.
 """
 
+import collections
 import dataclasses
 import datetime
 import hashlib
@@ -12,11 +13,12 @@ import json
 import pathlib
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from opd_jax import config as configuration
@@ -61,6 +63,10 @@ class Task:
         """Of its prompts' rows."""
         return -(-max(map(len, self.prompts)) // _WIDTH) * _WIDTH
 
+    def slots(self, config: ConfigDict, subject: Subject) -> int:
+        """Sequences decoded at one time."""
+        return config.eval.slots or subject.slots(self.width + budget(config))
+
     @property
     def sha256(self) -> str:
         """Of ids, prompt texts and gold answers: with it a result says what was asked."""
@@ -79,6 +85,12 @@ def run(
     rules.validate_evaluation(config)
     config = config.copy_and_resolve_references()
     config.eval.max_response_tokens = budget(config)
+    known = sorted({row["backbone"] for row in results.baselines()})
+    if config.eval.backbone and config.eval.backbone not in known:
+        raise ConfigError(
+            f"eval.backbone={config.eval.backbone!r}, wanted one of {', '.join(known)}; correct it, or "
+            "leave it out"
+        )
     subject = open_subject(model, config, step=step)
     tasks = make_tasks(config, subject)
     out = pathlib.Path(folder)
@@ -161,7 +173,7 @@ def make_header(config: ConfigDict, subject: Subject, tasks: Sequence[Task]) -> 
             task.benchmark.name: {
                 "file": task.file, "problems": len(task.problems), "samples": task.samples,
                 "rule": task.benchmark.rule, "left_out": task.skipped, "sha256": task.sha256,
-                "first_prompt": task.texts[0],
+                "slots": task.slots(config, subject), "first_prompt": task.texts[0],
             }
             for task in tasks
         },
@@ -226,7 +238,9 @@ class _Evaluation:
             for task in tasks:
                 rows = self.one(task, grader)
                 found[task.benchmark.name] = results.summary(rows, task.samples)
-        backbone = self.config.eval.backbone or results.backbone_of(self.subject.path)
+        backbone = self.config.eval.backbone or results.backbone_of(
+            f"{self.subject.path} {self.subject.section.path}"
+        )
         table = results.comparison(self.subject.name, found, backbone)
         report = self.header | {
             "results": found, "table": table,
@@ -245,30 +259,45 @@ class _Evaluation:
 
     def one(self, task: Task, grader: Grader) -> list[dict[str, Any]]:
         """The answers of one benchmark: those that are there, and the missing ones."""
-        path = self.out / "eval" / f"{task.benchmark.name}.jsonl"
-        size = self.config.eval.batch
-        skip = self.config.data.bad_rows == "skip"
+        path, title = self.out / "eval" / f"{task.benchmark.name}.jsonl", task.benchmark.title
+        size, skip = self.config.eval.batch, self.config.data.bad_rows == "skip"
         with AnswerFile(path, samples=task.samples, total=task.total, skip=skip) as file:
-            progress = display.Progress(-(-task.total // size), len(file.rows) // size)
+            progress = display.Progress(task.total, len(file.rows))
             if file.dropped:
                 progress.say(
                     f"{path}: {file.dropped} lines from the first broken one on are made again"
                 )
             if file.rows:
-                progress.say(
-                    f"{task.benchmark.title}: {len(file.rows)} of {task.total} answers are there"
-                )
-            began, first = time.perf_counter(), len(file.rows)
+                progress.say(f"{title}: {len(file.rows)} of {task.total} answers are there")
+            began, first, line = time.perf_counter(), len(file.rows), title
             while (there := len(file.rows)) < task.total:
                 start = there // size * size
-                rows = self.batch(task, range(start, min(start + size, task.total)), grader)
+                answers = range(start, min(start + size, task.total))
+
+                def told(count: int, *, line: str = line, size: int = len(answers)) -> None:
+                    progress.show(f"{line}  (+ {count:,} of {size:,} sampled)", always=False)
+
+                told(0)
+                rows = self.batch(task, answers, grader, on_finished=told)
                 file.append(rows[there - start :])
                 line = _progress(task, file.rows, first, time.perf_counter() - began)
-                progress.show(line, always=len(file.rows) == task.total)
+                progress.show(line, always=False)
+            if len(file.rows) > first:
+                progress.say(line)
             return file.rows
 
-    def batch(self, task: Task, answers: range, grader: Grader) -> list[dict[str, Any]]:
-        """Sample and grade answers by their numbers: number i is of problem i // samples."""
+    def batch(
+        self,
+        task: Task,
+        answers: range,
+        grader: Grader,
+        *,
+        on_finished: Callable[[int], None] | None = None,
+    ) -> list[dict[str, Any]]:
+        """Sample and grade answers by their numbers: number i is of problem i // samples.
+
+        `on_finished` is told how many are sampled so far.
+        """
         section, subject = self.config.eval, self.subject
         if self.params is None:
             self.params = subject.load()
@@ -278,15 +307,16 @@ class _Evaluation:
             self.params,
             subject.config,
             [task.prompts[problem] for problem, _ in which],
-            row_keys=answer_keys(self.config.seed, task.benchmark.name, which),
+            row_keys=answer_keys(self.config.seed, task.texts, which),
             max_response_tokens=budget(self.config),
             temperature=section.temperature,
             top_p=section.top_p,
             top_k=section.top_k,
             stop_ids=subject.stop_ids,
-            slots=section.slots or None,
+            slots=task.slots(self.config, subject),
             max_prompt_tokens=task.width,
             vocabulary=subject.vocabulary,
+            on_finished=on_finished,
         )
         self.seconds += time.perf_counter() - began
         self.tokens += int(sampled.response_length_B.sum())
@@ -314,14 +344,26 @@ class _Evaluation:
         return rows
 
 
-def answer_keys(seed: int, benchmark: str, which: Sequence[tuple[int, int]]) -> jax.Array:
-    """The key of each (problem, sample): of these, the seed and the benchmark's name, and no more."""
-    key = jax.random.fold_in(
-        key_for(seed, 0, Stream.BENCHMARK), zlib.crc32(benchmark.encode()) & 0x7FFFFFFF
-    )
-    problem, sample = jnp.asarray(which, jnp.uint32).T
-    fold = jax.random.fold_in
-    return jax.vmap(lambda p, s: fold(fold(key, p), s))(problem, sample)
+def answer_keys(seed: int, texts: Sequence[str], which: Sequence[tuple[int, int]]) -> jax.Array:
+    """The key of each (problem, sample): of the seed, the problem's prompt and the sample, no more.
+
+    So a problem's answers do not depend on its place in the file. Where a prompt is there several
+    times (a file that repeats its problems), each time counts as another.
+    """
+    times: collections.Counter[str] = collections.Counter()
+    prompt_P = []
+    for text in texts:
+        prompt_P.append((zlib.crc32(text.encode(errors="replace")), times[text]))
+        times[text] += 1
+    folds_NF = np.array([(*prompt_P[problem], sample) for problem, sample in which], np.uint32)
+
+    def key(fold_F: jax.Array) -> jax.Array:
+        made = key_for(seed, 0, Stream.BENCHMARK)
+        for fold in fold_F:
+            made = jax.random.fold_in(made, fold)
+        return made
+
+    return jax.vmap(key)(jnp.asarray(folds_NF))
 
 
 def _progress(task: Task, rows: Sequence[dict], first: int, elapsed: float) -> str:

@@ -6,9 +6,12 @@ samples first, then over problems.
 
 import collections
 import math
+import re
 from collections.abc import Hashable, Sequence
 
 import numpy as np
+
+_WHOLE = re.compile(r"[+-]?(?:[0-9]{1,3}(?:,[0-9]{3}){1,6}|[0-9]{1,20})")
 
 
 def avg_at_k(correct_PK: np.ndarray) -> float:
@@ -58,10 +61,7 @@ def answer_class(answer: str | None, grade: str) -> Hashable | None:
         return ("correct",)
     if grade == "UNPARSED" or answer is None:
         return None
-    digits = answer.replace(",", "").lstrip("+")
-    if digits.lstrip("-").isascii() and digits.lstrip("-").isdigit() and len(digits) <= 20:
-        return (int(digits),) if digits.count("-") <= 1 else answer
-    return answer
+    return (int(answer.replace(",", "")),) if _WHOLE.fullmatch(answer) else answer
 
 
 def stderr(correct_PK: np.ndarray) -> float:

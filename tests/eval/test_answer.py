@@ -27,6 +27,10 @@ pytestmark = pytest.mark.short
         (r"<think>\boxed{5}</think> It is 8.", ("after_think",), Found("5")),
         ("</think> Answer: 3", ("answer_line", "after_think"), Found("3")),
         ("</think> Answer: 3", ("after_think", "answer_line"), Found("Answer: 3", free=True)),
+        ("5 days at $1,218.50 make $-6,092.", ("last_number",), Found("-6092")),
+        ("half is .5, not 1/2 or so", ("last_number",), Found("2")),
+        ("six", ("last_number",), None),
+        (r"\boxed{7} and 8", ("last_number",), Found("7")),
     ],
 )
 def test_find(text, fallbacks, found):
@@ -35,8 +39,8 @@ def test_find(text, fallbacks, found):
 
 def test_find_takes_linear_time():
     start = time.perf_counter()
-    for text in ("Answer:" * 150_000, "</think>" * 120_000, "{" * 1_000_000, "answer*" * 150_000):
-        find(text, ("answer_line", "after_think"))
+    for part in ("Answer:", "</think>", "{", "answer*", "7", "-", "7,"):
+        find(part * 150_000, ("answer_line", "last_number", "after_think"))
     assert time.perf_counter() - start < 10
 
 

@@ -10,7 +10,7 @@ from opd_jax.data.columns import Columns
 from opd_jax.errors import ConfigError, DataError
 from opd_jax.eval import protocol
 from opd_jax.eval.answer import FALLBACKS, RULES
-from opd_jax.eval.benchmarks import BENCHMARKS, PAPER, load, parse
+from opd_jax.eval.benchmarks import BENCHMARKS, PAPER, Benchmark, load, parse
 from tests.eval.real_data import FILES, LUFFY, needs_data
 
 pytestmark = pytest.mark.short
@@ -60,6 +60,7 @@ def test_names_and_files():
         ("", "names nothing"),
         (" , ", "names nothing"),
         ("aime24", "without a file, wanted aime24=FILE"),
+        ("mine=", "without a file, wanted mine=FILE"),
         ("tiny,tiny=tiny:test", "'tiny' twice"),
         ("../x=y.json", "letters, digits"),
         ("..=y.json", "letters, digits"),
@@ -147,6 +148,7 @@ def test_a_file_of_several_benchmarks(tmp_path):
     assert loaded.problems[4].system == "Think."
     with pytest.raises(DataError, match="got 9 problems, wanted the 500"):
         load(BENCHMARKS["math500"], file)
+    assert len(load(Benchmark("mine", "mine"), file).problems) == 3 * 83 + 9  # every row of it
     with pytest.raises(
         DataError, match=r"several benchmarks \(amc, math\), none .* called 'aime25'"
     ):

@@ -42,6 +42,9 @@ def test_units_and_powers_of_ten(grader):
         (r"\arcsin(1.3 \sin\theta_w)", r"\arcsin{1.3 \sin{\theta_w}}", CORRECT),
         ("400,000", "400000", CORRECT),
         ("40", "4", WRONG),
+        ("2*3", "6", CORRECT),
+        ("2*3", "23", WRONG),
+        ("3*10^8", "3e8", CORRECT),
         (r"\text{none}", "4", WRONG),
     ], rule="units")  # fmt: skip
 

@@ -1,5 +1,6 @@
 """launch/evaluate.py on the embedded models: what is written, kills, slots and order, bad input."""
 
+import functools
 import hashlib
 import json
 import pathlib
@@ -15,10 +16,12 @@ import pytest
 
 import opd_jax
 from configs import evaluate as evaluate_config
+from opd_jax.data import tiny
 from opd_jax.data.files import stream
 from opd_jax.errors import ConfigError, DataError, ModelError, WorkdirError
 from opd_jax.eval import Grade, Grader, runner
 from opd_jax.keys import Stream, key_for
+from opd_jax.rollout import generate
 from tests.test_export import write_run
 
 STUDENT = pathlib.Path(opd_jax.__file__).parent / "tiny" / "student"
@@ -113,26 +116,61 @@ def test_nothing_is_done_twice(straight, tmp_path, monkeypatch):
     assert report["results"] == json.loads((straight / "results.json").read_text())["results"]
 
 
-def test_batches_slots_and_chunks_change_no_answer(straight, tmp_path):
-    runner.run(
-        small(eval__batch=5, eval__slots=2), str(STUDENT), str(tmp_path / "other"), command=[]
-    )
-    assert rows_of(tmp_path / "other") == rows_of(straight)
-    fewer = tmp_path / "fewer"  # a problem's answers do not depend on the others
-    runner.run(small(eval__problems=3), str(STUDENT), str(fewer), command=[])
-    assert rows_of(fewer) == rows_of(straight)[:6]
+def test_a_problems_answers_do_not_depend_on_the_others(straight, tmp_path):
+    runner.run(small(eval__problems=3), str(STUDENT), str(tmp_path / "fewer"), command=[])
+    assert rows_of(tmp_path / "fewer") == rows_of(straight)[:6]
+
+
+def test_avg_at_32_is_the_same_whatever_the_slots_chunks_batches_and_order(tmp_path, monkeypatch):
+    """The same answers, not only the same figure: 4 problems of a file x 32, in whatever company."""
+    problems = [tiny.problem("test", i) for i in range(4)]
+
+    def answers(name, problems, *, chunk=None, **changes):
+        monkeypatch.setattr(runner, "generate", functools.partial(generate, chunk=chunk))
+        file, folder = tmp_path / f"{name}.jsonl", tmp_path / name
+        file.write_text(
+            "".join(json.dumps({"id": p.id, "problem": p.prompt, "answer": p.answer}) + "\n"
+                    for p in problems)
+        )  # fmt: skip
+        config = small(
+            eval__benchmarks=f"mine={file}", eval__problems=0, eval__samples=32, **changes
+        )
+        report = runner.run(config, str(STUDENT), str(folder), command=[])
+        rows = rows_of(folder, "mine")
+        kept = {(r["id"], r["sample"]): (r["answer"], r["grade"], r["length"]) for r in rows}
+        return report["results"]["mine"], kept
+
+    found, kept = answers("plain", problems, eval__batch=128)
+    assert found["metric"] == "avg@32"
+    assert 0 < found["accuracy"] < 1
+    assert len({answer for answer, _, _ in kept.values()}) > 32  # samples differ
+    for given in (
+        {"name": "slots", "eval__slots": 5, "eval__batch": 128},
+        {"name": "chunks", "eval__slots": 9, "eval__batch": 128, "chunk": 3},
+        {"name": "batches", "eval__batch": 50, "chunk": 1},
+    ):
+        assert answers(given.pop("name"), problems, **given) == (found, kept)
+    turned, also = answers("order", problems[::-1], eval__batch=128, eval__slots=7)
+    assert also == kept
+    # The bootstrap draws problems by their places; every other figure is that of a set.
+    places = {"bootstrap_stderr", "bootstrap_95"}
+    assert {k: v for k, v in turned.items() if k not in places} == {
+        k: pytest.approx(v, rel=1e-12) for k, v in found.items() if k not in places
+    }
 
 
 @pytest.mark.short
-def test_keys_are_of_seed_benchmark_problem_and_sample():
-    which = [(0, 0), (0, 1), (1, 0)]
-    bits = [jax.random.key_data(runner.answer_keys(*given, which)).tolist()
-            for given in ((0, "amc"), (0, "aime24"), (1, "amc"))]  # fmt: skip
-    flat = [tuple(key) for keys in bits for key in keys]
-    assert len(set(flat)) == 9
-    turned = jax.random.key_data(runner.answer_keys(0, "amc", which[::-1])).tolist()
-    assert turned == bits[0][::-1]
-    assert jax.random.key_data(key_for(0, 0, Stream.BENCHMARK)).tolist() != bits[0][0]
+def test_keys_are_of_seed_prompt_and_sample():
+    texts, which = ["one", "two", "one"], [(0, 0), (0, 1), (1, 0), (2, 0)]
+
+    def keys(seed, texts, which):
+        return jax.random.key_data(runner.answer_keys(seed, texts, which)).tolist()
+
+    bits = keys(0, texts, which)
+    assert len({tuple(key) for key in bits + keys(1, texts, which)}) == 8
+    assert keys(0, texts, which[::-1]) == bits[::-1]
+    assert keys(0, ["two", "one", "one"], [(1, 0), (1, 1), (0, 0), (2, 0)]) == bits
+    assert jax.random.key_data(key_for(0, 0, Stream.BENCHMARK)).tolist() not in bits
 
 
 def test_several_benchmarks_and_a_file_of_ones_own(tmp_path):
@@ -181,6 +219,7 @@ def test_bad_input(tmp_path):
     def no(kind, says, **more):
         refused(kind, says, tmp_path, **more)
 
+    no(ConfigError, "eval.backbone='Qwen', wanted one of Qwen2.5-Math-1.5B", eval__backbone="Qwen")
     no(ConfigError, "eval.benchmarks='' names nothing", eval__benchmarks="")
     no(ConfigError, "gives the same answer every time", eval__temperature=0.0)
     no(ConfigError, "without {answer}", data__prompt_template="{problem} {answer}")

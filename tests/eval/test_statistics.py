@@ -48,6 +48,8 @@ def test_classes_of_answers():
     of = statistics.answer_class
     assert of(r"\frac{1}{2}", "CORRECT") == of("0.5", "CORRECT")
     assert of("007", "WRONG") == of("7", "WRONG") == of("+7", "WRONG") != of("-7", "WRONG")
+    assert of("1,000", "WRONG") == of("1000", "WRONG")
+    assert of("1,2", "WRONG") != of("12", "WRONG")  # a list is no number
     assert of("1", "WRONG") != of("1", "CORRECT")  # True == 1 must not join them
     assert of("x", "WRONG") == of("x", "TIMEOUT") is not None
     assert of("x", "UNPARSED") is None

@@ -1,5 +1,6 @@
 """Figures of an answer file, the papers' figures, and the table that has both."""
 
+import pathlib
 import re
 
 import pytest
@@ -103,3 +104,21 @@ def test_tables():
     whole = {"aime24": results.summary(answers("CORRECT", "WRONG"), 2)}
     assert "avg@2" in results.details(whole)
     assert BENCHMARKS["aime24"].title in results.details(whole, markdown=True)
+
+
+def test_the_readme_has_the_figures_of_the_data_file():
+    readme = (pathlib.Path(results.__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    table = readme.partition("## The paper's figures")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (Qwen\S+) \| ([^|]+) \| (\d.*) \|$", table, re.MULTILINE)
+    assert len(rows) == 10
+    for backbone, method, cells in rows:
+        found = {
+            row["benchmark"]: row["value"]
+            for row in results.baselines()
+            if row["backbone"] == backbone
+            and row["method"] == (backbone if method == "as it is" else method)
+            and row["teacher"] in ("", "OpenThinker3-7B")
+        }
+        assert [float(cell) for cell in cells.split(" | ")] == [
+            found[name] for name in ("avg", *PAPER)
+        ]

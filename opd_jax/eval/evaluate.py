@@ -1,7 +1,6 @@
 """Answers to held-out problems: sampled, graded, written down one by one, and summarised."""
 
 import json
-import math
 import pathlib
 import re
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ import jax
 import numpy as np
 
 from opd_jax import data, metrics
+from opd_jax.eval import statistics
 from opd_jax.eval.grade import Grade, Grader
 from opd_jax.models import ModelConfig, Params
 from opd_jax.rollout import generate
@@ -85,11 +85,10 @@ def evaluate(
         "length_mean": float(sampled.response_length_B.mean()),
     }
     if graded:
-        correct = np.array([g is Grade.CORRECT for g in grades], float).reshape(-1, k).mean(axis=1)
-        spread = correct.std(ddof=1) if len(correct) > 1 else 0.0
+        correct_PK = np.array([g is Grade.CORRECT for g in grades]).reshape(-1, k)
         summary |= {
-            "accuracy": float(correct.mean()),
-            "stderr": float(spread / math.sqrt(len(correct))),
+            "accuracy": statistics.avg_at_k(correct_PK),
+            "stderr": statistics.stderr(correct_PK),
             "unparsed": float(np.mean([g is Grade.UNPARSED for g in grades])),
             "timeouts": float(np.mean([g is Grade.TIMEOUT for g in grades])),
         }

@@ -100,8 +100,9 @@ def open_subject(path: str, config: ConfigDict, *, step: int | None) -> Subject:
                 f"workdir {path!r} holds no finished checkpoint; wait for the run's first one, or give "
                 "a Hugging Face folder"
             )
-        name = f"{folder.resolve().name}, step {step}"
-        place = str(folder.resolve())
+        whole = folder.resolve()
+        kept = f"{whole.parent.name}/" if whole.name == "best" else ""
+        name, place = f"{kept}{whole.name}, step {step}", str(whole)
     else:
         if step is not None:
             raise ConfigError(

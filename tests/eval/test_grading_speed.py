@@ -20,7 +20,9 @@ def answers(name: str) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     golds = [problem.answer for problem in load(BENCHMARKS[name], str(FILES[name])).problems]
     others = random.Random(0).sample(golds, len(golds))
     right = [(f"So \\boxed{{{gold}}}.", gold) for gold in golds]
-    named = [(f"So \\boxed{{x = {gold}}}.", gold) for gold in golds]
+    named = [
+        (f"So \\boxed{{x = {gold}}}.", gold) for gold in golds if "=" not in gold
+    ]  # nobody names an equation
     wrong = [(f"So \\boxed{{{other}}}.", gold) for other, gold in zip(others, golds, strict=True)]
     mixture = right + right + named + wrong
     random.Random(1).shuffle(mixture)

@@ -63,8 +63,8 @@ def test_golden_solutions(name):
     found = [(problems[i].answer, problems[j].answer)
              for (i, j), grade in zip(unequal, shuffled, strict=True) if grade is Grade.CORRECT]  # fmt: skip
     print(
-        f"\n{name}: {len(problems)} problems, {right:.2%} CORRECT, {rate:.0f} answers/s; not correct: {wrong}\n"
-        f"  shuffled, {len(drawn)} pairs: {(equal + len(found)) / len(drawn):.2%} CORRECT, {equal} of them "
+        f"\n{name}: {len(problems)} problems, {right:.2%} CORRECT, {rate:.0f} answers/s; not correct: "
+        f"{wrong}\n  shuffled, {len(drawn)} pairs: {(equal + len(found)) / len(drawn):.2%} CORRECT, {equal} of them "
         f"with equal letters; {chance:.2%} of the others: {found}"
     )
     assert right >= 0.995

@@ -62,10 +62,11 @@ def test_golden_solutions(name):
     equal = len(drawn) - len(others)
     found = [(problems[i].answer, problems[j].answer)
              for (i, j), grade in zip(unequal, shuffled, strict=True) if grade is Grade.CORRECT]  # fmt: skip
+    right_at_all = (equal + len(found)) / len(drawn)
     print(
         f"\n{name}: {len(problems)} problems, {right:.2%} CORRECT, {rate:.0f} answers/s; not correct: "
-        f"{wrong}\n  shuffled, {len(drawn)} pairs: {(equal + len(found)) / len(drawn):.2%} CORRECT, {equal} of them "
-        f"with equal letters; {chance:.2%} of the others: {found}"
+        f"{wrong}\n  shuffled, {len(drawn)} pairs: {right_at_all:.2%} CORRECT, {equal} of them with equal "
+        f"letters; {chance:.2%} of the others: {found}"
     )
     assert right >= 0.995
     assert chance <= 0.03

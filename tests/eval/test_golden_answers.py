@@ -3,14 +3,15 @@
 The exceptions are those of docs/evaluation.md, each with its cause. Skipped where the files are absent.
 """
 
+import itertools
 import random
 import time
 
 import pytest
 
 from opd_jax import data
-from opd_jax.eval import Grade, Grader
-from opd_jax.eval.answer import same_letters
+from opd_jax.eval import Grade, Grader, grading_worker
+from opd_jax.eval.answer import Found, same_letters
 from opd_jax.eval.benchmarks import BENCHMARKS, load
 from opd_jax.eval.boxed import last_boxed
 from tests.eval.real_data import FILES, LUFFY, TRAINING, needs_data
@@ -70,3 +71,20 @@ def test_golden_solutions(name):
     )
     assert right >= 0.995
     assert chance <= 0.03
+
+
+@pytest.mark.parametrize("name", ["math500", "minerva", "olympiad"])
+def test_golden_answers_without_the_rule_of_equal_letters(name, monkeypatch):
+    """What math-verify and the rules of units and lists make of them, no short cut taken."""
+    monkeypatch.setattr(grading_worker, "same_letters", lambda answer, gold: False)
+    monkeypatch.setattr(grading_worker, "letters", lambda text: (text, next(unlike)))
+    unlike = itertools.count()
+    problems, rule = problems_of(name)
+    wrong = [
+        (problem.id, problem.answer)
+        for problem in problems
+        if grading_worker.compare(Found(last_boxed(golden(problem))), problem.answer, rule)
+        != "CORRECT"
+    ]
+    print(f"\n{name}: {1 - len(wrong) / len(problems):.2%} CORRECT by math-verify; not: {wrong}")
+    assert len(wrong) <= 0.005 * len(problems)

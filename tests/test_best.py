@@ -52,7 +52,7 @@ def test_a_step_that_comes_again_after_a_rollback_is_written_again(tmp_path):
     problems = data.open_problems("tiny:train", field="data.train", size=9)
     batches = data.make_batches(problems, batch=2, seed=0, shuffle=True)
     for step, value in ((20, 0.5), (20, 0.6), (10, 0.7)):
-        state = TrainState(np.int32(step), {"w": np.full(3, value)}, ())
+        state = TrainState(np.int32(step), {"w": np.full(3, value, np.float32)}, ())
         Best(tmp_path, metric="accuracy", more=True).offer(
             step, {"accuracy": value},
             lambda saved, step=step, state=state: saved.save(step, state, batches, guard=""),

@@ -183,7 +183,7 @@ def test_evaluation_on_the_way_changes_nothing(straight, folders, tmp_path):
 
 
 def test_answers_to_held_out_problems_have_a_budget_of_their_own(folders, tmp_path):
-    config = small(folders)
+    config = small(folders, "opd")
     config.steps, config.rollout.max_response_tokens = 1, 40
     short = train.run(config, str(tmp_path / "short"), command=[])
     config.eval.max_response_tokens, config.eval.slots = 100, 3

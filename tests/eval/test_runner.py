@@ -274,7 +274,7 @@ def test_processes_killed_ten_times_at_random(tmp_path):
     def command(folder):
         return [
             sys.executable, "launch/evaluate.py", f"--model={STUDENT}", f"--workdir={folder}",
-            "--config.eval.problems=100", "--config.eval.samples=4", "--config.eval.batch=8",
+            "--config.eval.problems=200", "--config.eval.samples=16", "--config.eval.batch=16",
             "--config.eval.max_response_tokens=100",
         ]  # fmt: skip
 
@@ -288,7 +288,7 @@ def test_processes_killed_ten_times_at_random(tmp_path):
         process = subprocess.Popen(
             command(tmp_path / "killed"), cwd=ROOT, stdout=subprocess.DEVNULL
         )
-        time.sleep(draw.uniform(0, 0.7 * took))
+        time.sleep(draw.uniform(0, 0.35 * took))
         process.kill()
         process.wait()
         seen.append(file.read_bytes().count(b"\n") if file.exists() else 0)

@@ -377,10 +377,12 @@ def _progress(task: Task, rows: Sequence[dict], first: int, elapsed: float) -> s
         )
     }
     rate = sum(row["length"] for row in rows[first:]) / max(elapsed, 1e-9)
-    left = datetime.timedelta(seconds=int(elapsed / max(done - first, 1) * (task.total - done)))
+    left = elapsed / max(done - first, 1) * (task.total - done)
+    clock = datetime.timedelta(seconds=int(left or elapsed))
     return (
         f"{task.benchmark.title}  {done:,}/{task.total:,}  correct {share['correct']:.1%}  "
-        f"truncated {share['truncated']:.0%}  {rate:,.0f} tok/s  {left} left"
+        f"truncated {share['truncated']:.0%}  {rate:,.0f} tok/s  "
+        + (f"{clock} left" if left else f"in {clock}")
     )
 
 

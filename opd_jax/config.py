@@ -153,6 +153,18 @@ def default() -> ConfigDict:
     evaluation.top_k = 0
     evaluation.teacher = True  # also measure the teacher, for the closing table
     evaluation.match = ""  # regular expression; the share of answers it is found in is reported
+    # Where answers without a box are looked for: answer_line, after_think, last_number, in this order.
+    evaluation.fallbacks = ()
+    evaluation.max_response_tokens = 0  # 0 = rollout.max_response_tokens
+    evaluation.slots = (
+        0  # sequences decoded at one time; 0 = 256, or in launch/evaluate.py what fits
+    )
+    evaluation.best = ""  # metric by which best/ keeps a checkpoint (accuracy, ...); empty = none
+    # Of launch/evaluate.py alone; there eval.problems=0 means all, eval.samples=0 the benchmark's own.
+    evaluation.benchmarks = ""  # NAME=FILE,NAME=FILE,... ; docs/evaluation.md has the names
+    evaluation.any_size = False  # also take a file of another size than the benchmark has
+    evaluation.batch = 512  # answers sampled, graded and written at one time
+    evaluation.backbone = ""  # whose rows of papers stand in the table; empty = by the model's name
 
     metrics = config.metrics = ConfigDict()
     metrics.repetition_tail = 10_000  # L: characters of the tail that is compressed (2604.08527)

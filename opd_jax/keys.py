@@ -14,6 +14,7 @@ class Stream(IntEnum):
     PROBE = (
         4  # of a probe; the step is the length of the prefix, then folds say who and which batch
     )
+    BENCHMARK = 5  # answers of launch/evaluate.py; the step is 0, then folds say which answer
 
 
 def key_for(seed: int, step: int, stream: Stream) -> jax.Array:

@@ -13,12 +13,18 @@ from ml_collections import ConfigDict
 from opd_jax import guard
 from opd_jax.config import default, flatten, near
 from opd_jax.errors import ConfigError
+from opd_jax.eval.answer import FALLBACKS
 from opd_jax.losses import AGGREGATIONS, DIRECTIONS, ESTIMATORS, FORMS, SUPPORT_WEIGHTS
 from opd_jax.models.remat import POLICIES
 from opd_jax.repetition import RULES
 from opd_jax.supports import SUPPORTS
 
 DTYPES = ("auto", "float32", "bfloat16")
+# Metrics by which a best checkpoint is kept; True where more is better.
+BEST = {
+    "accuracy": True, "matched": True, "truncation_rate": False, "repetition_rate": False,
+    "unparsed": False, "length_mean": False,
+}  # fmt: skip
 
 
 def validate(config: ConfigDict) -> None:
@@ -33,7 +39,8 @@ def validate(config: ConfigDict) -> None:
                   "optim.token_chunk",
                   "scoring.overlap_top_k", "loss.top_k", "loss.truncated_tail",
                   "optim.microbatch_tokens", "optim.updates_per_rollout",
-                  "checkpoint.keep", "eval.problems", "eval.samples", "metrics.repetition_tail",
+                  "checkpoint.keep", "eval.problems", "eval.samples", "eval.batch",
+                  "metrics.repetition_tail",
                   "log.every", "sample.samples", "sample.batch", "rollout.repetition_period",
                   "guard.max_rollbacks", "probe.problems", "probe.batch"):  # fmt: skip
         _range(flat, field, 1, math.inf)
@@ -46,7 +53,8 @@ def validate(config: ConfigDict) -> None:
                   "teacher.rope_theta", "teacher.max_position", "reference.rope_theta",
                   "reference.max_position", "sample.problems", "sample.slots",
                   "sample.temperature", "sample.max_response_tokens", "rollout.stop_on_repetition",
-                  "rollout.top_k", "sample.top_k", "eval.top_k",
+                  "rollout.top_k", "sample.top_k", "eval.top_k", "eval.slots",
+                  "eval.max_response_tokens",
                   "guard.beta_kl_floor", "guard.beta_kl_max", "guard.lambda_gold_floor",
                   "guard.lambda_gold_max"):  # fmt: skip
         _range(flat, field, 0, math.inf)
@@ -69,9 +77,17 @@ def validate(config: ConfigDict) -> None:
         ("optim.schedule", ("constant", "linear", "cosine")), ("optim.remat", POLICIES),
         ("teacher.follow", ("frozen", "average", "live")), ("data.bad_rows", ("refuse", "skip")),
         ("scoring.special_tokens", ("remap", "mask", "keep")), ("metrics.repeated_tokens", RULES),
-        ("guard.action", guard.ACTIONS),
+        ("guard.action", guard.ACTIONS), ("eval.best", ("", *BEST)),
     ):  # fmt: skip
         _choice(flat, field, choices)
+    _check_fallbacks(config.eval.fallbacks)
+    if config.eval.best and not config.eval.data:
+        raise ConfigError(
+            f"eval.best={config.eval.best} needs evaluations, got eval.data=''; name held-out problems: "
+            "--config.eval.data=FILE, or set --config.eval.best="
+        )
+    if config.eval.best == "matched" and not config.eval.match:
+        raise _wrong("eval.match", "''", "a regular expression, for eval.best=matched")
     if not config.data.train:
         raise _wrong(
             "data.train", "''", "a file of problems (.jsonl, .json, .parquet), or tiny:train"
@@ -137,6 +153,49 @@ def validate(config: ConfigDict) -> None:
             f"{row} tokens (rollout.max_prompt_tokens + rollout.max_response_tokens); "
             f"set --config.optim.microbatch_tokens={row} or more"
         )
+
+
+def validate_evaluation(config: ConfigDict) -> None:
+    """Refuse what launch/evaluate.py cannot work with. Raises ConfigError as `validate` does."""
+    _check_names(config.to_dict(), default().to_dict(), "")
+    flat = flatten(config.to_dict())
+    for field in ("eval.batch", "metrics.repetition_tail", "rollout.max_response_tokens"):
+        _range(flat, field, 1, math.inf)
+    for field in ("seed", "eval.problems", "eval.samples", "eval.temperature", "eval.top_k",
+                  "eval.slots", "eval.max_response_tokens", "student.rope_theta",
+                  "student.max_position"):  # fmt: skip
+        _range(flat, field, 0, math.inf)
+    if config.seed >= 2**32:
+        raise _wrong("seed", config.seed, "a whole number below 2**32")
+    _range(flat, "eval.top_p", 0, 1)
+    for field in ("eval.top_p", "metrics.repetition_threshold"):
+        if not 0 < flat[field] < math.inf:
+            raise _wrong(field, flat[field], "a finite number above 0")
+    _range(flat, "metrics.repetition_level", 1, 9)
+    _choice(flat, "student.dtype", DTYPES)
+    _choice(flat, "data.bad_rows", ("refuse", "skip"))
+    _check_fallbacks(config.eval.fallbacks)
+    if "{problem}" not in config.data.prompt_template:
+        raise _wrong(
+            "data.prompt_template", repr(config.data.prompt_template), "a text that holds {problem}"
+        )
+    for told in ("{answer}", "{solution}"):
+        if told in config.data.prompt_template:
+            raise _wrong(
+                "data.prompt_template", repr(config.data.prompt_template),
+                f"a text without {told}: it would tell the model what it is asked for",
+            )  # fmt: skip
+    if config.eval.temperature == 0 and config.eval.samples > 1:
+        raise ConfigError(
+            f"eval.samples={config.eval.samples} with eval.temperature=0 gives the same answer every "
+            "time; set --config.eval.samples=1 or a temperature above 0"
+        )
+
+
+def _check_fallbacks(names: tuple[str, ...]) -> None:
+    if not all(name in FALLBACKS for name in names) or len(set(names)) < len(names):
+        wanted = f"names among {', '.join(FALLBACKS)}, each once"
+        raise _wrong("eval.fallbacks", repr(names), wanted)
 
 
 def _check_loss(config: ConfigDict) -> None:

@@ -147,7 +147,9 @@ def make_setup(config: ConfigDict) -> Setup:
         teacher_prompts=[],
         notes=notes,
     )
-    return _with_data(setup, train, held_out)
+    setup = _with_data(setup, train, held_out)
+    _check_evaluation(setup)
+    return setup
 
 
 def resolved(config: ConfigDict, roles: Sequence[str]) -> ConfigDict:
@@ -333,6 +335,27 @@ def _with_data(setup: Setup, train: data.Problems, benchmark: data.Problems | No
         teacher_width=longest + config.rollout.max_response_tokens,
         notes=notes,
     )
+
+
+def _check_evaluation(setup: Setup) -> None:
+    """Answers to held-out problems may be longer than rollouts: there must be room for them."""
+    config = setup.config
+    budget = config.eval.max_response_tokens
+    if not setup.held_out or not budget:
+        return
+    prompts = {"student": config.rollout.max_prompt_tokens}
+    asked = {"student": setup.student}
+    if setup.teacher is not None and config.eval.teacher:
+        prompts["teacher"] = setup.teacher_width - config.rollout.max_response_tokens
+        asked["teacher"] = setup.teacher
+    for role, model in asked.items():
+        room = model.max_position - prompts[role]
+        if budget > room:
+            raise ConfigError(
+                f"eval.max_response_tokens={budget} and prompts of {prompts[role]} tokens are more than "
+                f"the {role}'s {model.max_position} positions; "
+                f"set --config.eval.max_response_tokens={room} or less"
+            )
 
 
 def _that_fit(

@@ -29,6 +29,7 @@ from opd_jax import (
     update,
     workdir,
 )
+from opd_jax.best import Best
 from opd_jax.clock import Clock, peak_gib
 from opd_jax.collect import Collector, Experience
 from opd_jax.errors import ConfigError, NonFiniteError
@@ -38,6 +39,7 @@ from opd_jax.keys import Stream, key_for
 from opd_jax.loading import Weights, load_weights
 from opd_jax.models import decoder
 from opd_jax.programs import Program
+from opd_jax.rules import BEST
 from opd_jax.setup import Setup, compute_dtype, make_setup
 from opd_jax.types import Frozen, RolloutRows, TrainState
 
@@ -177,6 +179,7 @@ class _Run:
             self.log.write({"step": 0} | self._eval_keys(before))
             if before:
                 progress.say(f"step 0: {display.headline(before)}")
+                self._keep_best(0, before)
         if step < config.steps:
             progress.show("the first step also compiles its programs ...", always=True)
         last = False
@@ -199,6 +202,7 @@ class _Run:
                 summary = self._evaluate(step)
                 row |= self._eval_keys(summary)
                 progress.say(f"step {step}: {display.headline(summary)}")
+                self._keep_best(step, summary)
             if last or step % config.log.every == 0 or any(k.startswith(_NEWS) for k in row):
                 self._log(step, row, sampled)
             if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
@@ -397,6 +401,15 @@ class _Run:
             grader=self.grader,
             out=self.folder / "eval" / str(step) / f"{self._benchmark}.jsonl",
         )
+
+    def _keep_best(self, step: int, summary: Summary) -> None:
+        """The checkpoint with the best `eval.best` so far lies in best/."""
+        metric = self.config.eval.best
+        if metric:
+            state = guard.to_json(self.guard)
+            Best(self.folder, metric=metric, more=BEST[metric]).offer(
+                step, summary, lambda saved: saved.save(step, self.state, self.batches, state)
+            )
 
     def _table(self, last: int) -> dict[str, Summary]:
         """The rows of the closing table. What an earlier part of the run did not measure is measured

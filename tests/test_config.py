@@ -71,6 +71,10 @@ def test_methods_differ_in_numbers_only():
         ("rollout.temperature", float("nan"), "rollout.temperature=nan"),
         ("rollout.top_p", 0.0, "rollout.top_p=0.0"),
         ("rollout.top_p", 1.5, "0 to 1"),
+        ("eval.best", "acuracy", "--config.eval.best=accuracy"),
+        ("eval.best", "matched", "eval.match=''"),
+        ("eval.fallbacks", ("box",), "names among answer_line, after_think, last_number"),
+        ("eval.batch", 0, "eval.batch=0"),
         ("optim.learning_rate", float("inf"), "finite"),
         ("optim.schedule", "cosin", "--config.optim.schedule=cosine"),
         (

@@ -9,14 +9,17 @@ import opd_jax
 ROOT = pathlib.Path(opd_jax.__file__).parent
 LAYER = {
     "errors": 0, "masked": 0, "programs": 0, "keys": 0, "types": 0, "display": 0, "clock": 0,
-    "eval.boxed": 0, "supports": 1,
-    "shapes": 1, "batching": 1, "repetition": 1, "right_wrong": 1, "eval.grading_worker": 1,
+    "eval.boxed": 0, "eval.statistics": 0, "eval.protocol": 0, "supports": 1,
+    "shapes": 1, "batching": 1, "repetition": 1, "right_wrong": 1, "eval.answer": 1,
+    "eval.answer_file": 1, "eval.grading_worker": 2,
     "guard": 2, "losses": 2, "models": 2, "data": 2, "checkpoint": 2, "eval.grade": 2,
-    "config": 3, "metrics": 3, "scoring": 3, "rollout": 3,
+    "eval.benchmarks": 3, "config": 3, "metrics": 3, "scoring": 3, "rollout": 3,
     "objectives": 4, "rules": 4, "workdir": 4, "fitting": 4, "cli": 4, "eval.evaluate": 4,
+    "eval.results": 4, "best": 4,
     "data.decontaminate": 4, "data.prepare_config": 4, "data.judge": 5, "data.prepare": 6,
     "rows": 5, "update": 5, "setup": 5, "sample_file": 5,
-    "sample": 6, "ahead": 6, "export": 6, "loading": 6, "collect": 6, "train": 7, "probe": 7, "bench": 8,
+    "sample": 6, "ahead": 6, "export": 6, "loading": 6, "collect": 6, "train": 7, "probe": 7,
+    "eval.model": 7, "bench": 8, "eval.runner": 8,
 }  # fmt: skip
 
 
@@ -32,6 +35,8 @@ def imported_rooms(file: pathlib.Path) -> set[str]:
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("opd_jax"):
             if node.module == "opd_jax":
                 rooms |= {alias.name for alias in node.names}
+            elif node.module == "opd_jax.eval":  # its files are rooms of their own
+                rooms |= {f"eval.{alias.name}" for alias in node.names}
             else:
                 rooms.add(room(node.module))
     return rooms

@@ -182,6 +182,24 @@ def test_evaluation_on_the_way_changes_nothing(straight, folders, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, other.state, result.state)
 
 
+def test_answers_to_held_out_problems_have_a_budget_of_their_own(folders, tmp_path):
+    config = small(folders, "opd")
+    config.steps, config.rollout.max_response_tokens = 1, 40
+    short = train.run(config, str(tmp_path / "short"), command=[])
+    config.eval.max_response_tokens, config.eval.slots = 100, 3
+    long = train.run(config, str(tmp_path / "long"), command=[])
+    jax.tree.map(np.testing.assert_array_equal, long.state, short.state)
+    longest = [
+        max(row["length"] for row in lines(tmp_path / run / "eval" / "0", "tiny.jsonl"))
+        for run in ("short", "long")
+    ]
+    assert longest[0] <= 40 < longest[1] <= 100
+    assert max(len(row["response_ids"]) for row in lines(tmp_path / "long", "rollouts.jsonl")) <= 40
+    config.eval.max_response_tokens = 125
+    with pytest.raises(ConfigError, match=r"student's 160 positions; .*max_response_tokens=124"):
+        make_setup(config)
+
+
 def test_sft_makes_no_rollouts_and_learns(folders, tmp_path):
     config = small(folders, "sft")
     config.teacher.path = ""

@@ -1,7 +1,6 @@
 """Answers to held-out problems: sampled, graded, written down one by one, and summarised."""
 
 import json
-import math
 import pathlib
 import re
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ import jax
 import numpy as np
 
 from opd_jax import data, metrics
+from opd_jax.eval import statistics
 from opd_jax.eval.grade import Grade, Grader
 from opd_jax.models import ModelConfig, Params
 from opd_jax.rollout import generate
@@ -52,12 +52,12 @@ def evaluate(
         model_config,
         [prompt for prompt in prompts for _ in range(k)],
         key=key,
-        max_response_tokens=rollout.max_response_tokens,
+        max_response_tokens=section.max_response_tokens or rollout.max_response_tokens,
         temperature=section.temperature,
         top_p=section.top_p,
         top_k=section.top_k,
         stop_ids=stop_ids,
-        slots=rollout.slots or 256,
+        slots=section.slots or rollout.slots or 256,
         max_prompt_tokens=max_prompt_tokens,
         vocabulary=vocabulary,
         drawn_V=drawn_V,
@@ -66,7 +66,10 @@ def evaluate(
     texts = [tokenizer.decode(sampled.response(i)) for i in range(len(answers))]
     graded = all(problem.answer for problem in problems)
     grades = (
-        grader.grade((text, p.answer) for text, p in zip(texts, answers, strict=True))
+        grader.grade(
+            ((text, p.answer) for text, p in zip(texts, answers, strict=True)),
+            fallbacks=tuple(section.fallbacks),
+        )
         if graded
         else [None] * len(texts)
     )
@@ -82,11 +85,10 @@ def evaluate(
         "length_mean": float(sampled.response_length_B.mean()),
     }
     if graded:
-        correct = np.array([g is Grade.CORRECT for g in grades], float).reshape(-1, k).mean(axis=1)
-        spread = correct.std(ddof=1) if len(correct) > 1 else 0.0
+        correct_PK = np.array([g is Grade.CORRECT for g in grades]).reshape(-1, k)
         summary |= {
-            "accuracy": float(correct.mean()),
-            "stderr": float(spread / math.sqrt(len(correct))),
+            "accuracy": statistics.avg_at_k(correct_PK),
+            "stderr": statistics.stderr(correct_PK),
             "unparsed": float(np.mean([g is Grade.UNPARSED for g in grades])),
             "timeouts": float(np.mean([g is Grade.TIMEOUT for g in grades])),
         }

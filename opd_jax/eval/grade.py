@@ -12,7 +12,8 @@ from enum import Enum
 from types import TracebackType
 
 from opd_jax.errors import GradingError
-from opd_jax.eval.boxed import boxed_answer, same_whole_number
+from opd_jax.eval.answer import Found, find, same_letters
+from opd_jax.eval.boxed import same_whole_number
 
 _WARM_UP_S = 60.0  # for the imports of a new process; not part of any answer's time
 
@@ -52,12 +53,25 @@ class Grader:
         for worker in self._workers:
             worker.kill()
 
-    def grade(self, pairs: Iterable[tuple[str, str]]) -> list[Grade]:
-        r"""Grades of (answer text, gold answer) pairs, in their order; the last \boxed{} counts."""
-        given = list(pairs)
-        found = [_at_once(*pair) for pair in given]
+    def grade(
+        self,
+        pairs: Iterable[tuple[str, str]],
+        *,
+        fallbacks: tuple[str, ...] = (),
+        rule: str = "plain",
+    ) -> list[Grade]:
+        r"""Grades of (answer text, gold answer) pairs, in their order; the last \boxed{} counts.
+
+        Without a box the `fallbacks` (answer.FALLBACKS) are tried in their order. `rule`, one of
+        answer.RULES, says how answers are compared.
+        """
+        given = [(find(text, fallbacks), gold) for text, gold in pairs]
+        found = [_at_once(answer, gold) for answer, gold in given]
         grades = [grade or Grade.TIMEOUT for grade in found]
-        todo = [(i, given[i]) for i, grade in enumerate(found) if grade is None][::-1]
+        todo: list[tuple[int, dict]] = []
+        for i, (answer, gold) in reversed(list(enumerate(given))):
+            if found[i] is None and answer is not None:
+                todo.append((i, _request(answer, gold, rule)))
         with selectors.DefaultSelector() as selector:
             for worker in self._workers:
                 if todo:
@@ -97,13 +111,20 @@ def grade(answer_text: str, gold: str) -> Grade:
         return grader.grade([(answer_text, gold)])[0]
 
 
-def _at_once(text: str, gold: str) -> Grade | None:
-    """The grade of what needs no math-verify: no box, or whole numbers; None for the rest."""
-    answer = boxed_answer(text)
+def _at_once(answer: Found | None, gold: str) -> Grade | None:
+    """The grade of what needs no math-verify: no answer, the gold's letters, whole numbers; or None."""
     if answer is None:
         return Grade.UNPARSED
-    same = same_whole_number(answer, gold)
+    if answer.free:
+        return None
+    same = same_whole_number(answer.text, gold)
+    if same is None and same_letters(answer.text, gold):
+        return Grade.CORRECT
     return None if same is None else Grade.CORRECT if same else Grade.WRONG
+
+
+def _request(answer: Found, gold: str, rule: str) -> dict:
+    return {"answer": answer.text, "free": answer.free, "gold": gold, "rule": rule}
 
 
 class _Worker:
@@ -125,23 +146,23 @@ class _Worker:
         assert self.process.stdin is not None  # PIPE was asked for
         assert self.process.stdout is not None
         self.stdin, self.stdout = self.process.stdin, self.process.stdout
-        self._send("\\boxed{1}", "1")
+        self._send(_request(Found("2/1"), "2", "plain"))
 
-    def start(self, index: int, pair: tuple[str, str]) -> None:
+    def start(self, index: int, request: dict) -> None:
         if self.process.poll() is not None:  # killed from outside since its last answer
             self.restart()
-        self.index, self.pair, self.started = index, pair, time.monotonic()
+        self.index, self.request, self.started = index, request, time.monotonic()
         if self.warm:
             self.ask()
 
     def ask(self) -> None:
         self.warm, self.started = True, time.monotonic()
-        self._send(*self.pair)
+        self._send(self.request)
 
-    def _send(self, text: str, gold: str) -> None:
+    def _send(self, request: dict) -> None:
         # A dead process shows as end of file when the answer is read.
         with contextlib.suppress(BrokenPipeError):
-            self.stdin.write(json.dumps({"text": text, "gold": gold}) + "\n")
+            self.stdin.write(json.dumps(request) + "\n")
             self.stdin.flush()
 
     def restart(self) -> None:

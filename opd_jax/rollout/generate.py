@@ -7,7 +7,7 @@ alone, never on slots, chunks or neighbours.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -71,7 +71,8 @@ def generate(
     model_config: ModelConfig,
     prompts: Sequence[Sequence[int]],
     *,
-    key: jax.Array,
+    key: jax.Array | None = None,
+    row_keys: jax.Array | None = None,
     max_response_tokens: int | Sequence[int],
     temperature: float = 1.0,
     top_p: float = 1.0,
@@ -85,6 +86,7 @@ def generate(
     stop_on_repetition: int = 0,
     repetition_period: int = 16,
     chunk: int | None = None,
+    on_finished: Callable[[int], None] | None = None,
 ) -> Rollout:
     """Sample one response a prompt.
 
@@ -92,6 +94,7 @@ def generate(
       params: stacked parameters, in the dtype to compute in.
       prompts: token ids, any lengths from 1 up.
       key: PRNG key of this batch; row i samples with keys derived from (key, i, position).
+      row_keys: instead of `key`, [prompts]: row i samples with keys of (row_keys[i], position).
       max_response_tokens: budget of a response, the end token included; or one for each prompt.
       temperature, top_p, top_k: see `sampling.sample`; temperature 0 is greedy.
       stop_ids: end tokens; the one emitted is kept as the response's last token.
@@ -103,6 +106,7 @@ def generate(
       stop_on_repetition: a row ends when its last so many response tokens each equal the response
         token d before them, for one period d from 1 to `repetition_period`; 0 for never.
       chunk: decode steps between two looks from the host; None for 1/16 of the budget, 8 to 128.
+      on_finished: told how many responses are finished, whenever these are more.
 
     Returns: `Rollout` with rows of max_prompt_tokens + the (largest) budget, in the prompts' order.
 
@@ -127,7 +131,9 @@ def generate(
         stop_on_repetition=stop_on_repetition,
     )  # fmt: skip
     layers = decoding.unstack(params)
-    row_keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(len(prompts)))
+    if row_keys is None:
+        assert key is not None, "generate: one of key and row_keys is wanted"
+        row_keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(len(prompts)))
     periods = repetition_period if stop_on_repetition else 0
     state = decoding.empty(layers, model_config, shapes.slots, shapes.total, periods)
     owner = np.full(shapes.slots, -1)  # which prompt sits in each slot
@@ -157,6 +163,8 @@ def generate(
             out.sampler_logprob_BT[rows] = np.asarray(state.logprob_BT)[done]
             out.outcome_B[rows] = decoding.outcomes(state, stop_on_repetition)[done]
             owner[done] = -1
+            if on_finished is not None:
+                on_finished(int((out.length_B > 0).sum()))
     return out
 
 

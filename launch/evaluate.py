@@ -1,0 +1,30 @@
+"""Evaluate: python launch/evaluate.py --config=configs/evaluate.py[:PROTOCOL] --model=HF_DIR_OR_WORKDIR."""
+
+import pathlib
+import sys
+import time
+
+from absl import flags
+
+from opd_jax import cli
+
+cli.define_config("configs/evaluate.py")
+flags.DEFINE_string(
+    "model", None, "Hugging Face folder, hub name, or the workdir of a run", required=True
+)
+flags.DEFINE_integer("step", None, "checkpoint of the workdir; default the newest")
+flags.DEFINE_string("workdir", None, "folder of the evaluation; default runs/evaluate-MODEL-TIME")
+
+
+def main() -> None:
+    """Answers to benchmarks, graded, and the table with the papers' rows."""
+    from opd_jax.eval import runner  # JAX starts only after the flags are known to be right
+
+    model = cli.FLAGS.model
+    default = f"runs/evaluate-{pathlib.PurePath(model).name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = cli.FLAGS.workdir or default
+    runner.run(cli.FLAGS.config, model, folder, step=cli.FLAGS.step, command=sys.argv)
+
+
+if __name__ == "__main__":
+    cli.main(main)

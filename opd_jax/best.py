@@ -1,0 +1,59 @@
+"""The checkpoint that did best on the held-out problems, beside the newest ones.
+
+WORKDIR/best/ has config.json and checkpoints/ as a workdir has them, so launch/export.py and
+launch/evaluate.py take it for one; best.json says which step it is and how good.
+"""
+
+import json
+import math
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+from opd_jax.checkpoint import Checkpoints
+from opd_jax.errors import ConfigError
+
+
+class Best:
+    """WORKDIR/best/, kept by one metric of the evaluations; more is better, or less."""
+
+    def __init__(self, workdir: pathlib.Path, *, metric: str, more: bool):
+        self._workdir, self._folder = workdir, workdir / "best"
+        self._metric, self._more = metric, more
+
+    @property
+    def record(self) -> dict[str, Any] | None:
+        """step, metric and value of what is kept; None where nothing is, or by another metric."""
+        file = self._folder / "best.json"
+        found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+        return found if found and found["metric"] == self._metric else None
+
+    def offer(
+        self, step: int, summary: dict[str, float], save: Callable[[Checkpoints], None]
+    ) -> bool:
+        """Keep `step` if it is better than what is kept; `save` writes it. Equal is not better.
+
+        Raises ConfigError where the evaluation did not measure the metric.
+        """
+        if self._metric not in summary:
+            raise ConfigError(
+                f"eval.best={self._metric}, but the held-out problems give only {', '.join(summary)}; set "
+                "--config.eval.best to one of these, or name problems with answers by --config.eval.data"
+            )
+        value, kept = summary[self._metric], self.record
+        if math.isnan(value):
+            return False
+        if kept is not None and (value <= kept["value"] if self._more else value >= kept["value"]):
+            return False
+        self._folder.mkdir(exist_ok=True)
+        config = (self._workdir / "config.json").read_bytes()
+        (self._folder / "config.json").write_bytes(config)
+        with Checkpoints(self._folder, keep=1) as saved:
+            saved.delete_after(step - 1)  # of before a rollback, this step's too
+            save(saved)
+        record = self._folder / "best.json"
+        whole = record.with_suffix(".tmp")  # the record appears whole, after what it speaks of
+        text = json.dumps({"step": step, "metric": self._metric, "value": value})
+        whole.write_text(text + "\n", encoding="utf-8")
+        whole.replace(record)
+        return True

@@ -1,0 +1,142 @@
+"""The model to evaluate: a Hugging Face folder, a hub name, or the checkpoint of a workdir."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from opd_jax import checkpoint, data, models
+from opd_jax import setup as roles
+from opd_jax.errors import ConfigError, ModelError
+from opd_jax.models import cache, decoder
+from opd_jax.workdir import read_config
+
+_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+          "chat_template.jinja", "*.safetensors")  # fmt: skip
+_SLOTS = 256  # sequences decoded at one time, at most
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """What is known of the model before its weights are read.
+
+    Attributes:
+      name: for the table. path: of its folder or workdir. step: of the checkpoint; None for a folder.
+      section: its config section (path, dtype, rope_theta, max_position, chat_template).
+      config, tokenizer: as opened. vocabulary: ids the tokenizer knows. stop_ids: end tokens.
+    """
+
+    name: str
+    path: str
+    step: int | None
+    section: Any
+    config: models.ModelConfig
+    tokenizer: data.Tokenizer
+    vocabulary: int
+    stop_ids: tuple[int, ...]
+
+    def load(self) -> models.Params:
+        """The weights, in the dtype to compute in."""
+        dtype = roles.compute_dtype(self.section.dtype)
+        if self.step is None:
+            return models.load(self.path, dtype=dtype)[1]
+        _, host = checkpoint.restore_params(
+            pathlib.Path(self.path), decoder.abstract_params(self.config), step=self.step
+        )
+        return jax.tree.map(lambda w: jnp.asarray(np.asarray(w), dtype), host)
+
+    def slots(self, tokens: int) -> int:
+        """How many rows of so many tokens to decode at one time: 256, or fewer where memory is short.
+
+        Their caches may take two thirds of what the weights leave of the memory.
+        """
+        dtype = roles.compute_dtype(self.section.dtype)
+        one = _bytes(jax.eval_shape(lambda: cache.init(self.config, 1, tokens, dtype)))
+        weights = sum(w.size for w in jax.tree.leaves(decoder.abstract_params(self.config)))
+        device = jax.local_devices()[0].memory_stats() or {}
+        memory = device.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf(
+            "SC_PHYS_PAGES"
+        )
+        left = memory - weights * jnp.dtype(dtype).itemsize
+        return int(min(max(left * 2 // 3 // one, 1), _SLOTS))
+
+    def sha256(self) -> str:
+        """Of the files that the model is made of: with it a result says which model it is about."""
+        digest = hashlib.sha256()
+        source = pathlib.Path(self.section.path)
+        kinds = _FILES if self.step is None else _FILES[:-1]  # a checkpoint has other weights
+        for file in sorted({f for kind in kinds for f in source.glob(kind)}):
+            _add(digest, file, source)
+        if self.step is not None:
+            folder = pathlib.Path(self.path) / "checkpoints" / str(self.step) / "state"
+            for file in sorted(f for f in folder.rglob("*") if f.is_file()):
+                _add(digest, file, folder)
+        return digest.hexdigest()
+
+
+def open_subject(path: str, config: ConfigDict, *, step: int | None) -> Subject:
+    """The model at `path`; `config.student` may override its positions, template and dtype.
+
+    Raises an OpdError: no such model, no checkpoint of that step, no end token.
+    """
+    section = config.student.copy_and_resolve_references()
+    folder = pathlib.Path(path)
+    if _is_run(folder):
+        trained = read_config(folder)["student"]
+        for field in ("rope_theta", "max_position", "chat_template"):
+            section[field] = section[field] or trained.get(field, section[field])
+        section.path = trained["path"]
+        newest = checkpoint.latest_step(folder)
+        step = newest if step is None else step
+        if newest is None or step is None:
+            raise ModelError(
+                f"workdir {path!r} holds no finished checkpoint; wait for the run's first one, or give "
+                "a Hugging Face folder"
+            )
+        whole = folder.resolve()
+        kept = f"{whole.parent.name}/" if whole.name == "best" else ""
+        name, place = f"{kept}{whole.name}, step {step}", str(whole)
+    else:
+        if step is not None:
+            raise ConfigError(
+                f"step={step} is for the workdir of a run, got the model folder {path!r}; leave --step out"
+            )
+        place = models.locate(path)
+        section.path = place = os.path.abspath(place) if os.path.isdir(place) else place
+        name = pathlib.PurePath(path).name or path
+    model, tokenizer = roles.open_model(section)
+    vocabulary = min(tokenizer.size, model.vocab_size)
+    stop_ids = tuple(i for i in model.eos_token_ids if i < vocabulary)
+    if not stop_ids:
+        raise ModelError(
+            f"{section.path}: no eos_token_id that its tokenizer knows in config.json or "
+            "generation_config.json, wanted at least one end token; add it to generation_config.json"
+        )
+    return Subject(name, place, step, section, model, tokenizer, vocabulary, stop_ids)
+
+
+def _is_run(folder: pathlib.Path) -> bool:
+    """Whether a folder is the workdir of a run: its config.json has sections, not an architecture."""
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return (folder / "checkpoints").is_dir()
+    return isinstance(found, dict) and isinstance(found.get("student"), dict)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _add(digest: Any, file: pathlib.Path, source: pathlib.Path) -> None:
+    digest.update(str(file.relative_to(source)).encode() + b"\0")
+    with file.open("rb") as opened:
+        while block := opened.read(2**24):
+            digest.update(block)

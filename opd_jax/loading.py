@@ -1,11 +1,13 @@
 """The weights of a run: read from their folders, each once, in the dtypes they are used in."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
 
 from opd_jax import models
+from opd_jax.models import decoder
 from opd_jax.setup import Setup, compute_dtype
 
 
@@ -24,14 +26,16 @@ class Weights:
 
 def load_weights(setup: Setup, *, student: bool) -> Weights:
     """Read the models; the student, as float32 masters, only where no checkpoint holds it."""
-    config, alignment = setup.config, setup.alignment
+    config, alignment, mesh = setup.config, setup.alignment, setup.mesh
 
-    def load(path: str, dtype: str) -> models.Params:
-        return models.load(path, dtype=compute_dtype(dtype))[1]
+    def load(path: str, dtype: str, model: models.ModelConfig, places: Callable) -> models.Params:
+        shardings = places(decoder.abstract_params(model)) if mesh.devices else None
+        return models.load(path, dtype=compute_dtype(dtype), shardings=shardings)[1]
 
     teacher = scorer = reference = None
     if setup.teacher is not None and config.teacher.follow == "frozen":
-        teacher = scorer = load(config.teacher.path, config.teacher.dtype)
+        path, dtype = config.teacher.path, config.teacher.dtype
+        teacher = scorer = load(path, dtype, setup.teacher, mesh.weights)
         rows = setup.teacher.vocab_size
         if alignment.renumbered or rows < alignment.vocabulary:
             ids = np.minimum(alignment.teacher_ids, rows - 1)  # those beyond are not scored
@@ -40,6 +44,11 @@ def load_weights(setup: Setup, *, student: bool) -> Weights:
         path, dtype = setup.reference_section.path, config.reference.dtype
         same = (path, dtype) == (config.teacher.path, config.teacher.dtype)
         # Self-distillation: one copy of the weights for both.
-        reference = teacher if same and teacher is not None else load(path, dtype)
-    own = load(config.student.path, "float32") if student else None
+        if same and teacher is not None:
+            reference = teacher
+        else:
+            reference = load(path, dtype, setup.reference, mesh.weights)
+    own = None
+    if student:
+        own = load(config.student.path, "float32", setup.student, mesh.masters)
     return Weights(own, teacher, scorer, reference)

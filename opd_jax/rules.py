@@ -59,6 +59,10 @@ def validate(config: ConfigDict) -> None:
         if not 0 < flat[field] < math.inf:
             raise _wrong(field, flat[field], "a finite number above 0")
     _range(flat, "metrics.repetition_level", 1, 9)
+    for field in ("mesh.fsdp", "mesh.tensor"):
+        _range(flat, field, 1, math.inf)
+    if flat["mesh.data"] < 1 and flat["mesh.data"] != -1:
+        raise _wrong("mesh.data", flat["mesh.data"], "at least 1, or -1 for as many as there are")
     _range(flat, "metrics.repeated_ngram", 2, math.inf)
     for field, choices in (
         ("student.dtype", DTYPES), ("teacher.dtype", DTYPES), ("reference.dtype", DTYPES),

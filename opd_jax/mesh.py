@@ -232,7 +232,8 @@ class Mesh:
     def _weight_spec(self, path: tuple, shape: tuple[int, ...]) -> P:
         logical = _WEIGHTS.get(_name(path), ())
         axes: list = [None] * (len(shape) - len(logical))
-        return P(*axes, *(_DIVIDED.get(name) for name in logical))
+        divided = _DIVIDED if self._size(TENSOR) > 1 else {}
+        return P(*axes, *(divided.get(name) for name in logical))
 
     def _master_spec(self, path: tuple, shape: tuple[int, ...]) -> P:
         """As the compute weight, and its first whole dimension that divides is divided among replicas."""
@@ -318,22 +319,23 @@ def _zeros_like(params: Any, *, mesh: Mesh) -> Any:
 def _summed(apart: Any, *, mesh: Mesh) -> Any:
     params = jax.tree.map(lambda g: jax.ShapeDtypeStruct(g.shape[1:], g.dtype), apart)
     masters = jax.tree.map(lambda sharding: sharding.spec, mesh.masters(params))
-    weights = jax.tree.map(lambda sharding: sharding.spec, mesh.weights(params))
 
-    def one(gradient: jax.Array, spec: P, tensor: P) -> jax.Array:
-        gradient = gradient[0]
-        if REPLICAS not in tuple(spec):
-            return jax.lax.psum(gradient, REPLICAS)
-        dimension = tuple(spec).index(REPLICAS)
-        return jax.lax.psum_scatter(gradient, REPLICAS, scatter_dimension=dimension, tiled=True)
+    def add(apart: Any) -> Any:
+        return jax.tree.map(lambda gradient, spec: _scattered(gradient[0], spec), apart, masters)
 
-    def specs(masters: Any) -> Any:  # shard_map hears of its own axes alone
-        return jax.tree.map(lambda spec: P(*(a if a == REPLICAS else None for a in spec)), masters)
+    # Of all axes, `tensor` too: the compiler would gather what it divides before a reduction.
+    places = jax.tree.map(lambda sharding: sharding.spec, mesh.apart(params))
+    return jax.shard_map(
+        add, mesh=mesh.devices, in_specs=(places,), out_specs=masters, check_vma=False
+    )(apart)
 
-    add = mesh._apart_from_each_other(
-        lambda apart: jax.tree.map(one, apart, masters, weights), P(REPLICAS), specs(masters)
-    )
-    return mesh.constrain(add(apart), mesh.masters(params))
+
+def _scattered(gradient: jax.Array, spec: P) -> jax.Array:
+    """The sum over replicas, of which each keeps its part."""
+    if REPLICAS not in tuple(spec):
+        return jax.lax.psum(gradient, REPLICAS)
+    dimension = tuple(spec).index(REPLICAS)
+    return jax.lax.psum_scatter(gradient, REPLICAS, scatter_dimension=dimension, tiled=True)
 
 
 @partial(jax.jit, static_argnames=("mesh",))

@@ -60,11 +60,14 @@ class Setup:
     notes: list[str]
 
 
-def make_setup(config: ConfigDict) -> Setup:
-    """Read and check all but the weights. Raises an OpdError; writes and compiles nothing."""
+def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
+    """Read and check all but the weights. Raises an OpdError; writes and compiles nothing.
+
+    `mesh`: the devices, where that is not for the config to say.
+    """
     rules.validate(config)
     terms = make_terms(config)
-    mesh = make_mesh(config.mesh)
+    mesh = mesh or make_mesh(config.mesh)
     config = resolved(
         config,
         ["student"] + terms.needs_teacher * ["teacher"] + terms.needs_reference * ["reference"],

@@ -63,7 +63,8 @@ def run(config: ConfigDict, path: str, *, command: list[str]) -> Result:
     folder = pathlib.Path(path)
     setup = make_setup(config)
     config = setup.config
-    processes.agree(_facts(config, path))
+    if processes.several():
+        processes.agree(_facts(config, path))
     workdir.check(folder, config)
     if processes.first():
         print(f"workdir {folder}", *setup.notes, sep="\n", flush=True)

@@ -15,8 +15,8 @@ from opd_jax import config as configuration
 from opd_jax.errors import ConfigError, DataError
 from opd_jax.fitting import prompt_misfit, teacher_misfit
 from opd_jax.loading import load_weights
-from opd_jax.models import decoder
 from opd_jax.mesh import ONE
+from opd_jax.models import decoder
 from opd_jax.setup import Setup, compute_dtype, make_setup
 
 

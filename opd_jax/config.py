@@ -141,8 +141,10 @@ def default() -> ConfigDict:
 
     mesh = config.mesh = ConfigDict()  # devices: docs/several_devices.md
     mesh.data = -1  # replicas of the weights that compute; -1 = as many as there are devices for
-    mesh.fsdp = 1  # devices of a replica that share its rows
+    mesh.fsdp = 1  # replicas that share the weights of what is sharded
     mesh.tensor = 1  # devices that share heads and MLP of every layer
+    for role in ("student", "teacher", "reference"):
+        mesh[role] = "replicated"  # compute weights | sharded: each device of fsdp has a slice
 
     checkpoint = config.checkpoint = ConfigDict()
     checkpoint.every = 50  # steps; 0 = only at the end

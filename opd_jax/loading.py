@@ -1,12 +1,13 @@
 """The weights of a run: read from their folders, each once, in the dtypes they are used in."""
 
 import dataclasses
-from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from opd_jax import models
+from opd_jax.mesh import unwrapped
 from opd_jax.models import decoder
 from opd_jax.setup import Setup, compute_dtype
 
@@ -28,18 +29,22 @@ def load_weights(setup: Setup, *, student: bool) -> Weights:
     """Read the models; the student, as float32 masters, only where no checkpoint holds it."""
     config, alignment, mesh = setup.config, setup.alignment, setup.mesh
 
-    def load(path: str, dtype: str, model: models.ModelConfig, places: Callable) -> models.Params:
-        shardings = places(decoder.abstract_params(model)) if mesh.devices else None
+    def load(path: str, dtype: str, shardings: Any) -> models.Params:
+        shardings = shardings if mesh.devices else None
         return models.load(path, dtype=compute_dtype(dtype), shardings=shardings)[1]
+
+    def places(model: models.ModelConfig, role: str) -> Any:
+        return unwrapped(mesh.weights(mesh.slices(decoder.abstract_params(model), role)))
 
     teacher = scorer = reference = None
     if setup.teacher is not None and config.teacher.follow == "frozen":
         path, dtype = config.teacher.path, config.teacher.dtype
-        teacher = scorer = load(path, dtype, setup.teacher, mesh.weights)
+        teacher = scorer = load(path, dtype, places(setup.teacher, "teacher"))
         rows = setup.teacher.vocab_size
         if alignment.renumbered or rows < alignment.vocabulary:
             ids = np.minimum(alignment.teacher_ids, rows - 1)  # those beyond are not scored
             scorer = models.with_head_rows(teacher, jnp.asarray(ids))
+        teacher, scorer = (mesh.lend(weights, "teacher") for weights in (teacher, scorer))
     if setup.terms.needs_reference:
         path, dtype = setup.reference_section.path, config.reference.dtype
         same = (path, dtype) == (config.teacher.path, config.teacher.dtype)
@@ -47,8 +52,10 @@ def load_weights(setup: Setup, *, student: bool) -> Weights:
         if same and teacher is not None:
             reference = teacher
         else:
-            reference = load(path, dtype, setup.reference, mesh.weights)
+            reference = load(path, dtype, places(setup.reference, "reference"))
+            reference = mesh.lend(reference, "reference")
     own = None
     if student:
-        own = load(config.student.path, "float32", setup.student, mesh.masters)
+        masters = mesh.masters(decoder.abstract_params(setup.student))
+        own = load(config.student.path, "float32", masters)
     return Weights(own, teacher, scorer, reference)

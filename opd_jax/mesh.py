@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +28,7 @@ from opd_jax.programs import Program
 Tree = TypeVar("Tree")
 AXES = DATA, FSDP, TENSOR = ("data", "fsdp", "tensor")
 REPLICAS = (DATA, FSDP)
+ROLES = ("student", "teacher", "reference")
 
 # Logical axis -> mesh axis that divides it in compute weights; the others are whole. The vocabulary is
 # whole: top-k and sampling want all logits of a token in one place.
@@ -51,16 +53,58 @@ _WEIGHTS = {
     "norm.scale": ("embed",),
     "head.kernel": ("vocab", "embed"),
 }
-# What a replica gets of an argument, or makes of a result: its own rows, all of it, or one of its own
-# where the array has an entry a replica.
-ROWS, WHOLE, APART = "rows", "whole", "apart"
+# What a replica gets of an argument, or makes of a result: its own rows; all of it (of a `Slice` its
+# slice); one of its own, where the array has an entry a replica; such a one of each weight.
+ROWS, WHOLE, APART, SUMS = "rows", "whole", "apart", "sums"
+
+
+class Slice(flax.struct.PyTreeNode):
+    """A compute weight of which each device along `fsdp` holds a slice. A replica gathers it to use it.
+
+    Attributes:
+      value: the whole array, divided; on a replica its slice.
+      axis: that is divided, counted from the last: a layer of stacked weights has the same.
+    """
+
+    value: Any
+    axis: int = flax.struct.field(pytree_node=False)
+
+
+def whole(tree: Any) -> Any:
+    """On a replica: weights to compute with, each gathered where it is a slice."""
+
+    def one(weight: Any) -> jax.Array:
+        if not isinstance(weight, Slice):
+            return weight
+        axis = weight.value.ndim + weight.axis
+        return jax.lax.all_gather(weight.value, FSDP, axis=axis, tiled=True)
+
+    return jax.tree.map(one, tree, is_leaf=_is_slice)
+
+
+def sliced(tree: Any) -> bool:
+    """Whether any of the weights is."""
+    return any(map(_is_slice, jax.tree.leaves(tree, is_leaf=_is_slice)))
+
+
+def unwrapped(tree: Any) -> Any:
+    """The same global arrays in a plain tree, wherever they lie."""
+    return jax.tree.map(lambda w: w.value if _is_slice(w) else w, tree, is_leaf=_is_slice)
+
+
+def _is_slice(leaf: Any) -> bool:
+    return isinstance(leaf, Slice)
 
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-    """The devices of a run; static in jitted functions. `devices` is None where there is but one."""
+    """The devices of a run; static in jitted functions. `devices` is None where there is but one.
+
+    `sharded`: roles whose compute weights are slices along `fsdp`.
+    """
 
     devices: jax.sharding.Mesh | None = None
+    sharded: tuple[str, ...] = ()
 
     @property
     def whole(self) -> NamedSharding | None:
@@ -83,13 +127,38 @@ class Mesh:
         """Shardings of compute weights, stacked or not, from arrays or shapes; Nones on one device."""
         return self._shardings(params, self._weight_spec)
 
+    def slices(self, params: Any, role: str) -> Any:
+        """The tree with a `Slice` around each weight of the role that is to be one; arrays or shapes."""
+        if self.devices is None or role not in self.sharded:
+            return params
+
+        def one(path: tuple, weight: Any) -> Any:
+            axis = self._slice_axis(path, weight.shape)
+            return weight if axis is None else Slice(weight, axis)
+
+        return jax.tree_util.tree_map_with_path(one, params)
+
+    def lend(self, params: Any, role: str) -> Any:
+        """Global arrays as the role's compute weights, each where it belongs."""
+        if self.devices is None:
+            return params
+        params = self.slices(params, role)
+
+        def one(weight: jax.Array, place: NamedSharding) -> jax.Array:
+            there = weight.sharding.is_equivalent_to(place, weight.ndim)
+            return weight if there else jax.device_put(weight, place)
+
+        return jax.tree.map(one, params, self.weights(params))
+
     def masters(self, tree: Any) -> Any:
         """Shardings of float32 weights, or of a tree that holds such (optimiser, whole state)."""
         return self._shardings(tree, self._master_spec)
 
     def apart(self, params: Any) -> Any:
         """Shardings of one gradient a replica, from the weights'."""
-        return self._shardings(params, lambda *leaf: P(REPLICAS, *self._weight_spec(*leaf)))
+        return self._shardings(
+            params, lambda path, shape: P(_apart(path), *self._weight_spec(path, shape))
+        )
 
     def slots(self, head_axis: int | None = None) -> NamedSharding | None:
         """The sharding of an array [B, ...] of decode slots, of which an axis may be key heads."""
@@ -130,25 +199,30 @@ class Mesh:
     ) -> Callable:
         """`function` on every replica by itself. Inside a jitted function.
 
-        `given`, `made`: ROWS, WHOLE or APART, for each argument and result.
+        `given`, `made`: ROWS, WHOLE, APART or SUMS, for each argument and result.
         """
         if self.devices is None:
             return function
-        specs = {ROWS: P(REPLICAS), WHOLE: P(), APART: P(REPLICAS)}
 
         def own(*args: Any) -> Any:
-            out = function(
-                *(_first(x) if k == APART else x for x, k in zip(args, given, strict=True))
-            )
+            kinds = zip(args, given, strict=True)
+            out = function(*(_first(x) if k in (APART, SUMS) else x for x, k in kinds))
             if isinstance(made, str):
                 return _as_entry(out) if made == APART else out
-            return tuple(_as_entry(x) if k == APART else x for x, k in zip(out, made, strict=True))
+            kinds = zip(out, made, strict=True)
+            return tuple(_as_entry(x) if k in (APART, SUMS) else x for x, k in kinds)
 
-        return self._apart_from_each_other(
-            own,
-            tuple(specs[kind] for kind in given),
-            specs[made] if isinstance(made, str) else tuple(specs[kind] for kind in made),
-        )
+        def call(*args: Any) -> Any:
+            specs = {ROWS: P(REPLICAS), APART: P(REPLICAS)}
+            asked = []
+            for x, kind in zip(args, given, strict=True):
+                if kind in (WHOLE, SUMS):
+                    specs[kind] = _manual_specs(x, apart=kind == SUMS)
+                asked.append(specs[kind])
+            results = specs[made] if isinstance(made, str) else tuple(specs[kind] for kind in made)
+            return self._apart_from_each_other(own, tuple(asked), results)(*args)
+
+        return call
 
     def masters_of(self, function: Callable, params: Any) -> Any:
         """function(params), every part of it on its own device; takes the params over."""
@@ -183,7 +257,7 @@ class Mesh:
         """The compute weights in `dtype`; on one device the very same arrays where that is theirs."""
         if self.devices is None:
             return jax.tree.map(lambda w: w if w.dtype == dtype else w.astype(dtype), masters)
-        return _compute(masters, dtype=dtype, mesh=self)
+        return _compute(masters, dtype=dtype, role="student", mesh=self)
 
     def fetch(self, tree: Any) -> Any:
         """Host copies of a tree of arrays, wherever they lie; waits for them."""
@@ -193,6 +267,11 @@ class Mesh:
     def check(self, role: str, model: Any) -> None:
         """Raises ConfigError for a model that does not divide over `tensor`."""
         size = self._size(TENSOR)
+        if role in self.sharded and size > 1:
+            raise ConfigError(
+                f"mesh.{role}='sharded' with mesh.tensor={size}, wanted one of the two; "
+                f"set --config.mesh.{role}=replicated or --config.mesh.tensor=1"
+            )
         for name in ("num_heads", "num_kv_heads", "intermediate_size"):
             if (count := getattr(model, name)) % size:
                 fits = max(n for n in range(1, size + 1) if not _indivisible(model, n))
@@ -233,14 +312,35 @@ class Mesh:
         logical = _WEIGHTS.get(_name(path), ())
         axes: list = [None] * (len(shape) - len(logical))
         divided = _DIVIDED if self._size(TENSOR) > 1 else {}
-        return P(*axes, *(divided.get(name) for name in logical))
+        axes += [divided.get(name) for name in logical]
+        if _in_slice(path):
+            axes[self._slice_axis(path, shape)] = FSDP
+        return P(*axes)
+
+    def _slice_axis(self, path: tuple, shape: tuple[int, ...]) -> int | None:
+        """Which axis of a matrix `fsdp` divides, counted from the last; None for a vector."""
+        logical = _WEIGHTS.get(_name(path), ())
+        if len(logical) < 2 or self._size(FSDP) == 1:
+            return None
+        first = divided_dimension([None] * len(logical), shape[-len(logical) :], self._size(FSDP))
+        return None if first is None else first - len(logical)
 
     def _master_spec(self, path: tuple, shape: tuple[int, ...]) -> P:
-        """As the compute weight, and its first whole dimension that divides is divided among replicas."""
+        """As the compute weight, and its first whole dimension that divides is divided among replicas.
+
+        Where the student's weights are slices, `fsdp` divides the masters as it does them, and only
+        `data` is left to divide another dimension.
+        """
         axes: list = list(self._weight_spec(path, shape))
-        divided = divided_dimension(axes, shape, self.replicas)
-        if divided is not None and _name(path) in _WEIGHTS:
-            axes[divided] = REPLICAS
+        if _name(path) not in _WEIGHTS:
+            return P(*axes)
+        among: tuple[str, ...] = REPLICAS
+        slice_axis = self._slice_axis(path, shape) if "student" in self.sharded else None
+        if slice_axis is not None:
+            axes[slice_axis], among = FSDP, (DATA,)
+        divided = divided_dimension(axes, shape, math.prod(map(self._size, among)))
+        if divided is not None:
+            axes[divided] = among
         return P(*axes)
 
 
@@ -270,7 +370,8 @@ def make_mesh(section: Any, devices: Sequence[jax.Device] | None = None) -> Mesh
     shape = (data, section.fsdp, section.tensor)
     # Auto, said explicitly: the default has changed before. What may be apart is kept so by shard_map.
     types = (AxisType.Auto,) * len(AXES)
-    return Mesh(jax.make_mesh(shape, AXES, axis_types=types, devices=devices))
+    sharded = tuple(role for role in ROLES if section[role] == "sharded")
+    return Mesh(jax.make_mesh(shape, AXES, axis_types=types, devices=devices), sharded)
 
 
 def divided_dimension(axes: Sequence, shape: Sequence[int], count: int) -> int | None:
@@ -287,11 +388,38 @@ def _indivisible(model: Any, size: int) -> bool:
 def _name(path: tuple) -> str:
     """`query.kernel` of a key path into params, an optimiser's state, or unstacked layers."""
     names: list[str] = []
-    for key in reversed(path):
+    for key in reversed(path[:-1] if _in_slice(path) else path):
         if not isinstance(key, jax.tree_util.DictKey) or key.key == "layers":
             break
         names.insert(0, str(key.key))
     return ".".join(names)
+
+
+def _in_slice(path: tuple) -> bool:
+    return path[-1:] == (jax.tree_util.GetAttrKey("value"),)
+
+
+def _apart(path: tuple) -> tuple[str, ...]:
+    """The axes along which gradients of a weight are kept apart: those of slices are summed along `fsdp`."""
+    return (DATA,) if _in_slice(path) else REPLICAS
+
+
+def _manual_specs(tree: Any, *, apart: bool) -> Any:
+    """For shard_map, of its own axes alone: what a replica gets of weights, or of one gradient a replica."""
+
+    def one(path: tuple, leaf: Any, axis: int | None = None) -> P:
+        axes: list = [None] * (leaf.ndim - apart)
+        if axis is not None:
+            axes[axis] = FSDP
+        return P(*([_apart(path)] * apart), *axes)
+
+    def weight(path: tuple, leaf: Any) -> Any:
+        if not _is_slice(leaf):
+            return one(path, leaf)
+        key = jax.tree_util.GetAttrKey("value")
+        return leaf.replace(value=one((*path, key), leaf.value, leaf.axis))
+
+    return jax.tree_util.tree_map_with_path(weight, tree, is_leaf=_is_slice)
 
 
 def _first(tree: Tree) -> Tree:
@@ -311,17 +439,25 @@ def _placed(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
 def _zeros_like(params: Any, *, mesh: Mesh) -> Any:
     if mesh.devices is None:
         return jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), params)
-    zeros = jax.tree.map(lambda w: jnp.zeros((mesh.replicas, *w.shape), jnp.float32), params)
-    return mesh.constrain(zeros, mesh.apart(params))
+
+    def one(path: tuple, weight: Any) -> jax.Array:
+        apart = math.prod(map(mesh._size, _apart(path)))
+        return jnp.zeros((apart, *weight.shape), jnp.float32)
+
+    return mesh.constrain(jax.tree_util.tree_map_with_path(one, params), mesh.apart(params))
 
 
 @partial(jax.jit, static_argnames=("mesh",))
 def _summed(apart: Any, *, mesh: Mesh) -> Any:
     params = jax.tree.map(lambda g: jax.ShapeDtypeStruct(g.shape[1:], g.dtype), apart)
-    masters = jax.tree.map(lambda sharding: sharding.spec, mesh.masters(params))
+    masters = jax.tree.map(lambda sharding: sharding.spec, mesh.masters(unwrapped(params)))
 
     def add(apart: Any) -> Any:
-        return jax.tree.map(lambda gradient, spec: _scattered(gradient[0], spec), apart, masters)
+        kept = jax.tree_util.tree_map_with_path(lambda path, _: _Axes(_apart(path)), params)
+        return jax.tree.map(
+            lambda gradient, axes, spec: _scattered(gradient[0], axes.names, spec),
+            unwrapped(apart), unwrapped(kept), masters,
+        )  # fmt: skip
 
     # Of all axes, `tensor` too: the compiler would gather what it divides before a reduction.
     places = jax.tree.map(lambda sharding: sharding.spec, mesh.apart(params))
@@ -330,12 +466,19 @@ def _summed(apart: Any, *, mesh: Mesh) -> Any:
     )(apart)
 
 
-def _scattered(gradient: jax.Array, spec: P) -> jax.Array:
-    """The sum over replicas, of which each keeps its part."""
-    if REPLICAS not in tuple(spec):
-        return jax.lax.psum(gradient, REPLICAS)
-    dimension = tuple(spec).index(REPLICAS)
-    return jax.lax.psum_scatter(gradient, REPLICAS, scatter_dimension=dimension, tiled=True)
+@dataclasses.dataclass(frozen=True)
+class _Axes:
+    """Names of axes as one leaf of a tree."""
+
+    names: tuple[str, ...]
+
+
+def _scattered(gradient: jax.Array, among: tuple[str, ...], spec: P) -> jax.Array:
+    """The sum among the devices of these axes, of which each keeps its part."""
+    axes = [axis if isinstance(axis, tuple) else (axis,) for axis in spec]
+    if among not in axes:
+        return jax.lax.psum(gradient, among)
+    return jax.lax.psum_scatter(gradient, among, scatter_dimension=axes.index(among), tiled=True)
 
 
 @partial(jax.jit, static_argnames=("mesh",))
@@ -352,8 +495,9 @@ def _whole(tree: Any, mesh: Mesh) -> Any:
     return jax.lax.with_sharding_constraint(tree, mesh.whole)
 
 
-@partial(jax.jit, static_argnames=("dtype", "mesh"))
-def _compute(masters: Any, *, dtype: jnp.dtype, mesh: Mesh) -> Any:
+@partial(jax.jit, static_argnames=("dtype", "role", "mesh"))
+def _compute(masters: Any, *, dtype: jnp.dtype, role: str, mesh: Mesh) -> Any:
     cast = jax.tree.map(lambda w: w.astype(dtype), masters)
     cast = mesh.constrain(cast, mesh.masters(cast))  # gathered in the dtype to compute in
+    cast = mesh.slices(cast, role)
     return mesh.constrain(cast, mesh.weights(cast))

@@ -14,6 +14,7 @@ from opd_jax import guard
 from opd_jax.config import default, flatten, near
 from opd_jax.errors import ConfigError
 from opd_jax.losses import AGGREGATIONS, DIRECTIONS, ESTIMATORS, FORMS, SUPPORT_WEIGHTS
+from opd_jax.mesh import ROLES
 from opd_jax.models.remat import POLICIES
 from opd_jax.repetition import RULES
 from opd_jax.supports import SUPPORTS
@@ -74,6 +75,7 @@ def validate(config: ConfigDict) -> None:
         ("teacher.follow", ("frozen", "average", "live")), ("data.bad_rows", ("refuse", "skip")),
         ("scoring.special_tokens", ("remap", "mask", "keep")), ("metrics.repeated_tokens", RULES),
         ("guard.action", guard.ACTIONS),
+        *((f"mesh.{role}", ("replicated", "sharded")) for role in ROLES),
     ):  # fmt: skip
         _choice(flat, field, choices)
     if not config.data.train:

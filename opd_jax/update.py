@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from opd_jax import batching
-from opd_jax.mesh import APART, ONE, ROWS, WHOLE, Mesh
+from opd_jax.mesh import APART, ONE, ROWS, SUMS, WHOLE, Mesh
 from opd_jax.models import decoder
 from opd_jax.objectives import ON_GOLDEN, ON_ROLLOUTS, GoldenLoss, Parts, RolloutLoss
 from opd_jax.programs import Program
@@ -282,7 +282,7 @@ def make_add(loss: Callable, dtype: jnp.dtype, mesh: Mesh = ONE) -> Callable:
 
     @partial(jax.jit, donate_argnums=(4,))
     def add_gradient(params: Any, frozen: Frozen, rows: Any, weights: Any, grads: Any) -> tuple:
-        each = mesh.each(own_gradient, (WHOLE, WHOLE, ROWS, WHOLE, APART), (APART, APART, APART))
+        each = mesh.each(own_gradient, (WHOLE, WHOLE, ROWS, WHOLE, SUMS), (APART, APART, SUMS))
         value, parts, grads = each(params, frozen, rows, weights, grads)
         return value, parts, mesh.constrain(grads, mesh.apart(params))
 

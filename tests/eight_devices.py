@@ -1,5 +1,6 @@
 """On a mesh nothing changes but where things are computed. Needs eight devices: test_mesh.py starts it so."""
 
+import functools
 import re
 
 import jax
@@ -22,17 +23,26 @@ from tests.conftest import distance, noisy_params, random_rows, tiny_config
 CONFIG = tiny_config(num_layers=2, num_kv_heads=4)
 TEACHER = tiny_config(num_layers=1, num_kv_heads=4, hidden_size=16)
 B, T = 5, 12
-SHAPES = {"8x1x1": (8, 1, 1), "1x8x1": (1, 8, 1), "2x2x2": (2, 2, 2), "1x1x4": (1, 1, 4)}
+MESHES = ["8x1x1", "1x8x1", "2x2x2", "1x1x4", "1x8x1 sharded", "2x4x1 sharded"]
+SHORT = ("2x2x2", "2x4x1 sharded")
 
 
 def make(name: str) -> Mesh:
     """The mesh of that name; 1x1x4 leaves four of the devices alone."""
-    shape = SHAPES[name]
-    section = ConfigDict(dict(zip(mesh.AXES, shape, strict=True)))
-    return mesh.make_mesh(section, jax.devices()[: int(np.prod(shape))])
+    shape = [int(size) for size in name.split()[0].split("x")]
+    how = "sharded" if "sharded" in name else "replicated"
+    section = dict(zip(mesh.AXES, shape, strict=True)) | dict.fromkeys(mesh.ROLES, how)
+    return mesh.make_mesh(ConfigDict(section), jax.devices()[: int(np.prod(shape))])
 
 
-@pytest.fixture(params=SHAPES)
+def meshes(*short: str) -> list:
+    """All of them for a test that is slow but on these."""
+    return [
+        name if name in short else pytest.param(name, marks=pytest.mark.slow) for name in MESHES
+    ]
+
+
+@pytest.fixture(params=meshes(*SHORT))
 def devices(request) -> Mesh:
     return make(request.param)
 
@@ -44,7 +54,7 @@ def params() -> decoder.Params:
 
 def on(devices: Mesh, params: decoder.Params) -> decoder.Params:
     """Compute weights."""
-    return params if devices is ONE else jax.device_put(params, devices.weights(params))
+    return devices.lend(params, "teacher")
 
 
 # Rollouts.
@@ -59,6 +69,11 @@ def roll(devices: Mesh, params: decoder.Params, count: int, **settings: int):
     )  # fmt: skip
 
 
+@functools.cache
+def roll_alone(**settings: int):
+    return roll(ONE, noisy_params(CONFIG), **settings)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -69,7 +84,7 @@ def roll(devices: Mesh, params: decoder.Params, count: int, **settings: int):
     ids=["five", "three slots", "refilled"],
 )
 def test_rollouts_are_the_same_on_any_mesh(devices, params, settings):
-    want, got = roll(ONE, params, **settings), roll(devices, params, **settings)
+    want, got = roll_alone(**settings), roll(devices, params, **settings)
     for name in ("tokens_BT", "length_B", "prompt_length_B", "outcome_B"):
         np.testing.assert_array_equal(getattr(got, name), getattr(want, name), err_msg=name)
     np.testing.assert_allclose(got.sampler_logprob_BT, want.sampler_logprob_BT, atol=1e-5)
@@ -124,9 +139,14 @@ def score(devices: Mesh, student: decoder.Params, teacher: decoder.Params, **set
     )  # fmt: skip
 
 
+@functools.cache
+def score_alone():
+    return score(ONE, noisy_params(CONFIG), noisy_params(TEACHER, seed=1))
+
+
 def test_scores_are_the_same_on_any_mesh(devices, params):
     teacher = noisy_params(TEACHER, seed=1)
-    want, got = score(ONE, params, teacher), score(devices, params, teacher)
+    want, got = score_alone(), score(devices, params, teacher)
     inside_BT = np.arange(T)[None] < random_rows(CONFIG, B, T)[1][:, None]
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a[inside_BT], b[inside_BT], atol=2e-5)
@@ -156,7 +176,7 @@ class Learner:
     """An update on a mesh, from the same weights; 2 rows of a replica at a time."""
 
     def __init__(self, devices: Mesh, params: decoder.Params, tx, dtype=jnp.float32):
-        shared = {"vocabulary": 90, "token_chunk": 7, "remat": "full"}
+        shared = {"vocabulary": 90, "token_chunk": 7, "remat": "none"}
         self.devices, self.dtype = devices, dtype
         self.accumulate = update.make_accumulate(
             objectives.make_rollout_loss(TERMS, CONFIG, Frozen(reference=CONFIG), **shared),
@@ -197,14 +217,24 @@ def adamw():
     return update.make_optimizer(section, 10)
 
 
+@functools.cache
+def learned_alone():
+    """The gradient and its sums, the state after two steps and the metrics of the second."""
+    learner = Learner(ONE, noisy_params(CONFIG), adamw())
+    gradient = learner.gradient()
+    learner.step()
+    return gradient, learner.step()
+
+
 def test_updates_are_the_same_on_any_mesh(devices, params):
-    one, many = Learner(ONE, params, adamw()), Learner(devices, params, adamw())
-    (want, wanted), (got, sums) = one.gradient(), many.gradient()
+    (want, wanted), (state, metrics) = learned_alone()
+    learner = Learner(devices, params, adamw())
+    got, sums = learner.gradient()
     assert distance(got, want) < 1e-5
     assert distance(sums, wanted) < 1e-5
-    for _ in range(2):
-        (state, metrics), (same, others) = one.step(), many.step()
-        assert distance(others, metrics) < 1e-5
+    learner.step()
+    same, others = learner.step()
+    assert distance(others, metrics) < 1e-5
     assert distance(same.params, state.params) < 1e-5
     assert distance(same.average, state.average) < 1e-5
     moved = [jax.tree.map(lambda a, b: a - b, x.params, params) for x in (same, state)]
@@ -227,54 +257,55 @@ def test_masters_and_optimiser_are_divided_among_the_replicas(params):
     assert state.opt_state[1][0].mu["norm"]["scale"].sharding.shard_shape((32,)) == (4,)
 
 
-def test_programs_of_the_update_gather_no_masters(params):
-    for name in ("8x1x1", "2x2x2"):
-        devices = make(name)
-        learner = Learner(devices, params, adamw(), jnp.bfloat16)
-        state, own = learner.state, learner.own
-        (part,) = batching.shapes(B, width=T, tokens=99, replicas=devices.replicas)[:1]
-        rows = jax.tree.map(np.zeros_like, batching.gather(ROWS, part))
-        weights = {term: 1.0 for term in objectives.ON_ROLLOUTS}
-        grads = devices.zeros(own)
-        add = learner.accumulate.on_rollouts.lower(
-            own, learner.frozen, devices.rows(rows), weights, grads
-        ).compile()
-        reduce = mesh._summed.lower(grads, mesh=devices).compile()
-        total = jnp.zeros(())
-        apply = learner.update.apply.lower(state, state.params, total).compile()
-        compute = mesh._compute.lower(state.params, dtype=jnp.bfloat16, mesh=devices).compile()
-        kinds = {k: {kind for kind, _ in collectives(c.as_text())} for k, c in
-                 {"add": add, "reduce": reduce, "apply": apply, "compute": compute}.items()}  # fmt: skip
-        if name == "8x1x1":
-            assert kinds["add"] == set()  # replicas are silent until all micro-batches are through
-        assert "all-gather" not in kinds["reduce"] | kinds["apply"], kinds
-        assert "reduce-scatter" in kinds["reduce"]
-        assert kinds["apply"] <= {"all-reduce"}  # of the norm
-        assert all(size <= 64 for _, size in collectives(apply.as_text()))
-        assert "all-gather" in kinds["compute"]
-        masters = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-        state_bytes = apply.memory_analysis().argument_size_in_bytes
-        assert state_bytes < 5 * masters / devices.replicas * 1.1
+@pytest.mark.parametrize("name", ["8x1x1", pytest.param("2x2x2", marks=pytest.mark.slow)])
+def test_programs_of_the_update_gather_no_masters(params, name):
+    devices = make(name)
+    learner = Learner(devices, params, adamw(), jnp.bfloat16)
+    state, own = learner.state, learner.own
+    (part,) = batching.shapes(B, width=T, tokens=99, replicas=devices.replicas)[:1]
+    rows = jax.tree.map(np.zeros_like, batching.gather(ROWS, part))
+    weights = {term: 1.0 for term in objectives.ON_ROLLOUTS}
+    grads = devices.zeros(own)
+    add = learner.accumulate.on_rollouts.lower(
+        own, learner.frozen, devices.rows(rows), weights, grads
+    ).compile()
+    reduce = mesh._summed.lower(grads, mesh=devices).compile()
+    total = jnp.zeros(())
+    apply = learner.update.apply.lower(state, state.params, total).compile()
+    compute = mesh._compute.lower(state.params, dtype=jnp.bfloat16, mesh=devices).compile()
+    kinds = {k: {kind for kind, _ in collectives(c.as_text())} for k, c in
+             {"add": add, "reduce": reduce, "apply": apply, "compute": compute}.items()}  # fmt: skip
+    if name == "8x1x1":
+        assert kinds["add"] == set()  # replicas are silent until all micro-batches are through
+    assert "all-gather" not in kinds["reduce"] | kinds["apply"], kinds
+    assert "reduce-scatter" in kinds["reduce"]
+    assert kinds["apply"] <= {"all-reduce"}  # of the norm
+    assert all(size <= 64 for _, size in collectives(apply.as_text()))
+    assert "all-gather" in kinds["compute"]
+    masters = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    state_bytes = apply.memory_analysis().argument_size_in_bytes
+    assert state_bytes < 5 * masters / devices.replicas * 1.1
 
 
-def test_a_checkpoint_of_one_mesh_restores_on_all_others(params, tmp_path):
-    tx = adamw()
-    learners = {name: Learner(make(name), params, tx) for name in SHAPES}
-    learners["1x1x1"] = Learner(ONE, params, tx)
+@pytest.mark.parametrize("source", [*meshes("2x4x1 sharded"), "1x1x1"])
+def test_a_checkpoint_of_one_mesh_restores_on_all_others(params, tmp_path, source):
+    every = {name: make(name) for name in MESHES} | {"1x1x1": ONE}
+    begin = functools.partial(update.init_state, tx=adamw(), average=True)
+    noise = np.random.default_rng(0)
+    want = jax.tree.map(
+        lambda x: noise.normal(size=x.shape).astype(x.dtype), jax.eval_shape(begin, params)
+    )
     batches = data.make_batches(list(range(9)), batch=2, seed=0, shuffle=True)
-    for name, learner in learners.items():
-        learner.step()
-        with checkpoint.Checkpoints(tmp_path / name, keep=1) as saved:
-            saved.save(1, learner.state, batches, "{}")
-    for source, learner in learners.items():
-        want = jax.device_get(learner.state)
-        for target, other in learners.items():
-            like = other.devices.structs(other.state)
-            with checkpoint.Checkpoints(tmp_path / source, keep=1) as saved:
-                state = saved.restore(1, like, batches)
-            jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), want)
-            if target != "1x1x1":
-                assert state.params["embed"]["embedding"].sharding == like.params["embed"]["embedding"].sharding  # fmt: skip  # noqa: E501
+    with checkpoint.Checkpoints(tmp_path, keep=1) as saved:
+        places = every[source].masters(want)
+        state = jax.tree.map(jnp.asarray, want)
+        saved.save(1, state if source == "1x1x1" else jax.device_put(want, places), batches, "{}")
+        for devices in every.values():
+            places = devices.masters(want)
+            got = saved.restore(1, devices.structs(want, places), batches)
+            jax.tree.map(np.testing.assert_array_equal, jax.device_get(got), want)
+            if devices is not ONE:
+                assert jax.tree.map(lambda leaf: leaf.sharding, got) == places
 
 
 def collectives(text: str) -> list[tuple[str, int]]:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opd_jax.mesh import ONE, ROWS, WHOLE, Mesh
+from opd_jax.mesh import ONE, ROWS, WHOLE, Mesh, unwrapped
 from opd_jax.models import cache, decoder
 from opd_jax.models.architecture import ModelConfig
 from opd_jax.rollout.sampling import sample
@@ -66,7 +66,7 @@ def outcomes(state: Slots, stop_on_repetition: int) -> np.ndarray:
 @partial(jax.jit, static_argnames=("mesh",))
 def unstack(params: decoder.Params, mesh: Mesh = ONE) -> decoder.Params:
     """One copy of the weights as a tuple of layers, made once a rollout and not once a token."""
-    layers = decoder.unstack(params)
+    layers = decoder.unstack(unwrapped(params))
     return mesh.constrain(layers, mesh.weights(layers))
 
 

@@ -140,8 +140,8 @@ def default() -> ConfigDict:
     optim.remat = "none"
 
     mesh = config.mesh = ConfigDict()  # devices: docs/several_devices.md
-    mesh.data = -1  # replicas of the weights that compute; -1 = as many as there are devices for
-    mesh.fsdp = 1  # replicas that share the weights of what is sharded
+    mesh.data = -1  # rows are divided over data x fsdp; -1 = as many as there are devices for
+    mesh.fsdp = 1  # devices that have slices of the models that are sharded
     mesh.tensor = 1  # devices that share heads and MLP of every layer
     for role in ("student", "teacher", "reference"):
         mesh[role] = "replicated"  # compute weights | sharded: each device of fsdp has a slice

@@ -249,6 +249,13 @@ class Mesh:
             programs.append(Program("sum of gradients", _summed, (grads,), like))
         return programs, grads
 
+    def weight_programs(self, masters: Any, dtype: jnp.dtype) -> list[Program]:
+        """What `compute` compiles."""
+        if self.devices is None:
+            return []
+        how = {"dtype": dtype, "role": "student", "mesh": self}
+        return [Program("compute weights", _compute, (masters,), how)]
+
     def total(self, apart: Tree) -> Tree:
         """The sums of numbers that replicas have apart, for every device and process to read."""
         return apart if self.devices is None else _total(apart, mesh=self)

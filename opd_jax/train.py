@@ -270,6 +270,7 @@ class _Run:
         own = state.params if mesh.devices is None else student
         given = (own, frozen, rollout_rows, golden_rows, self._weights())
         return [
+            *mesh.weight_programs(state.params, self.dtype),
             *(self.collector.programs(student, teacher) if terms.needs_rollouts else []),
             *self.accumulate.programs(*given),
             self.update.program(state),

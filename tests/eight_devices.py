@@ -168,6 +168,7 @@ def make_rows(seed: int) -> RolloutRows:
 
 
 ROWS = make_rows(0)
+PART = batching.MicroBatch(np.arange(B), 8, T)
 GOLDEN = GoldenRows(ROWS.tokens_BT, ROWS.length_B, ROWS.weight_BT)
 TERMS = Terms(pg_weight=1.0, lambda_gold=0.3, beta_kl=0.2)
 
@@ -255,6 +256,25 @@ def test_masters_and_optimiser_are_divided_among_the_replicas(params):
     kernel = state.params["layers"]["query"]["kernel"]  # [2 layers, 32, 32]: 2 do not divide by 8
     assert kernel.sharding.shard_shape(kernel.shape) == (2, 4, 32)
     assert state.opt_state[1][0].mu["norm"]["scale"].sharding.shard_shape((32,)) == (4,)
+
+
+def test_slices_are_gathered_a_layer_at_a_time(params):
+    devices = make("1x8x1 sharded")
+    learner = Learner(devices, params, adamw())
+    own = learner.own
+    matrices = [leaf for leaf in jax.tree.leaves(own) if leaf.ndim > 2 or leaf.shape[0] > 90]
+    for leaf in matrices:
+        assert leaf.addressable_shards[0].data.nbytes * 8 == leaf.nbytes
+    rows = devices.rows(jax.tree.map(np.zeros_like, batching.gather(ROWS, PART)))
+    weights = {term: 1.0 for term in objectives.ON_ROLLOUTS}
+    add = learner.accumulate.on_rollouts.lower(
+        own, learner.frozen, rows, weights, devices.zeros(own)
+    ).compile()
+    moved = collectives(add.as_text())
+    # The embedding, which is the head as well, is the largest; no kernel of both layers at once.
+    whole = {int(np.prod(leaf.shape)) for leaf in matrices if leaf.ndim > 2}
+    assert not whole & {size for kind, size in moved if kind == "all-gather"}
+    assert {kind for kind, _ in moved} == {"all-gather", "reduce-scatter"}
 
 
 @pytest.mark.parametrize("name", ["8x1x1", pytest.param("2x2x2", marks=pytest.mark.slow)])

@@ -17,12 +17,12 @@ from tests.conftest import tiny_config
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def on_eight_devices(*arguments: str) -> None:
+def on_eight_devices(*arguments: str, file: str = "tests/eight_devices.py") -> None:
     env = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu",
     }  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "tests/eight_devices.py", *arguments],
+        [sys.executable, "-m", "pytest", "-q", file, *arguments],
         cwd=ROOT, env=env, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
@@ -37,8 +37,14 @@ def test_on_eight_devices_at_length():
     on_eight_devices("-m", "slow")
 
 
+@pytest.mark.slow
+def test_all_programs_of_a_mesh_are_compiled_ahead():
+    on_eight_devices("-m", "slow or not slow", file="tests/test_ahead.py")
+
+
 def section(data: int = -1, fsdp: int = 1, tensor: int = 1) -> ConfigDict:
-    return ConfigDict({"data": data, "fsdp": fsdp, "tensor": tensor})
+    asked = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    return ConfigDict(asked | dict.fromkeys(mesh.ROLES, "replicated"))
 
 
 @pytest.mark.short
@@ -76,6 +82,15 @@ def test_heads_that_do_not_divide_are_refused(monkeypatch):
         devices.check("student", tiny_config(num_kv_heads=2))
     with pytest.raises(ConfigError, match=r"teacher's num_heads=6; set --config.mesh.tensor=2"):
         devices.check("teacher", tiny_config(num_heads=6, num_kv_heads=2))
+
+
+@pytest.mark.short
+def test_slices_and_tensor_do_not_go_together(monkeypatch):
+    devices = mesh.Mesh(sharded=("teacher",))
+    monkeypatch.setattr(mesh.Mesh, "_size", lambda self, axis: 2)
+    devices.check("student", tiny_config())
+    with pytest.raises(ConfigError, match=r"mesh.teacher='sharded' with mesh.tensor=2, wanted one"):
+        devices.check("teacher", tiny_config())
 
 
 @pytest.mark.short

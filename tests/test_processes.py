@@ -22,7 +22,7 @@ SMALL = (
     "--config.rollout.samples_per_prompt=3", "--config.rollout.max_response_tokens=48",
     "--config.data.size=64", "--config.data.bad_rows=skip", "--config.eval.problems=5",
     "--config.eval.teacher=False", "--config.eval.every=0", "--config.checkpoint.every=1",
-    "--config.optim.microbatch_tokens=200", "--config.checkpoint.keep=10",
+    "--config.log.gradients=2", "--config.optim.microbatch_tokens=200", "--config.checkpoint.keep=10",
 )  # fmt: skip
 
 

@@ -116,17 +116,17 @@ def leave(status: int) -> None:
 
 def first() -> bool:
     """Whether this process writes the files and speaks."""
-    return jax.process_index() == 0
+    return not several() or jax.process_index() == 0
 
 
 def several() -> bool:
     """Whether the run is more than this process."""
-    return jax.process_count() > 1
+    return jax.distributed.is_initialized()
 
 
 def from_first(make: Callable[[], Any]) -> Any:
     """What `make` returns in the first process, in all of them; anything that JSON holds."""
-    if jax.process_count() == 1:
+    if not several():
         return make()
     key = f"opd_jax/told/{next(_turns)}"
     if not first():
@@ -141,7 +141,7 @@ def agree(facts: Mapping[str, Any]) -> None:
 
     Raises ProcessError in every process: the first two that differ, and in what.
     """
-    if jax.process_count() == 1:
+    if not several():
         return
     client, turn = _client(), next(_turns)
     mine = json.dumps(facts, default=str)

@@ -66,9 +66,11 @@ def run(config: ConfigDict, path: str, *, command: list[str]) -> Result:
     if processes.several():
         processes.agree(_facts(config, path))
     workdir.check(folder, config)
+    processes.agree({})  # all have looked before the first writes
     if processes.first():
         print(f"workdir {folder}", *setup.notes, sep="\n", flush=True)
-    first = processes.from_first(lambda: checkpoint.latest_step(folder))
+    latest = checkpoint.latest_step(folder)  # asked in all: Orbax may wait for all
+    first = processes.from_first(lambda: latest)
     if first is not None and first > config.steps:
         raise ConfigError(
             f"steps={config.steps}, but the workdir {str(folder)!r} is at step {first}; "

@@ -292,7 +292,9 @@ class Mesh:
         if self.devices is None:
             return f"devices: one {jax.devices()[0].device_kind}"
         sizes = " x ".join(f"{name} {self._size(name)}" for name in AXES)
-        return f"devices: {self.devices.size} {jax.devices()[0].device_kind}, {sizes}"
+        kind, processes = jax.devices()[0].device_kind, jax.process_count()
+        where = f" in {processes} processes" if processes > 1 else ""
+        return f"devices: {self.devices.size} {kind}{where}, {sizes}"
 
     def _size(self, axis: str) -> int:
         return 1 if self.devices is None else self.devices.shape[axis]

@@ -10,7 +10,18 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
-from opd_jax import batching, checkpoint, data, losses, mesh, objectives, scoring, update
+from opd_jax import (
+    batching,
+    checkpoint,
+    data,
+    losses,
+    mesh,
+    objectives,
+    scoring,
+    setup,
+    train,
+    update,
+)
 from opd_jax.config import default
 from opd_jax.mesh import ONE, Mesh
 from opd_jax.models import decoder
@@ -18,6 +29,7 @@ from opd_jax.objectives import Terms
 from opd_jax.rollout import decoding, generate
 from opd_jax.types import Frozen, GoldenRows, RolloutRows
 from tests.conftest import distance, noisy_params, random_rows, tiny_config
+from tests.test_train import folders, lines, small, without_times  # noqa: F401  (a fixture)
 
 # Neither 5 rows nor 11 prompts divide among 8; nothing of the model is divided by more than 4.
 CONFIG = tiny_config(num_layers=2, num_kv_heads=4)
@@ -349,3 +361,29 @@ def test_optax_state_is_all_that_a_mesh_does_not_know(params):
     assert places.step.is_fully_replicated
     assert places.opt_state[0].count.is_fully_replicated
     assert not places.opt_state[0].mu["embed"]["embedding"].is_fully_replicated
+
+
+@pytest.mark.slow
+def test_whole_runs_match_and_go_on_from_each_other(folders, tmp_path, monkeypatch):  # noqa: F811
+    """Rollouts, scores, evaluation, update and resume of a run on one device and of one on eight."""
+    config = small(folders)
+    config.optim.learning_rate, config.log.gradients = 1e-3, 1
+    make_really = setup.make_mesh
+    for steps in (2, 3):  # the third step by the other one
+        config.steps = steps
+        for name in ("one", "eight"):
+            alone = (name == "one") == (steps == 2)
+            config.mesh.fsdp = 1 if alone else 4
+            for role in mesh.ROLES:
+                config.mesh[role] = "replicated" if alone else "sharded"
+            monkeypatch.setattr(setup, "make_mesh", (lambda _: ONE) if alone else make_really)
+            train.run(config, str(tmp_path / name), command=[])
+    rows = [without_times(lines(tmp_path / name, "metrics.jsonl")) for name in ("one", "eight")]
+    assert [row["step"] for row in rows[0]] == [0, 1, 2, 3]
+    for one, eight in zip(*rows, strict=True):
+        assert one.keys() == eight.keys()
+        for key, value in one.items():
+            assert eight[key] == pytest.approx(value, rel=1e-3, abs=1e-4), (one["step"], key)
+    texts = [lines(tmp_path / name, "rollouts.jsonl") for name in ("one", "eight")]
+    for one, eight in zip(*texts, strict=True):
+        assert one["response_ids"] == eight["response_ids"]

@@ -248,14 +248,23 @@ def term_gradients(
     for name in present:
         alone = {other: weights[other] if other == name else 0.0 for other in weights}
         grads[name], _ = accumulate(params, frozen, rollout_rows, golden_rows, alone)
-        out[f"optim/grad_norm_{name}"] = optax.tree.norm(grads[name])
+        out[f"optim/grad_norm_{name}"] = _norm(grads[name])
     for one, other in itertools.combinations(present, 2):
-        scale = out[f"optim/grad_norm_{one}"] * out[f"optim/grad_norm_{other}"]
-        dot = optax.tree.vdot(grads[one], grads[other])
-        out[f"optim/grad_cosine_{one}_{other}"] = jnp.where(
-            scale > 0, dot / jnp.where(scale > 0, scale, 1.0), 0.0
-        )
+        norms = (out[f"optim/grad_norm_{name}"] for name in (one, other))
+        out[f"optim/grad_cosine_{one}_{other}"] = _cosine(grads[one], grads[other], *norms)
     return out
+
+
+@jax.jit
+def _norm(gradient: Any) -> jax.Array:
+    return optax.tree.norm(gradient)
+
+
+@jax.jit
+def _cosine(one: Any, other: Any, norm: jax.Array, other_norm: jax.Array) -> jax.Array:
+    scale = norm * other_norm
+    dot = optax.tree.vdot(one, other)
+    return jnp.where(scale > 0, dot / jnp.where(scale > 0, scale, 1.0), 0.0)
 
 
 def make_add(loss: Callable, dtype: jnp.dtype, mesh: Mesh = ONE) -> Callable:

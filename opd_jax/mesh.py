@@ -311,10 +311,11 @@ class Mesh:
         )
 
     def _shardings(self, tree: Any, spec: Callable[[tuple, tuple[int, ...]], P]) -> Any:
-        if self.devices is None:
+        devices = self.devices
+        if devices is None:
             return jax.tree.map(lambda _: None, tree)
         return jax.tree_util.tree_map_with_path(
-            lambda path, leaf: NamedSharding(self.devices, spec(path, leaf.shape)), tree
+            lambda path, leaf: NamedSharding(devices, spec(path, leaf.shape)), tree
         )
 
     def _weight_spec(self, path: tuple, shape: tuple[int, ...]) -> P:
@@ -322,8 +323,8 @@ class Mesh:
         axes: list = [None] * (len(shape) - len(logical))
         divided = _DIVIDED if self._size(TENSOR) > 1 else {}
         axes += [divided.get(name) for name in logical]
-        if _in_slice(path):
-            axes[self._slice_axis(path, shape)] = FSDP
+        if _in_slice(path) and (axis := self._slice_axis(path, shape)) is not None:
+            axes[axis] = FSDP
         return P(*axes)
 
     def _slice_axis(self, path: tuple, shape: tuple[int, ...]) -> int | None:

@@ -153,7 +153,8 @@ class _Run:
             assert student is not None  # read where there is no checkpoint
             self.state = self.mesh.masters_of(begin, student)
         kept = newest or -1  # without a checkpoint even step 0 is written anew
-        self.log = self.samples = workdir.NoLines()
+        self.log: workdir.Lines | workdir.NoLines = workdir.NoLines()
+        self.samples: workdir.Lines | workdir.NoLines = workdir.NoLines()
         if processes.first():
             self.log = workdir.Lines(folder / "metrics.jsonl", resume_step=kept)
             self.samples = workdir.Lines(folder / "rollouts.jsonl", resume_step=kept)

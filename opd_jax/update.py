@@ -94,7 +94,8 @@ class Gradients:
         weights: Weights,
     ) -> tuple[Any, dict[str, jax.Array]]:
         """The sum over all micro-batches. `params`: masters, or compute weights made of them."""
-        grads, sums = self.mesh.zeros(params), {}
+        grads = self.mesh.zeros(params)
+        sums: dict[str, jax.Array] = {}
         for _, add, rows, mine in self._kinds(rollout_rows, golden_rows, weights):
             if not any(mine.values()):
                 continue

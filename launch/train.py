@@ -10,14 +10,15 @@ from absl import flags
 from opd_jax import cli
 
 cli.define_config("configs/stable_opd.py")
+cli.define_processes()
 flags.DEFINE_string("workdir", None, "folder of the run; default runs/CONFIG-RECIPE-TIME")
 
 
 def main() -> None:
     """Run the experiment that the config describes."""
-    from opd_jax import train  # JAX starts only after the flags are known to be right
+    from opd_jax import processes, train  # JAX starts only after the flags are known to be right
 
-    workdir = cli.FLAGS.workdir or _default_workdir()
+    workdir = cli.FLAGS.workdir or processes.from_first(_default_workdir)
     train.run(cli.FLAGS.config, workdir, command=sys.argv)
 
 

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from opd_jax import losses, rows, scoring
+from opd_jax.mesh import unwrapped
 from opd_jax.programs import Program
 from opd_jax.setup import Setup
 from opd_jax.types import GoldenRows, Rollout, RolloutRows, TeacherRows
@@ -58,7 +59,7 @@ def blank_rollout_rows(
     score = partial(scoring.score_part, student_config=setup.student, teacher_config=setup.teacher)
     scores = jax.eval_shape(
         partial(score, **asked),
-        student, teacher=teacher, tokens_BT=tokens_BT, length_B=length_B, other=theirs,
+        unwrapped(student), teacher=unwrapped(teacher), tokens_BT=tokens_BT, length_B=length_B, other=theirs,
     )  # fmt: skip
     nothing_BT = np.zeros(shape, np.float32)
     return rows.rollout_rows(

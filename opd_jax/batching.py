@@ -32,9 +32,16 @@ class MicroBatch:
 
 
 def split(
-    length_B: np.ndarray, *, width: int, tokens: int, teacher: TeacherRows | None = None
+    length_B: np.ndarray,
+    *,
+    width: int,
+    tokens: int,
+    teacher: TeacherRows | None = None,
+    replicas: int = 1,
 ) -> list[MicroBatch]:
     """Rows of the given lengths as micro-batches of at most `tokens` tokens (one row at least).
+
+    With `replicas` that is the share of each, and all have as many rows.
 
     `width` is that of the whole batch. `teacher`, the teacher's own rows, counts as well: no
     micro-batch has more than `tokens` of its tokens either. How many rows a micro-batch of some width
@@ -49,24 +56,31 @@ def split(
     parts = []
     start = 0
     while start < len(order):
-        shape = _shape(int(quarters_B[order[start]]), len(order), width, teacher_width, tokens)
+        quarters = int(quarters_B[order[start]])
+        shape = _shape(quarters, len(order), width, teacher_width, tokens, replicas)
         parts.append(dataclasses.replace(shape, rows=order[start : start + shape.count]))
         start += shape.count
     return parts
 
 
-def shapes(batch: int, *, width: int, tokens: int, teacher_width: int = 0) -> list[MicroBatch]:
+def shapes(
+    batch: int, *, width: int, tokens: int, teacher_width: int = 0, replicas: int = 1
+) -> list[MicroBatch]:
     """Every micro-batch, without rows, that `split` makes of `batch` rows of whatever lengths."""
-    found = [_shape(quarters, batch, width, teacher_width, tokens) for quarters in (4, 3, 2, 1)]
+    given = (batch, width, teacher_width, tokens, replicas)
+    found = [_shape(quarters, *given) for quarters in (4, 3, 2, 1)]
     unique = {(part.count, part.width, part.teacher_width): part for part in found}
     return list(unique.values())
 
 
-def _shape(quarters: int, batch: int, width: int, teacher_width: int, tokens: int) -> MicroBatch:
+def _shape(
+    quarters: int, batch: int, width: int, teacher_width: int, tokens: int, replicas: int
+) -> MicroBatch:
     """The micro-batch of rows of so many quarters of the widths."""
     widths = [min(math.ceil(whole / 4) * quarters, whole) for whole in (width, teacher_width)]
-    most = max(tokens // max(widths), 1)
+    most = max(tokens // max(widths), 1) * replicas
     count = math.ceil(batch / math.ceil(batch / most))  # even shares
+    count = math.ceil(count / replicas) * replicas
     return MicroBatch(np.zeros(0, int), count, *widths)
 
 

@@ -4,6 +4,7 @@ Random keys need no saving: each is derived from (seed, step, stream). To resume
 from config.json, restore the newest step, cut the logs back to it, go on.
 """
 
+import json
 import pathlib
 from types import TracebackType
 from typing import Any
@@ -73,20 +74,33 @@ class Checkpoints:
         return restored["guard"]["state"]
 
     def restore(self, step: int, state: TrainState, data: Any) -> TrainState:
-        """The state of `step`, of the shapes and dtypes of `state`; moves the iterator `data`."""
+        """The state of `step`, of the shapes, dtypes and places of `state`; moves the iterator `data`.
+
+        Where `state` says no place it is the first device.
+        """
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
         def placed(leaf: Any) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or device)
 
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardRestore(jax.tree.map(placed, state)),
-                data=grain.checkpoint.CheckpointRestore(data),
             ),
         )
+        data.set_state(self._iterator(step))
         return restored["state"]
+
+    def _iterator(self, step: int) -> Any:
+        """The state of the data iterator at `step`: of every process the same, however many there were."""
+        folder = pathlib.Path(self._manager.directory) / str(step) / "data"
+        for file in sorted(folder.glob("process_*.json")):
+            return json.loads(file.read_text(encoding="utf-8"))
+        raise WorkdirError(
+            f"{folder}: holds no state of the data; restore the folder, or delete checkpoint {step} "
+            "to go on from the one before"
+        )
 
 
 def latest_step(workdir: pathlib.Path) -> int | None:

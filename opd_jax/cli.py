@@ -4,6 +4,7 @@ import functools
 import os
 import pathlib
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
@@ -34,6 +35,13 @@ def define_config(default: str, *, fields: Callable[[], ConfigDict] = training_f
         config_flags.DEFINE_config_file("config", default, "experiment file, with :RECIPE after it")
     except Exception as error:  # overrides of the default file are applied here already
         _fail(str(explain(error, sys.argv[1:], fields())), EXIT_USER)
+
+
+def define_processes() -> None:
+    """Flags of an entry point that may be one of several processes (docs/several_devices.md)."""
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where no launcher says it")
+    flags.DEFINE_integer("num_processes", None, "of the run", lower_bound=1)
+    flags.DEFINE_integer("process_id", None, "of this one, from 0", lower_bound=0)
 
 
 def main(
@@ -76,11 +84,53 @@ def _parse(
 
 def _guarded(run: Callable[[], None]) -> None:
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every file at INFO
-    _keep_programs()
+    several = False
     try:
+        several = "coordinator" in FLAGS and _one_of_several()
+        if several:
+            _connect()
+        _keep_programs()
         run()
     except OpdError as error:
+        if several:
+            _leave(str(error))
         _fail(str(error), EXIT_USER)
+    except Exception as error:
+        if several:
+            traceback.print_exc()
+            _leave(_fate(error))
+        raise
+
+
+def _one_of_several() -> bool:
+    from opd_jax import processes  # JAX starts only after the flags are known to be right
+
+    return processes.asked(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
+
+
+def _connect() -> None:
+    from opd_jax import processes
+
+    if not processes.supervised():
+        sys.exit(processes.supervise())
+    processes.start(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
+
+
+def _leave(text: str) -> None:
+    from opd_jax import processes
+
+    print(f"error: {text}", file=sys.stderr, flush=True)
+    processes.leave(EXIT_USER)
+
+
+def _fate(error: Exception) -> str:
+    """What to say of an error of one of several processes: of the others', or its own."""
+    import jax
+
+    from opd_jax import processes
+
+    lost = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error)
+    return processes.LOST if lost else f"{type(error).__name__}, see above"
 
 
 def _set_allocator() -> None:

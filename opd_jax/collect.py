@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from opd_jax import data, metrics, models, repetition, rows, scoring
+from opd_jax import data, metrics, models, processes, repetition, rows, scoring
 from opd_jax.clock import Clock
 from opd_jax.eval.grade import Grade, Grader
 from opd_jax.programs import Program
@@ -66,7 +66,11 @@ class Collector:
         reading = self._background.submit(self._read, rollout, answers)  # while the models score
         scores = self._score(student, teacher, rollout, teacher_rows)
         clock.lap("score", rollout.response_length_B.sum())
-        return self.understand(rollout, scores, *reading.result())
+        texts, grades = reading.result()
+        if processes.several():  # an answer that timed out in one might not in another
+            told = processes.from_first(lambda: grades and [grade.value for grade in grades])
+            grades = told and [Grade(value) for value in told]
+        return self.understand(rollout, scores, texts, grades)
 
     def understand(
         self,
@@ -120,7 +124,8 @@ class Collector:
             *scoring.programs(
                 student, setup.student, teacher, setup.teacher, batch, setup.width,
                 teacher_width=setup.teacher_width if setup.separate_prompts else 0,
-                microbatch_tokens=self.config.optim.microbatch_tokens, **self.scoring,
+                microbatch_tokens=self.config.optim.microbatch_tokens, mesh=setup.mesh,
+                **self.scoring,
             ),
         ]  # fmt: skip
 
@@ -141,6 +146,7 @@ class Collector:
             "scored_V": self.scored_V,
             "stop_on_repetition": section.stop_on_repetition,
             "repetition_period": section.repetition_period,
+            "mesh": self.setup.mesh,
         }
 
     @property
@@ -188,13 +194,14 @@ class Collector:
         return scoring.score(
             student, self.setup.student, teacher, self.setup.teacher,
             rollout.tokens_BT, rollout.length_B, teacher_rows=teacher_rows,
-            microbatch_tokens=self.config.optim.microbatch_tokens, **self.scoring,
+            microbatch_tokens=self.config.optim.microbatch_tokens, mesh=self.setup.mesh,
+            **self.scoring,
         )  # fmt: skip
 
     def _read(self, rollout: Rollout, answers: list[Any]) -> tuple[list[str], list[Grade] | None]:
         """Texts of the responses, and their grades, made by other processes; None without answers."""
         decode = self.setup.tokenizer.decode
         texts = [decode(rollout.response(i)) for i in range(len(rollout.length_B))]
-        if not all(answers):
+        if not all(answers) or not processes.first():
             return texts, None
         return texts, list(self.grader.grade(list(zip(texts, answers, strict=True))))

@@ -133,11 +133,18 @@ def default() -> ConfigDict:
     optim.weight_decay = 0.0
     optim.grad_clip = 1.0  # global norm
     optim.token_chunk = 2048  # tokens whose logits exist at one time in the update
-    optim.microbatch_tokens = 16_384  # tokens that go through the models at one time
+    optim.microbatch_tokens = 16_384  # tokens that go through the models of a replica at one time
     optim.updates_per_rollout = 1  # optimizer steps a rollout batch is split into
     # What each layer keeps for the backward pass, where the rest is computed again: none: all of it |
     # attention: what fused attention returned | dots: that and its matrix products | full: nothing
     optim.remat = "none"
+
+    mesh = config.mesh = ConfigDict()  # devices: docs/several_devices.md
+    mesh.data = -1  # rows are divided over data x fsdp; -1 = as many as there are devices for
+    mesh.fsdp = 1  # devices that have slices of the models that are sharded
+    mesh.tensor = 1  # devices that share heads and MLP of every layer
+    for role in ("student", "teacher", "reference"):
+        mesh[role] = "replicated"  # compute weights | sharded: each device of fsdp has a slice
 
     checkpoint = config.checkpoint = ConfigDict()
     checkpoint.every = 50  # steps; 0 = only at the end

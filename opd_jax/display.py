@@ -9,7 +9,8 @@ import time
 class Progress:
     """The live display: one line that redraws itself on a terminal, plain lines elsewhere."""
 
-    def __init__(self, steps: int, first: int):
+    def __init__(self, steps: int, first: int, *, silent: bool = False):
+        self._silent = silent
         self._steps, self._first = steps, first
         self._live = sys.stdout.isatty()
         self._said = 0.0
@@ -37,6 +38,8 @@ class Progress:
 
     def show(self, line: str, *, always: bool) -> None:
         """The line of the moment; where lines stay, one in ten seconds, and those that `always` show."""
+        if self._silent:
+            return
         if self._live:
             width = os.get_terminal_size().columns
             print("\r\x1b[K" + line[: width - 1], end="", flush=True)
@@ -46,7 +49,8 @@ class Progress:
 
     def say(self, text: str) -> None:
         """A line that stays."""
-        print(("\r\x1b[K" if self._live else "") + text, flush=True)
+        if not self._silent:
+            print(("\r\x1b[K" if self._live else "") + text, flush=True)
 
 
 def headline(summary: dict[str, float]) -> str:

@@ -30,6 +30,10 @@ class GradingError(OpdError, RuntimeError):
     """The processes that grade answers cannot be started."""
 
 
+class ProcessError(OpdError, ConnectionError):
+    """The processes of a run do not find each other, or are not alike."""
+
+
 class NonFiniteError(OpdError, FloatingPointError):
     """A loss or a gradient is not a finite number."""
 

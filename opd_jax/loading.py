@@ -1,11 +1,14 @@
 """The weights of a run: read from their folders, each once, in the dtypes they are used in."""
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from opd_jax import models
+from opd_jax.mesh import unwrapped
+from opd_jax.models import decoder
 from opd_jax.setup import Setup, compute_dtype
 
 
@@ -24,22 +27,35 @@ class Weights:
 
 def load_weights(setup: Setup, *, student: bool) -> Weights:
     """Read the models; the student, as float32 masters, only where no checkpoint holds it."""
-    config, alignment = setup.config, setup.alignment
+    config, alignment, mesh = setup.config, setup.alignment, setup.mesh
 
-    def load(path: str, dtype: str) -> models.Params:
-        return models.load(path, dtype=compute_dtype(dtype))[1]
+    def load(path: str, dtype: str, shardings: Any) -> models.Params:
+        shardings = shardings if mesh.devices else None
+        return models.load(path, dtype=compute_dtype(dtype), shardings=shardings)[1]
+
+    def places(model: models.ModelConfig, role: str) -> Any:
+        return unwrapped(mesh.weights(mesh.slices(decoder.abstract_params(model), role)))
 
     teacher = scorer = reference = None
     if setup.teacher is not None and config.teacher.follow == "frozen":
-        teacher = scorer = load(config.teacher.path, config.teacher.dtype)
+        path, dtype = config.teacher.path, config.teacher.dtype
+        teacher = scorer = load(path, dtype, places(setup.teacher, "teacher"))
         rows = setup.teacher.vocab_size
         if alignment.renumbered or rows < alignment.vocabulary:
             ids = np.minimum(alignment.teacher_ids, rows - 1)  # those beyond are not scored
             scorer = models.with_head_rows(teacher, jnp.asarray(ids))
+        teacher, scorer = (mesh.lend(weights, "teacher") for weights in (teacher, scorer))
     if setup.terms.needs_reference:
         path, dtype = setup.reference_section.path, config.reference.dtype
         same = (path, dtype) == (config.teacher.path, config.teacher.dtype)
         # Self-distillation: one copy of the weights for both.
-        reference = teacher if same and teacher is not None else load(path, dtype)
-    own = load(config.student.path, "float32") if student else None
+        if same and teacher is not None:
+            reference = teacher
+        else:
+            reference = load(path, dtype, places(setup.reference, "reference"))
+            reference = mesh.lend(reference, "reference")
+    own = None
+    if student:
+        masters = mesh.masters(decoder.abstract_params(setup.student))
+        own = load(config.student.path, "float32", masters)
     return Weights(own, teacher, scorer, reference)

@@ -159,7 +159,7 @@ def make_rollout_loss(
             decoder.hidden_states(params, config, rows.tokens_BT, rows.length_B, remat=remat)
         ]
         if "teacher" in beside:
-            heads.append(frozen.teacher_head_VD)
+            heads.append(decoder.head(frozen.teacher))
             hiddens.append(rows.teacher_hidden_BTD)
         if "reference" in beside:
             assert reference_config is not None

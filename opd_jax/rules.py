@@ -15,6 +15,7 @@ from opd_jax.config import default, flatten, near
 from opd_jax.errors import ConfigError
 from opd_jax.eval.answer import FALLBACKS
 from opd_jax.losses import AGGREGATIONS, DIRECTIONS, ESTIMATORS, FORMS, SUPPORT_WEIGHTS
+from opd_jax.mesh import ROLES
 from opd_jax.models.remat import POLICIES
 from opd_jax.repetition import RULES
 from opd_jax.supports import SUPPORTS
@@ -67,6 +68,10 @@ def validate(config: ConfigDict) -> None:
         if not 0 < flat[field] < math.inf:
             raise _wrong(field, flat[field], "a finite number above 0")
     _range(flat, "metrics.repetition_level", 1, 9)
+    for field in ("mesh.fsdp", "mesh.tensor"):
+        _range(flat, field, 1, math.inf)
+    if flat["mesh.data"] < 1 and flat["mesh.data"] != -1:
+        raise _wrong("mesh.data", flat["mesh.data"], "at least 1, or -1 for as many as there are")
     _range(flat, "metrics.repeated_ngram", 2, math.inf)
     for field, choices in (
         ("student.dtype", DTYPES), ("teacher.dtype", DTYPES), ("reference.dtype", DTYPES),
@@ -78,6 +83,7 @@ def validate(config: ConfigDict) -> None:
         ("teacher.follow", ("frozen", "average", "live")), ("data.bad_rows", ("refuse", "skip")),
         ("scoring.special_tokens", ("remap", "mask", "keep")), ("metrics.repeated_tokens", RULES),
         ("guard.action", guard.ACTIONS), ("eval.best", ("", *BEST)),
+        *((f"mesh.{role}", ("replicated", "sharded")) for role in ROLES),
     ):  # fmt: skip
         _choice(flat, field, choices)
     _check_fallbacks(config.eval.fallbacks)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from opd_jax import batching, losses, supports
+from opd_jax.mesh import ONE, ROWS, WHOLE, Mesh
 from opd_jax.models import decoder
 from opd_jax.models.architecture import ModelConfig
 from opd_jax.programs import Program
@@ -158,6 +159,7 @@ def score(
     scored_V: Array | None = None,
     support: tuple[str, int] | None = None,
     keep_hidden: bool = False,
+    mesh: Mesh = ONE,
 ) -> Scores:
     """Student and teacher on the same responses, in one pass over chunks of tokens; see `Scores`.
 
@@ -166,19 +168,21 @@ def score(
     vocabulary. `teacher_rows` holds the responses behind the teacher's own prompts, where those
     are others; `scored_V` the ids over which log-probs are normalised (see data.alignment). Rows go
     through the models in micro-batches of at most `microbatch_tokens` tokens, which bounds the
-    activations as `token_chunk` bounds the logits. Returns host arrays of the shape of `tokens_BT`.
+    activations as `token_chunk` bounds the logits; both are those of one replica of the `mesh`.
+    Returns host arrays of the shape of `tokens_BT`.
     """
     tokens_BT, length_B = np.asarray(tokens_BT), np.asarray(length_B)
     measured = []
     for part in batching.split(
-        length_B, width=tokens_BT.shape[1], tokens=microbatch_tokens, teacher=teacher_rows
-    ):
+        length_B, width=tokens_BT.shape[1], tokens=microbatch_tokens, teacher=teacher_rows,
+        replicas=mesh.replicas,
+    ):  # fmt: skip
         tokens, length = batching.gather((tokens_BT, length_B), part)
         other = None if teacher_rows is None else batching.gather_teacher(teacher_rows, part)
         scores = score_part(
-            student, student_config, teacher, teacher_config, tokens, length, other, scored_V,
-            vocabulary=vocabulary, top_k=top_k, token_chunk=token_chunk, support=support,
-            keep_hidden=keep_hidden,
+            student, student_config, teacher, teacher_config,
+            *mesh.rows((tokens, length, other)), scored_V, vocabulary=vocabulary, top_k=top_k,
+            token_chunk=token_chunk, support=support, keep_hidden=keep_hidden, mesh=mesh,
         )  # fmt: skip
         measured.append((part, scores))
 
@@ -187,7 +191,7 @@ def score(
 
     out = jax.tree.map(empty, measured[0][1])
     for part, scores in measured:  # fetched when all are under way
-        jax.tree.map(partial(batching.scatter, part=part), out, scores)
+        jax.tree.map(partial(batching.scatter, part=part), out, mesh.fetch(scores))
     return out
 
 
@@ -202,6 +206,7 @@ def programs(
     microbatch_tokens: int,
     teacher_width: int = 0,
     scored_V: Array | None = None,
+    mesh: Mesh = ONE,
     **settings: Any,
 ) -> list[Program]:
     """All that `score` compiles for `batch` rows of `width`, whatever their lengths.
@@ -211,8 +216,9 @@ def programs(
     """
     out = []
     for part in batching.shapes(
-        batch, width=width, tokens=microbatch_tokens, teacher_width=teacher_width
-    ):
+        batch, width=width, tokens=microbatch_tokens, teacher_width=teacher_width,
+        replicas=mesh.replicas,
+    ):  # fmt: skip
         length_B = np.zeros(part.count, np.int32)
         tokens_BT = np.zeros((part.count, part.width), np.int32)
         other = None
@@ -220,8 +226,9 @@ def programs(
             theirs_BT = np.zeros((part.count, part.teacher_width), np.int32)
             other = TeacherRows(tokens_BT=theirs_BT, length_B=length_B, offset_B=length_B)
         models = (student, student_config, teacher, teacher_config)
-        given = (*models, tokens_BT, length_B, other, scored_V)
-        out.append(Program(f"score {part.count} x {part.width}", score_part, given, settings))
+        given = (*models, *mesh.row_structs((tokens_BT, length_B, other)), scored_V)
+        name = f"score {part.count} x {part.width}"
+        out.append(Program(name, score_part, given, settings | {"mesh": mesh}))
     return out
 
 
@@ -229,7 +236,7 @@ def programs(
     jax.jit,
     static_argnames=(
         "student_config", "teacher_config", "vocabulary", "top_k", "token_chunk", "support",
-        "keep_hidden",
+        "keep_hidden", "mesh",
     ),
 )  # fmt: skip
 def score_part(
@@ -247,8 +254,35 @@ def score_part(
     token_chunk: int,
     support: tuple[str, int] | None = None,
     keep_hidden: bool = False,
+    mesh: Mesh = ONE,
 ) -> Scores:
     """`score` of one micro-batch, traced once for each of its shapes."""
+    own = partial(
+        _score_rows, student_config=student_config, teacher_config=teacher_config,
+        vocabulary=vocabulary, top_k=top_k, token_chunk=token_chunk, support=support,
+        keep_hidden=keep_hidden,
+    )  # fmt: skip
+    each = mesh.each(own, (WHOLE, WHOLE, ROWS, ROWS, ROWS, WHOLE), ROWS)
+    return each(student, teacher, tokens_BT, length_B, other, scored_V)
+
+
+def _score_rows(
+    student: decoder.Params,
+    teacher: decoder.Params | None,
+    tokens_BT: jax.Array,
+    length_B: jax.Array,
+    other: TeacherRows | None,
+    scored_V: Array | None,
+    *,
+    student_config: ModelConfig,
+    teacher_config: ModelConfig | None,
+    vocabulary: int,
+    top_k: int,
+    token_chunk: int,
+    support: tuple[str, int] | None,
+    keep_hidden: bool,
+) -> Scores:
+    """`score_part` on one replica."""
     heads = [decoder.head(student)]
     hiddens = [decoder.hidden_states(student, student_config, tokens_BT, length_B)]
     fn: TokenFn = _student_statistics

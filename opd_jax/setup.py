@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from opd_jax import data, guard, models, objectives, rules
 from opd_jax.errors import ConfigError, ModelError
 from opd_jax.fitting import Misfit, prompt_misfit, teacher_misfit, without_misfits
+from opd_jax.mesh import Mesh, make_mesh
 
 _GENERATED_CHECKED = 2048  # generated problems are all alike
 
@@ -21,7 +22,7 @@ class Setup:
     """A checked config and what follows from it.
 
     Attributes:
-      config: as given, with `steps` resolved.
+      config: as given, with `steps` resolved. mesh: the devices.
       student, teacher: architectures; teacher is None where no term needs one.
       reference: architecture of the reference; its weights lie in `reference_section.path`.
       tokenizer, teacher_tokenizer: the student's and the teacher's (the same object without one).
@@ -36,6 +37,7 @@ class Setup:
     """
 
     config: ConfigDict
+    mesh: Mesh
     terms: objectives.Terms
     student: models.ModelConfig
     teacher: models.ModelConfig | None
@@ -69,10 +71,14 @@ class Setup:
         return data.Batch(problems, prompts, theirs, golden)
 
 
-def make_setup(config: ConfigDict) -> Setup:
-    """Read and check all but the weights. Raises an OpdError; writes and compiles nothing."""
+def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
+    """Read and check all but the weights. Raises an OpdError; writes and compiles nothing.
+
+    `mesh`: the devices, where that is not for the config to say.
+    """
     rules.validate(config)
     terms = make_terms(config)
+    mesh = mesh or make_mesh(config.mesh)
     config = resolved(
         config,
         ["student"] + terms.needs_teacher * ["teacher"] + terms.needs_reference * ["reference"],
@@ -97,6 +103,10 @@ def make_setup(config: ConfigDict) -> Setup:
     notes += _warnings(terms)
     reference_section = config.reference if config.reference.path else config.student
     reference = architecture(reference_section)
+    for role, model in (("student", student), ("teacher", teacher), ("reference", reference)):
+        if model is not None:
+            mesh.check(role, model)
+    notes += [mesh.describe()] * (mesh.devices is not None)
     if terms.needs_reference and reference.vocab_size < alignment.vocabulary:
         raise ModelError(
             f"{reference_section.path}: the reference has {reference.vocab_size} ids, fewer than the "
@@ -121,6 +131,7 @@ def make_setup(config: ConfigDict) -> Setup:
         )  # fmt: skip
     setup = Setup(
         config=config,
+        mesh=mesh,
         terms=terms,
         student=student,
         teacher=teacher,

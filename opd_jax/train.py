@@ -25,10 +25,12 @@ from opd_jax import (
     losses,
     models,
     objectives,
+    processes,
     rows,
     update,
     workdir,
 )
+from opd_jax import config as configuration
 from opd_jax.best import Best
 from opd_jax.clock import Clock, peak_gib
 from opd_jax.collect import Collector, Experience
@@ -64,9 +66,14 @@ def run(config: ConfigDict, path: str, *, command: list[str]) -> Result:
     folder = pathlib.Path(path)
     setup = make_setup(config)
     config = setup.config
+    if processes.several():
+        processes.agree(_facts(config, path))
     workdir.check(folder, config)
-    print(f"workdir {folder}", *setup.notes, sep="\n", flush=True)
-    first = checkpoint.latest_step(folder)
+    processes.agree({})  # all have looked before the first writes
+    if processes.first():
+        print(f"workdir {folder}", *setup.notes, sep="\n", flush=True)
+    latest = checkpoint.latest_step(folder)  # asked in all: Orbax may wait for all
+    first = processes.from_first(lambda: latest)
     if first is not None and first > config.steps:
         raise ConfigError(
             f"steps={config.steps}, but the workdir {str(folder)!r} is at step {first}; "
@@ -74,7 +81,8 @@ def run(config: ConfigDict, path: str, *, command: list[str]) -> Result:
         )
     # A broken file is refused before anything is written.
     weights = load_weights(setup, student=first is None)
-    workdir.create(folder, config, command)
+    if processes.first():
+        workdir.create(folder, config, command)
     with Grader() as grader, checkpoint.Checkpoints(folder, keep=config.checkpoint.keep) as saved:
         return _Run(setup, weights, folder, grader, saved).loop()
 
@@ -93,7 +101,7 @@ class _Run:
         config = setup.config
         self.setup, self.config, self.folder = setup, config, folder
         self.grader, self.saved = grader, saved
-        self.dtype = compute_dtype(config.student.dtype)
+        self.dtype, self.mesh = compute_dtype(config.student.dtype), setup.mesh
         self.collector = Collector(setup, grader)
         self.teacher, self.scorer = weights.teacher, weights.scorer
         self.reference = weights.reference
@@ -118,8 +126,11 @@ class _Run:
             objectives.make_golden_loss(setup.student, **shared) if terms.needs_golden else None,
             microbatch_tokens=config.optim.microbatch_tokens,
             dtype=self.dtype,
+            mesh=self.mesh,
         )
-        self.update = update.make_update(tx, self.accumulate, decay=config.teacher.decay)
+        self.update = update.make_update(
+            tx, self.accumulate, decay=config.teacher.decay, mesh=self.mesh
+        )
         self.weigh = partial(
             losses.token_weights,
             aggregation=config.loss.aggregation,
@@ -136,17 +147,21 @@ class _Run:
         self.rules = guard.make_rules(config)
         self.guard = guard.State()
         begin = partial(update.init_state, tx=tx, average=config.teacher.follow == "average")
-        self.like = jax.eval_shape(begin, decoder.abstract_params(setup.student))
+        like = jax.eval_shape(begin, decoder.abstract_params(setup.student))
+        self.like = self.mesh.structs(like, self.mesh.masters(like))
         self.first = newest = saved.latest or 0
         if newest:
             self._resume()
         else:
             student, weights.student = weights.student, None  # the state takes it over
             assert student is not None  # read where there is no checkpoint
-            self.state = begin(student)
+            self.state = self.mesh.masters_of(begin, student)
         kept = newest or -1  # without a checkpoint even step 0 is written anew
-        self.log = workdir.Lines(folder / "metrics.jsonl", resume_step=kept)
-        self.samples = workdir.Lines(folder / "rollouts.jsonl", resume_step=kept)
+        self.log: workdir.Lines | workdir.NoLines = workdir.NoLines()
+        self.samples: workdir.Lines | workdir.NoLines = workdir.NoLines()
+        if processes.first():
+            self.log = workdir.Lines(folder / "metrics.jsonl", resume_step=kept)
+            self.samples = workdir.Lines(folder / "rollouts.jsonl", resume_step=kept)
         if self.first < newest:  # a rollback was cut short
             self.log.go_back(self.first)
             self.samples.go_back(self.first)
@@ -156,8 +171,10 @@ class _Run:
         state = guard.from_json(self.saved.guard(self.first))
         record = self.folder / _ROLLBACK
         last = None
-        if record.exists():
-            noted = json.loads(record.read_text(encoding="utf-8"))
+        noted = processes.from_first(
+            lambda: json.loads(record.read_text(encoding="utf-8")) if record.exists() else None
+        )
+        if noted is not None:
             last = noted["step"], guard.from_json(noted["guard"])
         self.first, self.guard = guard.resumed((self.first, state), last)
         self.saved.delete_after(self.first)
@@ -166,7 +183,7 @@ class _Run:
     def loop(self) -> Result:
         """Steps from where the run stands to `steps`, with evaluations, logs and checkpoints."""
         config, step = self.config, self.first
-        progress = display.Progress(config.steps, step)
+        progress = display.Progress(config.steps, step, silent=not processes.first())
         if ahead.worthwhile():
             programs = self._programs()
             progress.say(
@@ -233,9 +250,12 @@ class _Run:
         """To the checkpoint of `step`, with the guard as it is now; later lines are set aside."""
         noted = {"step": step, "guard": guard.to_json(self.guard)}
         record = self.folder / _ROLLBACK
-        whole = record.with_suffix(".tmp")  # the record appears whole, before anything is touched
-        whole.write_text(json.dumps(noted) + "\n", encoding="utf-8")
-        whole.replace(record)
+        if processes.first():
+            whole = record.with_suffix(
+                ".tmp"
+            )  # the record appears whole, before anything is touched
+            whole.write_text(json.dumps(noted) + "\n", encoding="utf-8")
+            whole.replace(record)
         self.saved.delete_after(step)
         del self.state  # makes room for the one that is read
         self.state = self.saved.restore(step, self.like, self.batches)
@@ -246,19 +266,23 @@ class _Run:
     def _programs(self) -> list[Program]:
         """All that the steps of this run compile."""
         setup, terms = self.setup, self.setup.terms
-        state = jax.eval_shape(lambda state: state, self.state)
-        student = jax.eval_shape(partial(_cast, dtype=self.dtype), state.params)
+        mesh, state = self.mesh, self.mesh.structs(self.state)
+        student = jax.eval_shape(partial(mesh.compute, dtype=self.dtype), state.params)
+        student = mesh.structs(student, mesh.weights(student))
         teacher = jax.eval_shape(self._teacher_now, student)
+        teacher = mesh.structs(teacher, mesh.weights(teacher))
         rollout_rows = golden_rows = None
         if terms.needs_rollouts:
             rollout_rows = ahead.blank_rollout_rows(setup, student, teacher, self.collector.scoring)
         if terms.needs_golden:
             golden_rows = ahead.blank_golden_rows(setup)
-        head_VD = decoder.head(teacher) if teacher and terms.over_vocabulary else None
-        frozen = Frozen(self.reference, head_VD)
-        frozen = jax.eval_shape(lambda frozen: frozen, frozen)
-        given = (state.params, frozen, rollout_rows, golden_rows, self._weights())
+        beside = decoder.head_alone(teacher) if teacher and terms.over_vocabulary else None
+        frozen = Frozen(self.reference, beside)
+        frozen = mesh.structs(frozen, mesh.weights(frozen))
+        own = state.params if mesh.devices is None else student
+        given = (own, frozen, rollout_rows, golden_rows, self._weights())
         return [
+            *mesh.weight_programs(state.params, self.dtype),
             *(self.collector.programs(student, teacher) if terms.needs_rollouts else []),
             *self.accumulate.programs(*given),
             self.update.program(state),
@@ -275,24 +299,27 @@ class _Run:
         clock = Clock()
         row: Summary = {}
         lines: list[dict] = []
-        rollout_rows = golden_rows = given = head_VD = None
+        rollout_rows = golden_rows = given = student = beside = None
         golden = batch.golden if self._weights()["sft"] else []
         if terms.needs_rollouts:
-            student = _cast(self.state.params, self.dtype)
+            student = self.mesh.compute(self.state.params, self.dtype)
             teacher = self._teacher_now(student)
             key = key_for(self.config.seed, step, Stream.ROLLOUT)
             given = self.collector.collect(student, teacher, batch, key=key, clock=clock)
             if teacher is not None and terms.over_vocabulary:
-                head_VD = decoder.head(teacher)
+                beside = decoder.head_alone(teacher)
                 if self.scorer is None:  # it may be the state's, which the update donates
-                    head_VD = jnp.copy(head_VD)
-            del student, teacher  # as these may be
+                    beside = jax.tree.map(jnp.copy, beside)
+            del teacher
+            if self.mesh.devices is None:
+                student = None  # as these may be
             rollout_rows, lines = self._rollout_rows(step, given)
         if golden:
             laid_out = data.golden_rows(batch.prompts, golden, width=setup.width)
             golden_rows = rows.golden_rows(*laid_out, weigh=self.weigh_golden)
-        frozen = Frozen(self.reference, head_VD)
-        under_way = self._update(step, frozen, rollout_rows, golden_rows)
+        frozen = Frozen(self.reference, beside)
+        under_way = self._update(step, frozen, rollout_rows, golden_rows, student)
+        del student
         if given is not None:  # looked at while the device updates
             row |= self.collector.measure(given)
         row |= _means(under_way)
@@ -339,17 +366,28 @@ class _Run:
         if self.state.average is None and student is not None:
             return student
         follows = self.state.params if self.state.average is None else self.state.average
-        return _cast(follows, self.dtype)
+        return self.mesh.compute(follows, self.dtype)
 
     def _update(
-        self, step: int, frozen: Frozen, rollout_rows: Any, golden_rows: Any
+        self,
+        step: int,
+        frozen: Frozen,
+        rollout_rows: Any,
+        golden_rows: Any,
+        student: models.Params | None,
     ) -> list[dict[str, jax.Array]]:
         """`updates_per_rollout` optimizer steps, each on its share of the prompts, begun; measurements
-        of each. Those of the gradients apart are of the first."""
+        of each. Those of the gradients apart are of the first.
+
+        `student`: its compute weights, where they are there already. On one device gradients are
+        taken at the masters, which are cast a layer at a time.
+        """
         parts, every = self.config.optim.updates_per_rollout, self.config.log.gradients
         weights = self._weights()
         measured = []
         for i in range(parts):
+            if student is None and self.mesh.devices is not None:
+                student = self.mesh.compute(self.state.params, self.dtype)
             given = (
                 frozen,
                 rollout_rows and rows.share(rollout_rows, i, parts, weigh=self.weigh),
@@ -358,8 +396,10 @@ class _Run:
             )
             apart = {}
             if every and step % every == 0 and i == 0:
-                apart = update.term_gradients(self.accumulate, self.state.params, *given)
-            self.state, some = self.update(self.state, *given)
+                own = self.state.params if student is None else student
+                apart = update.term_gradients(self.accumulate, own, *given)
+            self.state, some = self.update(self.state, *given, student=student)
+            student = None  # is of the weights before
             measured.append(some | apart)
         return measured
 
@@ -380,7 +420,7 @@ class _Run:
             width = setup.teacher_width - config.rollout.max_response_tokens
             ids = data.alone(min(tokenizer.size, model.vocab_size), model.eos_token_ids)
         else:
-            params = _cast(self.state.params, self.dtype)
+            params = self.mesh.compute(self.state.params, self.dtype)
             model, tokenizer, prompts = setup.student, setup.tokenizer, setup.prompts
             width, ids = config.rollout.max_prompt_tokens, setup.alignment
         assert params is not None
@@ -400,6 +440,7 @@ class _Run:
             drawn_V=None if ids.drawn.all() else ids.drawn,
             grader=self.grader,
             out=self.folder / "eval" / str(step) / f"{self._benchmark}.jsonl",
+            mesh=self.mesh,
         )
 
     def _keep_best(self, step: int, summary: Summary) -> None:
@@ -425,7 +466,9 @@ class _Run:
     def _summary(self, step: int) -> Summary | None:
         """The summary of an evaluation already made, maybe before a resume; None without one."""
         file = self.folder / "eval" / str(step) / f"{self._benchmark}.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+        return processes.from_first(
+            lambda: json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+        )
 
     @property
     def _benchmark(self) -> str:
@@ -436,9 +479,11 @@ class _Run:
         return {f"eval/{self._benchmark}/{name}": value for name, value in summary.items()}
 
 
-def _cast(params: models.Params, dtype: jnp.dtype) -> models.Params:
-    """The weights in the dtype to compute in; the very same arrays where that is theirs already."""
-    return jax.tree.map(lambda w: w if w.dtype == dtype else w.astype(dtype), params)
+def _facts(config: ConfigDict, path: str) -> dict[str, Any]:
+    """What must be the same in every process of a run."""
+    here = workdir.provenance([])
+    versions = {name: here[name] for name in ("commit", "python", "packages")}
+    return {"workdir": path} | versions | configuration.flatten(config.to_dict())
 
 
 def _means(measured: list[dict[str, jax.Array]]) -> Summary:

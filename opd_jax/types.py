@@ -125,11 +125,11 @@ class TeacherRows(flax.struct.PyTreeNode):
 class Frozen(flax.struct.PyTreeNode):
     """Weights that a loss reads and never changes; None where no term needs them.
 
-    Of the teacher that is the output matrix: its hidden states come with the rows.
+    Of the teacher that is the output matrix (decoder.head_alone): its hidden states come with the rows.
     """
 
     reference: Any = None
-    teacher_head_VD: Any = None
+    teacher: Any = None
 
 
 class RolloutRows(flax.struct.PyTreeNode):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from opd_jax import batching
+from opd_jax.mesh import APART, ONE, ROWS, SUMS, WHOLE, Mesh
 from opd_jax.models import decoder
 from opd_jax.objectives import ON_GOLDEN, ON_ROLLOUTS, GoldenLoss, Parts, RolloutLoss
 from opd_jax.programs import Program
@@ -18,6 +19,8 @@ from opd_jax.types import Frozen, GoldenRows, RolloutRows, TrainState
 
 Weights = Mapping[str, float]
 Rows = RolloutRows | GoldenRows | None
+# Cast where they are used, so that their gradients, sums over many tokens, add up in float32.
+_OF_MANY_TOKENS = ("embed", "head")
 Accumulate = Callable[
     [Any, Frozen, RolloutRows | None, GoldenRows | None, Weights],
     tuple[Any, dict[str, jax.Array]],
@@ -74,13 +77,15 @@ class Gradients:
 
     Rows (host arrays) go through in micro-batches of like length (batching.split); because every
     token carries its share of the global mean, the sum of their gradients is the gradient of the
-    whole batch. `weights` (by term) are arguments of the compiled function: other ones cost no
+    whole batch. Replicas of a mesh sum their own rows' gradients apart; those are summed once, at
+    the end. `weights` (by term) are arguments of the compiled function: other ones cost no
     compilation, and rows all of whose terms have weight 0 are not passed through.
     """
 
     on_rollouts: Callable | None
     on_golden: Callable | None
     microbatch_tokens: int
+    mesh: Mesh = ONE
 
     def __call__(
         self,
@@ -90,30 +95,34 @@ class Gradients:
         golden_rows: GoldenRows | None,
         weights: Weights,
     ) -> tuple[Any, dict[str, jax.Array]]:
-        """The sum over all micro-batches."""
-        grads, sums = _zeros_like(params), {"total": jnp.zeros(())}
+        """The sum over all micro-batches. `params`: masters, or compute weights made of them."""
+        grads = self.mesh.zeros(params)
+        sums: dict[str, jax.Array] = {}
         for _, add, rows, mine in self._kinds(rollout_rows, golden_rows, weights):
             if not any(mine.values()):
                 continue
             for part in batching.split(
-                rows.length_B, width=rows.tokens_BT.shape[1], tokens=self.microbatch_tokens
-            ):
-                given = batching.gather(rows, part)
-                value, parts, grads = add(params, frozen, given, mine, grads)
+                rows.length_B, width=rows.tokens_BT.shape[1], tokens=self.microbatch_tokens,
+                replicas=self.mesh.replicas,
+            ):  # fmt: skip
+                taken = self.mesh.rows(batching.gather(rows, part))
+                value, parts, grads = add(params, frozen, taken, mine, grads)
                 for name, x in (parts | {"total": value}).items():
-                    sums[name] = sums.get(name, 0.0) + x
-        return grads, sums
+                    sums[name] = sums[name] + x if name in sums else x
+        return self.mesh.summed(grads), {"total": jnp.zeros(())} | self.mesh.total(sums)
 
     def programs(
         self, params: Any, frozen: Frozen, rollout_rows: Rows, golden_rows: Rows, weights: Weights
     ) -> list[Program]:
         """All that is compiled for rows like these, whatever their lengths."""
-        out = [Program("zero gradients", _zeros_like, (params,))]
+        out, grads = self.mesh.gradient_programs(params)
         for name, add, rows, mine in self._kinds(rollout_rows, golden_rows, weights):
             for part in batching.shapes(
-                len(rows.length_B), width=rows.tokens_BT.shape[1], tokens=self.microbatch_tokens
-            ):
-                given = (params, frozen, batching.gather(rows, part), mine, params)
+                len(rows.length_B), width=rows.tokens_BT.shape[1], tokens=self.microbatch_tokens,
+                replicas=self.mesh.replicas,
+            ):  # fmt: skip
+                taken = self.mesh.row_structs(batching.gather(rows, part))
+                given = (params, frozen, taken, mine, grads)
                 out.append(Program(f"gradient on {name} {part.count} x {part.width}", add, given))
         return out
 
@@ -137,15 +146,17 @@ def make_accumulate(
     *,
     microbatch_tokens: int,
     dtype: jnp.dtype,
+    mesh: Mesh = ONE,
 ) -> Gradients:
     """The gradient of the losses; see `Gradients`.
 
     The forward and backward passes compute in `dtype`; master weights and gradients are float32.
     """
     return Gradients(
-        on_rollouts=make_add(rollout_loss, dtype) if rollout_loss else None,
-        on_golden=make_add(_without_frozen(golden_loss), dtype) if golden_loss else None,
+        on_rollouts=make_add(rollout_loss, dtype, mesh) if rollout_loss else None,
+        on_golden=make_add(_without_frozen(golden_loss), dtype, mesh) if golden_loss else None,
         microbatch_tokens=microbatch_tokens,
+        mesh=mesh,
     )
 
 
@@ -159,6 +170,7 @@ class Update:
 
     accumulate: Accumulate
     apply: Callable
+    mesh: Mesh = ONE
 
     def __call__(
         self,
@@ -167,25 +179,32 @@ class Update:
         rollout_rows: RolloutRows | None,
         golden_rows: GoldenRows | None,
         weights: Weights,
+        student: Any = None,
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        """One optimizer step."""
-        grads, sums = self.accumulate(state.params, frozen, rollout_rows, golden_rows, weights)
+        """One optimizer step. `student`: compute weights made of the state's, where there are such."""
+        params = state.params if student is None else student
+        grads, sums = self.accumulate(params, frozen, rollout_rows, golden_rows, weights)
         state, norm = self.apply(state, grads, sums["total"])
         metrics = {f"loss/{name}": value for name, value in sums.items()}
         return state, metrics | {"optim/grad_norm": norm}
 
     def program(self, state: TrainState) -> Program:
         """What follows the gradient."""
-        total = jax.ShapeDtypeStruct((), jnp.float32)
+        total = self.mesh.structs(jax.ShapeDtypeStruct((), jnp.float32), self.mesh.whole)
         return Program("optimizer", self.apply, (state, state.params, total))
 
 
 def make_update(
-    tx: optax.GradientTransformation, accumulate: Accumulate, *, decay: float = 0.0
+    tx: optax.GradientTransformation,
+    accumulate: Accumulate,
+    *,
+    decay: float = 0.0,
+    mesh: Mesh = ONE,
 ) -> Update:
     """The step of the optimizer `tx` on the gradient of `accumulate`.
 
-    `decay` is that of the moving average, where the state has one.
+    `decay` is that of the moving average, where the state has one. On a mesh each device updates
+    its part of the masters, the optimizer's state and the average.
     """
 
     @partial(jax.jit, donate_argnums=(0,))
@@ -199,9 +218,10 @@ def make_update(
         new = state.replace(params=params, opt_state=opt_state, average=average)
         finite = jnp.isfinite(norm) & jnp.isfinite(total)
         new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
-        return new.replace(step=state.step + 1), norm
+        new = new.replace(step=state.step + 1)
+        return mesh.constrain(new, mesh.masters(new)), norm
 
-    return Update(accumulate, apply)
+    return Update(accumulate, apply, mesh)
 
 
 def term_gradients(
@@ -224,31 +244,41 @@ def term_gradients(
     for name in present:
         alone = {other: weights[other] if other == name else 0.0 for other in weights}
         grads[name], _ = accumulate(params, frozen, rollout_rows, golden_rows, alone)
-        out[f"optim/grad_norm_{name}"] = optax.tree.norm(grads[name])
+        out[f"optim/grad_norm_{name}"] = _norm(grads[name])
     for one, other in itertools.combinations(present, 2):
-        scale = out[f"optim/grad_norm_{one}"] * out[f"optim/grad_norm_{other}"]
-        dot = optax.tree.vdot(grads[one], grads[other])
-        out[f"optim/grad_cosine_{one}_{other}"] = jnp.where(
-            scale > 0, dot / jnp.where(scale > 0, scale, 1.0), 0.0
-        )
+        norms = (out[f"optim/grad_norm_{name}"] for name in (one, other))
+        out[f"optim/grad_cosine_{one}_{other}"] = _cosine(grads[one], grads[other], *norms)
     return out
 
 
-def make_add(loss: Callable, dtype: jnp.dtype) -> Callable:
-    """(params, frozen, rows, weights, grads) -> (loss, its parts, grads + its gradient); donates grads."""
+@jax.jit
+def _norm(gradient: Any) -> jax.Array:
+    return optax.tree.norm(gradient)
+
+
+@jax.jit
+def _cosine(one: Any, other: Any, norm: jax.Array, other_norm: jax.Array) -> jax.Array:
+    scale = norm * other_norm
+    dot = optax.tree.vdot(one, other)
+    return jnp.where(scale > 0, dot / jnp.where(scale > 0, scale, 1.0), 0.0)
+
+
+def make_add(loss: Callable, dtype: jnp.dtype, mesh: Mesh = ONE) -> Callable:
+    """(params, frozen, rows, weights, grads) -> (loss, its parts, grads + its gradient); donates grads.
+
+    On a mesh every replica does so on its own rows; loss, parts and grads are one a replica.
+    """
 
     def compute(own: Any, sums: Any, rest: tuple) -> tuple[jax.Array, Parts]:
         layers, frozen, rows, weights = rest
-        # These two are cast where they are used: their gradients, of many tokens, add up in float32.
-        kept = {name: own[name] for name in ("embed", "head") if name in own}
-        params = jax.tree.map(lambda w: w.astype(dtype), own) | kept
+        params = _in(dtype, own) | {name: own[name] for name in _OF_MANY_TOKENS if name in own}
         parts = loss(params | ({"layers": layers, "sums": sums} if layers else {}), frozen, rows)
         return sum((weights[name] * x for name, x in parts.items()), jnp.zeros(())), parts
 
-    @partial(jax.jit, donate_argnums=(4,))
-    def add_gradient(params: Any, frozen: Frozen, rows: Any, weights: Any, grads: Any) -> tuple:
+    def own_gradient(params: Any, frozen: Frozen, rows: Any, weights: Any, grads: Any) -> tuple:
         # The layers' gradients are added by the decoder (models/summing.py), the others' here.
         own, grads = dict(params), dict(grads)
+        own |= {name: _in(jnp.float32, own[name]) for name in _OF_MANY_TOKENS if name in own}
         layers, sums = own.pop("layers", {}), grads.pop("layers", {})
         (value, parts), (new, sums) = jax.value_and_grad(compute, argnums=(0, 1), has_aux=True)(
             own, sums, (layers, frozen, rows, weights)
@@ -256,16 +286,21 @@ def make_add(loss: Callable, dtype: jnp.dtype) -> Callable:
         grads = jax.tree.map(jnp.add, grads, new) | ({"layers": sums} if layers else {})
         return value, parts, grads
 
+    @partial(jax.jit, donate_argnums=(4,))
+    def add_gradient(params: Any, frozen: Frozen, rows: Any, weights: Any, grads: Any) -> tuple:
+        each = mesh.each(own_gradient, (WHOLE, WHOLE, ROWS, WHOLE, SUMS), (APART, APART, SUMS))
+        value, parts, grads = each(params, frozen, rows, weights, grads)
+        return value, parts, mesh.constrain(grads, mesh.apart(params))
+
     return add_gradient
+
+
+def _in(dtype: Any, params: Any) -> Any:
+    return jax.tree.map(lambda w: w.astype(dtype), params)
 
 
 def _without_frozen(loss: GoldenLoss) -> Callable:
     return lambda params, _, rows: loss(params, rows)
-
-
-@jax.jit
-def _zeros_like(params: Any) -> Any:
-    return jax.tree.map(jnp.zeros_like, params)
 
 
 def _decayed(params: Any) -> Any:

@@ -16,7 +16,7 @@ from opd_jax import config as configuration
 from opd_jax.errors import WorkdirError
 
 # Fields that may differ when a run goes on: they do not touch what is computed.
-_SAFE = ("steps", "data.epochs", "eval.", "checkpoint.", "log.")
+_SAFE = ("steps", "data.epochs", "eval.", "checkpoint.", "log.", "mesh.")
 _PACKAGES = ("opd_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers",
              "grain", "ml-collections", "math-verify", "numpy")  # fmt: skip
 
@@ -154,6 +154,19 @@ class Lines:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+class NoLines:
+    """In the place of `Lines` in a process that writes nothing."""
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def go_back(self, step: int) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -261,7 +261,7 @@ def test_divergence_equals_the_direct_sum_behind_a_prompt_of_the_teachers_own(ro
     loss = objectives.make_rollout_loss(terms, CONFIG, vocabulary=VOCABULARY, **SHARED)
     (total, parts), gradient = jax.jit(jax.value_and_grad(weighted(loss, terms), has_aux=True))(
         STUDENT,
-        Frozen(teacher_head_VD=decoder.head(REFERENCE)),
+        Frozen(teacher=decoder.head_alone(REFERENCE)),
         rows.replace(teacher_hidden_BTD=scores.teacher_hidden_BTD),
     )
     expected, expected_gradient = jax.jit(

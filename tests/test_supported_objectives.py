@@ -22,7 +22,7 @@ STUDENT, TEACHER = random_params(CONFIG, seed=0), random_params(CONFIG, seed=1)
 TOKENS, LENGTH = random_rows(CONFIG, 4, 10)
 PROMPT = 3
 TOPK = SUPPORTS[1:]
-BESIDE = Frozen(teacher_head_VD=decoder.head(TEACHER))
+BESIDE = Frozen(teacher=decoder.head_alone(TEACHER))
 TERMS = Terms(divergence_weight=1.0, support="teacher", top_k=K)
 SAMPLED = Rollout(
     tokens_BT=np.asarray(TOKENS),

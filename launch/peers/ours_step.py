@@ -44,7 +44,7 @@ def main() -> None:
         loss, None, microbatch_tokens=optim.microbatch_tokens, dtype=jnp.float32
     )
     apply = update.make_update(tx, accumulate)
-    frozen = Frozen(teacher_head_VD=decoder.head(teacher) if terms.over_vocabulary else None)
+    frozen = Frozen(teacher=decoder.head_alone(teacher) if terms.over_vocabulary else None)
     states = [update.init_state(params, tx)]
     del params
     given_prompts = prompts(case)

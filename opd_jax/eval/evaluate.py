@@ -9,12 +9,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from opd_jax import data, metrics
+from opd_jax import data, metrics, processes
 from opd_jax.eval import statistics
 from opd_jax.eval.grade import Grade, Grader
+from opd_jax.mesh import ONE, Mesh
 from opd_jax.models import ModelConfig, Params
 from opd_jax.rollout import generate
-from opd_jax.types import Outcome
+from opd_jax.types import Outcome, Rollout
 
 
 def evaluate(
@@ -34,6 +35,7 @@ def evaluate(
     drawn_V: np.ndarray | None = None,
     grader: Grader,
     out: pathlib.Path,
+    mesh: Mesh = ONE,
 ) -> dict[str, float]:
     """avg@k of a model on problems, with everything needed to look behind it.
 
@@ -61,7 +63,33 @@ def evaluate(
         max_prompt_tokens=max_prompt_tokens,
         vocabulary=vocabulary,
         drawn_V=drawn_V,
+        mesh=mesh,
     )
+    return processes.from_first(
+        lambda: _report(
+            sampled,
+            tokenizer,
+            problems,
+            section=section,
+            repetition=repetition,
+            grader=grader,
+            out=out,
+        )
+    )
+
+
+def _report(
+    sampled: Rollout,
+    tokenizer: data.Tokenizer,
+    problems: Sequence[data.Problem],
+    *,
+    section: Any,
+    repetition: Any,
+    grader: Grader,
+    out: pathlib.Path,
+) -> dict[str, float]:
+    """Grade, write down, summarise."""
+    k = section.samples
     answers = [problem for problem in problems for _ in range(k)]
     texts = [tokenizer.decode(sampled.response(i)) for i in range(len(answers))]
     graded = all(problem.answer for problem in problems)

@@ -34,6 +34,11 @@ def init(config: ModelConfig, batch: int, slots: int, dtype: jnp.dtype) -> tuple
     )
 
 
+def head_axis(dtype: jnp.dtype) -> int:
+    """Which axis of a cache's keys and values are the key heads."""
+    return 2 if attention.fused(dtype) else 1
+
+
 def _block_widths(slots: int) -> list[int]:
     """Blocks of equal width, a multiple of `BLOCK`; the last holds what is left."""
     width = -(-slots // (BLOCK * MOST_BLOCKS)) * BLOCK

@@ -17,6 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from opd_jax.mesh import sliced, whole
 from opd_jax.models import cache, rope, summing
 from opd_jax.models.architecture import ModelConfig
 from opd_jax.models.attention import attend_causal
@@ -122,7 +123,7 @@ def hidden_states(
     `sums`, float32 and shaped like `layers`, the layers compute in the final norm's dtype, and the
     gradient of `sums` is `sums` plus the gradient of the layers, which have none of their own.
     """
-    x_BTD = params["embed"]["embedding"][tokens_BT].astype(params["norm"]["scale"].dtype)
+    x_BTD = whole(params["embed"]["embedding"])[tokens_BT].astype(params["norm"]["scale"].dtype)
     tables = rope.rotary(config, jnp.arange(tokens_BT.shape[1])[None])
     length_B = jnp.maximum(length_B, 1)  # fused attention over an empty row would be nan
 
@@ -132,12 +133,14 @@ def hidden_states(
     def layer(carry: tuple, inputs: tuple[jax.Array, Params]) -> tuple[tuple, None]:
         (x_BTD, sums), (index, weights) = carry, inputs
         weights, sums = summing.lend(x_BTD.dtype, weights, sums, index)
-        x_BTD, _ = _apply(config, weights, x_BTD, tables, attend)
+        x_BTD, _ = _apply(config, whole(weights), x_BTD, tables, attend)
         return (x_BTD, sums), None
 
     def plain(x_BTD: jax.Array, weights: Params) -> tuple[jax.Array, None]:
-        return _apply(config, weights, x_BTD, tables, attend)
+        return _apply(config, whole(weights), x_BTD, tables, attend)
 
+    if sliced(params) and remat == "none":
+        remat = "slices"
     if "sums" in params:
         layers = (jnp.arange(config.num_layers), params["layers"])
         start = (x_BTD, params["sums"])
@@ -150,7 +153,13 @@ def hidden_states(
 
 def head(params: Params) -> jax.Array:
     """The output matrix [V, D]: the embedding where the two are tied."""
-    return params["head"]["kernel"] if "head" in params else params["embed"]["embedding"]
+    return whole(params["head"]["kernel"] if "head" in params else params["embed"]["embedding"])
+
+
+def head_alone(params: Params) -> Params:
+    """Of the parameters those that `head` takes."""
+    name = "head" if "head" in params else "embed"
+    return {name: params[name]}
 
 
 def with_head_rows(params: Params, ids_V: jax.Array) -> Params:

@@ -15,6 +15,7 @@ from opd_jax import config as configuration
 from opd_jax.errors import ConfigError, DataError
 from opd_jax.fitting import prompt_misfit, teacher_misfit
 from opd_jax.loading import load_weights
+from opd_jax.mesh import ONE
 from opd_jax.models import decoder
 from opd_jax.setup import Setup, compute_dtype, make_setup
 
@@ -99,7 +100,7 @@ def make_plan(
     setups = []
     for path in teachers or [config.teacher.path]:
         config.teacher.path = path
-        setups.append(make_setup(config))
+        setups.append(make_setup(config, ONE))
     problems = _problems(setups, need_answers=need_answers)
     notes = list(dict.fromkeys(note for setup in setups for note in setup.notes))
     return Plan(setups, problems, pathlib.Path(folder) if folder else None, step, notes)

@@ -1,6 +1,7 @@
 """Slots: the decode state on the device, and the programs that fill and advance it.
 
-Every program donates the state (rows, caches, keys), so caches are updated in place.
+Every program donates the state (rows, caches, keys), so caches are updated in place. On a mesh each
+replica has slots of its own, numbered from 0, and fills and advances them without a word to the others.
 """
 
 from functools import partial
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from opd_jax.mesh import ONE, ROWS, WHOLE, Mesh, unwrapped
 from opd_jax.models import cache, decoder
 from opd_jax.models.architecture import ModelConfig
 from opd_jax.rollout.sampling import sample
@@ -52,28 +54,37 @@ class Slots(flax.struct.PyTreeNode):
 
 
 def outcomes(state: Slots, stop_on_repetition: int) -> np.ndarray:
-    """The `Outcome` of every slot, were it done."""
-    outcome_B = np.where(np.asarray(state.ended_B), Outcome.EOS, Outcome.BUDGET)
+    """The `Outcome` of every slot, were it done; of host arrays."""
+    outcome_B = np.where(state.ended_B, Outcome.EOS, Outcome.BUDGET)
     if state.cycles is None:
         return outcome_B
     # Never true of a row that ended: an equal token before would have ended it already.
-    looped_B = (np.asarray(state.cycles.run_BZ) >= stop_on_repetition).any(axis=-1)
+    looped_B = (state.cycles.run_BZ >= stop_on_repetition).any(axis=-1)
     return np.where(looped_B, Outcome.REPETITION, outcome_B)
 
 
-@jax.jit
-def unstack(params: decoder.Params) -> decoder.Params:
+@partial(jax.jit, static_argnames=("mesh",))
+def unstack(params: decoder.Params, mesh: Mesh = ONE) -> decoder.Params:
     """One copy of the weights as a tuple of layers, made once a rollout and not once a token."""
-    return decoder.unstack(params)
+    layers = decoder.unstack(unwrapped(params))
+    return mesh.constrain(layers, mesh.weights(layers))
 
 
-@partial(jax.jit, static_argnames=("config", "slots", "total", "periods"))
+@partial(jax.jit, static_argnames=("config", "slots", "total", "periods", "mesh"))
 def empty(
-    layers: decoder.Params, config: ModelConfig, slots: int, total: int, periods: int
+    layers: decoder.Params,
+    config: ModelConfig,
+    slots: int,
+    total: int,
+    periods: int,
+    mesh: Mesh = ONE,
 ) -> Slots:
-    """Slots without a row, of `total` tokens each; `periods` for `Cycles`, 0 for none."""
-    dtype = layers["embed"]["embedding"].dtype
-    return Slots(
+    """Slots without a row, of `total` tokens each; `periods` for `Cycles`, 0 for none.
+
+    `slots` are those of a replica.
+    """
+    dtype, slots = layers["embed"]["embedding"].dtype, slots * mesh.replicas
+    state = Slots(
         tokens_BT=jnp.zeros((slots, total), jnp.int32),
         logprob_BT=jnp.zeros((slots, total), jnp.float32),
         length_B=jnp.ones(slots, jnp.int32),
@@ -86,9 +97,23 @@ def empty(
         if periods
         else None,
     )
+    return _where_slots_lie(state, mesh)
 
 
-@partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))
+def _where_slots_lie(state: Slots, mesh: Mesh) -> Slots:
+    """Slots of a replica on its devices; key heads divided as the model's are."""
+    return mesh.constrain(state, slot_places(state, mesh))
+
+
+def slot_places(state: Slots, mesh: Mesh) -> Slots:
+    """The sharding of every array of the state, given as arrays or shapes; Nones on one device."""
+    own = jax.tree.map(lambda _: mesh.slots(), state.replace(caches=()))
+    return own.replace(
+        caches=jax.tree.map(lambda x: mesh.slots(cache.head_axis(x.dtype)), state.caches)
+    )
+
+
+@partial(jax.jit, static_argnames=("config", "mesh"), donate_argnames=("state",))
 def prefill(
     layers: decoder.Params,
     config: ModelConfig,
@@ -97,13 +122,33 @@ def prefill(
     length_B: jax.Array,
     limit_B: jax.Array,
     slot_B: jax.Array,
-    key_B: jax.Array,
+    key_B2: jax.Array,
+    mesh: Mesh = ONE,
 ) -> Slots:
     """Run the prompts and place rows, keys and caches into their slots.
 
     The last prompt token is fed again by the first decode step, which samples the first response
-    token: sampling then has one place.
+    token: sampling then has one place. `key_B2` holds the data of each row's key.
     """
+    own = partial(_prefill, config=config)
+    each = mesh.each(own, (WHOLE, *[ROWS] * 6), ROWS)
+    state = each(layers, state, tokens_BT, length_B, limit_B, slot_B, key_B2)
+    return _where_slots_lie(state, mesh)
+
+
+def _prefill(
+    layers: decoder.Params,
+    state: Slots,
+    tokens_BT: jax.Array,
+    length_B: jax.Array,
+    limit_B: jax.Array,
+    slot_B: jax.Array,
+    key_B2: jax.Array,
+    *,
+    config: ModelConfig,
+) -> Slots:
+    """`prefill` on one replica."""
+    key_B = jax.random.wrap_key_data(key_B2)
     width, total = tokens_BT.shape[1], state.tokens_BT.shape[1]
     new = decoder.prefill(layers, config, tokens_BT, length_B)
     caches = tuple(
@@ -132,6 +177,7 @@ def prefill(
 @partial(
     jax.jit,
     static_argnames=(
+        "mesh",
         "config",
         "steps",
         "temperature",
@@ -158,8 +204,38 @@ def decode_chunk(
     drawn_V: jax.Array | None,
     scored_V: jax.Array | None,
     stop_on_repetition: int,
+    mesh: Mesh = ONE,
 ) -> Slots:
-    """Up to `steps` tokens for every live slot; stops early when no more than `few_live` are live."""
+    """Up to `steps` tokens for every live slot; stops early when no more than `few_live` are live.
+
+    On a mesh every replica stops when it has no more, whatever the others do.
+    """
+    own = partial(
+        _decode_chunk, config=config, steps=steps, temperature=temperature, top_p=top_p,
+        top_k=top_k, stop_ids=stop_ids, vocabulary=vocabulary,
+        stop_on_repetition=stop_on_repetition,
+    )  # fmt: skip
+    each = mesh.each(own, (WHOLE, ROWS, WHOLE, WHOLE, WHOLE), ROWS)
+    return _where_slots_lie(each(layers, state, few_live, drawn_V, scored_V), mesh)
+
+
+def _decode_chunk(
+    layers: decoder.Params,
+    state: Slots,
+    few_live: jax.Array,
+    drawn_V: jax.Array | None,
+    scored_V: jax.Array | None,
+    *,
+    config: ModelConfig,
+    steps: int,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    stop_ids: tuple[int, ...],
+    vocabulary: int | None,
+    stop_on_repetition: int,
+) -> Slots:
+    """`decode_chunk` on one replica."""
     head_VD = decoder.head(layers)  # whole: a slice of it would be a copy
     rows = jnp.arange(len(state.live_B))
     stops = jnp.array(stop_ids, jnp.int32)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from opd_jax.errors import DataError
+from opd_jax.mesh import ONE, Mesh
 from opd_jax.models import decoder
 from opd_jax.models.architecture import ModelConfig
 from opd_jax.programs import Program
@@ -28,13 +29,16 @@ _PREFILL_TOKENS = 16_384  # prompts that go through the model at one time
 class Shapes:
     """The shapes that a generation meets, whatever its prompts: few programs are ever compiled.
 
+    All counts are those of one replica; there are `replicas`.
+
     Attributes:
-      slots: sequences decoded at one time. total: tokens of a row.
+      replicas: of the mesh. slots: sequences decoded at one time. total: tokens of a row.
       prompt_widths: of a batch of prompts: quarters of the longest there may be.
       many, few: prompts that are prefilled at one time: at first, and as slots fall free.
       chunk: decode steps between two looks from the host.
     """
 
+    replicas: int
     slots: int
     total: int
     prompt_widths: tuple[int, ...]
@@ -51,12 +55,14 @@ class Shapes:
         prompt_tokens: int,
         response_tokens: int,
         chunk: int | None,
+        replicas: int = 1,
     ) -> "Shapes":
         """`slots` and `chunk` as in `generate`."""
-        slots = min(slots or prompts, prompts)
+        slots = -(-min(slots or prompts, prompts) // replicas)
         quarter = -(-prompt_tokens // 4)
         few = -(-slots // 16)
         return cls(
+            replicas=replicas,
             slots=slots,
             total=prompt_tokens + response_tokens,
             prompt_widths=tuple(sorted({min(quarter * i, prompt_tokens) for i in (1, 2, 3, 4)})),
@@ -87,6 +93,7 @@ def generate(
     repetition_period: int = 16,
     chunk: int | None = None,
     on_finished: Callable[[int], None] | None = None,
+    mesh: Mesh = ONE,
 ) -> Rollout:
     """Sample one response a prompt.
 
@@ -107,6 +114,7 @@ def generate(
         token d before them, for one period d from 1 to `repetition_period`; 0 for never.
       chunk: decode steps between two looks from the host; None for 1/16 of the budget, 8 to 128.
       on_finished: told how many responses are finished, whenever these are more.
+      mesh: the devices, on which `params` lie; slots are divided among its replicas.
 
     Returns: `Rollout` with rows of max_prompt_tokens + the (largest) budget, in the prompts' order.
 
@@ -123,20 +131,22 @@ def generate(
             "0 for never, or a number of tokens and a period of at least 1"
         )
     shapes = Shapes.of(
-        len(prompts), slots=slots, prompt_tokens=width, response_tokens=budget, chunk=chunk
-    )
+        len(prompts), slots=slots, prompt_tokens=width, response_tokens=budget, chunk=chunk,
+        replicas=mesh.replicas,
+    )  # fmt: skip
     settings = _settings(
         shapes, temperature=temperature, top_p=top_p, top_k=top_k, stop_ids=stop_ids,
         vocabulary=vocabulary, drawn_V=drawn_V, scored_V=scored_V,
         stop_on_repetition=stop_on_repetition,
     )  # fmt: skip
-    layers = decoding.unstack(params)
+    layers = decoding.unstack(params, mesh)
     if row_keys is None:
         assert key is not None, "generate: one of key and row_keys is wanted"
         row_keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(len(prompts)))
+    key_P2 = np.asarray(jax.random.key_data(row_keys))
     periods = repetition_period if stop_on_repetition else 0
-    state = decoding.empty(layers, model_config, shapes.slots, shapes.total, periods)
-    owner = np.full(shapes.slots, -1)  # which prompt sits in each slot
+    state = decoding.empty(layers, model_config, shapes.slots, shapes.total, periods, mesh)
+    owner = np.full((shapes.replicas, shapes.slots), -1)  # which prompt sits in each slot
     waiting = list(range(len(prompts)))[::-1]
     out = Rollout(
         tokens_BT=np.zeros((len(prompts), shapes.total), np.int32),
@@ -146,26 +156,57 @@ def generate(
         outcome_B=np.zeros(len(prompts), np.int32),
     )
     while waiting or (owner >= 0).any():
-        free = np.flatnonzero(owner < 0)
-        while waiting and len(free) >= min(shapes.few, len(waiting)):
-            count = shapes.many if min(len(free), len(waiting)) >= shapes.many else shapes.few
-            slot, free = free[: min(count, len(waiting))], free[count:]
-            owner[slot] = taken = np.array([waiting.pop() for _ in slot])
-            admitted = _admitted(shapes, count, prompts, budget_P, taken, slot, row_keys)
-            state = decoding.prefill(layers, model_config, state, *admitted)
-        few_live = shapes.slots - min(shapes.few, len(waiting)) if waiting else 0
-        state = decoding.decode_chunk(layers, model_config, state, np.int32(few_live), **settings)
-        done = np.flatnonzero(~np.asarray(state.live_B) & (owner >= 0))
-        if len(done):
-            rows = owner[done]
-            out.tokens_BT[rows] = np.asarray(state.tokens_BT)[done]
-            out.length_B[rows] = np.asarray(state.length_B)[done]
-            out.sampler_logprob_BT[rows] = np.asarray(state.logprob_BT)[done]
-            out.outcome_B[rows] = decoding.outcomes(state, stop_on_repetition)[done]
-            owner[done] = -1
-            if on_finished is not None:
-                on_finished(int((out.length_B > 0).sum()))
+        while (count := _to_admit(shapes, owner, len(waiting))) > 0:
+            slots_taken = _assign(owner, waiting, count)
+            admitted = _admitted(shapes, count, prompts, budget_P, key_P2, owner, slots_taken)
+            state = decoding.prefill(layers, model_config, state, *mesh.rows(admitted), mesh=mesh)
+        share = -(-len(waiting) // shapes.replicas)
+        few_live = shapes.slots - min(shapes.few, share) if waiting else 0
+        state = decoding.decode_chunk(
+            layers, model_config, state, np.int32(few_live), mesh=mesh, **settings
+        )
+        if _take_out(out, owner, state, stop_on_repetition, mesh) and on_finished is not None:
+            on_finished(int((out.length_B > 0).sum()))
     return out
+
+
+def _take_out(
+    out: Rollout, owner: np.ndarray, state: decoding.Slots, stop_on_repetition: int, mesh: Mesh
+) -> bool:
+    """Put the rows that are done into `out`, and free their slots; whether there were any."""
+    owner_B = owner.reshape(-1)  # a view
+    done = np.flatnonzero(~mesh.fetch(state.live_B) & (owner_B >= 0))
+    if not len(done):
+        return False
+    found = mesh.fetch(state.replace(caches=(), key_B=None))
+    rows = owner_B[done]
+    out.tokens_BT[rows] = found.tokens_BT[done]
+    out.length_B[rows] = found.length_B[done]
+    out.sampler_logprob_BT[rows] = found.logprob_BT[done]
+    out.outcome_B[rows] = decoding.outcomes(found, stop_on_repetition)[done]
+    owner_B[done] = -1
+    return True
+
+
+def _to_admit(shapes: Shapes, owner: np.ndarray, waiting: int) -> int:
+    """Prompts that each replica is to prefill now, `many`, `few` or none: as its free slots allow."""
+    free = int((owner < 0).sum(axis=1).max())
+    share = -(-waiting // shapes.replicas)
+    if not waiting or free < min(shapes.few, share):
+        return 0
+    return shapes.many if min(free, share) >= shapes.many else shapes.few
+
+
+def _assign(owner: np.ndarray, waiting: list[int], count: int) -> list[np.ndarray]:
+    """Waiting prompts take free slots of `owner` in turns, `count` of a replica at most; these slots."""
+    free = [np.flatnonzero(slots < 0)[:count] for slots in owner]
+    taken = [0] * len(owner)
+    for turn in range(count):
+        for replica, slots in enumerate(free):
+            if waiting and turn < len(slots):
+                owner[replica, slots[turn]] = waiting.pop()
+                taken[replica] += 1
+    return [slots[:n] for slots, n in zip(free, taken, strict=True)]
 
 
 def programs(
@@ -179,6 +220,7 @@ def programs(
     stop_on_repetition: int = 0,
     repetition_period: int = 16,
     chunk: int | None = None,
+    mesh: Mesh = ONE,
     **sampling: Any,
 ) -> list[Program]:
     """Everything that `generate` compiles for so many prompts with these settings.
@@ -187,26 +229,34 @@ def programs(
     """
     shapes = Shapes.of(
         prompts, slots=slots, prompt_tokens=max_prompt_tokens,
-        response_tokens=max_response_tokens, chunk=chunk,
+        response_tokens=max_response_tokens, chunk=chunk, replicas=mesh.replicas,
     )  # fmt: skip
     periods = repetition_period if stop_on_repetition else 0
-    state_shape = (model_config, shapes.slots, shapes.total, periods)
-    layers = jax.eval_shape(decoding.unstack, params)
+    state_shape = (model_config, shapes.slots, shapes.total, periods, mesh)
+    layers = jax.eval_shape(lambda params: decoding.unstack(params, mesh), params)
+    layers = mesh.structs(layers, mesh.weights(layers))
     state = jax.eval_shape(lambda layers: decoding.empty(layers, *state_shape), layers)
+    state = mesh.structs(state, decoding.slot_places(state, mesh))
     out = [
-        Program("unstack", decoding.unstack, (params,)),
+        Program("unstack", decoding.unstack, (params, mesh)),
         Program("empty slots", decoding.empty, (layers, *state_shape)),
     ]
     for count in sorted({shapes.many, shapes.few} if prompts > shapes.slots else {shapes.many}):
-        row = jax.ShapeDtypeStruct((count,), jnp.int32)
-        key_B = jax.ShapeDtypeStruct((count,), state.key_B.dtype)
+        rows = count * shapes.replicas
+        row = jax.ShapeDtypeStruct((rows,), jnp.int32)
+        key_B2 = jax.eval_shape(
+            jax.random.key_data, jax.ShapeDtypeStruct((rows,), state.key_B.dtype)
+        )
         for width in shapes.prompt_widths:
-            tokens_BT = jax.ShapeDtypeStruct((count, width), jnp.int32)
-            given = (layers, model_config, state, tokens_BT, row, row, row, key_B)
-            out.append(Program(f"prefill {count} x {width}", decoding.prefill, given))
+            tokens_BT = jax.ShapeDtypeStruct((rows, width), jnp.int32)
+            admitted = mesh.row_structs((tokens_BT, row, row, row, key_B2))
+            given = (layers, model_config, state, *admitted)
+            name = f"prefill {rows} x {width}"
+            out.append(Program(name, decoding.prefill, given, {"mesh": mesh}))
     settings = _settings(shapes, stop_on_repetition=stop_on_repetition, **sampling)
+    settings["mesh"] = mesh
     chunk_of = (layers, model_config, state, jax.ShapeDtypeStruct((), jnp.int32))
-    name = f"decode {shapes.slots} x {shapes.total}"
+    name = f"decode {shapes.slots * shapes.replicas} x {shapes.total}"
     out.append(Program(name, decoding.decode_chunk, chunk_of, settings))
     return out
 
@@ -261,20 +311,22 @@ def _admitted(
     count: int,
     prompts: Sequence[Sequence[int]],
     budget_P: np.ndarray,
-    taken: np.ndarray,
-    slot: np.ndarray,
-    row_keys: jax.Array,
+    key_P2: np.ndarray,
+    owner: np.ndarray,
+    taken: list[np.ndarray],
 ) -> tuple:
-    """What `decoding.prefill` takes for the prompts `taken`, at most `count`, in the slots `slot`."""
-    longest = max(len(prompts[row]) for row in taken)
+    """What `decoding.prefill` takes, `count` rows a replica, for the slots `taken` of each."""
+    longest = max(len(prompts[owner[r, s]]) for r, slots in enumerate(taken) for s in slots)
     width = min(width for width in shapes.prompt_widths if width >= longest)
     # Surplus rows of the batch aim at a slot that does not exist: the scatter drops them.
-    target = np.full(count, shapes.slots, np.int32)
-    tokens, length = np.zeros((count, width), np.int32), np.ones(count, np.int32)
-    budget, source = np.ones(count, np.int32), np.zeros(count, np.int32)
-    used = slice(len(taken))
-    target[used], source[used], budget[used] = slot, taken, budget_P[taken]
-    for i, row in enumerate(taken):
-        length[i] = len(prompts[row])
-        tokens[i, : length[i]] = prompts[row]
-    return tokens, length, length + budget, target, row_keys[source]
+    rows = count * shapes.replicas
+    target = np.full(rows, shapes.slots, np.int32)
+    tokens, length = np.zeros((rows, width), np.int32), np.ones(rows, np.int32)
+    budget, source = np.ones(rows, np.int32), np.zeros(rows, np.int32)
+    for replica, slots in enumerate(taken):
+        for i, slot in enumerate(slots, start=replica * count):
+            target[i], source[i] = slot, owner[replica, slot]
+            prompt = prompts[source[i]]
+            length[i], budget[i] = len(prompt), budget_P[source[i]]
+            tokens[i, : len(prompt)] = prompt
+    return tokens, length, length + budget, target, key_P2[source]

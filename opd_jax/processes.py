@@ -1,0 +1,208 @@
+"""Several processes as one run: started together, held to one config, one of them writing.
+
+JAX's own runtime (`jax.distributed`) connects them. Each runs the same program on the same host data;
+arrays on the devices are divided (mesh.py), and what may differ from process to process (grades, files
+that are there, the time) the first decides and tells the others. One process alone hears nothing of this.
+"""
+
+import contextlib
+import ctypes
+import itertools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from opd_jax.errors import ConfigError, ProcessError
+
+GATHER_S = 45  # for all processes to come
+HEARTBEAT_S = 20  # without a sign of life a process counts as lost
+LOST = (
+    "another process of the run is lost, or did not come in time; see what it said last, then start all "
+    "of them again: with the same --workdir the run goes on from its last checkpoint"
+)
+_TELL_S = 3600  # the first may grade a whole benchmark in the meantime
+_SUPERVISED = "OPD_JAX_SUPERVISED"
+_turns = itertools.count()
+
+
+def asked(coordinator: str | None, count: int | None, index: int | None) -> bool:
+    """Whether this is one of several processes, by its flags or by what started it.
+
+    Raises ConfigError: flags that are not all there or cannot be.
+    """
+    given = {"--coordinator": coordinator, "--num_processes": count, "--process_id": index}
+    missing = [name for name, value in given.items() if value is None]
+    if len(missing) == len(given):
+        return _launched() > 1
+    if missing:
+        raise ConfigError(
+            f"{' and '.join(missing)} missing, wanted all of --coordinator=HOST:PORT "
+            "--num_processes=N --process_id=I, or none where SLURM, MPI or Kubernetes starts the run"
+        )
+    assert coordinator is not None
+    assert count is not None
+    assert index is not None
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit():
+        raise ConfigError(f"--coordinator={coordinator!r}, wanted HOST:PORT of process 0")
+    if not 0 <= index < count:
+        raise ConfigError(
+            f"--process_id={index} of --num_processes={count}, wanted 0 to {count - 1}; number the "
+            "processes from 0"
+        )
+    return count > 1
+
+
+def start(coordinator: str | None, count: int | None, index: int | None) -> None:
+    """Connect with the other processes, before anything else is asked of JAX.
+
+    Raises ProcessError: the coordinator does not answer.
+    """
+    if coordinator and index:
+        _await(coordinator)
+    jax.distributed.initialize(
+        coordinator,
+        count,
+        index,
+        local_device_ids=None if coordinator else _local_devices(),
+        cluster_detection_method="deactivate" if coordinator else None,
+        initialization_timeout=GATHER_S,
+        heartbeat_timeout_seconds=HEARTBEAT_S,
+        shutdown_timeout_seconds=HEARTBEAT_S,
+    )
+
+
+def supervise() -> int:
+    """Run this command in a child, and say in one line what became of it; returns the exit status.
+
+    JAX ends a process that has lost another from within C++, by SIGABRT: no exception can be caught.
+    """
+    child = subprocess.Popen(
+        [sys.executable, *sys.orig_argv[1:]],
+        env=os.environ | {_SUPERVISED: "1"},
+        preexec_fn=_die_with_parent,
+    )
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: child.send_signal(number))
+    status = child.wait()
+    if status == -signal.SIGABRT:
+        print(f"error: {LOST}", file=sys.stderr, flush=True)
+        return 1
+    return status if status >= 0 else 128 - status
+
+
+def supervised() -> bool:
+    """Whether this is the child of `supervise`."""
+    return _SUPERVISED in os.environ
+
+
+def leave(status: int) -> None:
+    """End this process of several at once, when those that fail alike have said so too."""
+    with contextlib.suppress(
+        Exception
+    ):  # not connected; or the others do not fail, and JAX tells them
+        _client().wait_at_barrier("opd_jax/leave", 3000)
+    sys.stdout.flush()
+    os._exit(status)  # without JAX's own end, which waits for the others
+
+
+def first() -> bool:
+    """Whether this process writes the files and speaks."""
+    return not several() or jax.process_index() == 0
+
+
+def several() -> bool:
+    """Whether the run is more than this process."""
+    return jax.distributed.is_initialized()
+
+
+def from_first(make: Callable[[], Any]) -> Any:
+    """What `make` returns in the first process, in all of them; anything that JSON holds."""
+    if not several():
+        return make()
+    key = f"opd_jax/told/{next(_turns)}"
+    if not first():
+        return json.loads(_client().blocking_key_value_get(key, _TELL_S * 1000))
+    value = make()
+    _client().key_value_set(key, json.dumps(value))
+    return value
+
+
+def agree(facts: Mapping[str, Any]) -> None:
+    """Go on only where all processes say the same of every fact.
+
+    Raises ProcessError in every process: the first two that differ, and in what.
+    """
+    if not several():
+        return
+    client, turn = _client(), next(_turns)
+    mine = json.dumps(facts, default=str)
+    client.key_value_set(f"opd_jax/facts/{turn}/{jax.process_index()}", mine)
+    said = [
+        json.loads(client.blocking_key_value_get(f"opd_jax/facts/{turn}/{i}", GATHER_S * 1000))
+        for i in range(jax.process_count())
+    ]
+    for i, theirs in enumerate(said):
+        differing = [
+            f"{name}: {said[0].get(name)!r} there, {theirs.get(name)!r} here"
+            for name in sorted(said[0] | theirs)
+            if said[0].get(name) != theirs.get(name)
+        ]
+        if differing:
+            raise ProcessError(
+                f"process {i} is not like process 0 ({'; '.join(differing[:5])}); start all with the "
+                "same command, code and packages"
+            )
+
+
+def _client() -> Any:
+    """JAX's key-value store, which it has no public name for."""
+    from jax._src import distributed
+
+    return distributed.global_state.client
+
+
+def _await(coordinator: str) -> None:
+    """Until the coordinator takes connections. JAX would end this process without a word of ours."""
+    host, _, port = coordinator.rpartition(":")
+    end, reason = time.monotonic() + GATHER_S, ""
+    while time.monotonic() < end:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            reason = error.strerror or str(error)
+            time.sleep(0.2)
+    raise ProcessError(
+        f"--coordinator={coordinator} does not answer for {GATHER_S} s ({reason}); start process 0 "
+        "there, or give its address"
+    )
+
+
+def _launched() -> int:
+    """How many processes SLURM, MPI or Kubernetes started; 1 where none did."""
+    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
+        if os.environ.get(name, "").isdigit():
+            return int(os.environ[name])
+    # An indexed job of Kubernetes; how many there are JAX asks of the cluster.
+    return 2 if {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= os.environ.keys() else 1
+
+
+def _local_devices() -> list[int] | None:
+    """All GPUs of a node for its only task; None: as JAX does it, one to each of a node's tasks."""
+    alone = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "").partition("(")[0] == "1"
+    count = os.environ.get("SLURM_GPUS_ON_NODE", "")
+    return list(range(int(count))) if alone and count.isdigit() else None
+
+
+def _die_with_parent() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

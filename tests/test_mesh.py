@@ -1,0 +1,104 @@
+"""The mesh: what is refused, and the tests that need eight devices, in a process that has them."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+from ml_collections import ConfigDict
+
+from opd_jax import config as configuration
+from opd_jax import mesh, rules
+from opd_jax.errors import ConfigError
+from tests.conftest import tiny_config
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def on_eight_devices(*arguments: str, file: str = "tests/eight_devices.py") -> None:
+    env = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu",
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", file, *arguments],
+        cwd=ROOT, env=env, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+def test_on_eight_devices():
+    on_eight_devices("-m", "not slow")
+
+
+@pytest.mark.slow
+def test_on_eight_devices_at_length():
+    on_eight_devices("-m", "slow")
+
+
+@pytest.mark.slow
+def test_all_programs_of_a_mesh_are_compiled_ahead():
+    on_eight_devices("-m", "slow or not slow", file="tests/test_ahead.py")
+
+
+def section(data: int = -1, fsdp: int = 1, tensor: int = 1) -> ConfigDict:
+    asked = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    return ConfigDict(asked | dict.fromkeys(mesh.ROLES, "replicated"))
+
+
+@pytest.mark.short
+@pytest.mark.parametrize(
+    ("asked", "devices", "says"),
+    [
+        (section(data=3), 8, r"asks for 3 devices, here are 8; set --config.mesh.data=-1, or"),
+        (section(tensor=6), 8, r"asks for a multiple of 6 devices, here are 8; .*mesh.tensor=2"),
+        (section(data=2, fsdp=4), 4, r"mesh.data=2, mesh.fsdp=4, .*asks for 8 devices, here are 4"),
+        (section(fsdp=4), 1, r"here are 1; .*mesh.fsdp=1 --config.mesh.tensor=1"),
+    ],
+)
+def test_a_mesh_that_is_not_there_is_refused(asked, devices, says):
+    with pytest.raises(ConfigError, match=says):
+        mesh.make_mesh(asked, jax.devices()[:1] * devices)
+
+
+@pytest.mark.short
+def test_one_device_is_no_mesh():
+    assert mesh.make_mesh(section(), jax.devices()[:1]) is mesh.ONE
+    assert mesh.make_mesh(section(data=1), jax.devices()[:1]) is mesh.ONE
+    tree = {"a": [1, 2]}
+    assert mesh.ONE.rows(tree) is tree
+    assert mesh.ONE.summed(tree) is tree
+    assert mesh.ONE.each(len, (mesh.ROWS,), mesh.ROWS) is len
+
+
+@pytest.mark.short
+def test_heads_that_do_not_divide_are_refused(monkeypatch):
+    devices = mesh.Mesh()
+    monkeypatch.setattr(mesh.Mesh, "_size", lambda self, axis: 4 if axis == "tensor" else 1)
+    devices.check("student", tiny_config(num_heads=4, num_kv_heads=4, intermediate_size=48))
+    says = r"mesh.tensor=4 does not divide the student's num_kv_heads=2; set --config.mesh.tensor=2"
+    with pytest.raises(ConfigError, match=says):
+        devices.check("student", tiny_config(num_kv_heads=2))
+    with pytest.raises(ConfigError, match=r"teacher's num_heads=6; set --config.mesh.tensor=2"):
+        devices.check("teacher", tiny_config(num_heads=6, num_kv_heads=2))
+
+
+@pytest.mark.short
+def test_slices_and_tensor_do_not_go_together(monkeypatch):
+    devices = mesh.Mesh(sharded=("teacher",))
+    monkeypatch.setattr(mesh.Mesh, "_size", lambda self, axis: 2)
+    devices.check("student", tiny_config())
+    with pytest.raises(ConfigError, match=r"mesh.teacher='sharded' with mesh.tensor=2, wanted one"):
+        devices.check("teacher", tiny_config())
+
+
+@pytest.mark.short
+@pytest.mark.parametrize("field", ["data", "fsdp", "tensor"])
+@pytest.mark.parametrize("value", [0, -2])
+def test_sizes_that_cannot_be_are_refused(field, value):
+    config = configuration.default()
+    config.student.path = "x"
+    config.mesh[field] = value
+    with pytest.raises(ConfigError, match=rf"mesh.{field}={value}, wanted"):
+        rules.validate(config)

@@ -383,6 +383,8 @@ def test_whole_runs_match_and_go_on_from_each_other(folders, tmp_path, monkeypat
     for one, eight in zip(*rows, strict=True):
         assert one.keys() == eight.keys()
         for key, value in one.items():
+            if one["step"] == 1 and "cosine" in key and "reference_kl" in key:
+                continue  # at the reference that gradient is rounding alone
             assert eight[key] == pytest.approx(value, rel=1e-3, abs=1e-4), (one["step"], key)
     texts = [lines(tmp_path / name, "rollouts.jsonl") for name in ("one", "eight")]
     for one, eight in zip(*texts, strict=True):

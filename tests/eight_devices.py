@@ -113,14 +113,12 @@ def test_decoding_moves_no_cache_between_devices(devices, params):
     }  # fmt: skip
     rows = 2 * devices.replicas
     row, wide = np.zeros(rows, np.int32), np.zeros((rows, 6), np.int32)
-    admitted = devices.rows((wide, row + 1, row + 9, row, row))
+    admitted = devices.rows((wide, row + 1, row + 9, row, np.zeros((rows, 2), np.uint32)))
     texts = [
         decoding.decode_chunk.lower(
             layers, CONFIG, state, np.int32(0), mesh=devices, **settings
         ).compile(),
-        decoding.prefill.lower(
-            layers, CONFIG, state, *admitted, jax.random.key(0), mesh=devices
-        ).compile(),
+        decoding.prefill.lower(layers, CONFIG, state, *admitted, mesh=devices).compile(),
     ]
     _, values = state.caches[0][0]
     part = values.sharding.shard_shape(values.shape)
@@ -192,7 +190,7 @@ class Learner:
         shared = {"vocabulary": 90, "token_chunk": 7, "remat": "none"}
         self.devices, self.dtype = devices, dtype
         self.accumulate = update.make_accumulate(
-            objectives.make_rollout_loss(TERMS, CONFIG, Frozen(reference=CONFIG), **shared),
+            objectives.make_rollout_loss(TERMS, CONFIG, CONFIG, **shared),
             objectives.make_golden_loss(CONFIG, **shared),
             microbatch_tokens=2 * T,
             dtype=dtype,
@@ -304,7 +302,9 @@ def test_programs_of_the_update_gather_no_masters(params, name):
     reduce = mesh._summed.lower(grads, mesh=devices).compile()
     total = jnp.zeros(())
     apply = learner.update.apply.lower(state, state.params, total).compile()
-    compute = mesh._compute.lower(state.params, dtype=jnp.bfloat16, mesh=devices).compile()
+    compute = mesh._compute.lower(
+        state.params, dtype=jnp.bfloat16, role="student", mesh=devices
+    ).compile()
     kinds = {k: {kind for kind, _ in collectives(c.as_text())} for k, c in
              {"add": add, "reduce": reduce, "apply": apply, "compute": compute}.items()}  # fmt: skip
     if name == "8x1x1":

@@ -3,7 +3,6 @@
 Prints a table; --out writes every figure with the environment. docs/benchmarks.md says what they mean.
 """
 
-import os
 import pathlib
 import sys
 
@@ -26,8 +25,6 @@ flags.DEFINE_bool("dry", False, "the same code at toy shapes, on whatever machin
 
 def main() -> None:
     """Run the suite and print its table."""
-    # Caches and weights of many gigabytes: more than the three quarters that JAX takes by itself.
-    os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.92")
     from opd_jax.bench import cpu, h200, peers, report  # JAX starts only after the flags are known
     from opd_jax.bench.runner import Options
 

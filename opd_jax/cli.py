@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from opd_jax import devices
 from opd_jax.config import default as training_fields
 from opd_jax.config import explain, near
 from opd_jax.errors import OpdError
@@ -84,6 +85,7 @@ def _parse(
 
 def _guarded(run: Callable[[], None]) -> None:
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every file at INFO
+    devices.set_memory_fraction()
     several = False
     try:
         several = "coordinator" in FLAGS and _one_of_several()

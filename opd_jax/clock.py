@@ -1,5 +1,6 @@
 """Where time and memory went: seconds and tokens a second of a step's stages, peak memory."""
 
+import pathlib
 import resource
 import sys
 import time
@@ -35,3 +36,15 @@ def peak_gib() -> float:
         unit = 1 if sys.platform == "darwin" else 1024
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return peak / 2**30
+
+
+def used_bytes() -> float:
+    """Memory in use now: of the first device, or of the process where the device does not tell (CPU)."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    used = stats.get("bytes_in_use")
+    if used is not None:
+        return used
+    file = pathlib.Path("/proc/self/statm")
+    if not file.is_file():
+        return peak_gib() * 2**30
+    return int(file.read_text().split()[1]) * resource.getpagesize()

@@ -11,6 +11,7 @@ import numpy as np
 from opd_jax import data, metrics, models, processes, repetition, rows, scoring
 from opd_jax.clock import Clock
 from opd_jax.eval.grade import Grade, Grader
+from opd_jax.profiling import stage
 from opd_jax.programs import Program
 from opd_jax.rollout import generate
 from opd_jax.rollout import programs as rollout_programs
@@ -59,18 +60,21 @@ class Collector:
     ) -> Experience:
         """Roll out, score, grade. `student` and `teacher` are in the dtypes they compute in."""
         group = self.config.rollout.samples_per_prompt
-        rollout = self._rollout(student, batch.prompts, key)
+        with stage("rollout"):
+            rollout = self._rollout(student, batch.prompts, key)
         clock.lap("rollout", rollout.response_length_B.sum())
         teacher_rows = self._teacher_rows(rollout, batch.teacher_prompts)
         answers = [problem.answer for problem in batch.problems for _ in range(group)]
         reading = self._background.submit(self._read, rollout, answers)  # while the models score
-        scores = self._score(student, teacher, rollout, teacher_rows)
+        with stage("score"):
+            scores = self._score(student, teacher, rollout, teacher_rows)
         clock.lap("score", rollout.response_length_B.sum())
-        texts, grades = reading.result()
-        if processes.several():  # an answer that timed out in one might not in another
-            told = processes.from_first(lambda: grades and [grade.value for grade in grades])
-            grades = told and [Grade(value) for value in told]
-        return self.understand(rollout, scores, texts, grades)
+        with stage("read"):
+            texts, grades = reading.result()
+            if processes.several():  # an answer that timed out in one might not in another
+                told = processes.from_first(lambda: grades and [grade.value for grade in grades])
+                grades = told and [Grade(value) for value in told]
+            return self.understand(rollout, scores, texts, grades)
 
     def understand(
         self,

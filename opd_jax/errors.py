@@ -22,6 +22,10 @@ class DataError(OpdError, ValueError):
     """A problem, solution or prompt cannot be used."""
 
 
+class PlanError(OpdError, MemoryError):
+    """A run does not fit into the memory of its devices."""
+
+
 class WorkdirError(OpdError, OSError):
     """A workdir cannot be written, or belongs to another run."""
 

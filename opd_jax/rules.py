@@ -43,7 +43,8 @@ def validate(config: ConfigDict) -> None:
                   "checkpoint.keep", "eval.problems", "eval.samples", "eval.batch",
                   "metrics.repetition_tail",
                   "log.every", "sample.samples", "sample.batch", "rollout.repetition_period",
-                  "guard.max_rollbacks", "probe.problems", "probe.batch"):  # fmt: skip
+                  "guard.max_rollbacks", "probe.problems", "probe.batch",
+                  "profile.start_step"):  # fmt: skip
         _range(flat, field, 1, math.inf)
     for field in ("rollout.slots", "loss.lambda_gold", "loss.beta_kl", "loss.pg_weight",
                   "optim.warmup_steps", "optim.weight_decay", "checkpoint.every", "eval.every",
@@ -57,7 +58,7 @@ def validate(config: ConfigDict) -> None:
                   "rollout.top_k", "sample.top_k", "eval.top_k", "eval.slots",
                   "eval.max_response_tokens",
                   "guard.beta_kl_floor", "guard.beta_kl_max", "guard.lambda_gold_floor",
-                  "guard.lambda_gold_max"):  # fmt: skip
+                  "guard.lambda_gold_max", "profile.steps"):  # fmt: skip
         _range(flat, field, 0, math.inf)
     for field in ("rollout.top_p", "eval.top_p", "optim.beta1", "optim.beta2", "loss.clip_low",
                   "loss.discount",

@@ -67,6 +67,7 @@ def map_tokens(
         return cut(jnp.roll(array_BT, -1, axis=1))
 
     @partial(jax.checkpoint, prevent_cse=False)
+    @jax.named_scope("token_loss")
     def one_chunk(_: None, chunk: tuple) -> tuple[None, dict[str, jax.Array]]:
         hidden_CDs, token_C, extras = chunk
         logprobs = []

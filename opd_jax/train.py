@@ -32,7 +32,7 @@ from opd_jax import (
 )
 from opd_jax import config as configuration
 from opd_jax.best import Best
-from opd_jax.clock import Clock, peak_gib
+from opd_jax.clock import Clock, peak_gib, used_bytes
 from opd_jax.collect import Collector, Experience
 from opd_jax.errors import ConfigError, NonFiniteError
 from opd_jax.eval.evaluate import evaluate
@@ -40,6 +40,8 @@ from opd_jax.eval.grade import Grader
 from opd_jax.keys import Stream, key_for
 from opd_jax.loading import Weights, load_weights
 from opd_jax.models import decoder
+from opd_jax.plan import run as planning
+from opd_jax.profiling import Tracer, stage
 from opd_jax.programs import Program
 from opd_jax.rules import BEST
 from opd_jax.setup import Setup, compute_dtype, make_setup
@@ -79,10 +81,15 @@ def run(config: ConfigDict, path: str, *, command: list[str]) -> Result:
             f"steps={config.steps}, but the workdir {str(folder)!r} is at step {first}; "
             f"set --config.steps={first} or more, or give a new --workdir"
         )
+    plan = planning.of_run(setup)
+    if processes.first():
+        print(*planning.say(plan), sep="\n", flush=True)
+    planning.require_fit(plan)
     # A broken file is refused before anything is written.
     weights = load_weights(setup, student=first is None)
     if processes.first():
         workdir.create(folder, config, command)
+        planning.write(plan, folder)
     with Grader() as grader, checkpoint.Checkpoints(folder, keep=config.checkpoint.keep) as saved:
         return _Run(setup, weights, folder, grader, saved).loop()
 
@@ -184,6 +191,7 @@ class _Run:
         """Steps from where the run stands to `steps`, with evaluations, logs and checkpoints."""
         config, step = self.config, self.first
         progress = display.Progress(config.steps, step, silent=not processes.first())
+        tracer = Tracer(self.folder, config.profile, memory=used_bytes)
         if ahead.worthwhile():
             programs = self._programs()
             progress.say(
@@ -202,7 +210,8 @@ class _Run:
         last = False
         while step < config.steps and not last:
             step += 1
-            row, sampled = self._step(step, next(self.batches))
+            with tracer.step(step):
+                row, sampled = self._step(step, next(self.batches))
             _require_finite(step, row)
             progress.step(step, row)
             response = self._watch(step, row)
@@ -224,6 +233,7 @@ class _Run:
                 self._log(step, row, sampled)
             if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
                 self.saved.save(step, self.state, self.batches, guard.to_json(self.guard))
+        tracer.stop()
         self.log.close()
         self.samples.close()
         table = self._table(step) if self.setup.held_out else {}
@@ -313,16 +323,18 @@ class _Run:
             del teacher
             if self.mesh.devices is None:
                 student = None  # as these may be
-            rollout_rows, lines = self._rollout_rows(step, given)
+            with stage("rows"):
+                rollout_rows, lines = self._rollout_rows(step, given)
         if golden:
             laid_out = data.golden_rows(batch.prompts, golden, width=setup.width)
             golden_rows = rows.golden_rows(*laid_out, weigh=self.weigh_golden)
         frozen = Frozen(self.reference, beside)
-        under_way = self._update(step, frozen, rollout_rows, golden_rows, student)
-        del student
-        if given is not None:  # looked at while the device updates
-            row |= self.collector.measure(given)
-        row |= _means(under_way)
+        with stage("update"):
+            under_way = self._update(step, frozen, rollout_rows, golden_rows, student)
+            del student
+            if given is not None:  # looked at while the device updates
+                row |= self.collector.measure(given)
+            row |= _means(under_way)
         clock.lap("update", row.get("rollout/tokens", 0.0) + sum(map(len, golden)))
         row |= clock.row()
         row["optim/learning_rate"] = float(

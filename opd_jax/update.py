@@ -208,6 +208,7 @@ def make_update(
     """
 
     @partial(jax.jit, donate_argnums=(0,))
+    @jax.named_scope("adamw")
     def apply(state: TrainState, grads: Any, total: jax.Array) -> tuple[TrainState, jax.Array]:
         norm = optax.tree.norm(grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)

@@ -13,10 +13,11 @@ import jax
 from ml_collections import ConfigDict
 
 from opd_jax import config as configuration
+from opd_jax import devices
 from opd_jax.errors import WorkdirError
 
 # Fields that may differ when a run goes on: they do not touch what is computed.
-_SAFE = ("steps", "data.epochs", "eval.", "checkpoint.", "log.", "mesh.")
+_SAFE = ("steps", "data.epochs", "eval.", "checkpoint.", "log.", "mesh.", "profile.")
 _PACKAGES = ("opd_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers",
              "grain", "ml-collections", "math-verify", "numpy")  # fmt: skip
 
@@ -95,6 +96,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def provenance(command: list[str]) -> dict[str, Any]:
     """What is needed, beside the config, to repeat a run: versions, commit, devices, command."""
+    first = jax.devices()[0]
     return {
         "command": command,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -102,6 +104,7 @@ def provenance(command: list[str]) -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: metadata.version(name) for name in _PACKAGES},
         "devices": [device.device_kind for device in jax.devices()],
+        "settings": devices.record(devices.of_jax(first.device_kind, first.platform)),
         "processor": platform.machine(),
         "cores": os.cpu_count(),
     }

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from opd_jax.bench import account, workloads
-from opd_jax.bench.account import Work
+from opd_jax import account
+from opd_jax.account import Work
+from opd_jax.bench import workloads
 from opd_jax.bench.ceilings import Ceilings
 from opd_jax.bench.measure import (
     Peak,

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opd_jax.bench import account, workloads
-from opd_jax.bench.account import Work
+from opd_jax import account
+from opd_jax.account import Work
+from opd_jax.bench import workloads
 from opd_jax.bench.cases import Bench
 from opd_jax.bench.measure import Row, watch_memory
 from opd_jax.bench.runner import on_gpu

@@ -11,8 +11,8 @@ from typing import Any
 
 import jax
 
-from opd_jax.bench import account
-from opd_jax.bench.account import Work
+from opd_jax import account
+from opd_jax.account import Work
 from opd_jax.clock import peak_gib
 
 _STATUS, _RESET = pathlib.Path("/proc/self/status"), pathlib.Path("/proc/self/clear_refs")

@@ -4,8 +4,13 @@ Lengths count from index 0 (right padding), which is what cuDNN's fused kernels 
 bfloat16/float16 on GPU; everything else takes the plain XLA form.
 """
 
+from contextvars import ContextVar
+
 import jax
 import jax.numpy as jnp
+
+# What programs are compiled for, where that is not what this process runs on (plan/real.py).
+BACKEND: ContextVar[str | None] = ContextVar("backend", default=None)
 
 
 def attend_causal(
@@ -33,4 +38,7 @@ def attend_causal(
 
 def fused(dtype: jnp.dtype) -> bool:
     """Whether attention in this dtype is one cuDNN kernel here."""
-    return jax.default_backend() == "gpu" and dtype in (jnp.bfloat16, jnp.float16)
+    return (BACKEND.get() or jax.default_backend()) == "gpu" and dtype in (
+        jnp.bfloat16,
+        jnp.float16,
+    )

@@ -64,23 +64,25 @@ class Layer(nn.Module):
             y = dense(count * c.head_dim, name, c.qkv_bias)(y)
             return y.reshape(*y.shape[:-1], count, c.head_dim)
 
-        y = RMSNorm(c.rms_norm_eps, name="attention_norm")(x_BTD)
-        query_BTNH = heads(y, "query", c.num_heads)
-        key_BTKH = heads(y, "key", c.num_kv_heads)
-        value_BTKH = heads(y, "value", c.num_kv_heads)
-        if c.qk_norm:
-            query_BTNH = RMSNorm(c.rms_norm_eps, name="query_norm")(query_BTNH)
-            key_BTKH = RMSNorm(c.rms_norm_eps, name="key_norm")(key_BTKH)
-        query_BTNH, key_BTKH = rope.rotate(query_BTNH, tables), rope.rotate(key_BTKH, tables)
-        attended_BTNH, kept = attend(query_BTNH, key_BTKH, value_BTKH)
-        attended = attended_BTNH.reshape(*x_BTD.shape[:2], c.num_heads * c.head_dim)
-        x_BTD = x_BTD + dense(c.hidden_size, "output")(attended)
+        with jax.named_scope("attention"):
+            y = RMSNorm(c.rms_norm_eps, name="attention_norm")(x_BTD)
+            query_BTNH = heads(y, "query", c.num_heads)
+            key_BTKH = heads(y, "key", c.num_kv_heads)
+            value_BTKH = heads(y, "value", c.num_kv_heads)
+            if c.qk_norm:
+                query_BTNH = RMSNorm(c.rms_norm_eps, name="query_norm")(query_BTNH)
+                key_BTKH = RMSNorm(c.rms_norm_eps, name="key_norm")(key_BTKH)
+            query_BTNH, key_BTKH = rope.rotate(query_BTNH, tables), rope.rotate(key_BTKH, tables)
+            with jax.named_scope("attend"):
+                attended_BTNH, kept = attend(query_BTNH, key_BTKH, value_BTKH)
+            attended = attended_BTNH.reshape(*x_BTD.shape[:2], c.num_heads * c.head_dim)
+            x_BTD = x_BTD + dense(c.hidden_size, "output")(attended)
 
-        y = RMSNorm(c.rms_norm_eps, name="mlp_norm")(x_BTD)
-        gate = nn.silu(dense(c.intermediate_size, "gate")(y))
-        return x_BTD + dense(c.hidden_size, "down")(
-            gate * dense(c.intermediate_size, "up")(y)
-        ), kept
+        with jax.named_scope("mlp"):
+            y = RMSNorm(c.rms_norm_eps, name="mlp_norm")(x_BTD)
+            gate = nn.silu(dense(c.intermediate_size, "gate")(y))
+            up = dense(c.intermediate_size, "up")(y)
+            return x_BTD + dense(c.hidden_size, "down")(gate * up), kept
 
 
 def init(key: jax.Array, config: ModelConfig) -> Params:
@@ -123,7 +125,7 @@ def hidden_states(
     `sums`, float32 and shaped like `layers`, the layers compute in the final norm's dtype, and the
     gradient of `sums` is `sums` plus the gradient of the layers, which have none of their own.
     """
-    x_BTD = whole(params["embed"]["embedding"])[tokens_BT].astype(params["norm"]["scale"].dtype)
+    x_BTD = _embedded(params, tokens_BT).astype(params["norm"]["scale"].dtype)
     tables = rope.rotary(config, jnp.arange(tokens_BT.shape[1])[None])
     length_B = jnp.maximum(length_B, 1)  # fused attention over an empty row would be nan
 
@@ -203,7 +205,7 @@ def prefill(
 
     `params` unstacked.
     """
-    x_BTD = params["embed"]["embedding"][tokens_BT]
+    x_BTD = _embedded(params, tokens_BT)
     tables = rope.rotary(config, jnp.arange(tokens_BT.shape[1])[None])
     pairs = []
     for weights in params["layers"]:
@@ -230,7 +232,7 @@ def decode(
     Returns normed hidden states [B, D] and the caches, updated in place when donated. `params`
     unstacked.
     """
-    x_BTD = params["embed"]["embedding"][token_B][:, None]
+    x_BTD = _embedded(params, token_B)[:, None]
     tables = rope.rotary(config, position_B[:, None])
     new_caches = []
     for weights, before in zip(params["layers"], caches, strict=True):
@@ -244,6 +246,11 @@ def decode(
         x_BTD, after = _apply(config, weights, x_BTD, tables, attend)
         new_caches.append(after)
     return _final_norm(params, config, x_BTD)[:, 0], tuple(new_caches)
+
+
+@jax.named_scope("embed")
+def _embedded(params: Params, tokens: jax.Array) -> jax.Array:
+    return whole(params["embed"]["embedding"])[tokens]
 
 
 def _apply(

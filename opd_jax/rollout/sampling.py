@@ -9,6 +9,7 @@ from opd_jax.models import decoder
 _BISECTIONS = 30
 
 
+@jax.named_scope("sample")
 def sample(
     logits_BV: jax.Array,
     key_B: jax.Array,

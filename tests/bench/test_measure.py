@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
+from opd_jax.account import Work
 from opd_jax.bench import cases, report
-from opd_jax.bench.account import Work
 from opd_jax.bench.measure import (
     Row,
     Timing,

@@ -1,9 +1,13 @@
 """Operations and bytes of a model small enough to count by hand."""
 
+import math
+
+import jax
 import pytest
 
-from opd_jax.bench import account
-from opd_jax.bench.account import Work
+from opd_jax import account
+from opd_jax.account import Work
+from opd_jax.models import decoder
 from tests.conftest import tiny_config
 
 pytestmark = pytest.mark.short
@@ -21,6 +25,16 @@ def test_parameters():
     assert account.head_parameters(CONFIG) == 40
     # Beside the matrices, a layer has two norms of 4 and biases of 4 + 2 + 2; a last norm of 4.
     assert account.all_parameters(CONFIG) == 240 + 40 + 2 * (8 + 8) + 4
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"tie_embeddings": False}, {"qkv_bias": False}, {"qkv_bias": False, "qk_norm": True}],
+)
+def test_parameters_are_those_of_the_decoder(changes):
+    config = tiny_config(**changes)
+    leaves = jax.tree.leaves(decoder.abstract_params(config))
+    assert account.all_parameters(config) == sum(math.prod(leaf.shape) for leaf in leaves)
 
 
 def test_cache_holds_keys_and_values_of_all_layers():

@@ -1,0 +1,164 @@
+"""Kinds of devices in one table: memory, ceilings, links, and the settings recommended for each.
+
+Imports no JAX: an entry point sets the environment from here before JAX starts.
+"""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Mapping
+
+from opd_jax.errors import ConfigError
+
+GIB = 2**30
+# Share of a GPU's memory that JAX may take; it takes three quarters where nothing is said. The rest
+# is for what XLA does not count: the driver's context, NCCL's buffers, cuBLAS and cuDNN handles.
+MEMORY_FRACTION = 0.92
+_FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # new name, old name
+_RECORDED = ("XLA_FLAGS", "JAX_OPTIMIZATION_LEVEL", "CUDA_DEVICE_MAX_CONNECTIONS",
+             "NCCL_NVLS_ENABLE", *_FRACTIONS)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """One kind of device; rates are what programs reach, not what is printed on the box.
+
+    Attributes:
+      kind: its name on the command line.
+      memory_gib: what the driver offers.
+      bytes_per_s: of a copy. flops_per_s: of the best matrix product in the dtype that is computed in.
+      link_bytes_per_s: a device's collectives within a node, one direction.
+      network_bytes_per_s: likewise between nodes, a device's share.
+      per_node: devices that the link connects.
+      kernel_s: from one small kernel to the next inside a CUDA graph.
+      gpu: bfloat16 and fused attention; else float32 and plain XLA.
+      source: where the numbers are from.
+      settings: environment variables that are recommended.
+    """
+
+    kind: str
+    memory_gib: float
+    bytes_per_s: float
+    flops_per_s: float
+    link_bytes_per_s: float
+    network_bytes_per_s: float
+    per_node: int
+    kernel_s: float
+    gpu: bool
+    source: str
+    settings: Mapping[str, str]
+
+
+# Latency-hiding scheduler, pipelined collectives; one hardware queue keeps the order of collectives and
+# products that it chose; NVSwitch reduces in the switch.
+_AMPERE = {"XLA_CLIENT_MEM_FRACTION": str(MEMORY_FRACTION), "JAX_OPTIMIZATION_LEVEL": "O1"}
+_HOPPER = _AMPERE | {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "NCCL_NVLS_ENABLE": "1"}
+
+DEVICES = {
+    device.kind: device
+    for device in (
+        Device(
+            "h200", 139.0, 4.3e12, 790e12, 340e9, 38e9, 8, 2e-6, True, settings=_HOPPER,
+            source="copy and 8192^3 bfloat16 product as measured on one H200; links: 3/4 of "
+            "NVLink 4's 450 GB/s and of 400 Gb/s a device (NVIDIA data sheet)",
+        ),
+        Device(
+            "h100", 79.6, 3.0e12, 750e12, 340e9, 38e9, 8, 2e-6, True, settings=_HOPPER,
+            source="NVIDIA data sheet (SXM): 9/10 of 3.35 TB/s, 3/4 of 989 TFLOP/s, links as h200",
+        ),
+        Device(
+            "a100-80", 79.3, 1.8e12, 250e12, 225e9, 19e9, 8, 2e-6, True, settings=_AMPERE,
+            source="NVIDIA data sheet (SXM): 9/10 of 2.04 TB/s, 4/5 of 312 TFLOP/s, 3/4 of "
+            "NVLink 3's 300 GB/s and of 200 Gb/s",
+        ),
+        Device(
+            "a100-40", 39.6, 1.4e12, 250e12, 225e9, 19e9, 8, 2e-6, True, settings=_AMPERE,
+            source="NVIDIA data sheet (SXM): 9/10 of 1.56 TB/s, else as a100-80",
+        ),
+        Device(
+            "cpu", 0.0, 29e9, 0.12e12, 10e9, 1e9, per_node=1, kernel_s=0.0, gpu=False, settings={},
+            source="memory: what is free; copies as on 2 cores of an AMD EPYC (docs/benchmarks.md); "
+            "the other rates are guesses, so that no time is estimated",
+        ),
+    )
+}  # fmt: skip
+
+
+def find(kind: str) -> Device:
+    """The device of a name on the command line. Raises ConfigError for another."""
+    if kind not in DEVICES:
+        raise ConfigError(f"device_kind={kind!r} is not known, wanted one of {', '.join(DEVICES)}")
+    device = DEVICES[kind]
+    if device.gpu:
+        return device
+    return dataclasses.replace(device, memory_gib=free_host_bytes() / GIB)
+
+
+def of_jax(device_kind: str, platform: str) -> Device | None:
+    """The device that JAX calls so (`NVIDIA A100-SXM4-80GB`); None where it is not in the table."""
+    if platform == "cpu":
+        return find("cpu")
+    name = device_kind.lower()
+    wanted = "a100-80" if "a100" in name and "80" in name.split("a100")[1] else name
+    for kind, device in DEVICES.items():
+        family = kind.removesuffix("-40")
+        if device.gpu and family in wanted:
+            return device
+    return None
+
+
+def memory_fraction(environment: Mapping[str, str] = os.environ) -> float:
+    """The share of a GPU that JAX may take, as the environment says or as the entry points set it."""
+    for name in _FRACTIONS:
+        if name in environment:
+            return float(environment[name])
+    return MEMORY_FRACTION
+
+
+def set_memory_fraction() -> None:
+    """Let JAX take `MEMORY_FRACTION` of a GPU, where the user has not said how much."""
+    if not any(name in os.environ for name in _FRACTIONS):
+        os.environ[_FRACTIONS[0]] = str(MEMORY_FRACTION)
+
+
+def record(device: Device | None, environment: Mapping[str, str] = os.environ) -> dict[str, object]:
+    """What run.json says of the settings: those that are set, and those recommended that are not."""
+    present = {name: environment[name] for name in _RECORDED if name in environment}
+    wanted = {} if device is None else device.settings
+    missing = {name: value for name, value in wanted.items() if present.get(name) != value}
+    return {"set": present, "recommended_but_not_set": missing}
+
+
+def free_host_bytes() -> int:
+    """Memory that a process could still take, of the machine or of its control group."""
+    values = _meminfo()
+    free = values.get("MemAvailable", 0) or whole_host_bytes()
+    return min(free, _group_limit() - _group_use())
+
+
+def whole_host_bytes() -> int:
+    """All memory of the machine, or of the control group where that has less."""
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(whole, _group_limit())
+
+
+def _meminfo() -> dict[str, int]:
+    file = pathlib.Path("/proc/meminfo")
+    if not file.is_file():
+        return {}
+    rows = (line.split() for line in file.read_text().splitlines())
+    return {row[0].rstrip(":"): int(row[1]) * 1024 for row in rows if len(row) == 3}
+
+
+def _group_limit() -> int:
+    return _group_number("memory.max", 2**62)
+
+
+def _group_use() -> int:
+    return _group_number("memory.current", 0)
+
+
+def _group_number(name: str, otherwise: int) -> int:
+    file = pathlib.Path("/sys/fs/cgroup") / name
+    text = file.read_text().strip() if file.is_file() else ""
+    return int(text) if text.isdigit() else otherwise

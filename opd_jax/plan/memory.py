@@ -1,0 +1,283 @@
+"""Memory of each stage of a step on one device, what fits, and what to change where it does not."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from opd_jax import account
+from opd_jax.devices import GIB, Device, memory_fraction, whole_host_bytes
+from opd_jax.errors import PlanError
+from opd_jax.plan import footprint
+from opd_jax.plan.footprint import Footprint
+from opd_jax.plan.job import Job, Layout
+
+_SLOTTED = ("rollout", "evaluate")  # stages that slots take part in; the others have micro-batches
+KINDS = ("student", "unstacked", "master", "optimizer", "average", "gradients", "teacher",
+         "reference", "caches", "rows", "activations", "working", "logits", "weight copies")  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """What one device holds at the busiest moment of a stage: bytes by kind (`KINDS`)."""
+
+    name: str
+    held: Mapping[str, float]
+
+    @property
+    def total(self) -> float:
+        """All kinds together."""
+        return sum(self.held.values())
+
+
+def stages(job: Job) -> list[Stage]:
+    """The stages of a run in their order; those that the config has."""
+    base = resident(job)
+    own = {"student": footprint.weights(job, "student")} if job.own_copy else {}
+    live = dict(own)
+    if job.teacher is not None and job.teacher_follows == "average" and job.own_copy:
+        live["teacher"] = footprint.weights(job, "teacher")
+    gradients = {"gradients": footprint.gradients(job)}
+    trained = own if job.layout.devices > 1 else {}
+    found = []
+    if job.rollouts:
+        decoding = _decoding(job, job.device_slots)
+        scored = {"rows": 10.0 * 4 * job.device_batch * job.updates * job.width}
+        found.append(Stage("rollout", _sum(base, live, decoding)))
+        found.append(Stage("score", _sum(base, live, scored, footprint.score(job).temporaries)))
+    learning = [footprint.gradient(job)] * job.rollouts
+    learning += [footprint.gradient(job, golden=True)] * (job.golden > 0)
+    busiest = max(learning, key=lambda one: one.temporary_bytes)
+    beside = {}
+    if "teacher" in job.beside and job.teacher_follows != "frozen" and job.own_copy:
+        beside["teacher"] = footprint.weights(job, "teacher")
+    rows = {"rows": busiest.arguments["rows"]}
+    update = _sum(base, trained, gradients, beside, rows, busiest.temporaries)
+    found.append(Stage("update", update))
+    if job.apart:  # the finished ones of the other terms lie beside
+        finished = {"gradients": (len(job.terms) - 1) * _finished(job)}
+        found.append(Stage("gradients apart", _sum(update, finished)))
+    summed = {"gradients": footprint.gradients(job)}
+    if job.layout.devices > 1:  # summed over the devices, and the new compute weights
+        summed["gradients"] += footprint.master(job)
+    found.append(
+        Stage("optimizer", _sum(base, trained, summed, footprint.optimizer(job).temporaries))
+    )
+    if job.evaluated:
+        rows_here = -(-job.evaluated // job.layout.rows)
+        found.append(Stage("evaluate", _sum(base, own, _decoding(job, rows_here))))
+    found.append(Stage("checkpoint", base))
+    return found
+
+
+def resident(job: Job) -> dict[str, float]:
+    """What stays on a device from the first step to the last."""
+    state = footprint.master(job)
+    held = {"master": state, "optimizer": 2 * state}
+    if job.teacher_follows == "average":
+        held["average"] = state
+    if job.teacher is not None and job.teacher_follows == "frozen":
+        held["teacher"] = footprint.weights(job, "teacher")
+        held["teacher"] += footprint.head_rows(job) if job.renumbered else 0.0
+    if job.reference is not None and not job.same_reference:
+        held["reference"] = footprint.weights(job, "reference")
+    return held
+
+
+def host_bytes(job: Job) -> dict[str, float]:
+    """Memory of the host: a device's share of a checkpoint on its way, and an export of the student."""
+    copies = 4 if job.teacher_follows == "average" else 3
+    whole = 4.0 * account.all_parameters(job.student)
+    return {"checkpoint": copies * footprint.master(job), "export": whole}
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """The plan: stages against what a device has for arrays, and the largest sizes that fit.
+
+    `largest` has, by field, the largest value with which every stage fits, the others as they are.
+    """
+
+    job: Job
+    device: Device
+    usable: float
+    stages: tuple[Stage, ...]
+    largest: Mapping[str, int]
+
+    @property
+    def peak(self) -> Stage:
+        """The stage that takes most."""
+        return max(self.stages, key=lambda stage: stage.total)
+
+    @property
+    def headroom(self) -> float:
+        """Bytes that are left over at the busiest moment; below 0 where it does not fit."""
+        return self.usable - self.peak.total
+
+    @property
+    def fits(self) -> bool:
+        """Whether every stage does."""
+        return self.headroom >= 0
+
+
+def plan(job: Job, device: Device, *, usable: float | None = None) -> Memory:
+    """The memory plan of a job; `usable` is what a device has for arrays, where that is known."""
+    if usable is None:
+        usable = usable_bytes(device, job.layout)
+    largest = {
+        "optim.microbatch_tokens": largest_microbatch(job, usable),
+        "rollout.slots": largest_slots(job, usable) if job.rollouts else 0,
+    }
+    return Memory(job, device, usable, tuple(stages(job)), largest)
+
+
+def usable_bytes(device: Device, layout: Layout) -> float:
+    """What one device has for arrays: a GPU's pool; a CPU's devices share what is free."""
+    if device.gpu:
+        return device.memory_gib * GIB * memory_fraction()
+    return device.memory_gib * GIB / layout.devices
+
+
+def largest_microbatch(job: Job, usable: float) -> int:
+    """The most `optim.microbatch_tokens` with which scoring and update fit; 0 where not one row does."""
+    widest = max(job.width, job.teacher_width)
+    most = max(job.device_batch * job.rollouts, -(-job.golden // job.layout.rows), 1)
+
+    def fits(rows: int) -> bool:
+        sized = dataclasses.replace(job, microbatch_tokens=rows * widest)
+        return _peak(sized, slotted=False) <= usable
+
+    return widest * _largest(fits, most)
+
+
+def largest_slots(job: Job, usable: float) -> int:
+    """The most `rollout.slots`, up to all rollouts of a step; 0 where not one a device fits."""
+    rows = job.layout.rows
+
+    def fits(slots: int) -> bool:
+        sized = dataclasses.replace(job, slots=min(slots * rows, job.batch))
+        return _peak(sized, slotted=True) <= usable
+
+    return min(_largest(fits, -(-job.batch // rows)) * rows, job.batch)
+
+
+def require_fit(memory: Memory) -> None:
+    """Raise PlanError where the job does not fit: what is too large, and the fields that mend it.
+
+    A CPU's job is refused only where it is beyond the whole machine: what is free changes.
+    """
+    limit = memory.usable
+    if not memory.device.gpu:
+        limit = max(limit, whole_host_bytes() / memory.job.layout.devices)
+    if memory.peak.total <= limit:
+        return
+    stage, name = memory.peak, memory.device.kind
+    most = max(stage.held, key=lambda kind: stage.held[kind])
+    raise PlanError(
+        f"{stage.name} needs {stage.total / GIB:.1f} GiB of a device, most of it {most} "
+        f"({stage.held[most] / GIB:.1f}), wanted at most {limit / GIB:.1f} ({name}); {remedy(memory)}"
+    )
+
+
+def remedy(memory: Memory) -> str:
+    """The smallest change found that makes the job fit, as flags."""
+    for fields, changed in _changes(memory.job):
+        small = dataclasses.replace(
+            changed, slots=min(changed.layout.rows, changed.batch),
+            microbatch_tokens=max(changed.width, changed.teacher_width),
+        )  # fmt: skip
+        if _peak(small) > memory.usable:
+            continue
+        fields, job = dict(fields), changed
+        tokens = largest_microbatch(job, memory.usable)
+        if tokens < job.microbatch_tokens:
+            fields["optim.microbatch_tokens"] = tokens
+            job = dataclasses.replace(job, microbatch_tokens=tokens)
+        slots = largest_slots(job, memory.usable)
+        if slots < job.slots:
+            fields["rollout.slots"] = slots
+        if not fields:
+            return "nothing has to change"
+        return "set " + " ".join(f"--config.{name}={value}" for name, value in fields.items())
+    return "take more devices, devices with more memory, or smaller models"
+
+
+def _changes(job: Job) -> list[tuple[dict[str, Any], Job]]:
+    """Changes to try, each with the fields that make it, the cheapest first."""
+    found: list[tuple[dict[str, Any], Job]] = [({}, job)]
+
+    def also(fields: dict[str, Any], **changes: Any) -> None:
+        before, changed = found[-1]
+        found.append((before | fields, dataclasses.replace(changed, **changes)))
+
+    if job.apart:
+        also({"log.gradients": 0}, apart=False)
+    if job.remat in ("none", "dots"):
+        also({"optim.remat": "attention"}, remat="attention")
+    if max(job.token_chunk, job.score_chunk) > 512:
+        also(
+            {"optim.token_chunk": 512, "scoring.token_chunk": 512}, token_chunk=512, score_chunk=512
+        )
+    also({"optim.remat": "full"}, remat="full")
+    layout = job.layout
+    if "tensor" in job.mesh_fields:
+        for tensor in (2, 4, 8):
+            if tensor > layout.tensor and layout.devices % tensor == 0 and _divides(job, tensor):
+                inner = Layout(data=layout.devices // tensor, tensor=tensor)
+                also({"mesh.data": -1, "mesh.fsdp": 1, "mesh.tensor": tensor}, layout=inner)
+    roles = [
+        r for r in ("teacher", "reference", "student") if r in job.mesh_fields and getattr(job, r)
+    ]
+    for count in range(1, len(roles) + 1):
+        over = dict.fromkeys(roles[:count], "sharded")
+        inner = dataclasses.replace(Layout(fsdp=layout.devices), **over)  # type: ignore[arg-type]
+        axes = {"mesh.data": 1, "mesh.fsdp": layout.devices, "mesh.tensor": 1}
+        if layout.devices > 1:
+            also(axes | {f"mesh.{role}": "sharded" for role in over}, layout=inner)
+    return found
+
+
+def _divides(job: Job, tensor: int) -> bool:
+    """Whether heads and MLP of every model divide over so many devices."""
+    models = [model for model in (job.student, job.teacher, job.reference) if model is not None]
+    return all(
+        count % tensor == 0
+        for model in models
+        for count in (model.num_heads, model.num_kv_heads, model.intermediate_size)
+    )
+
+
+def _decoding(job: Job, slots: int) -> dict[str, float]:
+    programs = (footprint.decode(job, slots), footprint.prefill(job, slots))
+    busiest: Footprint = max(programs, key=lambda one: one.temporary_bytes)
+    return _sum(programs[0].arguments, busiest.temporaries)
+
+
+def _finished(job: Job) -> float:
+    """A gradient that is whole: divided like the state where there are several devices."""
+    return footprint.master(job)
+
+
+def _peak(job: Job, *, slotted: bool | None = None) -> float:
+    """The largest stage of all, or of those that slots take part in, or of the others."""
+    return max(
+        stage.total
+        for stage in stages(job)
+        if slotted is None or slotted == (stage.name in _SLOTTED) or stage.name == "checkpoint"
+    )
+
+
+def _largest(fits: Callable[[int], bool], most: int) -> int:
+    """The largest number from 1 to `most` that fits, where fewer always fit if more do; 0 for none."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def _sum(*parts: Mapping[str, float]) -> dict[str, float]:
+    out: dict[str, float] = {}
+    for part in parts:
+        for kind, size in part.items():
+            out[kind] = out.get(kind, 0.0) + size
+    return {kind: out[kind] for kind in KINDS if kind in out}

@@ -1,0 +1,98 @@
+"""Planned bytes against compiled ones: the real programs, compiled for the real shapes, never run."""
+
+import dataclasses
+import importlib.util
+import pathlib
+import time
+from collections.abc import Iterator, Sequence
+
+from ml_collections import ConfigDict
+
+from opd_jax.devices import Device
+from opd_jax.errors import ConfigError
+from opd_jax.plan import real, report
+from opd_jax.plan.job import Job
+from opd_jax.programs import Program
+
+MIB = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A program: planned and compiled bytes of its arguments and temporaries, seconds to compile."""
+
+    program: str
+    planned_arguments: float
+    arguments: float
+    planned_temporaries: float
+    temporaries: float
+    seconds: float
+
+
+def compare(config: ConfigDict, job: Job, device: Device, target: pathlib.Path) -> Iterator[Row]:
+    """The widest program of each kind, one after another.
+
+    For a GPU they are compiled by JAX's CUDA plug-in, for `target`; for a CPU, by this process.
+
+    Raises ConfigError: a GPU without the plug-in or the description of it, or more devices than one.
+    """
+    if job.layout.devices > 1:
+        raise ConfigError(
+            f"--verify compiles the programs of one device, got --devices={job.layout.devices}; "
+            "leave --devices out"
+        )
+    place = None
+    if device.gpu:
+        if importlib.util.find_spec("jax_cuda13_plugin") is None:
+            raise ConfigError(
+                f"--verify for {device.kind} wants JAX's CUDA plug-in, which is not installed; "
+                "pip install 'jax[cuda13]' (no GPU is needed), or --device_kind=cpu"
+            )
+        if not target.is_file():
+            raise ConfigError(
+                f"--target={target} does not exist; launch/bench.py writes such a file"
+            )
+        place = real.on_gpus(target)
+    config = config.copy_and_resolve_references()
+    for role in ("student", "teacher", "reference"):
+        if config[role].dtype == "auto":
+            config[role].dtype = "bfloat16" if device.gpu else "float32"
+    planned = report.programs(job)
+    for kind, program in widest(real.programs(config, job), planned).items():
+        began = time.perf_counter()
+        compiled = real.compile_for(program, place)
+        found = compiled.memory_analysis()
+        assert found is not None
+        yield Row(
+            program.name, planned[kind].argument_bytes, found.argument_size_in_bytes,
+            planned[kind].temporary_bytes, found.temp_size_in_bytes, time.perf_counter() - began,
+        )  # fmt: skip
+
+
+def widest(programs: Sequence[Program], kinds: dict) -> dict[str, Program]:
+    """Of each kind the program of the widest rows: the first, of prompts the last."""
+    found: dict[str, Program] = {}
+    for program in programs:
+        for kind in kinds:
+            if program.name.startswith(kind) and (kind == "prefill" or kind not in found):
+                found[kind] = program
+    return found
+
+
+def table(rows: Iterator[Row]) -> str:
+    """Markdown: a program a line."""
+    out = [
+        "| program | arguments MiB planned | compiled | | temporaries MiB planned | compiled | |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        out.append(
+            f"| {row.program} | {row.planned_arguments / MIB:,.1f} | {row.arguments / MIB:,.1f} | "
+            f"{_off(row.planned_arguments, row.arguments)} | {row.planned_temporaries / MIB:,.1f} | "
+            f"{row.temporaries / MIB:,.1f} | {_off(row.planned_temporaries, row.temporaries)} |"
+        )
+    return "\n".join(out)
+
+
+def _off(planned: float, compiled: float) -> str:
+    return f"{100 * (planned / compiled - 1):+.1f} %" if compiled else "-"

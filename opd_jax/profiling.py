@@ -1,0 +1,87 @@
+"""Some steps of a run, traced: `profile.{start_step,steps}` -> workdir/profile, for xprof and Perfetto."""
+
+import contextlib
+import json
+import pathlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+
+FOLDER = "profile"
+STEP = "step"  # the span of a whole step
+STAGES = ("rollout", "score", "read", "rows", "update")  # the spans of its stages
+MEMORY = "memory.jsonl"  # the memory timeline, beside the trace
+_EVERY_S = 0.02
+
+
+def stage(name: str) -> contextlib.AbstractContextManager:
+    """A span of the host's time, by a name of `STAGES`; next to nothing where nothing is traced."""
+    return jax.profiler.TraceAnnotation(name)
+
+
+class Tracer:
+    """Traces steps `start_step` to `start_step + steps - 1` into `workdir/profile`; 0 steps: none."""
+
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        section: object,
+        *,
+        memory: Callable[[], float],
+    ):
+        self._folder = workdir / FOLDER
+        self._first: int = section.start_step  # type: ignore[attr-defined]
+        self._last: int = self._first + section.steps - 1  # type: ignore[attr-defined]
+        self._timeline = _Timeline(self._folder / MEMORY, memory)
+        self._tracing = False
+
+    @contextlib.contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        """Around one step of the run."""
+        if self._first <= number <= self._last and not self._tracing:
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0  # a line of Python each would drown the rest
+            jax.profiler.start_trace(str(self._folder), profiler_options=options)
+            self._timeline.start()
+            self._tracing = True
+        try:
+            with jax.profiler.StepTraceAnnotation(STEP, step_num=number):
+                yield
+        except BaseException:
+            self.stop()
+            raise
+        if number >= self._last:
+            self.stop()
+
+    def stop(self) -> None:
+        """End the trace, where there is one."""
+        if self._tracing:
+            self._tracing = False
+            self._timeline.stop()
+            jax.profiler.stop_trace()
+
+
+class _Timeline:
+    """Memory in use, looked at every few milliseconds by a thread of its own; JSONL of seconds and bytes."""
+
+    def __init__(self, file: pathlib.Path, memory: Callable[[], float]):
+        self._file, self._memory = file, memory
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def start(self) -> None:
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        began = time.perf_counter()
+        with self._file.open("w", encoding="utf-8") as file:
+            while not self._done.wait(_EVERY_S):
+                seconds = round(time.perf_counter() - began, 3)
+                file.write(json.dumps({"s": seconds, "bytes": int(self._memory())}) + "\n")

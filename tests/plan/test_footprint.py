@@ -1,0 +1,124 @@
+"""Bytes of each program by hand, and against programs that are compiled for this machine."""
+
+import pytest
+
+from configs import stable_opd
+from opd_jax import devices
+from opd_jax.plan import footprint, real, report, verify
+from opd_jax.plan.job import Layout, of_config
+from tests.plan.small import MODEL, job
+
+P = 316
+# A chunk of the scorer and the update: 16 tokens of 2 rows are two chunks of 8, float32 over 10 ids.
+CHUNK = 4 * 8 * 10
+
+
+@pytest.mark.short
+def test_the_token_loop():
+    found = footprint.decode(job(), 4)
+    assert found.arguments == {"unstacked": 2 * P, "caches": 4 * 8 * (16 + 8)}
+    assert found.temporaries == {"logits": 4 * 10 * 4, "working": 4 * 6 * 2}
+    plain = footprint.decode(job(itemsize=4, fused=False), 4)
+    # Logits twice; the MLP, and scores of 2 heads against a block, here the whole row of 8.
+    assert plain.temporaries == {"logits": 2 * 160, "working": 4 * 6 * 4 + 4 * 4 * 2 * 8}
+
+
+@pytest.mark.short
+def test_scoring_is_busiest_in_its_logits():
+    found = footprint.score(job(score_chunk=16))
+    assert found.arguments == {"student": 2 * P, "teacher": 2 * P, "rows": 4 * 16}
+    # Two arrays of logits a model, for 10 = 2 x 5 needs no padding; both models' states of 16
+    # tokens, 4 numbers of 2 bytes.
+    assert found.temporaries == {
+        "activations": 2 * 16 * 8,
+        "logits": 2 * 2 * 2 * CHUNK,
+        "weight copies": 0,
+    }
+    cut = footprint.score(job(score_chunk=16, vocabulary=9, renumbered=True))
+    # The student's 10 rows are cut to 9, which copies them; the teacher's 9 take the place of none.
+    assert cut.temporaries["weight copies"] == 9 * 4 * 2
+    assert cut.arguments["teacher"] == 2 * P + 9 * 4 * 2
+
+
+@pytest.mark.short
+def test_scoring_may_be_busiest_in_a_layer():
+    found = footprint.score(job(score_chunk=1))
+    # The teacher's: one layer's 120 weights, two streams, two MLP widths; the student's states.
+    assert found.temporaries == {"activations": 16 * 8,
+                                 "working": 2 * 120 + 2 * 16 * 8 + 2 * 16 * 12}  # fmt: skip
+
+
+@pytest.mark.short
+def test_the_update():
+    given = job(reference=MODEL, beside=("reference",), token_chunk=16, remat="full")
+    found = footprint.gradient(given)
+    assert found.arguments == {
+        "master": 4 * P, "gradients": 4 * P, "rows": 16 * 16, "reference": 2 * P,
+    }  # fmt: skip
+    # Loss: 2 layers' inputs, states of both and the student's cotangent; three arrays of logits;
+    # the embedding in 16 bits, and the gradient of it as output matrix.
+    assert found.temporaries == {
+        "activations": 2 * 16 * 8 + 3 * 16 * 8, "logits": 3 * 2 * CHUNK, "weight copies": 2 * 80,
+    }  # fmt: skip
+    two = footprint.gradient(job(layout=Layout(data=2), batch=8))
+    assert two.arguments["student"] == 2 * P  # compute weights, the masters are elsewhere
+
+
+@pytest.mark.short
+def test_the_optimizer_works_in_place_on_a_gpu():
+    found = footprint.optimizer(job())
+    assert found.arguments == {"master": 4 * P, "optimizer": 8 * P, "gradients": 4 * P}
+    assert found.temporary_bytes == 0
+    assert footprint.optimizer(job(fused=False)).temporary_bytes == 2 * 4 * P
+
+
+@pytest.mark.short
+@pytest.mark.parametrize(
+    ("remat", "kept"),
+    [
+        # Of a token and layer: input 8; attention 8 + 2 statistics of 4; q, k, v 8 + 4 + 4; output 8;
+        # gate and up 2 x 12.
+        ("full", 8), ("attention", 24), ("dots", 24 + 16 + 8 + 24), ("none", 8 + 5 * 12 + 160),
+    ],
+)  # fmt: skip
+def test_what_layers_keep(remat, kept):
+    assert footprint.kept(job(remat=remat), 2) == 2 * 16 * kept
+
+
+def compared(kinds: tuple[str, ...], **optim: int) -> list[tuple[str, float, float]]:
+    """Planned over compiled, of arguments and temporaries, of programs of `tiny` on this CPU."""
+    config = stable_opd.get_config("tiny")
+    config.optim.update(optim)
+    given = of_config(config, devices.find("cpu"), 1)
+    planned = {kind: report.programs(given)[kind] for kind in kinds}
+    out = []
+    for kind, program in verify.widest(real.programs(config, given), planned).items():
+        found = real.compile_for(program, None).memory_analysis()
+        out.append((
+            kind, planned[kind].argument_bytes / found.argument_size_in_bytes,
+            planned[kind].temporary_bytes / found.temp_size_in_bytes,
+        ))  # fmt: skip
+    return out
+
+
+def assert_close(rows: list[tuple[str, float, float]]) -> None:
+    for kind, arguments, temporaries in rows:
+        assert arguments == pytest.approx(1, abs=0.05), kind
+        assert temporaries == pytest.approx(1, abs=0.2), kind
+
+
+def test_planned_bytes_are_those_of_compiled_programs():
+    assert_close(compared(("score", "optimizer"), microbatch_tokens=1600))
+
+
+@pytest.mark.slow
+def test_planned_bytes_are_those_of_every_compiled_program():
+    kinds = (
+        "prefill",
+        "decode",
+        "score",
+        "gradient on rollouts",
+        "gradient on golden",
+        "optimizer",
+    )
+    assert_close(compared(kinds))

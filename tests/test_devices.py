@@ -1,0 +1,56 @@
+"""The table of devices: by name, as JAX calls them, and the settings that are recorded."""
+
+import pytest
+
+from opd_jax import devices
+from opd_jax.errors import ConfigError
+
+pytestmark = pytest.mark.short
+
+
+@pytest.mark.parametrize(
+    ("called", "kind"),
+    [
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80"),
+        ("NVIDIA A100 80GB PCIe", "a100-80"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40"),
+    ],
+)
+def test_as_jax_calls_them(called, kind):
+    found = devices.of_jax(called, "gpu")
+    assert found is not None
+    assert found.kind == kind
+
+
+def test_an_unknown_gpu_has_no_plan():
+    assert devices.of_jax("NVIDIA GeForce RTX 4090", "gpu") is None
+
+
+def test_a_cpu_has_what_is_free():
+    cpu = devices.of_jax("cpu", "cpu")
+    assert cpu is not None
+    assert 0 < cpu.memory_gib <= devices.whole_host_bytes() / 2**30
+    assert devices.find("h200").memory_gib == 139
+
+
+def test_an_unknown_name_is_refused():
+    with pytest.raises(ConfigError, match="device_kind='h20' is not known, wanted one of h200"):
+        devices.find("h20")
+
+
+def test_the_share_of_a_gpu_is_what_the_environment_says():
+    assert devices.memory_fraction({}) == devices.MEMORY_FRACTION
+    assert devices.memory_fraction({"XLA_CLIENT_MEM_FRACTION": "0.8"}) == 0.8
+    assert devices.memory_fraction({"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}) == 0.5
+
+
+def test_settings_that_are_recommended_and_not_set():
+    set_ = {"XLA_CLIENT_MEM_FRACTION": "0.92", "XLA_FLAGS": "--a", "HOME": "/root"}
+    found = devices.record(devices.find("a100-80"), set_)
+    assert found == {
+        "set": {"XLA_FLAGS": "--a", "XLA_CLIENT_MEM_FRACTION": "0.92"},
+        "recommended_but_not_set": {"JAX_OPTIMIZATION_LEVEL": "O1"},
+    }
+    assert devices.record(None, {}) == {"set": {}, "recommended_but_not_set": {}}

@@ -98,8 +98,11 @@ def works(job: Job, steps: Mapping[int, Sequence[tuple[int, int]]]) -> dict[str,
             if model is not None:
                 found["score"].append(account.forward(model, whole_B, itemsize=size))
         found["update"] += account.update(job.student, whole_B, itemsize=size)
-        for role in job.beside:
-            found["update"].append(account.forward(getattr(job, role), whole_B, itemsize=size))
+        if job.reference is not None:
+            found["update"].append(account.forward(job.reference, whole_B, itemsize=size))
+        if job.over_vocabulary and job.teacher is not None:
+            weights = account.head_parameters(job.teacher)
+            found["update"].append(Work(2.0 * weights * sum(whole_B), 1.0 * size * weights))
     return {
         stage: Work(sum(one.flops for one in each), sum(one.bytes for one in each))
         for stage, each in found.items()

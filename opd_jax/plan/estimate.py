@@ -156,11 +156,16 @@ def update(job: Job, device: Device, length_B: np.ndarray) -> StageTime:
         gathered += _gathers(job, "student", model, passes, job.itemsize, device)
         if job.layout.student == "sharded":  # gradients of each micro-batch, float32
             gathered += _gathers(job, "student", model, passes / 2, 4, device)
-    for role in job.beside if job.rollouts else ():
-        other = getattr(job, role)
+    if job.rollouts and job.over_vocabulary and job.teacher is not None:
+        once = 2.0 * account.head_parameters(job.teacher)  # logits, made again backward
+        works.append(
+            Work(2 * once * _padded(job, length_B), job.itemsize * once * _parts(job, length_B))
+        )
+    if job.rollouts and job.reference is not None:
+        other = job.reference
         works.append(_pass(other, job, length_B, job.itemsize, heads=2))
         sent += _layer_traffic(job, other, length_B, 2)
-        gathered += _gathers(job, role, other, _parts(job, length_B), job.itemsize, device)
+        gathered += _gathers(job, "reference", other, _parts(job, length_B), job.itemsize, device)
     parameters = footprint.parameters(model, job.layout.tensor)
     works.append(Work(0.0, job.updates * 28.0 * parameters / job.layout.rows))
     traffic = job.updates * _once_a_step(job, parameters, device)

@@ -77,6 +77,13 @@ def head_rows(job: Job) -> float:
     return size / job.layout.sharded("teacher")
 
 
+def head(job: Job) -> float:
+    """The teacher's output matrix on a device."""
+    assert job.teacher is not None
+    size = 1.0 * account.head_parameters(job.teacher) * job.teacher_itemsize
+    return head_rows(job) if job.renumbered else size / job.layout.sharded("teacher")
+
+
 def decode(job: Job, slots: int) -> Footprint:
     """The token loop: weights and state in, the state aliased; one token's logits and MLP at work.
 
@@ -136,7 +143,7 @@ def gradient(job: Job, *, golden: bool = False) -> Footprint:
     """A micro-batch forward and backward; the sum of gradients comes in and goes out in place."""
     rows = job.golden_rows if golden else job.microbatch_rows
     model, tokens = job.student, rows * job.width
-    beside = () if golden else job.beside
+    beside = ("reference",) * (job.reference is not None and not golden)
     given = {"master" if job.layout.devices == 1 else "student": _trained(job),
              "gradients": gradients(job), "rows": 16.0 * tokens}  # fmt: skip
     for role in beside:

@@ -62,7 +62,8 @@ class Job:
       prompt, response: their budgets; teacher_width: of the teacher's own rows, 0 where it has none.
       slots, microbatch_tokens, token_chunk, score_chunk, remat: as in the config, slots resolved.
         A device's share of micro-batches is `microbatch_tokens`, whatever the layout.
-      beside: models that the update reads beside the student ("teacher", "reference").
+      over_vocabulary: whether the update takes the teacher's output matrix and the hidden states that
+        scoring kept of it.
       terms: of the loss, by name; apart: whether their gradients are looked at one by one.
       evaluated: rows that an evaluation decodes at one time.
       rollouts: whether any are made.
@@ -94,7 +95,7 @@ class Job:
     token_chunk: int
     score_chunk: int
     remat: str
-    beside: tuple[str, ...]
+    over_vocabulary: bool
     terms: tuple[str, ...]
     apart: bool
     rollouts: bool
@@ -218,7 +219,7 @@ def _job(
         response=rollout.max_response_tokens, teacher_width=teacher_width,
         slots=min(rollout.slots or batch, batch), microbatch_tokens=optim.microbatch_tokens,
         token_chunk=optim.token_chunk, score_chunk=config.scoring.token_chunk, remat=optim.remat,
-        beside=("teacher",) * terms.teacher_in_update + ("reference",) * terms.needs_reference,
+        over_vocabulary=terms.over_vocabulary,
         terms=terms.names, apart=bool(config.log.gradients) and len(terms.names) > 1,
         rollouts=terms.needs_rollouts, evaluated=min(rollout.slots or 256, answers),
         steps=config.steps, layout=layout,

@@ -48,8 +48,8 @@ def stages(job: Job) -> list[Stage]:
     learning += [footprint.gradient(job, golden=True)] * (job.golden > 0)
     busiest = max(learning, key=lambda one: one.temporary_bytes)
     beside = {}
-    if "teacher" in job.beside and job.teacher_follows != "frozen" and job.own_copy:
-        beside["teacher"] = footprint.weights(job, "teacher")
+    if job.over_vocabulary and job.teacher_follows != "frozen":
+        beside["teacher"] = footprint.head(job)  # a copy: the state's own is donated
     rows = {"rows": busiest.arguments["rows"]}
     update = _sum(base, trained, gradients, beside, rows, busiest.temporaries)
     found.append(Stage("update", update))

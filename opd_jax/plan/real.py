@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from opd_jax import ahead, data, objectives, setup, update
 from opd_jax.collect import Collector
+from opd_jax.mesh import ONE, Mesh
 from opd_jax.models import attention, decoder
 from opd_jax.objectives import Terms
 from opd_jax.plan.job import Job
@@ -29,14 +30,14 @@ from opd_jax.types import Frozen
 Place = Callable[[Any], Any]
 
 
-def programs(config: ConfigDict, job: Job) -> list[Program]:
-    """Every program of the training steps of `config`, on one device of the job's kind."""
+def programs(config: ConfigDict, job: Job, mesh: Mesh = ONE) -> list[Program]:
+    """Every program of the training steps of `config`, for devices of the job's kind; see `make_mesh`."""
     with compiling_for("gpu" if job.fused else None):
-        return _programs(config, job)
+        return _programs(config, job, mesh)
 
 
-def _programs(config: ConfigDict, job: Job) -> list[Program]:
-    blank = blank_setup(config, job)
+def _programs(config: ConfigDict, job: Job, mesh: Mesh) -> list[Program]:
+    blank = blank_setup(config, job, mesh)
     terms = blank.terms
     collector = Collector(blank, cast(Any, None))
     dtype = jnp.dtype(_dtype(job.itemsize))
@@ -54,11 +55,14 @@ def _programs(config: ConfigDict, job: Job) -> list[Program]:
     if terms.needs_golden:
         golden_loss = objectives.make_golden_loss(job.student, **shared)
     accumulate = update.make_accumulate(
-        rollout_loss, golden_loss, microbatch_tokens=config.optim.microbatch_tokens, dtype=dtype
-    )
+        rollout_loss, golden_loss,
+        microbatch_tokens=config.optim.microbatch_tokens, dtype=dtype, mesh=mesh,
+    )  # fmt: skip
     begin = partial(update.init_state, tx=tx, average=job.teacher_follows == "average")
     state = jax.eval_shape(begin, decoder.abstract_params(job.student))
-    student = _weights(job.student, job.itemsize)
+    state = mesh.structs(state, mesh.masters(state))
+    lend = partial(_lent, mesh=mesh)
+    student = lend(_weights(job.student, job.itemsize), "student")
     teacher = reference = None
     if job.teacher is not None:
         teacher = _weights(job.teacher, job.teacher_itemsize)
@@ -66,29 +70,32 @@ def _programs(config: ConfigDict, job: Job) -> list[Program]:
             teacher = jax.eval_shape(
                 decoder.with_head_rows, teacher, jnp.zeros(job.vocabulary, jnp.int32)
             )
+        teacher = lend(teacher, "teacher" if job.teacher_follows == "frozen" else "student")
     if job.reference is not None:
-        reference = _weights(job.reference, job.reference_itemsize)
+        reference = lend(_weights(job.reference, job.reference_itemsize), "reference")
     rollout_rows = golden_rows = None
-    out = []
+    out = mesh.weight_programs(state.params, dtype)
     if terms.needs_rollouts:
         rollout_rows = ahead.blank_rollout_rows(blank, student, teacher, collector.scoring)
-        out = collector.programs(student, teacher)
+        out += collector.programs(student, teacher)
     if terms.needs_golden:
         golden_rows = ahead.blank_golden_rows(blank)
     beside = decoder.head_alone(teacher) if teacher and terms.over_vocabulary else None
     frozen = Frozen(reference, beside)
-    given = (state.params, frozen, rollout_rows, golden_rows, terms.weights)
-    return [*out, *accumulate.programs(*given), update.make_update(tx, accumulate).program(state)]
+    own = state.params if mesh.devices is None else student
+    given = (own, frozen, rollout_rows, golden_rows, terms.weights)
+    after = update.make_update(tx, accumulate, decay=config.teacher.decay, mesh=mesh)
+    return [*out, *accumulate.programs(*given), after.program(state)]
 
 
-def blank_setup(config: ConfigDict, job: Job) -> Setup:
+def blank_setup(config: ConfigDict, job: Job, mesh: Mesh) -> Setup:
     """A setup of the right shapes, without tokenizers and data."""
     terms: Terms = setup.make_terms(config)
     alignment = data.alone(job.vocabulary, job.student.eos_token_ids or (0,))
     styles = setup.prompt_styles(config.data)
     missing = cast(Any, None)
     return Setup(
-        config=config, terms=terms, student=job.student, teacher=job.teacher,
+        config=config, mesh=mesh, terms=terms, student=job.student, teacher=job.teacher,
         reference=job.reference or job.student, reference_section=config.student,
         tokenizer=missing, teacher_tokenizer=missing, student_style=styles[0],
         teacher_style=styles[1], separate_prompts=job.teacher_width > 0, alignment=alignment,
@@ -97,12 +104,11 @@ def blank_setup(config: ConfigDict, job: Job) -> Setup:
     )  # fmt: skip
 
 
-def compile_for(program: Program, place: Place | None) -> jax.stages.Compiled:
-    """The program compiled where `place` puts its arguments; None: for this process's own device."""
-    if place is None:
-        return program.compile()
-    with compiling_for("gpu"):
-        return placed(program, place).compile()
+def compile_for(program: Program, place: Place | None, *, gpu: bool = False) -> jax.stages.Compiled:
+    """The program compiled where `place` puts its arguments, or, where it is None, where they are said
+    to lie; `gpu`: whether that is on GPUs."""
+    with compiling_for("gpu" if gpu else None):
+        return (program if place is None else placed(program, place)).compile()
 
 
 def placed(program: Program, place: Place) -> Program:
@@ -114,16 +120,21 @@ def placed(program: Program, place: Place) -> Program:
     return Program(program.name, program.function, place(program.args), kwargs)
 
 
-def on_gpus(target: pathlib.Path, devices: int = 1) -> Place:
-    """Arguments replicated over GPUs that are not there; `target` is XLA's description of one.
+def on_gpu(target: pathlib.Path) -> Place:
+    """Arguments on a GPU that is not there; `target` is XLA's description of it.
 
     Needs JAX's CUDA plug-in. tests/h200/target_config.txtpb is that of an H200.
     """
+    mesh = jax.sharding.Mesh(gpus(target, 1), ("data",))
+    return partial(jax.tree.map, partial(_placed, mesh=mesh))
+
+
+def gpus(target: pathlib.Path, devices: int) -> list[jax.Device]:
+    """So many GPUs that are not there."""
     topology = topologies.get_topology_desc(
         platform="cuda", target_config=target.read_text(), topology=f"1x1x{devices}"
     )
-    mesh = topologies.make_mesh(topology, (devices,), ("data",))
-    return partial(jax.tree.map, partial(_placed, mesh=mesh))
+    return topology.devices
 
 
 @contextlib.contextmanager
@@ -136,7 +147,7 @@ def compiling_for(backend: str | None) -> Iterator[None]:
         attention.BACKEND.reset(token)
 
 
-def _placed(leaf: Any, *, mesh: Mesh) -> Any:
+def _placed(leaf: Any, *, mesh: jax.sharding.Mesh) -> Any:
     sharding = NamedSharding(mesh, PartitionSpec())
     if isinstance(leaf, float):
         return jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding, weak_type=True)
@@ -149,6 +160,12 @@ def _weights(model: Any, itemsize: int) -> Any:
     dtype = _dtype(itemsize)
     params = decoder.abstract_params(model)
     return jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, dtype), params)
+
+
+def _lent(params: Any, role: str, *, mesh: Mesh) -> Any:
+    """Shapes as the role's compute weights, each where it belongs."""
+    params = mesh.slices(params, role)
+    return mesh.structs(params, mesh.weights(params))
 
 
 def _dtype(itemsize: int) -> Any:

@@ -19,7 +19,8 @@ def of_run(setup: Setup) -> Plan | None:
     device = devices.of_jax(found[0].device_kind, found[0].platform)
     if device is None:
         return None
-    job = of_setup(setup, device, _used(setup, len(found)))
+    used = setup.mesh.devices.size if setup.mesh.devices is not None else 1
+    job = of_setup(setup, device, used)
     return report.make(memory.plan(job, device, usable=_pool(device)))
 
 
@@ -50,11 +51,6 @@ def write(plan: Plan | None, folder: pathlib.Path) -> None:
     if plan is not None:
         text = json.dumps(report.to_json(plan), indent=2) + "\n"
         (folder / "plan.json").write_text(text, encoding="utf-8")
-
-
-def _used(setup: Setup, found: int) -> int:
-    """Devices that take part: all where the config has a mesh, else the first alone."""
-    return found if "mesh" in setup.config else 1
 
 
 def _pool(device: Device) -> float | None:

@@ -6,10 +6,12 @@ import pathlib
 import time
 from collections.abc import Iterator, Sequence
 
+import jax
 from ml_collections import ConfigDict
 
 from opd_jax.devices import Device
 from opd_jax.errors import ConfigError
+from opd_jax.mesh import ONE, make_mesh
 from opd_jax.plan import real, report
 from opd_jax.plan.job import Job
 from opd_jax.programs import Program
@@ -34,14 +36,11 @@ def compare(config: ConfigDict, job: Job, device: Device, target: pathlib.Path) 
 
     For a GPU they are compiled by JAX's CUDA plug-in, for `target`; for a CPU, by this process.
 
-    Raises ConfigError: a GPU without the plug-in or the description of it, or more devices than one.
+    Raises ConfigError: a GPU without the plug-in or the description of it, or fewer CPU devices than
+    the layout has.
     """
-    if job.layout.devices > 1:
-        raise ConfigError(
-            f"--verify compiles the programs of one device, got --devices={job.layout.devices}; "
-            "leave --devices out"
-        )
-    place = None
+    place, mesh = None, ONE
+    count = job.layout.devices
     if device.gpu:
         if importlib.util.find_spec("jax_cuda13_plugin") is None:
             raise ConfigError(
@@ -52,15 +51,25 @@ def compare(config: ConfigDict, job: Job, device: Device, target: pathlib.Path) 
             raise ConfigError(
                 f"--target={target} does not exist; launch/bench.py writes such a file"
             )
-        place = real.on_gpus(target)
+        if count > 1:
+            mesh = make_mesh(config.mesh, real.gpus(target, count))
+        else:
+            place = real.on_gpu(target)
+    elif count > 1:
+        if len(jax.devices()) != count:
+            raise ConfigError(
+                f"--verify with --devices={count} wants as many CPU devices, here are "
+                f"{len(jax.devices())}; set XLA_FLAGS=--xla_force_host_platform_device_count={count}"
+            )
+        mesh = make_mesh(config.mesh)
     config = config.copy_and_resolve_references()
     for role in ("student", "teacher", "reference"):
         if config[role].dtype == "auto":
             config[role].dtype = "bfloat16" if device.gpu else "float32"
     planned = report.programs(job)
-    for kind, program in widest(real.programs(config, job), planned).items():
+    for kind, program in widest(real.programs(config, job, mesh), planned).items():
         began = time.perf_counter()
-        compiled = real.compile_for(program, place)
+        compiled = real.compile_for(program, place, gpu=device.gpu)
         found = compiled.memory_analysis()
         assert found is not None
         yield Row(

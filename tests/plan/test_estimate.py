@@ -61,7 +61,7 @@ def test_update_counts_what_is_computed_again(remat, layers, attention):
 
 
 def test_a_reference_is_one_more_pass_with_its_logits_twice():
-    alone, beside = job(), job(reference=job().student, beside=("reference",))
+    alone, beside = job(), job(reference=job().student)
     more = [estimate.update(one, DEVICE, FOUR).compute_s for one in (alone, beside)]
     assert more[1] - more[0] == pytest.approx((2 * 32 * (240 + 80) + 32 * 4 * 36) / 1000)
 

@@ -50,7 +50,7 @@ def test_scoring_may_be_busiest_in_a_layer():
 
 @pytest.mark.short
 def test_the_update():
-    given = job(reference=MODEL, beside=("reference",), token_chunk=16, remat="full")
+    given = job(reference=MODEL, token_chunk=16, remat="full")
     found = footprint.gradient(given)
     assert found.arguments == {
         "master": 4 * P, "gradients": 4 * P, "rows": 16 * 16, "reference": 2 * P,

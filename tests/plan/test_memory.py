@@ -134,9 +134,7 @@ def test_a_model_that_is_too_large_wants_more_devices():
 
 def test_a_mesh_that_divides_weights_is_offered_where_there_is_one():
     heads = dataclasses.replace(MODEL, num_kv_heads=2)
-    four = job(
-        layout=Layout(data=4), student=heads, teacher=heads, reference=heads, beside=("reference",)
-    )
+    four = job(layout=Layout(data=4), student=heads, teacher=heads, reference=heads)
     little = max(s.total for s in memory.stages(dataclasses.replace(four, slots=4))) - 600
     assert memory.remedy(memory.plan(four, DEVICE, usable=little)).startswith("take more")
     tensor = dataclasses.replace(four, mesh_fields=("data", "fsdp", "tensor"))

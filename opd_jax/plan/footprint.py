@@ -5,7 +5,6 @@ here from the programs' structure and held against compiled programs (docs/memor
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 
 from opd_jax import account
@@ -128,42 +127,61 @@ def score(job: Job) -> Footprint:
     given["rows"] = 4.0 * rows * (job.width + job.teacher_width)
     moments = _passes(job, roles, rows)
     chunks = len(roles) * 3.0  # logits, log-probs, their largest ids
-    if job.fused:  # all in one where sums pad it, else two; one more to strike ids out
-        chunks = len(roles) * (2.0 if _halves(job.vocabulary) else 1.0)
-        chunks += job.teacher is not None and job.scored_top_k > 16
+    if job.fused:  # all in one; one more to strike ids out
+        chunks = 1.0 * len(roles) + job.supported
     moments.append({
-        "activations": sum(_hidden(job, role, rows) for role in roles),
+        "activations": sum(_hidden(job, role, rows) for role in roles)
+        - job.over_vocabulary * kept_hidden(job, rows),
         "logits": chunks * _chunk(job, job.score_chunk, rows * job.width),
-        "weight copies": sum(_head_copy(job, role) for role in roles),
+        "weight copies": sum(_gathered_head(job, role) for role in roles),
     })  # fmt: skip
     return Footprint(given, _busiest(moments))
 
 
+def kept_hidden(job: Job, rows: int) -> float:
+    """The teacher's final hidden states of so many rows, which scoring hands to the update."""
+    assert job.teacher is not None
+    return 1.0 * rows * job.width * job.teacher.hidden_size * job.teacher_itemsize
+
+
 def gradient(job: Job, *, golden: bool = False) -> Footprint:
-    """A micro-batch forward and backward; the sum of gradients comes in and goes out in place."""
+    """A micro-batch forward and backward; the sum of gradients comes in and goes out in place.
+
+    The output matrix is cast once from float32, whose gradient is summed over the chunks in float32.
+    """
     rows = job.golden_rows if golden else job.microbatch_rows
     model, tokens = job.student, rows * job.width
-    beside = ("reference",) * (job.reference is not None and not golden)
-    given = {"master" if job.layout.devices == 1 else "student": _trained(job),
+    one = job.layout.devices == 1
+    given = {"master" if one else "student": _trained(job),
              "gradients": gradients(job), "rows": 16.0 * tokens}  # fmt: skip
+    beside = ("reference",) * (job.reference is not None and not golden)
     for role in beside:
         given[role] = weights(job, role)
+    hidden = 3.0 * _hidden(job, "student", rows)  # as cut into chunks, and the cotangent of it
+    hidden += sum(_hidden(job, role, rows) for role in beside)
+    models = 1 + len(beside)
+    if job.over_vocabulary and not golden:
+        given["teacher"] = head(job)
+        given["rows"] += kept_hidden(job, rows)
+        hidden += kept_hidden(job, rows) * (_padding(job.token_chunk, tokens) > 0)
+        models += 1
     layers = kept(job, rows)
-    matrix = float(account.head_parameters(model) * job.itemsize)
-    casts = matrix * (model.tie_embeddings and job.itemsize != 4 and len(beside) > 0)
-    hidden = sum(_hidden(job, role, rows) for role in ("student", *beside))
-    alive = 2 + len(beside) if job.fused else 2 + 2 * len(beside)
-    copies = sum(_head_copy(job, role) for role in ("student", *beside))
+    matrix = 1.0 * account.head_parameters(model)
+    cast = matrix * job.itemsize * (job.itemsize != 4)
+    if not one:  # made float32 of the compute weights: the embedding too
+        cast += 4.0 * matrix * (1 if model.tie_embeddings else 2) * (job.itemsize != 4)
+    alive = 1 + max(models, 1 + _cut(job, "student")) if job.fused else 2 * models
+    copies = sum(_gathered_head(job, role) for role in ("student", *beside))
     moments = [
         {
-            "activations": layers + hidden + _hidden(job, "student", rows),
+            "activations": layers + hidden,
             "logits": alive * _chunk(job, job.token_chunk, tokens),
-            "weight copies": casts + copies + matrix,
+            "weight copies": cast + copies + 4.0 * matrix,
         },
-        _with(_backward_layer(job, tokens), activations=layers, weight_copies=casts + matrix),
+        _with(_backward_layer(job, tokens), activations=layers, weight_copies=4.0 * matrix),
     ]
     for moment in _passes(job, beside, rows):
-        moments.append(_with(moment, activations=layers, weight_copies=casts))
+        moments.append(_with(moment, activations=layers, weight_copies=cast))
     return Footprint(given, _busiest(moments))
 
 
@@ -229,28 +247,30 @@ def _hidden(job: Job, role: str, rows: int) -> float:
 
 def _chunk(job: Job, chunk: int, tokens: int) -> float:
     """Float32 logits of one chunk of tokens."""
-    if not tokens:
-        return 0.0
-    even = -(-tokens // -(-tokens // chunk))
-    return 4.0 * even * job.vocabulary
+    return 4.0 * _even_chunk(chunk, tokens) * job.vocabulary
 
 
-def _halves(vocabulary: int) -> bool:
-    """Whether the vocabulary has a divisor just below its root.
-
-    XLA sums over it in two steps of like size on a GPU, and pads where there is no such divisor; it
-    then computes log-probs anew for each sum, and else keeps them. As read from compiled programs.
-    """
-    root = math.isqrt(vocabulary)
-    return any(vocabulary % size == 0 for size in range(max(root // 2, 1), root + 1))
+def _even_chunk(chunk: int, tokens: int) -> int:
+    """Tokens of a chunk: even shares, as scoring.map_tokens makes them."""
+    return -(-tokens // -(-tokens // chunk)) if tokens else 0
 
 
-def _head_copy(job: Job, role: str) -> float:
-    """The output matrix cut to the ids that are scored, and made whole where a device has a slice."""
+def _padding(chunk: int, tokens: int) -> int:
+    """Tokens that are added to fill the last chunk."""
+    return -tokens % max(_even_chunk(chunk, tokens), 1)
+
+
+def _cut(job: Job, role: str) -> bool:
+    """Whether a chunk's logits are cut to the ids that are scored."""
+    rows = getattr(job, role).vocab_size
+    return rows != job.vocabulary and not (role == "teacher" and job.renumbered)
+
+
+def _gathered_head(job: Job, role: str) -> float:
+    """The output matrix made whole where a device has a slice of it."""
     model = getattr(job, role)
-    matrix = float(job.vocabulary * model.hidden_size * _itemsize(job, role))
-    cut = model.vocab_size != job.vocabulary and not (role == "teacher" and job.renumbered)
-    return matrix * (cut + (job.layout.sharded(role) > 1))
+    matrix = 1.0 * model.vocab_size * model.hidden_size * _itemsize(job, role)
+    return matrix * (job.layout.sharded(role) > 1)
 
 
 def _passes(job: Job, roles: Sequence[str], rows: int) -> list[dict[str, float]]:
@@ -270,7 +290,7 @@ def _forward_layer(
     """A layer at work, forward: in its MLP, or where queries meet keys in the plain form."""
     tensor = job.layout.tensor
     layer = account.matrix_parameters(model) / model.num_layers * itemsize / tensor
-    stream = 2.0 * tokens * model.hidden_size * itemsize + layer
+    stream = (1.0 if job.fused else 2.0) * tokens * model.hidden_size * itemsize + layer
     mlp = _MLP_FORWARD * tokens * model.intermediate_size * itemsize / tensor
     return {"working": stream + max(mlp, _PLAIN_KEPT * tokens * _scores(job, model, width))}
 

@@ -69,7 +69,7 @@ class Job:
       rollouts: whether any are made.
       steps: of the run.
       layout: of the devices; mesh_fields: what the config's section `mesh` can set of it.
-      scored_top_k: most ids of a token that the scorer takes down.
+      supported: whether scoring takes down a support, and the mass outside it.
     """
 
     student: ModelConfig
@@ -103,7 +103,7 @@ class Job:
     steps: int
     layout: Layout = Layout()
     mesh_fields: tuple[str, ...] = ()
-    scored_top_k: int = 16
+    supported: bool = False
 
     @property
     def width(self) -> int:
@@ -174,7 +174,7 @@ def of_setup(setup: Setup, device: Device, devices: int) -> Job:
         setup.config, setup.terms, device, devices, student=setup.student, teacher=setup.teacher,
         reference=setup.reference if needs else None, vocabulary=setup.alignment.vocabulary,
         teacher_width=setup.teacher_width if setup.separate_prompts else 0,
-        renumbered=setup.alignment.renumbered, problems=len(setup.held_out),
+        renumbered=_renumbered(setup), problems=len(setup.held_out),
     )  # fmt: skip
 
 
@@ -224,8 +224,14 @@ def _job(
         rollouts=terms.needs_rollouts, evaluated=min(rollout.slots or 256, answers),
         steps=config.steps, layout=layout,
         mesh_fields=tuple(config.mesh) if "mesh" in config else (),
-        scored_top_k=max(config.scoring.overlap_top_k, (terms.scored_support or ("", 0))[1]),
+        supported=terms.scored_support is not None,
     )  # fmt: skip
+
+
+def _renumbered(setup: Setup) -> bool:
+    """As load_weights has it: also where the teacher has fewer rows than ids are scored."""
+    rows = setup.teacher.vocab_size if setup.teacher is not None else setup.alignment.vocabulary
+    return setup.alignment.renumbered or rows < setup.alignment.vocabulary
 
 
 def layout_of(config: ConfigDict, devices: int) -> Layout:

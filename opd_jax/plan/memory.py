@@ -42,6 +42,8 @@ def stages(job: Job) -> list[Stage]:
     if job.rollouts:
         decoding = _decoding(job, job.device_slots)
         scored = {"rows": 10.0 * 4 * job.device_batch * job.updates * job.width}
+        if job.over_vocabulary:  # of all micro-batches: they are fetched when all are scored
+            scored["rows"] += footprint.kept_hidden(job, job.device_batch * job.updates)
         found.append(Stage("rollout", _sum(base, live, decoding)))
         found.append(Stage("score", _sum(base, live, scored, footprint.score(job).temporaries)))
     learning = [footprint.gradient(job)] * job.rollouts

@@ -66,6 +66,12 @@ def test_a_reference_is_one_more_pass_with_its_logits_twice():
     assert more[1] - more[0] == pytest.approx((2 * 32 * (240 + 80) + 32 * 4 * 36) / 1000)
 
 
+def test_a_loss_over_the_vocabulary_is_the_teachers_logits_twice():
+    alone, beside = job(), job(over_vocabulary=True)
+    more = [estimate.update(one, DEVICE, FOUR).compute_s for one in (alone, beside)]
+    assert more[1] - more[0] == pytest.approx(2 * 32 * 80 / 1000)
+
+
 def test_gradients_are_reduced_and_weights_gathered_once_a_step():
     two = estimate.update(job(layout=Layout(data=2)), DEVICE, FOUR[:2])
     # Of 316 float32 gradients and 316 weights of 2 bytes, half goes over the link.

@@ -27,25 +27,29 @@ def test_the_token_loop():
 def test_scoring_is_busiest_in_its_logits():
     found = footprint.score(job(score_chunk=16))
     assert found.arguments == {"student": 2 * P, "teacher": 2 * P, "rows": 4 * 16}
-    # Two arrays of logits a model, for 10 = 2 x 5 needs no padding; both models' states of 16
-    # tokens, 4 numbers of 2 bytes.
+    # Logits of each model; both models' states of 16 tokens, 4 numbers of 2 bytes.
     assert found.temporaries == {
         "activations": 2 * 16 * 8,
-        "logits": 2 * 2 * 2 * CHUNK,
+        "logits": 2 * 2 * CHUNK,
         "weight copies": 0,
     }
+    # The mass outside a support is summed with its ids struck out.
+    struck = footprint.score(job(score_chunk=16, supported=True))
+    assert struck.temporaries["logits"] == 3 * 2 * CHUNK
     cut = footprint.score(job(score_chunk=16, vocabulary=9, renumbered=True))
-    # The student's 10 rows are cut to 9, which copies them; the teacher's 9 take the place of none.
-    assert cut.temporaries["weight copies"] == 9 * 4 * 2
+    assert cut.temporaries["logits"] == 2 * 16 * 9 * 4
     assert cut.arguments["teacher"] == 2 * P + 9 * 4 * 2
+    # The states that the update will want are handed out: no temporary.
+    handed = footprint.score(job(score_chunk=16, over_vocabulary=True))
+    assert handed.temporaries["activations"] == 16 * 8
 
 
 @pytest.mark.short
 def test_scoring_may_be_busiest_in_a_layer():
     found = footprint.score(job(score_chunk=1))
-    # The teacher's: one layer's 120 weights, two streams, two MLP widths; the student's states.
+    # The teacher's: one layer's 120 weights, the stream, two MLP widths; the student's states.
     assert found.temporaries == {"activations": 16 * 8,
-                                 "working": 2 * 120 + 2 * 16 * 8 + 2 * 16 * 12}  # fmt: skip
+                                 "working": 2 * 120 + 16 * 8 + 2 * 16 * 12}  # fmt: skip
 
 
 @pytest.mark.short
@@ -55,13 +59,33 @@ def test_the_update():
     assert found.arguments == {
         "master": 4 * P, "gradients": 4 * P, "rows": 16 * 16, "reference": 2 * P,
     }  # fmt: skip
-    # Loss: 2 layers' inputs, states of both and the student's cotangent; three arrays of logits;
-    # the embedding in 16 bits, and the gradient of it as output matrix.
+    # Loss: 2 layers' inputs; the student's states, as cut into chunks, and their cotangent, and the
+    # reference's; three arrays of logits; the embedding in 16 bits and its float32 gradient.
     assert found.temporaries == {
-        "activations": 2 * 16 * 8 + 3 * 16 * 8, "logits": 3 * 2 * CHUNK, "weight copies": 2 * 80,
+        "activations": 2 * 16 * 8 + 4 * 16 * 8, "logits": 3 * 2 * CHUNK,
+        "weight copies": 40 * 2 + 40 * 4,
     }  # fmt: skip
     two = footprint.gradient(job(layout=Layout(data=2), batch=8))
     assert two.arguments["student"] == 2 * P  # compute weights, the masters are elsewhere
+
+
+@pytest.mark.short
+def test_the_update_over_the_vocabulary_has_the_head_and_the_states_of_the_teacher():
+    found = footprint.gradient(job(over_vocabulary=True, token_chunk=16, remat="full"))
+    assert found.arguments == {
+        "master": 4 * P, "gradients": 4 * P, "rows": 16 * 16 + 16 * 8, "teacher": 40 * 2,
+    }  # fmt: skip
+    assert found.temporaries["activations"] == 2 * 16 * 8 + 3 * 16 * 8
+    assert found.temporaries["logits"] == 3 * 2 * CHUNK
+    # 16 tokens as 3 chunks of 6: the teacher's states are padded, which copies them.
+    padded = footprint.gradient(job(over_vocabulary=True, token_chunk=7, remat="full"))
+    assert padded.temporaries["activations"] == 2 * 16 * 8 + 4 * 16 * 8
+    assert padded.temporaries["logits"] == 3 * 4 * 6 * 10
+    # Golden solutions ask no teacher. Logits that are cut to the scored ids are there twice.
+    golden = job(over_vocabulary=True, golden=2, token_chunk=16, remat="full")
+    assert footprint.gradient(golden, golden=True).temporaries["logits"] == 2 * 2 * CHUNK
+    fewer = job(vocabulary=9, token_chunk=16, remat="full")
+    assert footprint.gradient(fewer).temporaries["logits"] == 3 * 16 * 9 * 4
 
 
 @pytest.mark.short

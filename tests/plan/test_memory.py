@@ -58,6 +58,13 @@ def test_rollout_holds_two_copies_of_the_weights_and_the_caches():
     assert plain["unstacked"] == 4 * P
 
 
+def test_scoring_keeps_the_teachers_states_for_the_update():
+    kept, alone = (held("score", job(over_vocabulary=over)) for over in (True, False))
+    assert kept["rows"] - alone["rows"] == 4 * 8 * 8  # 4 rows of 8 tokens, 4 numbers of 2 bytes
+    live = held("update", job(over_vocabulary=True, teacher_follows="live"))
+    assert live["teacher"] == 40 * 2  # a copy of the output matrix; the weights are the state's
+
+
 def test_gradients_of_each_term_lie_beside_one_another():
     three = job(terms=("opd", "reference_kl", "sft"), apart=True)
     assert held("gradients apart", three)["gradients"] == 3 * 4 * P

@@ -128,7 +128,7 @@ def score(job: Job) -> Footprint:
     moments = _passes(job, roles, rows)
     chunks = len(roles) * 3.0  # logits, log-probs, their largest ids
     if job.fused:  # all in one; one more to strike ids out
-        chunks = 1.0 * len(roles) + job.supported
+        chunks = 1.0 * len(roles) + (job.support > 0)
     moments.append({
         "activations": sum(_hidden(job, role, rows) for role in roles)
         - job.over_vocabulary * kept_hidden(job, rows),
@@ -160,6 +160,8 @@ def gradient(job: Job, *, golden: bool = False) -> Footprint:
     hidden = 3.0 * _hidden(job, "student", rows)  # as cut into chunks, and the cotangent of it
     hidden += sum(_hidden(job, role, rows) for role in beside)
     models = 1 + len(beside)
+    if not golden:
+        given["rows"] += 4.0 * tokens * job.support * job.support_arrays
     if job.over_vocabulary and not golden:
         given["teacher"] = head(job)
         given["rows"] += kept_hidden(job, rows)

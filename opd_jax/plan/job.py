@@ -69,7 +69,8 @@ class Job:
       rollouts: whether any are made.
       steps: of the run.
       layout: of the devices; mesh_fields: what the config's section `mesh` can set of it.
-      supported: whether scoring takes down a support, and the mass outside it.
+      support: ids of a token that scoring takes down for the loss, with the mass outside them (0 = none);
+        support_arrays: of as many numbers each that the update takes.
     """
 
     student: ModelConfig
@@ -103,7 +104,8 @@ class Job:
     steps: int
     layout: Layout = Layout()
     mesh_fields: tuple[str, ...] = ()
-    supported: bool = False
+    support: int = 0
+    support_arrays: int = 0
 
     @property
     def width(self) -> int:
@@ -224,8 +226,18 @@ def _job(
         rollouts=terms.needs_rollouts, evaluated=min(rollout.slots or 256, answers),
         steps=config.steps, layout=layout,
         mesh_fields=tuple(config.mesh) if "mesh" in config else (),
-        supported=terms.scored_support is not None,
+        support=_places(terms),
+        # ids, and of a divergence the teacher's log-probs, of a surrogate the sampler's and advantages
+        support_arrays=1 + (terms.divergence_weight != 0) + 2 * terms.on_support,
     )  # fmt: skip
+
+
+def _places(terms: Terms) -> int:
+    """Ids of a token's support: of one model's, or of both models'."""
+    if terms.scored_support is None:
+        return 0
+    name, k = terms.scored_support
+    return k * (2 if name in ("union", "symmetric_difference") else 1)
 
 
 def _renumbered(setup: Setup) -> bool:

@@ -41,7 +41,8 @@ def stages(job: Job) -> list[Stage]:
     found = []
     if job.rollouts:
         decoding = _decoding(job, job.device_slots)
-        scored = {"rows": 10.0 * 4 * job.device_batch * job.updates * job.width}
+        kept = 10 + 3 * job.support  # numbers of a token
+        scored = {"rows": 4.0 * kept * job.device_batch * job.updates * job.width}
         if job.over_vocabulary:  # of all micro-batches: they are fetched when all are scored
             scored["rows"] += footprint.kept_hidden(job, job.device_batch * job.updates)
         found.append(Stage("rollout", _sum(base, live, decoding)))

@@ -1,5 +1,7 @@
 """Bytes of each program by hand, and against programs that are compiled for this machine."""
 
+import dataclasses
+
 import pytest
 
 from configs import stable_opd
@@ -34,7 +36,7 @@ def test_scoring_is_busiest_in_its_logits():
         "weight copies": 0,
     }
     # The mass outside a support is summed with its ids struck out.
-    struck = footprint.score(job(score_chunk=16, supported=True))
+    struck = footprint.score(job(score_chunk=16, support=2))
     assert struck.temporaries["logits"] == 3 * 2 * CHUNK
     cut = footprint.score(job(score_chunk=16, vocabulary=9, renumbered=True))
     assert cut.temporaries["logits"] == 2 * 16 * 9 * 4
@@ -65,6 +67,9 @@ def test_the_update():
         "activations": 2 * 16 * 8 + 4 * 16 * 8, "logits": 3 * 2 * CHUNK,
         "weight copies": 40 * 2 + 40 * 4,
     }  # fmt: skip
+    # Three places a token, of ids and the teacher's log-probs.
+    on_ids = footprint.gradient(job(support=3, support_arrays=2))
+    assert on_ids.arguments["rows"] == 16 * 16 + 16 * 3 * 8
     two = footprint.gradient(job(layout=Layout(data=2), batch=8))
     assert two.arguments["student"] == 2 * P  # compute weights, the masters are elsewhere
 
@@ -78,14 +83,18 @@ def test_the_update_over_the_vocabulary_has_the_head_and_the_states_of_the_teach
     assert found.temporaries["activations"] == 2 * 16 * 8 + 3 * 16 * 8
     assert found.temporaries["logits"] == 3 * 2 * CHUNK
     # 16 tokens as 3 chunks of 6: the teacher's states are padded, which copies them.
-    padded = footprint.gradient(job(over_vocabulary=True, token_chunk=7, remat="full"))
+    tall = dataclasses.replace(MODEL, vocab_size=90)
+    padded = footprint.gradient(
+        job(over_vocabulary=True, student=tall, vocabulary=90, token_chunk=7, remat="full")
+    )
     assert padded.temporaries["activations"] == 2 * 16 * 8 + 4 * 16 * 8
-    assert padded.temporaries["logits"] == 3 * 4 * 6 * 10
-    # Golden solutions ask no teacher. Logits that are cut to the scored ids are there twice.
-    golden = job(over_vocabulary=True, golden=2, token_chunk=16, remat="full")
-    assert footprint.gradient(golden, golden=True).temporaries["logits"] == 2 * 2 * CHUNK
-    fewer = job(vocabulary=9, token_chunk=16, remat="full")
-    assert footprint.gradient(fewer).temporaries["logits"] == 3 * 16 * 9 * 4
+    assert padded.temporaries["logits"] == 3 * 4 * 6 * 90
+    # Golden solutions ask no teacher. Logits that are cut to the scored ids are there once more.
+    golden = job(over_vocabulary=True, golden=2, student=tall, vocabulary=90, token_chunk=16,
+                 remat="full")  # fmt: skip
+    assert footprint.gradient(golden, golden=True).temporaries["logits"] == 2 * 4 * 16 * 90
+    fewer = job(student=tall, vocabulary=80, token_chunk=16, remat="full")
+    assert footprint.gradient(fewer).temporaries["logits"] == 3 * 4 * 16 * 80
 
 
 @pytest.mark.short

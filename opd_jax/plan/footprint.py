@@ -170,8 +170,8 @@ def gradient(job: Job, *, golden: bool = False) -> Footprint:
     layers = kept(job, rows)
     matrix = 1.0 * account.head_parameters(model)
     cast = matrix * job.itemsize * (job.itemsize != 4)
-    if not one:  # made float32 of the compute weights: the embedding too
-        cast += 4.0 * matrix * (1 if model.tie_embeddings else 2) * (job.itemsize != 4)
+    if not one:  # made float32 of the compute weights first
+        cast += 4.0 * matrix * (job.itemsize != 4)
     alive = 1 + max(models, 1 + _cut(job, "student")) if job.fused else 2 * models
     copies = sum(_gathered_head(job, role) for role in ("student", *beside))
     moments = [

@@ -70,8 +70,10 @@ def test_the_update():
     # Three places a token, of ids and the teacher's log-probs.
     on_ids = footprint.gradient(job(support=3, support_arrays=2))
     assert on_ids.arguments["rows"] == 16 * 16 + 16 * 3 * 8
-    two = footprint.gradient(job(layout=Layout(data=2), batch=8))
+    two = footprint.gradient(job(layout=Layout(data=2), batch=8, student=MODEL, token_chunk=16))
     assert two.arguments["student"] == 2 * P  # compute weights, the masters are elsewhere
+    # Whose output matrix is made float32 as well.
+    assert two.temporaries["weight copies"] == 40 * 2 + 2 * 40 * 4
 
 
 @pytest.mark.short

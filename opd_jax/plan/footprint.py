@@ -159,7 +159,7 @@ def gradient(job: Job, *, golden: bool = False) -> Footprint:
         given[role] = weights(job, role)
     hidden = 3.0 * _hidden(job, "student", rows)  # as cut into chunks, and the cotangent of it
     hidden += sum(_hidden(job, role, rows) for role in beside)
-    models = 1 + len(beside)
+    models, copies = 1 + len(beside), 0.0
     if not golden:
         given["rows"] += 4.0 * tokens * job.support * job.support_arrays
     if job.over_vocabulary and not golden:
@@ -167,13 +167,14 @@ def gradient(job: Job, *, golden: bool = False) -> Footprint:
         given["rows"] += kept_hidden(job, rows)
         hidden += kept_hidden(job, rows) * (_padding(job.token_chunk, tokens) > 0)
         models += 1
+        copies += _gathered_head(job, "teacher")
     layers = kept(job, rows)
     matrix = 1.0 * account.head_parameters(model)
     cast = matrix * job.itemsize * (job.itemsize != 4)
     if not one:  # made float32 of the compute weights first
         cast += 4.0 * matrix * (job.itemsize != 4)
     alive = 1 + max(models, 1 + _cut(job, "student")) if job.fused else 2 * models
-    copies = sum(_gathered_head(job, role) for role in ("student", *beside))
+    copies += sum(_gathered_head(job, role) for role in ("student", *beside))
     moments = [
         {
             "activations": layers + hidden,

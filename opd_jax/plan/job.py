@@ -241,7 +241,7 @@ def _places(terms: Terms) -> int:
 
 
 def _renumbered(setup: Setup) -> bool:
-    """As load_weights has it: also where the teacher has fewer rows than ids are scored."""
+    """As the weights are read: also where the teacher has fewer rows than ids are scored."""
     rows = setup.teacher.vocab_size if setup.teacher is not None else setup.alignment.vocabulary
     return setup.alignment.renumbered or rows < setup.alignment.vocabulary
 

@@ -10,6 +10,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
+from opd_jax import processes
 from opd_jax.checkpoint import Checkpoints
 from opd_jax.errors import ConfigError
 
@@ -40,20 +41,22 @@ class Best:
                 f"eval.best={self._metric}, but the held-out problems give only {', '.join(summary)}; set "
                 "--config.eval.best to one of these, or name problems with answers by --config.eval.data"
             )
-        value, kept = summary[self._metric], self.record
+        value, kept = summary[self._metric], processes.from_first(lambda: self.record)
         if math.isnan(value):
             return False
         if kept is not None and (value <= kept["value"] if self._more else value >= kept["value"]):
             return False
         self._folder.mkdir(exist_ok=True)
-        config = (self._workdir / "config.json").read_bytes()
-        (self._folder / "config.json").write_bytes(config)
+        if processes.first():
+            config = (self._workdir / "config.json").read_bytes()
+            (self._folder / "config.json").write_bytes(config)
         with Checkpoints(self._folder, keep=1) as saved:
             saved.delete_after(step - 1)  # of before a rollback, this step's too
             save(saved)
-        record = self._folder / "best.json"
-        whole = record.with_suffix(".tmp")  # the record appears whole, after what it speaks of
-        text = json.dumps({"step": step, "metric": self._metric, "value": value})
-        whole.write_text(text + "\n", encoding="utf-8")
-        whole.replace(record)
+        if processes.first():
+            record = self._folder / "best.json"
+            whole = record.with_suffix(".tmp")  # the record appears whole, after what it speaks of
+            text = json.dumps({"step": step, "metric": self._metric, "value": value})
+            whole.write_text(text + "\n", encoding="utf-8")
+            whole.replace(record)
         return True

@@ -173,7 +173,17 @@ def score(
     Returns host arrays of the shape of `tokens_BT`.
     """
     tokens_BT, length_B = np.asarray(tokens_BT), np.asarray(length_B)
-    measured = []
+    out: Any = None
+
+    def put(part: batching.MicroBatch, scores: Scores) -> None:
+        nonlocal out
+        if out is None:
+            out = jax.tree.map(
+                lambda x: np.zeros((*tokens_BT.shape, *x.shape[2:]), x.dtype), scores
+            )
+        jax.tree.map(partial(batching.scatter, part=part), out, mesh.fetch(scores))
+
+    under_way = []
     for part in batching.split(
         length_B, width=tokens_BT.shape[1], tokens=microbatch_tokens, teacher=teacher_rows,
         replicas=mesh.replicas,
@@ -185,14 +195,11 @@ def score(
             *mesh.rows((tokens, length, other)), scored_V, vocabulary=vocabulary, top_k=top_k,
             token_chunk=token_chunk, support=support, keep_hidden=keep_hidden, mesh=mesh,
         )  # fmt: skip
-        measured.append((part, scores))
-
-    def empty(values: jax.Array) -> np.ndarray:
-        return np.zeros((*tokens_BT.shape, *values.shape[2:]), values.dtype)
-
-    out = jax.tree.map(empty, measured[0][1])
-    for part, scores in measured:  # fetched when all are under way
-        jax.tree.map(partial(batching.scatter, part=part), out, mesh.fetch(scores))
+        under_way.append((part, scores))
+        if len(under_way) > 2:  # the device has work while one is fetched; no more lie on it
+            put(*under_way.pop(0))
+    for part, scores in under_way:
+        put(part, scores)
     return out
 
 

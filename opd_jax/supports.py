@@ -21,13 +21,14 @@ def top_k(logprob_CV: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     if k * size * 4 > vocabulary:  # nothing to be won
         return jax.lax.top_k(logprob_CV, k)
     padded_CV = jnp.pad(logprob_CV, ((0, 0), (0, -vocabulary % size)), constant_values=-jnp.inf)
-    blocks_CMX = padded_CV.reshape(count, -1, size)
-    _, block_CK = jax.lax.top_k(jnp.max(blocks_CMX, axis=-1), k)
+    _, block_CK = jax.lax.top_k(jnp.max(padded_CV.reshape(count, -1, size), axis=-1), k)
     block_CK = jnp.sort(block_CK, axis=-1)  # so that of equal values the smaller id comes first
-    among_CX = jnp.take_along_axis(blocks_CMX, block_CK[:, :, None], axis=1).reshape(count, -1)
+    ids_CX = (block_CK[:, :, None] * size + jnp.arange(size)[None, None]).reshape(count, -1)
+    # Of the array itself: the padded one is then a step of the maxima and nowhere in memory.
+    among_CX = jnp.take_along_axis(logprob_CV, jnp.minimum(ids_CX, vocabulary - 1), axis=-1)
+    among_CX = jnp.where(ids_CX < vocabulary, among_CX, -jnp.inf)
     values_CK, place_CK = jax.lax.top_k(among_CX, k)
-    block_CK = jnp.take_along_axis(block_CK, place_CK // size, axis=-1)
-    return values_CK, block_CK * size + place_CK % size
+    return values_CK, jnp.take_along_axis(ids_CX, place_CK, axis=-1)
 
 
 def shared(ids_CX: jax.Array, others_CX: jax.Array) -> jax.Array:

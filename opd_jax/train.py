@@ -261,9 +261,8 @@ class _Run:
         noted = {"step": step, "guard": guard.to_json(self.guard)}
         record = self.folder / _ROLLBACK
         if processes.first():
-            whole = record.with_suffix(
-                ".tmp"
-            )  # the record appears whole, before anything is touched
+            # The record appears whole, before anything is touched.
+            whole = record.with_suffix(".tmp")
             whole.write_text(json.dumps(noted) + "\n", encoding="utf-8")
             whole.replace(record)
         self.saved.delete_after(step)

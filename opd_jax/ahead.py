@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from opd_jax import losses, rows, scoring
-from opd_jax.mesh import unwrapped
+from opd_jax.placement import unwrapped
 from opd_jax.programs import Program
 from opd_jax.setup import Setup
 from opd_jax.types import GoldenRows, Rollout, RolloutRows, TeacherRows

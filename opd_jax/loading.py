@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from opd_jax import models
-from opd_jax.mesh import unwrapped
 from opd_jax.models import decoder
+from opd_jax.placement import unwrapped
 from opd_jax.setup import Setup, compute_dtype
 
 

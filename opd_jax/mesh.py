@@ -1,4 +1,4 @@
-"""Where arrays lie on the devices of a run: a mesh `data x fsdp x tensor`, and one table of what it divides.
+"""The devices of a run as a mesh `data x fsdp x tensor`: what lies where, and what replicas add up.
 
 Rows are divided over data x fsdp: each such part is a replica, which works on its own rows with its own
 copy of the compute weights and hears nothing of the others. `tensor` divides heads and MLP of every
@@ -11,89 +11,37 @@ On one device nothing of this is said to JAX: functions here hand back what they
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from opd_jax import placement
 from opd_jax.errors import ConfigError
+from opd_jax.placement import (
+    AXES,
+    DATA,
+    DIVIDED,
+    FSDP,
+    REPLICAS,
+    ROLES,
+    TENSOR,
+    Slice,
+    apart_axes,
+    manual_specs,
+    unwrapped,
+)
 from opd_jax.programs import Program
 
 Tree = TypeVar("Tree")
-AXES = DATA, FSDP, TENSOR = ("data", "fsdp", "tensor")
-REPLICAS = (DATA, FSDP)
-ROLES = ("student", "teacher", "reference")
-
-# Logical axis -> mesh axis that divides it in compute weights; the others are whole. The vocabulary is
-# whole: top-k and sampling want all logits of a token in one place.
-_DIVIDED = {"heads": TENSOR, "kv_heads": TENSOR, "mlp": TENSOR}
-# Weight -> its logical axes, behind that of the layers where they are stacked.
-_WEIGHTS = {
-    "embed.embedding": ("vocab", "embed"),
-    "attention_norm.scale": ("embed",),
-    "query.kernel": ("embed", "heads"),
-    "query.bias": ("heads",),
-    "key.kernel": ("embed", "kv_heads"),
-    "key.bias": ("kv_heads",),
-    "value.kernel": ("embed", "kv_heads"),
-    "value.bias": ("kv_heads",),
-    "query_norm.scale": ("head_size",),
-    "key_norm.scale": ("head_size",),
-    "output.kernel": ("heads", "embed"),
-    "mlp_norm.scale": ("embed",),
-    "gate.kernel": ("embed", "mlp"),
-    "up.kernel": ("embed", "mlp"),
-    "down.kernel": ("mlp", "embed"),
-    "norm.scale": ("embed",),
-    "head.kernel": ("vocab", "embed"),
-}
 # What a replica gets of an argument, or makes of a result: its own rows; all of it (of a `Slice` its
 # slice); one of its own, where the array has an entry a replica; such a one of each weight.
 ROWS, WHOLE, APART, SUMS = "rows", "whole", "apart", "sums"
-
-
-class Slice(flax.struct.PyTreeNode):
-    """A compute weight of which each device along `fsdp` holds a slice. A replica gathers it to use it.
-
-    Attributes:
-      value: the whole array, divided; on a replica its slice.
-      axis: that is divided, counted from the last: a layer of stacked weights has the same.
-    """
-
-    value: Any
-    axis: int = flax.struct.field(pytree_node=False)
-
-
-def whole(tree: Any) -> Any:
-    """On a replica: weights to compute with, each gathered where it is a slice."""
-
-    def one(weight: Any) -> jax.Array:
-        if not isinstance(weight, Slice):
-            return weight
-        axis = weight.value.ndim + weight.axis
-        return jax.lax.all_gather(weight.value, FSDP, axis=axis, tiled=True)
-
-    return jax.tree.map(one, tree, is_leaf=_is_slice)
-
-
-def sliced(tree: Any) -> bool:
-    """Whether any of the weights is."""
-    return any(map(_is_slice, jax.tree.leaves(tree, is_leaf=_is_slice)))
-
-
-def unwrapped(tree: Any) -> Any:
-    """The same global arrays in a plain tree, wherever they lie."""
-    return jax.tree.map(lambda w: w.value if _is_slice(w) else w, tree, is_leaf=_is_slice)
-
-
-def _is_slice(leaf: Any) -> bool:
-    return isinstance(leaf, Slice)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +62,7 @@ class Mesh:
     @property
     def replicas(self) -> int:
         """How many parts rows are divided into."""
-        return self._size(DATA) * self._size(FSDP)
+        return self._sizes[DATA] * self._sizes[FSDP]
 
     def rows(self, rows: Tree) -> Tree:
         """Host arrays [B, ...] on the devices, each replica's rows on its own; B divides among them."""
@@ -133,7 +81,7 @@ class Mesh:
             return params
 
         def one(path: tuple, weight: Any) -> Any:
-            axis = self._slice_axis(path, weight.shape)
+            axis = placement.slice_axis(path, weight.shape, self._sizes)
             return weight if axis is None else Slice(weight, axis)
 
         return jax.tree_util.tree_map_with_path(one, params)
@@ -157,7 +105,7 @@ class Mesh:
     def apart(self, params: Any) -> Any:
         """Shardings of one gradient a replica, from the weights'."""
         return self._shardings(
-            params, lambda path, shape: P(_apart(path), *self._weight_spec(path, shape))
+            params, lambda path, shape: P(apart_axes(path), *self._weight_spec(path, shape))
         )
 
     def slots(self, head_axis: int | None = None) -> NamedSharding | None:
@@ -167,7 +115,7 @@ class Mesh:
         if head_axis is None:
             return NamedSharding(self.devices, P(REPLICAS))
         whole = (None,) * (head_axis - 1)
-        return NamedSharding(self.devices, P(REPLICAS, *whole, _DIVIDED["kv_heads"]))
+        return NamedSharding(self.devices, P(REPLICAS, *whole, DIVIDED["kv_heads"]))
 
     def constrain(self, tree: Tree, shardings: Any) -> Tree:
         """Inside a jitted function: the tree, and where it lies."""
@@ -217,7 +165,7 @@ class Mesh:
             asked = []
             for x, kind in zip(args, given, strict=True):
                 if kind in (WHOLE, SUMS):
-                    specs[kind] = _manual_specs(x, apart=kind == SUMS)
+                    specs[kind] = manual_specs(x, apart=kind == SUMS)
                 asked.append(specs[kind])
             results = specs[made] if isinstance(made, str) else tuple(specs[kind] for kind in made)
             return self._apart_from_each_other(own, tuple(asked), results)(*args)
@@ -273,31 +221,20 @@ class Mesh:
 
     def check(self, role: str, model: Any) -> None:
         """Raises ConfigError for a model that does not divide over `tensor`."""
-        size = self._size(TENSOR)
-        if role in self.sharded and size > 1:
-            raise ConfigError(
-                f"mesh.{role}='sharded' with mesh.tensor={size}, wanted one of the two; "
-                f"set --config.mesh.{role}=replicated or --config.mesh.tensor=1"
-            )
-        for name in ("num_heads", "num_kv_heads", "intermediate_size"):
-            if (count := getattr(model, name)) % size:
-                fits = max(n for n in range(1, size + 1) if not _indivisible(model, n))
-                raise ConfigError(
-                    f"mesh.tensor={size} does not divide the {role}'s {name}={count}; "
-                    f"set --config.mesh.tensor={fits}"
-                )
+        placement.check(role, model, self._sizes, sharded=role in self.sharded)
 
     def describe(self) -> str:
         """One line for the start of a run."""
         if self.devices is None:
             return f"devices: one {jax.devices()[0].device_kind}"
-        sizes = " x ".join(f"{name} {self._size(name)}" for name in AXES)
+        sizes = " x ".join(f"{name} {self._sizes[name]}" for name in AXES)
         kind, processes = jax.devices()[0].device_kind, jax.process_count()
         where = f" in {processes} processes" if processes > 1 else ""
         return f"devices: {self.devices.size} {kind}{where}, {sizes}"
 
-    def _size(self, axis: str) -> int:
-        return 1 if self.devices is None else self.devices.shape[axis]
+    @property
+    def _sizes(self) -> Mapping[str, int]:
+        return dict.fromkeys(AXES, 1) if self.devices is None else self.devices.shape
 
     def _apart_from_each_other(self, function: Callable, given: Any, made: Any) -> Callable:
         """`function` under shard_map; only `tensor`, where it divides anything, is left to the compiler."""
@@ -306,7 +243,7 @@ class Mesh:
             mesh=self.devices,
             in_specs=given,
             out_specs=made,
-            axis_names=set(REPLICAS if self._size(TENSOR) > 1 else AXES),
+            axis_names=set(REPLICAS if self._sizes[TENSOR] > 1 else AXES),
             check_vma=False,
         )
 
@@ -319,39 +256,11 @@ class Mesh:
         )
 
     def _weight_spec(self, path: tuple, shape: tuple[int, ...]) -> P:
-        logical = _WEIGHTS.get(_name(path), ())
-        axes: list = [None] * (len(shape) - len(logical))
-        divided = _DIVIDED if self._size(TENSOR) > 1 else {}
-        axes += [divided.get(name) for name in logical]
-        if _in_slice(path) and (axis := self._slice_axis(path, shape)) is not None:
-            axes[axis] = FSDP
-        return P(*axes)
-
-    def _slice_axis(self, path: tuple, shape: tuple[int, ...]) -> int | None:
-        """Which axis of a matrix `fsdp` divides, counted from the last; None for a vector."""
-        logical = _WEIGHTS.get(_name(path), ())
-        if len(logical) < 2 or self._size(FSDP) == 1:
-            return None
-        first = divided_dimension([None] * len(logical), shape[-len(logical) :], self._size(FSDP))
-        return None if first is None else first - len(logical)
+        return placement.weight_spec(path, shape, self._sizes)
 
     def _master_spec(self, path: tuple, shape: tuple[int, ...]) -> P:
-        """As the compute weight, and its first whole dimension that divides is divided among replicas.
-
-        Where the student's weights are slices, `fsdp` divides the masters as it does them, and only
-        `data` is left to divide another dimension.
-        """
-        axes: list = list(self._weight_spec(path, shape))
-        if _name(path) not in _WEIGHTS:
-            return P(*axes)
-        among: tuple[str, ...] = REPLICAS
-        slice_axis = self._slice_axis(path, shape) if "student" in self.sharded else None
-        if slice_axis is not None:
-            axes[slice_axis], among = FSDP, (DATA,)
-        divided = divided_dimension(axes, shape, math.prod(map(self._size, among)))
-        if divided is not None:
-            axes[divided] = among
-        return P(*axes)
+        sharded = "student" in self.sharded
+        return placement.master_spec(path, shape, self._sizes, sharded=sharded)
 
 
 ONE = Mesh()
@@ -384,54 +293,6 @@ def make_mesh(section: Any, devices: Sequence[jax.Device] | None = None) -> Mesh
     return Mesh(jax.make_mesh(shape, AXES, axis_types=types, devices=devices), sharded)
 
 
-def divided_dimension(axes: Sequence, shape: Sequence[int], count: int) -> int | None:
-    """The first dimension without a mesh axis that divides among `count`."""
-    whole = (i for i, axis in enumerate(axes) if axis is None and shape[i] % count == 0)
-    return next(whole, None)
-
-
-def _indivisible(model: Any, size: int) -> bool:
-    names = ("num_heads", "num_kv_heads", "intermediate_size")
-    return any(getattr(model, name) % size for name in names)
-
-
-def _name(path: tuple) -> str:
-    """`query.kernel` of a key path into params, an optimiser's state, or unstacked layers."""
-    names: list[str] = []
-    for key in reversed(path[:-1] if _in_slice(path) else path):
-        if not isinstance(key, jax.tree_util.DictKey) or key.key == "layers":
-            break
-        names.insert(0, str(key.key))
-    return ".".join(names)
-
-
-def _in_slice(path: tuple) -> bool:
-    return path[-1:] == (jax.tree_util.GetAttrKey("value"),)
-
-
-def _apart(path: tuple) -> tuple[str, ...]:
-    """The axes along which gradients of a weight are kept apart: those of slices are summed along `fsdp`."""
-    return (DATA,) if _in_slice(path) else REPLICAS
-
-
-def _manual_specs(tree: Any, *, apart: bool) -> Any:
-    """For shard_map, of its own axes alone: what a replica gets of weights, or of one gradient a replica."""
-
-    def one(path: tuple, leaf: Any, axis: int | None = None) -> P:
-        axes: list = [None] * (leaf.ndim - apart)
-        if axis is not None:
-            axes[axis] = FSDP
-        return P(*([_apart(path)] * apart), *axes)
-
-    def weight(path: tuple, leaf: Any) -> Any:
-        if not _is_slice(leaf):
-            return one(path, leaf)
-        key = jax.tree_util.GetAttrKey("value")
-        return leaf.replace(value=one((*path, key), leaf.value, leaf.axis))
-
-    return jax.tree_util.tree_map_with_path(weight, tree, is_leaf=_is_slice)
-
-
 def _first(tree: Tree) -> Tree:
     return jax.tree.map(lambda x: x[0], tree)
 
@@ -451,7 +312,7 @@ def _zeros_like(params: Any, *, mesh: Mesh) -> Any:
         return jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), params)
 
     def one(path: tuple, weight: Any) -> jax.Array:
-        apart = math.prod(map(mesh._size, _apart(path)))
+        apart = math.prod(map(mesh._sizes.__getitem__, apart_axes(path)))
         return jnp.zeros((apart, *weight.shape), jnp.float32)
 
     return mesh.constrain(jax.tree_util.tree_map_with_path(one, params), mesh.apart(params))
@@ -463,7 +324,7 @@ def _summed(apart: Any, *, mesh: Mesh) -> Any:
     masters = jax.tree.map(lambda sharding: sharding.spec, mesh.masters(unwrapped(params)))
 
     def add(apart: Any) -> Any:
-        kept = jax.tree_util.tree_map_with_path(lambda path, _: _Axes(_apart(path)), params)
+        kept = jax.tree_util.tree_map_with_path(lambda path, _: _Axes(apart_axes(path)), params)
         return jax.tree.map(
             lambda gradient, axes, spec: _scattered(gradient[0], axes.names, spec),
             unwrapped(apart), unwrapped(kept), masters,

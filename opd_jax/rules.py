@@ -15,8 +15,8 @@ from opd_jax.config import default, flatten, near
 from opd_jax.errors import ConfigError
 from opd_jax.eval.answer import FALLBACKS
 from opd_jax.losses import AGGREGATIONS, DIRECTIONS, ESTIMATORS, FORMS, SUPPORT_WEIGHTS
-from opd_jax.mesh import ROLES
 from opd_jax.models.remat import POLICIES
+from opd_jax.placement import ROLES
 from opd_jax.repetition import RULES
 from opd_jax.supports import SUPPORTS
 

@@ -10,7 +10,7 @@ ROOT = pathlib.Path(opd_jax.__file__).parent
 LAYER = {
     "errors": 0, "masked": 0, "programs": 0, "keys": 0, "types": 0, "display": 0, "clock": 0,
     "eval.boxed": 0, "eval.statistics": 0, "eval.protocol": 0, "supports": 1,
-    "mesh": 1, "processes": 1, "profiling": 0, "trace": 1,
+    "placement": 1, "mesh": 2, "processes": 1, "profiling": 0, "trace": 1,
     "shapes": 1, "batching": 1, "repetition": 1, "right_wrong": 1, "eval.answer": 1,
     "eval.answer_file": 1, "eval.grading_worker": 2,
     "guard": 2, "losses": 2, "models": 2, "data": 2, "checkpoint": 2, "eval.grade": 2,

@@ -4,13 +4,14 @@ import os
 import pathlib
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import pytest
 from ml_collections import ConfigDict
 
 from opd_jax import config as configuration
-from opd_jax import mesh, rules
+from opd_jax import mesh, placement, rules
 from opd_jax.errors import ConfigError
 from tests.conftest import tiny_config
 
@@ -73,24 +74,23 @@ def test_one_device_is_no_mesh():
 
 
 @pytest.mark.short
-def test_heads_that_do_not_divide_are_refused(monkeypatch):
-    devices = mesh.Mesh()
-    monkeypatch.setattr(mesh.Mesh, "_size", lambda self, axis: 4 if axis == "tensor" else 1)
-    devices.check("student", tiny_config(num_heads=4, num_kv_heads=4, intermediate_size=48))
+def test_heads_that_do_not_divide_are_refused():
+    sizes = {"data": 1, "fsdp": 1, "tensor": 4}
+    check = partial(placement.check, sizes=sizes, sharded=False)
+    check("student", tiny_config(num_heads=4, num_kv_heads=4, intermediate_size=48))
     says = r"mesh.tensor=4 does not divide the student's num_kv_heads=2; set --config.mesh.tensor=2"
     with pytest.raises(ConfigError, match=says):
-        devices.check("student", tiny_config(num_kv_heads=2))
+        check("student", tiny_config(num_kv_heads=2))
     with pytest.raises(ConfigError, match=r"teacher's num_heads=6; set --config.mesh.tensor=2"):
-        devices.check("teacher", tiny_config(num_heads=6, num_kv_heads=2))
+        check("teacher", tiny_config(num_heads=6, num_kv_heads=2))
 
 
 @pytest.mark.short
-def test_slices_and_tensor_do_not_go_together(monkeypatch):
-    devices = mesh.Mesh(sharded=("teacher",))
-    monkeypatch.setattr(mesh.Mesh, "_size", lambda self, axis: 2)
-    devices.check("student", tiny_config())
+def test_slices_and_tensor_do_not_go_together():
+    sizes = {"data": 1, "fsdp": 2, "tensor": 2}
+    placement.check("student", tiny_config(), sizes, sharded=False)
     with pytest.raises(ConfigError, match=r"mesh.teacher='sharded' with mesh.tensor=2, wanted one"):
-        devices.check("teacher", tiny_config())
+        placement.check("teacher", tiny_config(), sizes, sharded=True)
 
 
 @pytest.mark.short

@@ -9,6 +9,8 @@ from contextvars import ContextVar
 import jax
 import jax.numpy as jnp
 
+from opd_jax.placement import over_heads
+
 # What programs are compiled for, where that is not what this process runs on (plan/real.py).
 BACKEND: ContextVar[str | None] = ContextVar("backend", default=None)
 
@@ -22,18 +24,19 @@ def attend_causal(
     fused kernel skip it.
     """
     if fused(query_BTNH.dtype):
-        return jax.nn.dot_product_attention(
-            query_BTNH,
-            key_BTKH,
-            value_BTKH,
-            is_causal=True,
-            query_seq_lengths=length_B,
-            key_value_seq_lengths=length_B,
-            implementation="cudnn",
-        )
+        return over_heads(_one_kernel)(query_BTNH, key_BTKH, value_BTKH, length_B)
     return jax.nn.dot_product_attention(
         query_BTNH, key_BTKH, value_BTKH, is_causal=True, implementation="xla"
     )
+
+
+def _one_kernel(
+    query_BTNH: jax.Array, key_BTKH: jax.Array, value_BTKH: jax.Array, length_B: jax.Array
+) -> jax.Array:
+    return jax.nn.dot_product_attention(
+        query_BTNH, key_BTKH, value_BTKH, is_causal=True, query_seq_lengths=length_B,
+        key_value_seq_lengths=length_B, implementation="cudnn",
+    )  # fmt: skip
 
 
 def fused(dtype: jnp.dtype) -> bool:

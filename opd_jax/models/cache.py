@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from opd_jax.models import attention
 from opd_jax.models.architecture import ModelConfig
+from opd_jax.placement import over_heads
 
 Cache = tuple[tuple[jax.Array, jax.Array], ...]  # blocks of keys and values
 BLOCK = 128  # positions of a block of the plain form, at least
@@ -102,15 +103,18 @@ def attend(query_BNH: jax.Array, cache: Cache, length_B: jax.Array) -> jax.Array
     ((keys, values),) = cache
     kv_heads = keys.shape[2]
     grouped_BGKH = query_BNH.reshape(batch, kv_heads, heads // kv_heads, size).swapaxes(1, 2)
-    attended_BGKH = jax.nn.dot_product_attention(
-        grouped_BGKH,  # the group in the place of time: rows of one key head
-        keys,
-        values,
-        query_seq_lengths=jnp.full_like(length_B, heads // kv_heads),
-        key_value_seq_lengths=length_B,
-        implementation="cudnn",
-    )
+    attended_BGKH = over_heads(_one_kernel)(grouped_BGKH, keys, values, length_B)
     return attended_BGKH.swapaxes(1, 2).reshape(batch, heads, size)
+
+
+def _one_kernel(
+    query_BGKH: jax.Array, keys_BSKH: jax.Array, values_BSKH: jax.Array, length_B: jax.Array
+) -> jax.Array:
+    """The group in the place of time: rows of one key head."""
+    return jax.nn.dot_product_attention(
+        query_BGKH, keys_BSKH, values_BSKH, implementation="cudnn", key_value_seq_lengths=length_B,
+        query_seq_lengths=jnp.full_like(length_B, query_BGKH.shape[1]),
+    )  # fmt: skip
 
 
 def _attend_blocks(query_BNH: jax.Array, cache: Cache, length_B: jax.Array) -> jax.Array:

@@ -17,12 +17,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from opd_jax.mesh import sliced, whole
 from opd_jax.models import cache, rope, summing
 from opd_jax.models.architecture import ModelConfig
 from opd_jax.models.attention import attend_causal
 from opd_jax.models.cache import Cache
 from opd_jax.models.remat import checkpointed
+from opd_jax.placement import sliced, whole
 from opd_jax.types import Array
 
 Params = dict[str, Any]

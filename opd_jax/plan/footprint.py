@@ -96,7 +96,7 @@ def decode(job: Job, slots: int) -> Footprint:
         working += 4.0 * slots * model.num_heads * block / tensor
     return Footprint(
         {"unstacked": parameters(model, tensor) * job.itemsize, "caches": caches(job, slots)},
-        {"logits": logits * (1.0 if job.fused else 2.0), "working": working},
+        {"logits": logits * (1.0 + job.nucleus), "working": working},  # and their probabilities
     )
 
 
@@ -186,6 +186,19 @@ def gradient(job: Job, *, golden: bool = False) -> Footprint:
     for moment in _passes(job, beside, rows):
         moments.append(_with(moment, activations=layers, weight_copies=cast))
     return Footprint(given, _busiest(moments))
+
+
+def compute_weights(job: Job) -> Footprint:
+    """The student's compute weights from its masters: the largest cast weight, before it is gathered."""
+    c = job.student
+    layers = c.num_layers * c.hidden_size * c.intermediate_size / job.layout.tensor
+    largest = max(layers, account.head_parameters(c)) * job.itemsize / job.layout.rows
+    return Footprint({"master": master(job)}, {"weight copies": largest * (job.itemsize != 4)})
+
+
+def gradient_sum(job: Job) -> Footprint:
+    """The replicas' sums of gradients into one, divided as the masters are."""
+    return Footprint({"gradients": gradients(job)}, {})
 
 
 def optimizer(job: Job) -> Footprint:

@@ -6,7 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from opd_jax import models, rules
+from opd_jax import models, placement, rules
 from opd_jax.devices import Device
 from opd_jax.errors import ConfigError, ModelError
 from opd_jax.models import ModelConfig, published
@@ -36,6 +36,11 @@ class Layout:
         return self.data * self.fsdp * self.tensor
 
     @property
+    def sizes(self) -> placement.Sizes:
+        """Devices along each axis."""
+        return {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+
+    @property
     def rows(self) -> int:
         """Devices that rows are divided over."""
         return self.data * self.fsdp
@@ -60,6 +65,7 @@ class Job:
       vocabulary: ids that are scored; fewer than a model's rows make a copy of its output matrix.
       batch, golden: rollouts a step, golden rows an update (0 = none); updates: optimizer steps a step.
       prompt, response: their budgets; teacher_width: of the teacher's own rows, 0 where it has none.
+      nucleus: whether tokens are drawn from the likeliest that have a mass (`rollout.top_p` < 1).
       slots, microbatch_tokens, token_chunk, score_chunk, remat: as in the config, slots resolved.
         A device's share of micro-batches is `microbatch_tokens`, whatever the layout.
       over_vocabulary: whether the update takes the teacher's output matrix and the hidden states that
@@ -68,7 +74,7 @@ class Job:
       evaluated: rows that an evaluation decodes at one time.
       rollouts: whether any are made.
       steps: of the run.
-      layout: of the devices; mesh_fields: what the config's section `mesh` can set of it.
+      layout: of the devices.
       support: ids of a token that scoring takes down for the loss, with the mass outside them (0 = none);
         support_arrays: of as many numbers each that the update takes.
     """
@@ -103,7 +109,7 @@ class Job:
     evaluated: int
     steps: int
     layout: Layout = Layout()
-    mesh_fields: tuple[str, ...] = ()
+    nucleus: bool = False
     support: int = 0
     support_arrays: int = 0
 
@@ -196,6 +202,9 @@ def _job(
 ) -> Job:
     rollout, optim = config.rollout, config.optim
     layout = layout_of(config, devices)
+    for role, model in (("student", student), ("teacher", teacher), ("reference", reference)):
+        if model is not None:
+            placement.check(role, model, layout.sizes, sharded=layout.sharded(role) > 1)
     itemsize = _itemsize(config.student.dtype, device)
     batch = rollout.prompts_per_step * rollout.samples_per_prompt
     answers = problems * config.eval.samples
@@ -219,13 +228,13 @@ def _job(
         golden=rollout.prompts_per_step // optim.updates_per_rollout if terms.needs_golden else 0,
         updates=optim.updates_per_rollout, prompt=rollout.max_prompt_tokens,
         response=rollout.max_response_tokens, teacher_width=teacher_width,
-        slots=min(rollout.slots or batch, batch), microbatch_tokens=optim.microbatch_tokens,
+        slots=min(rollout.slots or batch, batch), nucleus=rollout.top_p < 1,
+        microbatch_tokens=optim.microbatch_tokens,
         token_chunk=optim.token_chunk, score_chunk=config.scoring.token_chunk, remat=optim.remat,
         over_vocabulary=terms.over_vocabulary,
         terms=terms.names, apart=bool(config.log.gradients) and len(terms.names) > 1,
         rollouts=terms.needs_rollouts, evaluated=min(rollout.slots or 256, answers),
         steps=config.steps, layout=layout,
-        mesh_fields=tuple(config.mesh) if "mesh" in config else (),
         support=_places(terms),
         # ids, and of a divergence the teacher's log-probs, of a surrogate the sampler's and advantages
         support_arrays=1 + (terms.divergence_weight != 0) + 2 * terms.on_support,
@@ -247,12 +256,10 @@ def _renumbered(setup: Setup) -> bool:
 
 
 def layout_of(config: ConfigDict, devices: int) -> Layout:
-    """The config's mesh on so many devices; where it says nothing, all of them are `data`.
+    """The config's mesh on so many devices.
 
     Raises ConfigError: axes that do not multiply to the number of devices.
     """
-    if "mesh" not in config:
-        return Layout(data=devices)
     section = config.mesh
     inner = section.fsdp * section.tensor
     data = section.data if section.data > 0 else max(devices // inner, 1)
@@ -262,7 +269,7 @@ def layout_of(config: ConfigDict, devices: int) -> Layout:
             f"not the number of devices, {devices}; set --config.mesh.data=-1 and fsdp x tensor to "
             f"a divisor of {devices}"
         )
-    roles = {role: section[role] for role in ("student", "teacher", "reference") if role in section}
+    roles = {role: section[role] for role in placement.ROLES}
     return Layout(data, section.fsdp, section.tensor, **roles)
 
 

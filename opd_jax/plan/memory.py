@@ -4,13 +4,14 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from opd_jax import account
+from opd_jax import account, placement
 from opd_jax.devices import GIB, Device, memory_fraction, whole_host_bytes
 from opd_jax.errors import PlanError
 from opd_jax.plan import footprint
 from opd_jax.plan.footprint import Footprint
 from opd_jax.plan.job import Job, Layout
 
+_SCORED_AHEAD = 3  # micro-batches whose scores are on the device at one time (scoring.score)
 _SLOTTED = ("rollout", "evaluate")  # stages that slots take part in; the others have micro-batches
 KINDS = ("student", "unstacked", "master", "optimizer", "average", "gradients", "teacher",
          "reference", "caches", "rows", "activations", "working", "logits", "weight copies")  # fmt: skip
@@ -42,9 +43,10 @@ def stages(job: Job) -> list[Stage]:
     if job.rollouts:
         decoding = _decoding(job, job.device_slots)
         kept = 10 + 3 * job.support  # numbers of a token
-        scored = {"rows": 4.0 * kept * job.device_batch * job.updates * job.width}
-        if job.over_vocabulary:  # of all micro-batches: they are fetched when all are scored
-            scored["rows"] += footprint.kept_hidden(job, job.device_batch * job.updates)
+        rows = min(_SCORED_AHEAD * job.microbatch_rows, job.device_batch * job.updates)
+        scored = {"rows": 4.0 * kept * rows * job.width}
+        if job.over_vocabulary:
+            scored["rows"] += footprint.kept_hidden(job, rows)
         found.append(Stage("rollout", _sum(base, live, decoding)))
         found.append(Stage("score", _sum(base, live, scored, footprint.score(job).temporaries)))
     learning = [footprint.gradient(job)] * job.rollouts
@@ -53,8 +55,8 @@ def stages(job: Job) -> list[Stage]:
     beside = {}
     if job.over_vocabulary and job.teacher_follows != "frozen":
         beside["teacher"] = footprint.head(job)  # a copy: the state's own is donated
-    rows = {"rows": busiest.arguments["rows"]}
-    update = _sum(base, trained, gradients, beside, rows, busiest.temporaries)
+    given = {"rows": busiest.arguments["rows"]}
+    update = _sum(base, trained, gradients, beside, given, busiest.temporaries)
     found.append(Stage("update", update))
     if job.apart:  # the finished ones of the other terms lie beside
         finished = {"gradients": (len(job.terms) - 1) * _finished(job)}
@@ -221,32 +223,24 @@ def _changes(job: Job) -> list[tuple[dict[str, Any], Job]]:
             {"optim.token_chunk": 512, "scoring.token_chunk": 512}, token_chunk=512, score_chunk=512
         )
     also({"optim.remat": "full"}, remat="full")
-    layout = job.layout
-    if "tensor" in job.mesh_fields:
-        for tensor in (2, 4, 8):
-            if tensor > layout.tensor and layout.devices % tensor == 0 and _divides(job, tensor):
-                inner = Layout(data=layout.devices // tensor, tensor=tensor)
-                also({"mesh.data": -1, "mesh.fsdp": 1, "mesh.tensor": tensor}, layout=inner)
-    roles = [
-        r for r in ("teacher", "reference", "student") if r in job.mesh_fields and getattr(job, r)
-    ]
-    for count in range(1, len(roles) + 1):
-        over = dict.fromkeys(roles[:count], "sharded")
-        inner = dataclasses.replace(Layout(fsdp=layout.devices), **over)  # type: ignore[arg-type]
-        axes = {"mesh.data": 1, "mesh.fsdp": layout.devices, "mesh.tensor": 1}
-        if layout.devices > 1:
-            also(axes | {f"mesh.{role}": "sharded" for role in over}, layout=inner)
+    count = job.layout.devices
+    if count == 1:
+        return found
+    roles = [role for role in ("teacher", "reference", "student") if getattr(job, role)]
+    axes = {"mesh.data": 1, "mesh.fsdp": count, "mesh.tensor": 1}
+    for some in range(1, len(roles) + 1):
+        over: dict[str, Any] = dict.fromkeys(roles[:some], "sharded")
+        inner = dataclasses.replace(Layout(fsdp=count), **over)
+        also(axes | {f"mesh.{role}": "sharded" for role in over}, layout=inner)
+    whole = {f"mesh.{role}": "replicated" for role in roles}
+    for tensor in (2, 4, 8):
+        if count % tensor == 0 and all(placement.divides(getattr(job, r), tensor) for r in roles):
+            inner = Layout(data=count // tensor, tensor=tensor)
+            also(
+                axes | whole | {"mesh.data": -1, "mesh.fsdp": 1, "mesh.tensor": tensor},
+                layout=inner,
+            )
     return found
-
-
-def _divides(job: Job, tensor: int) -> bool:
-    """Whether heads and MLP of every model divide over so many devices."""
-    models = [model for model in (job.student, job.teacher, job.reference) if model is not None]
-    return all(
-        count % tensor == 0
-        for model in models
-        for count in (model.num_heads, model.num_kv_heads, model.intermediate_size)
-    )
 
 
 def _decoding(job: Job, slots: int) -> dict[str, float]:

@@ -106,6 +106,9 @@ def to_json(plan: Plan) -> dict[str, Any]:
 def programs(job: Job) -> dict[str, footprint.Footprint]:
     """Planned bytes of the widest program of each kind, by what its name begins with."""
     found = {"optimizer": footprint.optimizer(job)}
+    if job.layout.devices > 1:
+        found["compute weights"] = footprint.compute_weights(job)
+        found["sum of gradients"] = footprint.gradient_sum(job)
     if job.rollouts:
         found["prefill"] = footprint.prefill(job, job.device_slots)
         found["decode"] = footprint.decode(job, job.device_slots)

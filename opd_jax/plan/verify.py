@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from opd_jax.devices import Device
 from opd_jax.errors import ConfigError
 from opd_jax.mesh import ONE, make_mesh
-from opd_jax.plan import real, report
+from opd_jax.plan import links, real, report
 from opd_jax.plan.job import Job
 from opd_jax.programs import Program
 
@@ -21,13 +21,17 @@ MIB = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A program: planned and compiled bytes of its arguments and temporaries, seconds to compile."""
+    """A program: planned and compiled bytes of its arguments and temporaries, seconds to compile.
+
+    `sent`: bytes that a device sends to others in one run (links.py).
+    """
 
     program: str
     planned_arguments: float
     arguments: float
     planned_temporaries: float
     temporaries: float
+    sent: float
     seconds: float
 
 
@@ -74,7 +78,9 @@ def compare(config: ConfigDict, job: Job, device: Device, target: pathlib.Path) 
         assert found is not None
         yield Row(
             program.name, planned[kind].argument_bytes, found.argument_size_in_bytes,
-            planned[kind].temporary_bytes, found.temp_size_in_bytes, time.perf_counter() - began,
+            planned[kind].temporary_bytes, found.temp_size_in_bytes,
+            links.sent_bytes(compiled.as_text() or "", count) if count > 1 else 0.0,
+            time.perf_counter() - began,
         )  # fmt: skip
 
 
@@ -91,17 +97,19 @@ def widest(programs: Sequence[Program], kinds: dict) -> dict[str, Program]:
 def table(rows: Iterator[Row]) -> str:
     """Markdown: a program a line."""
     out = [
-        "| program | arguments MiB planned | compiled | | temporaries MiB planned | compiled | |",
-        "|---|---|---|---|---|---|---|",
+        "| program | arguments MiB planned | compiled | off | temporaries MiB planned | compiled | off "
+        "| sent MiB |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         out.append(
             f"| {row.program} | {row.planned_arguments / MIB:,.1f} | {row.arguments / MIB:,.1f} | "
             f"{_off(row.planned_arguments, row.arguments)} | {row.planned_temporaries / MIB:,.1f} | "
-            f"{row.temporaries / MIB:,.1f} | {_off(row.planned_temporaries, row.temporaries)} |"
+            f"{row.temporaries / MIB:,.1f} | {_off(row.planned_temporaries, row.temporaries)} | "
+            f"{row.sent / MIB:,.1f} |"
         )
     return "\n".join(out)
 
 
 def _off(planned: float, compiled: float) -> str:
-    return f"{100 * (planned / compiled - 1):+.1f} %" if compiled else "-"
+    return f"{100 * (planned / compiled - 1):+.1f} %" if planned and compiled else "-"

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opd_jax.mesh import ONE, ROWS, WHOLE, Mesh, unwrapped
+from opd_jax.mesh import ONE, ROWS, WHOLE, Mesh
 from opd_jax.models import cache, decoder
 from opd_jax.models.architecture import ModelConfig
+from opd_jax.placement import unwrapped
 from opd_jax.rollout.sampling import sample
 from opd_jax.types import Outcome
 

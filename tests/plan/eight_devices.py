@@ -7,8 +7,9 @@ import pytest
 
 from configs import stable_opd
 from opd_jax import ahead, devices, train
-from opd_jax.mesh import ROLES, make_mesh
-from opd_jax.plan import real, report, verify
+from opd_jax.mesh import make_mesh
+from opd_jax.placement import ROLES
+from opd_jax.plan import footprint, links, real, report, verify
 from opd_jax.plan.job import of_config, of_setup
 from opd_jax.programs import Program
 from opd_jax.setup import make_setup
@@ -66,3 +67,20 @@ def test_planned_bytes_are_those_of_compiled_programs(mesh):
         arguments, temporaries = found.argument_size_in_bytes, found.temp_size_in_bytes
         assert planned[kind].argument_bytes == pytest.approx(arguments, rel=0.05), kind
         assert planned[kind].temporary_bytes == pytest.approx(temporaries, rel=0.2), kind
+
+
+@pytest.mark.parametrize("count", [2, 8])
+def test_what_a_step_sends_is_a_reduction_of_gradients_and_new_weights(count):
+    config = stable_opd.get_config("tiny")
+    given = of_config(config, devices.find("cpu"), count)
+    mesh = make_mesh(config.mesh, jax.devices()[:count])
+    sent = {
+        program.name: links.sent_bytes(real.compile_for(program, None).as_text(), count)
+        for program in real.programs(config, given, mesh)
+        if "64 x 50" in program.name or program.name.startswith(("sum of", "compute"))
+    }
+    whole = 4 * footprint.parameters(given.student, 1) * (count - 1) / count
+    assert sent.pop("sum of gradients") == pytest.approx(whole, rel=0.01)
+    assert sent.pop("compute weights") == pytest.approx(whole, rel=0.01)
+    assert set(sent) == {"score 64 x 50", "gradient on rollouts 64 x 50"}
+    assert not any(sent.values())

@@ -21,8 +21,20 @@ def test_the_token_loop():
     assert found.arguments == {"unstacked": 2 * P, "caches": 4 * 8 * (16 + 8)}
     assert found.temporaries == {"logits": 4 * 10 * 4, "working": 4 * 6 * 2}
     plain = footprint.decode(job(itemsize=4, fused=False), 4)
-    # Logits twice; the MLP, and scores of 2 heads against a block, here the whole row of 8.
-    assert plain.temporaries == {"logits": 2 * 160, "working": 4 * 6 * 4 + 4 * 4 * 2 * 8}
+    # The MLP, and scores of 2 heads against a block, here the whole row of 8.
+    assert plain.temporaries == {"logits": 160, "working": 4 * 6 * 4 + 4 * 4 * 2 * 8}
+    # A nucleus is found among the probabilities.
+    assert footprint.decode(job(nucleus=True), 4).temporaries["logits"] == 2 * 160
+
+
+@pytest.mark.short
+def test_what_several_devices_add():
+    four = job(layout=Layout(data=2, fsdp=2))
+    found = footprint.compute_weights(four)
+    # The largest cast weight: 2 layers of 4 x 6 are more than the embedding of 10 x 4.
+    assert found.arguments == {"master": 4 * P / 4}
+    assert found.temporaries == {"weight copies": 48 * 2 / 4}
+    assert footprint.gradient_sum(four).arguments == {"gradients": 4 * P}
 
 
 @pytest.mark.short

@@ -143,13 +143,17 @@ def test_a_mesh_that_divides_weights_is_offered_where_there_is_one():
     heads = dataclasses.replace(MODEL, num_kv_heads=2)
     four = job(layout=Layout(data=4), student=heads, teacher=heads, reference=heads)
     little = max(s.total for s in memory.stages(dataclasses.replace(four, slots=4))) - 600
-    assert memory.remedy(memory.plan(four, DEVICE, usable=little)).startswith("take more")
-    tensor = dataclasses.replace(four, mesh_fields=("data", "fsdp", "tensor"))
-    assert "--config.mesh.tensor=2" in memory.remedy(memory.plan(tensor, DEVICE, usable=little))
-    roles = dataclasses.replace(four, mesh_fields=("data", "fsdp", "teacher", "reference"))
-    flags = memory.remedy(memory.plan(roles, DEVICE, usable=little))
+    flags = memory.remedy(memory.plan(four, DEVICE, usable=little))
     assert "--config.mesh.fsdp=4" in flags
     assert "--config.mesh.teacher=sharded" in flags
+    # Rollouts take the student whole all the same, unless `tensor` divides it.
+    student = dataclasses.replace(
+        MODEL, num_heads=4, num_kv_heads=4, hidden_size=64, intermediate_size=96
+    )
+    large = dataclasses.replace(four, student=student, teacher=student, reference=student)
+    flags = memory.remedy(memory.plan(large, DEVICE, usable=300_000))
+    assert "--config.mesh.tensor=4" in flags
+    assert "--config.mesh.student=replicated" in flags
 
 
 def test_a_gpu_has_its_share_for_arrays(monkeypatch):

@@ -69,9 +69,10 @@ def whole(tree: Any) -> Any:
 
 
 def over_heads(function: Callable) -> Callable:
-    """`function(query, key, value [B, T, heads, H], length [B])`, each device along `tensor` with its heads.
+    """`function(query, key, value, length [B])`, of each device along `tensor` with its own heads.
 
-    Says what the compiler would have to find out, and cannot of a kernel that is not its own.
+    Its first three arguments and its result are [B, T, heads, H]. Says what the compiler would have to
+    find out, and cannot of a kernel that is not its own.
     """
     around = jax.sharding.get_abstract_mesh()
     if TENSOR not in around.auto_axes or around.shape[TENSOR] == 1:

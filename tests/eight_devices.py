@@ -1,6 +1,7 @@
 """On a mesh nothing changes but where things are computed. Needs eight devices: test_mesh.py starts it so."""
 
 import functools
+import pathlib
 import re
 
 import jax
@@ -10,6 +11,8 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
+import configs.evaluate
+import opd_jax
 from opd_jax import (
     batching,
     checkpoint,
@@ -23,6 +26,8 @@ from opd_jax import (
     update,
 )
 from opd_jax.config import default
+from opd_jax.eval import model as subjects
+from opd_jax.eval import runner
 from opd_jax.mesh import ONE, Mesh
 from opd_jax.models import decoder
 from opd_jax.objectives import Terms
@@ -389,3 +394,16 @@ def test_whole_runs_match_and_go_on_from_each_other(folders, tmp_path, monkeypat
     texts = [lines(tmp_path / name, "rollouts.jsonl") for name in ("one", "eight")]
     for one, eight in zip(*texts, strict=True):
         assert one["response_ids"] == eight["response_ids"]
+
+
+def test_an_evaluation_gives_the_answers_of_one_device(tmp_path, monkeypatch):
+    config = configs.evaluate.get_config()
+    config.eval.update({"problems": 7, "samples": 1, "max_response_tokens": 40})
+    model = str(pathlib.Path(opd_jax.__file__).parent / "tiny" / "student")
+    runner.run(config, model, str(tmp_path / "eight"), command=["test"])
+    monkeypatch.setattr(subjects, "make_mesh", lambda section: ONE)
+    runner.run(config, model, str(tmp_path / "one"), command=["test"])
+    eight, one = (
+        (tmp_path / name / "eval" / "tiny.jsonl").read_text() for name in ("eight", "one")
+    )
+    assert eight == one

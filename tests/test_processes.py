@@ -41,7 +41,7 @@ class Started:
                 cwd=ROOT, env=env, stdout=stream, stderr=subprocess.STDOUT,
             )  # fmt: skip
 
-    def end(self, timeout: float = 240) -> int:
+    def end(self, timeout: float = 600) -> int:
         """Its exit status."""
         return self.process.wait(timeout)
 

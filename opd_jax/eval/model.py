@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from opd_jax import checkpoint, data, models
 from opd_jax import setup as roles
 from opd_jax.errors import ConfigError, ModelError
+from opd_jax.mesh import Mesh, make_mesh
 from opd_jax.models import cache, decoder
 from opd_jax.workdir import read_config
 
@@ -31,6 +32,7 @@ class Subject:
       name: for the table. path: of its folder or workdir. step: of the checkpoint; None for a folder.
       section: its config section (path, dtype, rope_theta, max_position, chat_template).
       config, tokenizer: as opened. vocabulary: ids the tokenizer knows. stop_ids: end tokens.
+      mesh: the devices that it will lie on.
     """
 
     name: str
@@ -41,19 +43,23 @@ class Subject:
     tokenizer: data.Tokenizer
     vocabulary: int
     stop_ids: tuple[int, ...]
+    mesh: Mesh
 
     def load(self) -> models.Params:
-        """The weights, in the dtype to compute in."""
+        """The weights, in the dtype to compute in, whole on every replica."""
         dtype = roles.compute_dtype(self.section.dtype)
+        like = decoder.abstract_params(self.config)
+        places = self.mesh.weights(like)
         if self.step is None:
-            return models.load(self.path, dtype=dtype)[1]
-        _, host = checkpoint.restore_params(
-            pathlib.Path(self.path), decoder.abstract_params(self.config), step=self.step
-        )
-        return jax.tree.map(lambda w: jnp.asarray(np.asarray(w), dtype), host)
+            shardings = places if self.mesh.devices else None
+            return models.load(self.path, dtype=dtype, shardings=shardings)[1]
+        _, host = checkpoint.restore_params(pathlib.Path(self.path), like, step=self.step)
+        host = jax.tree.map(lambda w: np.asarray(w).astype(dtype), host)
+        return jax.device_put(host, places if self.mesh.devices else None)
 
     def slots(self, tokens: int) -> int:
-        """How many rows of so many tokens to decode at one time: 256, or fewer where memory is short.
+        """How many rows of so many tokens to decode at one time: on each replica 256, or fewer where
+        memory is short.
 
         Their caches may take two thirds of what the weights leave of the memory.
         """
@@ -65,7 +71,7 @@ class Subject:
             "SC_PHYS_PAGES"
         )
         left = memory - weights * jnp.dtype(dtype).itemsize
-        return int(min(max(left * 2 // 3 // one, 1), _SLOTS))
+        return int(min(max(left * 2 // 3 // one, 1), _SLOTS)) * self.mesh.replicas
 
     def sha256(self) -> str:
         """Of the files that the model is made of: with it a result says which model it is about."""
@@ -84,7 +90,7 @@ class Subject:
 def open_subject(path: str, config: ConfigDict, *, step: int | None) -> Subject:
     """The model at `path`; `config.student` may override its positions, template and dtype.
 
-    Raises an OpdError: no such model, no checkpoint of that step, no end token.
+    Raises an OpdError: no such model, no checkpoint of that step, no end token, no such mesh.
     """
     section = config.student.copy_and_resolve_references()
     folder = pathlib.Path(path)
@@ -119,7 +125,9 @@ def open_subject(path: str, config: ConfigDict, *, step: int | None) -> Subject:
             f"{section.path}: no eos_token_id that its tokenizer knows in config.json or "
             "generation_config.json, wanted at least one end token; add it to generation_config.json"
         )
-    return Subject(name, place, step, section, model, tokenizer, vocabulary, stop_ids)
+    mesh = make_mesh(config.mesh)
+    mesh.check("student", model)
+    return Subject(name, place, step, section, model, tokenizer, vocabulary, stop_ids, mesh)
 
 
 def _is_run(folder: pathlib.Path) -> bool:

@@ -92,6 +92,8 @@ def run(
             "leave it out"
         )
     subject = open_subject(model, config, step=step)
+    if subject.mesh.devices is not None:
+        print(subject.mesh.describe(), flush=True)
     tasks = make_tasks(config, subject)
     out = pathlib.Path(folder)
     header = make_header(config, subject, tasks)
@@ -317,6 +319,7 @@ class _Evaluation:
             max_prompt_tokens=task.width,
             vocabulary=subject.vocabulary,
             on_finished=on_finished,
+            mesh=subject.mesh,
         )
         self.seconds += time.perf_counter() - began
         self.tokens += int(sampled.response_length_B.sum())

@@ -94,6 +94,7 @@ def decode(job: Job, slots: int) -> Footprint:
     if not job.fused:
         block = min(-(-job.width // (cache.BLOCK * cache.MOST_BLOCKS)) * cache.BLOCK, job.width)
         working += 4.0 * slots * model.num_heads * block / tensor
+        working += 8.0 * slots * job.width  # ids and log-probs, not in place
     return Footprint(
         {"unstacked": parameters(model, tensor) * job.itemsize, "caches": caches(job, slots)},
         {"logits": logits * (1.0 + job.nucleus), "working": working},  # and their probabilities
@@ -113,7 +114,7 @@ def prefill(job: Job, slots: int) -> Footprint:
     given = parameters(model, layout.tensor) - last / layout.tensor - head
     return Footprint(
         {"unstacked": given * job.itemsize, "caches": caches(job, slots)},
-        _forward_layer(job, model, job.itemsize, tokens, job.prompt),
+        _forward_layer(job, model, job.itemsize, tokens, job.prompt, copied=job.fused),
     )
 
 
@@ -193,7 +194,8 @@ def compute_weights(job: Job) -> Footprint:
     c = job.student
     layers = c.num_layers * c.hidden_size * c.intermediate_size / job.layout.tensor
     largest = max(layers, account.head_parameters(c)) * job.itemsize / job.layout.rows
-    return Footprint({"master": master(job)}, {"weight copies": largest * (job.itemsize != 4)})
+    copied = job.itemsize != 4 and job.layout.sharded("student") == 1
+    return Footprint({"master": master(job)}, {"weight copies": largest * copied})
 
 
 def gradient_sum(job: Job) -> Footprint:
@@ -301,11 +303,14 @@ def _passes(job: Job, roles: Sequence[str], rows: int) -> list[dict[str, float]]
 
 
 def _forward_layer(
-    job: Job, model: ModelConfig, itemsize: int, tokens: int, width: int
+    job: Job, model: ModelConfig, itemsize: int, tokens: int, width: int, *, copied: bool = True
 ) -> dict[str, float]:
-    """A layer at work, forward: in its MLP, or where queries meet keys in the plain form."""
+    """A layer at work, forward: in its MLP, or where queries meet keys in the plain form.
+
+    `copied`: its weights are taken out of stacked ones.
+    """
     tensor = job.layout.tensor
-    layer = account.matrix_parameters(model) / model.num_layers * itemsize / tensor
+    layer = copied * account.matrix_parameters(model) / model.num_layers * itemsize / tensor
     stream = (1.0 if job.fused else 2.0) * tokens * model.hidden_size * itemsize + layer
     mlp = _MLP_FORWARD * tokens * model.intermediate_size * itemsize / tensor
     return {"working": stream + max(mlp, _PLAIN_KEPT * tokens * _scores(job, model, width))}

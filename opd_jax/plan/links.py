@@ -1,5 +1,6 @@
 """Bytes that a device sends to others while a compiled program runs, read from the program's text."""
 
+import math
 import re
 from collections.abc import Mapping
 
@@ -53,7 +54,7 @@ def _of_line(
     if found := _COLLECTIVE.search(line):
         result, kind, start = found.groups()
         sizes = [_bytes(*shape) for shape in _SHAPE.findall(result)]
-        if start and kind != "all-reduce":  # (what is given, what is made)
+        if start and (kind != "all-reduce" or result.startswith("((")):  # (given, made)
             sizes = sizes[len(sizes) // 2 :]
         return sum(sizes) * _SENT[kind](_group(line, devices))
     called = _CALLED.findall(line)
@@ -77,6 +78,9 @@ def _group(line: str, devices: int) -> int:
     """How many devices take part together."""
     if found := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
         return found[1].count(",") + 1
+    if found := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line):  # sizes, names of axes
+        sizes = dict(pair.split("=") for pair in found[1].split(","))
+        return math.prod(int(sizes[name]) for name in found[2].split(","))
     if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
         return int(found[2])
     return devices

@@ -21,8 +21,8 @@ def test_the_token_loop():
     assert found.arguments == {"unstacked": 2 * P, "caches": 4 * 8 * (16 + 8)}
     assert found.temporaries == {"logits": 4 * 10 * 4, "working": 4 * 6 * 2}
     plain = footprint.decode(job(itemsize=4, fused=False), 4)
-    # The MLP, and scores of 2 heads against a block, here the whole row of 8.
-    assert plain.temporaries == {"logits": 160, "working": 4 * 6 * 4 + 4 * 4 * 2 * 8}
+    # The MLP, scores of 2 heads against a block, here the whole row of 8, and the rows.
+    assert plain.temporaries == {"logits": 160, "working": 4 * 6 * 4 + 4 * 4 * 2 * 8 + 4 * 8 * 8}
     # A nucleus is found among the probabilities.
     assert footprint.decode(job(nucleus=True), 4).temporaries["logits"] == 2 * 160
 

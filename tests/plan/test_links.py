@@ -26,6 +26,7 @@ ENTRY %main (p: f32[32,8]) -> f32[4,8] {
   %pair = (f32[10]{0}, f32[]) all-reduce(%a, %b), replica_groups={{0,1},{2,3},{4,5},{6,7}}, to_apply=%add
   %start = (bf16[2,8]{1,0}, bf16[16,8]{1,0}) all-gather-start(%c), dimensions={0}
   %done = bf16[16,8]{1,0} all-gather-done(%start)
+  %sum = ((f32[6]{0}), f32[6]{0}) all-reduce-start(%e), replica_groups=mesh['data'=2,'fsdp'=2,'tensor'=2] {'data','fsdp'}
   %moved = u32[5]{0} collective-permute(%d), source_target_pairs={{0,1}}
 }
 """  # noqa: E501
@@ -36,8 +37,9 @@ def test_each_collective_is_counted_as_often_as_its_loop_runs():
     looped = 3 * 16 * 8 * 2 * 3 / 4  # 3 rounds; groups of 4
     reduced = 2 * (10 * 4 + 4) / 2  # pairs
     gathered = 16 * 8 * 2 * 7 / 8  # all 8; what is given does not count
+    named = 2 * 6 * 4 * 3 / 4  # data x fsdp
     moved = 5 * 4
-    assert sent_bytes(TEXT, 8) == scattered + looped + reduced + gathered + moved
+    assert sent_bytes(TEXT, 8) == scattered + looped + reduced + gathered + named + moved
 
 
 def test_a_loop_of_unknown_length_counts_once():

@@ -26,6 +26,17 @@ SMALL = (
 )  # fmt: skip
 
 
+STARTED: list["Started"] = []
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left_running():
+    yield
+    for one in STARTED:
+        one.process.kill()
+    STARTED.clear()
+
+
 class Started:
     """A command in a process of its own; what it says goes to a file."""
 
@@ -35,6 +46,7 @@ class Started:
         env = {k: v for k, v in os.environ.items() if "_proxy" not in k.lower()}
         env |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flag, "PYTHONPATH": str(ROOT)}
         self.file = out
+        STARTED.append(self)
         with out.open("w") as stream:
             self.process = subprocess.Popen(
                 [sys.executable, "launch/train.py", *arguments],
@@ -153,7 +165,7 @@ def test_processes_with_other_configs_are_refused_by_all(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def wait_for(pair: list[Started], ready, timeout: float = 200) -> None:
+def wait_for(pair: list[Started], ready, timeout: float = 500) -> None:
     end = time.monotonic() + timeout
     while not ready():
         assert time.monotonic() < end, "".join(one.said for one in pair)

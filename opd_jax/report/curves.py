@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 
 POINTS = 400  # that a drawn curve has at most
-TAIL = 10  # steps that "at the start" and "now" are the mean of
+START, NOW = 5, 10  # steps that "at the start" and "now" are the mean of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,9 +79,9 @@ def standardised(curve: Curve) -> Curve:
 
 
 def ends(curve: Curve) -> tuple[float, float]:
-    """(mean of the first steps, mean of the last steps), ten or all; the curve has finite values."""
+    """(mean of the first five steps, mean of the last ten); the curve has finite values."""
     value_N = curve.finite().value_N
-    return float(value_N[:TAIL].mean()), float(value_N[-TAIL:].mean())
+    return float(value_N[:START].mean()), float(value_N[-NOW:].mean())
 
 
 def between(curves: Mapping[str, Curve], name: str) -> dict[str, Curve]:

@@ -9,7 +9,8 @@ import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Canvas
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
 from opd_jax.errors import WorkdirError
 from opd_jax.report.curves import Drawn, smooth, thinned
@@ -26,7 +27,7 @@ HATCHES = ("", "///", "...", "\\\\\\", "xxx", "++", "oo")
 FILLS = ("#9ecae1", "#fdd0a2", "#c7e9c0", "#dadaeb", "#f0f0f0", "#c6dbef", "#e5d8bd")
 # How the guard's events look at the top of a panel, and in the legend beside the list of them.
 EVENTS = {"alarm": "v", "rollback": "<", "stop": "s", "recovered": "o", "masking": "^"}
-_SPARSE = 40  # points up to which markers are drawn
+_SPARSE, _ROUGH = 40, 120  # points up to which markers are drawn, and nothing is smoothed
 _STYLE = {
     "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 9.0,
     "axes.titlesize": 9.5, "axes.titleweight": "bold", "axes.titlelocation": "left",
@@ -93,6 +94,8 @@ def draw(axes: Any, panel: Panel) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     if panel.unit.startswith("share"):
         _percent(axes, drawn)
+    elif panel.unit.startswith("tokens"):
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     if len(panel.lines) > 1 or panel.form == "stacked" or len(panel.lines[0].label) > 1:
         columns = 2 if max(len(line.label) for line in panel.lines) > 14 else 3
         axes.legend(
@@ -117,10 +120,10 @@ def _curve(axes: Any, line: Line, drawn: Drawn) -> None:
         return
     if drawn.per > 1:
         axes.fill_between(drawn.step_N, drawn.low_N, drawn.high_N, color=colour, alpha=0.15, lw=0)
-        shown_N = drawn.value_N
-    else:
+    shown_N = drawn.value_N
+    if drawn.per == 1 and count > _ROUGH:
         axes.plot(drawn.step_N, drawn.value_N, color=colour, lw=0.7, alpha=0.35)
-        shown_N = smooth(drawn.value_N, max(2 * (count // 60) + 1, 3))
+        shown_N = smooth(drawn.value_N, 2 * (count // 60) + 1)
     axes.plot(drawn.step_N, shown_N, color=colour, linestyle=dashes, lw=1.7, label=name)
 
 
@@ -145,7 +148,8 @@ def _mark(axes: Any, mark: Mark) -> None:
     if mark.kind == "onset":
         axes.axvline(mark.step, color=colour, lw=1.0, linestyle=":")
         axes.annotate(mark.label, (mark.step, 0.02), xycoords=("data", "axes fraction"), rotation=90,
-                      xytext=(2, 0), textcoords="offset points", fontsize=7, color=colour)  # fmt: skip
+                      xytext=(2, 0), textcoords="offset points", fontsize=7, color=colour,
+                      path_effects=[withStroke(linewidth=2, foreground="white")])  # fmt: skip
         return
     axes.plot(mark.step, 1.0, marker=EVENTS.get(mark.kind, "v"), ms=6, color=colour, clip_on=False,
               transform=axes.get_xaxis_transform(), linestyle="none", zorder=5)  # fmt: skip

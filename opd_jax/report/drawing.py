@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 from opd_jax.errors import WorkdirError
 from opd_jax.report.curves import Drawn, smooth, thinned
 from opd_jax.report.figures import Figure, Line, Mark, Panel
-from opd_jax.report.text import clean
+from opd_jax.report.text import line
 
 # Okabe and Ito's colours, which the colour-blind tell apart, and dashes beside them: no curve is
 # told by its colour alone.
@@ -52,7 +52,7 @@ def svg(panel: Panel, name: str) -> str:
     width, height = re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text)[0]
     start = f'<svg role="img" aria-label="NAME" viewBox="0 0 {width} {height}" '
     text = re.sub(r"<svg [^>]*?>", start + 'xmlns:xlink="http://www.w3.org/1999/xlink">', text, count=1)
-    text = re.sub(r"(\d\.\d\d)\d+", r"\1", text)  # hundredths of a point are fine enough
+    text = re.sub(r'\bd="[^"]*"', _coarse, text)
     text = re.sub(r"\n\s*", "\n", text)
     return text.replace("font: 9px 'DejaVu Sans'", "font: 9px 'DejaVu Sans', Verdana, sans-serif")
 
@@ -84,38 +84,49 @@ def draw(axes: Any, panel: Panel) -> None:
     if panel.form == "stacked":
         _stack(axes, panel.lines, drawn)
     else:
-        for line, one in zip(panel.lines, drawn, strict=True):
-            _curve(axes, line, one)
+        for given, one in zip(panel.lines, drawn, strict=True):
+            _curve(axes, given, one)
     for mark in panel.marks:
         _mark(axes, mark)
-    axes.set_title(clean(panel.title))
+    axes.set_title(line(panel.title, 48))
     axes.set_xlabel("step")
     axes.set_ylabel(panel.unit)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     if panel.unit.startswith("share"):
         _percent(axes, drawn)
-    elif panel.unit.startswith("tokens"):
+    elif panel.unit.startswith("tokens") and axes.get_ylim()[1] < 1e7:
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     if len(panel.lines) > 1 or panel.form == "stacked" or len(panel.lines[0].label) > 1:
-        columns = 2 if max(len(line.label) for line in panel.lines) > 14 else 3
+        columns = 2 if max(len(given.label) for given in panel.lines) > 14 else 3
         axes.legend(
             loc="upper center", bbox_to_anchor=(0.45, -0.2), ncols=columns, handlelength=3.2,
             columnspacing=1.2, labelspacing=0.3, borderaxespad=0.0,
         )  # fmt: skip
 
 
-def _curve(axes: Any, line: Line, drawn: Drawn) -> None:
-    colour, dashes = COLOURS[line.look % len(COLOURS)], DASHES[line.look % len(DASHES)]
+def _name(given: Line) -> str:
+    """What the legend calls it; matplotlib leaves out names that begin with an underscore."""
+    name = line(given.label, 32)
+    return f" {name}" if name.startswith("_") else name
+
+
+def _coarse(path: re.Match[str]) -> str:
+    """A path in hundredths of a point, which is a third of its size."""
+    return re.sub(r"(\.\d\d)\d+", r"\1", path[0])
+
+
+def _curve(axes: Any, given: Line, drawn: Drawn) -> None:
+    colour, dashes = COLOURS[given.look % len(COLOURS)], DASHES[given.look % len(DASHES)]
     kept = np.isfinite(drawn.value_N)
     count = int(kept.sum())
-    name = clean(line.label)
+    name = _name(given)
     if count <= _SPARSE:
-        marker = MARKERS[line.look % len(MARKERS)]
+        marker = MARKERS[given.look % len(MARKERS)]
         axes.plot(drawn.step_N[kept], drawn.value_N[kept], color=colour, linestyle=dashes, lw=1.5,
                   marker=marker, ms=3.5, label=name)  # fmt: skip
-        if line.error is not None:
-            _, i, j = np.intersect1d(drawn.step_N, line.error.step_N, return_indices=True)
-            axes.errorbar(drawn.step_N[i], drawn.value_N[i], yerr=line.error.value_N[j],
+        if given.error is not None:
+            _, i, j = np.intersect1d(drawn.step_N, given.error.step_N, return_indices=True)
+            axes.errorbar(drawn.step_N[i], drawn.value_N[i], yerr=given.error.value_N[j],
                           fmt="none", ecolor=colour, elinewidth=0.9, capsize=2)  # fmt: skip
         return
     if drawn.per > 1:
@@ -131,12 +142,12 @@ def _stack(axes: Any, lines: list[Line], drawn: list[Drawn]) -> None:
     """Areas on top of each other, where a line has nothing 0."""
     step_N = np.unique(np.concatenate([one.step_N for one in drawn]))
     below_N = np.zeros(len(step_N))
-    for line, one in zip(lines, drawn, strict=True):
+    for given, one in zip(lines, drawn, strict=True):
         height_N = np.zeros(len(step_N))
         height_N[np.searchsorted(step_N, one.step_N)] = np.nan_to_num(one.value_N)
         axes.fill_between(
-            step_N, below_N, below_N + height_N, facecolor=FILLS[line.look % len(FILLS)],
-            hatch=HATCHES[line.look % len(HATCHES)], edgecolor="#444444", lw=0.3, label=line.label,
+            step_N, below_N, below_N + height_N, facecolor=FILLS[given.look % len(FILLS)],
+            hatch=HATCHES[given.look % len(HATCHES)], edgecolor="#444444", lw=0.3, label=_name(given),
         )  # fmt: skip
         below_N = below_N + height_N
     axes.set_ylim(0, float(np.quantile(below_N, 0.99)) * 1.15 or 1.0)
@@ -173,5 +184,5 @@ def _whole(figure: Figure, legend: list[str]) -> Canvas:
         for i, panel in enumerate(figure.panels):
             draw(canvas.add_subplot(down, across, i + 1), panel)
         canvas.suptitle(figure.title, fontsize=11, fontweight="bold")
-        canvas.supxlabel("     ".join(clean(text) for text in legend[:8]), fontsize=8)
+        canvas.supxlabel("     ".join(line(text, 60) for text in legend[:8]), fontsize=8)
     return canvas

@@ -1,6 +1,7 @@
 """Which curves stand in which figure. What no run has is left out, with a sentence."""
 
 import dataclasses
+import re
 from collections.abc import Sequence
 
 from opd_jax.report.curves import Curve, between, standardised
@@ -8,7 +9,7 @@ from opd_jax.report.read import Run
 
 APART = 6  # runs that get panels of their own
 STABLE, AGREE = "2604.08527", "2604.13016"
-_SHARES = ("truncation_rate", "repetition_rate", "accuracy", "fraction", "ratio", "mass", "matched")
+_PAIR = re.compile(r"^(opd|divergence|sft|reference_kl)_(?!kl$)(.+)$")  # two terms of a cosine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -325,7 +326,8 @@ def _named(run: Run, wanted: Sequence[tuple[str, str]]) -> list[Line]:
 
 
 def _starting(run: Run, prefix: str) -> list[Line]:
-    return _named(run, [(key, key.removeprefix(prefix)) for key in run.curves if key.startswith(prefix)])
+    found = {key: key.removeprefix(prefix) for key in run.curves if key.startswith(prefix)}
+    return _named(run, [(key, _PAIR.sub(r"\1, \2", name)) for key, name in found.items()])
 
 
 def _marks(runs: Sequence[Run]) -> list[Mark]:

@@ -10,7 +10,7 @@ from opd_jax.report import drawing, tables
 from opd_jax.report.curves import POINTS
 from opd_jax.report.figures import Figure, label, letter
 from opd_jax.report.read import Run
-from opd_jax.report.samples import Sample, as_json, samples as rollouts_of
+from opd_jax.report.samples import HEAD, Sample, as_json, rollouts
 from opd_jax.report.text import escape
 
 # |advantage| in nats from which a token has the next shade.
@@ -49,7 +49,7 @@ def page(runs: Sequence[Run], figures: Sequence[Figure], *, samples: int, tokeni
 
 
 def _verdicts(runs: Sequence[Run]) -> str:
-    items = "".join(f"<li>{_tag(i, run)} {escape(run.verdict.text)}</li>" for i, run in enumerate(runs))
+    items = "".join(f"<li>{_tag(i, run)}: {escape(run.verdict.text)}</li>" for i, run in enumerate(runs))
     return (
         f'<ul class="plain">{items}</ul><p class="quiet">Judged by the rule of the collapse guard on the run\'s own '
         "log, whatever guard.action was (docs/guard.md): truncation has risen for sure over the run's own past "
@@ -141,7 +141,7 @@ def _cost(runs: Sequence[Run]) -> str:
 def _samples(runs: Sequence[Run], count: int, tokenizer: str) -> str:
     out = [_shades()]
     for i, run in enumerate(runs):
-        found, notes = rollouts_of(run, count, tokenizer) if count else ([], [])
+        found, notes = rollouts(run, count, tokenizer) if count else ([], [])
         out.append(f"<h3>{_tag(i, run)}</h3>")
         out += [f'<p class="missing">{escape(note[:1].upper() + note[1:])}.</p>' for note in notes]
         out.append(f'<div class="samples">{"".join(map(_sample, found))}</div>')
@@ -172,7 +172,7 @@ def _sample(sample: Sample) -> str:
     repeated = sum(token.repeated for token in sample.tokens)
     if repeated:
         told.append(f"{repeated / len(sample.tokens):.0%} repetitive")
-    cut = 500 if sample.skipped else len(sample.tokens)
+    cut = HEAD if sample.skipped else len(sample.tokens)
     shown = [_token(t.text, t.advantage, t.repeated, t.student_logprob is None) for t in sample.tokens]
     if sample.skipped:
         shown.insert(cut, f"<b> … {sample.skipped:,} tokens left out … </b>")

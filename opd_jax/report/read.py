@@ -17,6 +17,7 @@ from opd_jax import guard, workdir
 from opd_jax.report.curves import Curve
 
 TRUNCATION = "rollout/truncation_rate"
+BEYOND = 1e30  # a value as large as this is no figure
 HIGH = 0.9  # TruncRate that 2604.08527 (Fig. 2) sees after the transition
 
 
@@ -235,7 +236,7 @@ class _Log:
         if holes:
             more = f" and {len(holes) - 3} more" if len(holes) > 3 else ""
             notes.append(
-                f"not finite at some steps, where the curves have gaps: {', '.join(holes[:3])}{more}"
+                f"no finite number at some steps, where curves have gaps: {', '.join(holes[:3])}{more}"
             )
         return out
 
@@ -247,11 +248,13 @@ class _Log:
             if self._judged < guard.WARMUP + guard.SPLIT:
                 return Verdict(f"Too short to judge: {self._judged} steps with rollouts.")
             said = f"No abrupt transition in {self._judged} steps with rollouts."
+            if self.events:
+                said += " The guard stepped in, see below; steps that were undone are not in the log."
             if above is not None:
                 said += f" But TruncRate is above {HIGH:.0%} at step {above}."
             return Verdict(said)
         alarm = self._alarm
-        changed = alarm.text.partition(": ")[2].partition(": ")[2]
+        changed = alarm.text.partition(": ")[2].partition(": ")[2].replace("->", "→")
         said = f"Abrupt transition: since about step {alarm.onset}, certain at step {alarm.step}: {changed}."
         if above is not None:
             said += f" TruncRate is first above {HIGH:.0%} at step {above}."
@@ -266,10 +269,8 @@ class _Log:
 
 
 def _number(value: float) -> float:
-    try:
-        return float(value)
-    except OverflowError:
-        return math.nan
+    """NaN for what no figure can show."""
+    return float(value) if abs(value) < BEYOND else math.nan
 
 
 def _rules(config: dict[str, Any]) -> guard.Rules:

@@ -48,7 +48,7 @@ class Sample:
     skipped: int
 
 
-def samples(run: Run, count: int, tokenizer: str = "") -> tuple[list[Sample], list[str]]:
+def rollouts(run: Run, count: int, tokenizer: str = "") -> tuple[list[Sample], list[str]]:
     """Up to `count` rollouts of a run, from its first to its last step, and what is to be said of them.
 
     `tokenizer`: a folder, in place of the student's own.

@@ -84,7 +84,11 @@ def _row(run: Run, key: str, name: str, form: str) -> str:
     if key.startswith("eval/"):  # few: the first and the last themselves
         cells = (known[0], known[-1], *cells[2:])
     bars = sparkline(curve, share=form == ".1%")
-    return f"{name:22}" + "".join(f"{cell:>10{form}}" for cell in cells) + f"  {bars}"
+    return f"{name:22}" + "".join(f"{_cell(cell, form):>10}" for cell in cells) + f"  {bars}"
+
+
+def _cell(value: float, form: str) -> str:
+    return f"{value:{form}}" if abs(value) < 1e5 else f"{value:.2g}"
 
 
 def _wrapped(text: str) -> list[str]:

@@ -16,6 +16,7 @@ from opd_jax.report.read import Run
 from opd_jax.report.text import clean, escape
 
 CELLS = 100_000  # numbers of one run that the page holds as CSV
+_SIDE_BY_SIDE = 3  # runs up to which each has a column, not a line
 _WHO = {"0": "before (step 0)", "teacher": "teacher"}
 _COLUMNS = (
     ("accuracy", "accuracy", "share"), ("matched", "match", "share"),
@@ -44,7 +45,10 @@ def runs_table(runs: Sequence[Run]) -> str:
             _field(run, "optim.learning_rate"), f"{run.last} of {steps}" if steps else str(run.last),
             _text(run.info.get("commit")), _text(run.info.get("started"))[:16].replace("T", " "), _devices(run),
         ])  # fmt: skip
-    return table(head, rows, text=10)
+    if len(rows) <= _SIDE_BY_SIDE:  # narrow screens have room for few columns
+        whole = [head, *rows]
+        head, *rows = ([row[k] for row in whole] for k in range(len(head)))
+    return table(head, rows, text=len(head))
 
 
 def answers_table(i: int, run: Run) -> str:

@@ -28,7 +28,7 @@ FILLS = ("#9ecae1", "#fdd0a2", "#c7e9c0", "#dadaeb", "#f0f0f0", "#c6dbef", "#e5d
 # How the guard's events look at the top of a panel, and in the legend beside the list of them.
 EVENTS = {"alarm": "v", "rollback": "<", "stop": "s", "recovered": "o", "masking": "^"}
 _SPARSE, _ROUGH = 40, 120  # points up to which markers are drawn, and nothing is smoothed
-_STYLE = {
+_STYLE: Any = {
     "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 9.0,
     "axes.titlesize": 9.5, "axes.titleweight": "bold", "axes.titlelocation": "left",
     "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.8,
@@ -51,7 +51,9 @@ def svg(panel: Panel, name: str) -> str:
     text = re.sub(r'(xlink:href="|url\()#', rf"\1#{name}-", text)
     width, height = re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text)[0]
     start = f'<svg role="img" aria-label="NAME" viewBox="0 0 {width} {height}" '
-    text = re.sub(r"<svg [^>]*?>", start + 'xmlns:xlink="http://www.w3.org/1999/xlink">', text, count=1)
+    text = re.sub(
+        r"<svg [^>]*?>", start + 'xmlns:xlink="http://www.w3.org/1999/xlink">', text, count=1
+    )
     text = re.sub(r'\bd="[^"]*"', _coarse, text)
     text = re.sub(r"\n\s*", "\n", text)
     return text.replace("font: 9px 'DejaVu Sans'", "font: 9px 'DejaVu Sans', Verdana, sans-serif")

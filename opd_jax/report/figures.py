@@ -105,7 +105,9 @@ def _held_out(runs: Sequence[Run]) -> Figure:
             lines = _lines(runs, f"eval/{name}/{key}", error)
             if lines:
                 panels.append(Panel(f"{title}, {name}", unit, lines, _marks(runs)))
-    missing = [] if panels else ["No run measured held-out answers on the way (eval.data, eval.every)."]
+    missing = (
+        [] if panels else ["No run measured held-out answers on the way (eval.data, eval.every)."]
+    )
     return Figure(
         "held-out", "Held-out answers: right, truncated, repetitive, how long",
         f"The same shares on problems that are not trained on ({STABLE}, Figs. 2, 5, 6, there MATH-500). "
@@ -140,7 +142,9 @@ def _repeated(runs: Sequence[Run]) -> Figure:
             title = f"{letter(i)}: advantage of repetitive and regular tokens"
             panels.append(Panel(title, "nats a token", lines, _own_marks(run)))
             if "score/repeated_token_advantage" not in run.curves:
-                missing.append(f"{label(i, run)} has no repetitive tokens, so no advantage of these.")
+                missing.append(
+                    f"{label(i, run)} has no repetitive tokens, so no advantage of these."
+                )
     if not panels:
         missing.append("No run has score/repeated_token_fraction or the two advantages.")
     return Figure(
@@ -157,7 +161,9 @@ def _together(runs: Sequence[Run]) -> Figure:
         wanted = [("score/advantage_mean", "advantage"), ("score/teacher_logprob_mean", "teacher log-prob"),
                   ("rollout/truncation_rate", "TruncRate"), ("rollout/repetition_rate", "RepRate"),
                   ("rollout/length_mean", "length")]  # fmt: skip
-        wanted = [(f"eval/{name}/accuracy", "held-out accuracy") for name in run.benchmarks[:1]] + wanted
+        wanted = [
+            (f"eval/{name}/accuracy", "held-out accuracy") for name in run.benchmarks[:1]
+        ] + wanted
         lines = [
             dataclasses.replace(line, curve=standardised(line.curve))
             for line in _named(run, wanted)
@@ -180,7 +186,8 @@ def _together(runs: Sequence[Run]) -> Figure:
 def _agreement(runs: Sequence[Run]) -> Figure:
     return _overlaid(
         runs, "agreement", "How student and teacher agree: overlap, entropies, masses",
-        f"({AGREE}, Eqs. 6-10, Figs. 6, 12, 14, 19; hedging words: 2605.11182.) In runs that work the overlap of "
+        f"({AGREE}, Eqs. 6-10, Figs. 6, 12, 14, 19; hedging words: 2605.11182.) In runs that work "
+        f"the overlap of "
         "the top-k sets rises, the overlap advantage goes to 0 and the entropy gap narrows.",
         [("score/overlap_ratio", "Overlap of the top-k sets", "share of ids"),
          ("score/overlap_advantage", "Overlap advantage", "nats"),
@@ -208,14 +215,19 @@ def _positions(runs: Sequence[Run]) -> Figure:
             parts = between(run.curves, name)
             if len(parts) > 1:
                 lines = [Line(part, j, curve) for j, (part, curve) in enumerate(parts.items())]
-                panels.append(Panel(f"{letter(i)}: {title} by position", unit, lines, _own_marks(run)))
+                panels.append(
+                    Panel(f"{letter(i)}: {title} by position", unit, lines, _own_marks(run))
+                )
                 found = True
         if not found:
-            missing.append(f"{label(i, run)} logged no positions: metrics.positions are all beyond its budget, "
-                           "or nothing was scored.")  # fmt: skip
+            missing.append(
+                f"{label(i, run)} logged no positions: all metrics.positions are beyond its budget, "
+                "or nothing was scored."
+            )
     return Figure(
         "positions", "By position in the response",
-        f"Means over the tokens between two positions ({AGREE}, Figs. 11, 13). Too long a budget fails from the "
+        f"Means over the tokens between two positions ({AGREE}, Figs. 11, 13). Too long a budget "
+        f"fails from the "
         "back: entropies rise in the last positions first.",
         panels, missing + _too_many(runs),
     )  # fmt: skip
@@ -231,7 +243,9 @@ def _gradients(runs: Sequence[Run]) -> Figure:
         norms = _starting(run, "optim/grad_norm_")
         angles = _starting(run, "optim/grad_cosine_")
         if norms:
-            panels.append(Panel(f"{letter(i)}: gradient norm of each term", "norm", norms, _own_marks(run)))
+            panels.append(
+                Panel(f"{letter(i)}: gradient norm of each term", "norm", norms, _own_marks(run))
+            )
         if angles:
             title = f"{letter(i)}: angle between two terms' gradients"
             panels.append(Panel(title, "cosine", angles, _own_marks(run)))
@@ -274,7 +288,8 @@ def _time(runs: Sequence[Run]) -> Figure:
     )  # fmt: skip
     return Figure(
         "time", "Time and memory of a step",
-        "The stages lie on top of each other; the axis ends above the 99th percentile, since the first step also "
+        "The stages lie on top of each other; the axis ends above the 99th percentile, since the "
+        "first step also "
         "compiles. Memory is of the first device, on a CPU of the process.",
         panels + shared.panels, missing + shared.missing + _too_many(runs),
     )  # fmt: skip
@@ -303,7 +318,9 @@ def _overlaid(
             lacking = [letter(i) for i, run in enumerate(runs) if not _has(run, key)]
             if lacking:
                 who = "no run" if len(lacking) == len(runs) else f"not in {', '.join(lacking)}"
-                missing.append(f"{heading}: {who} ({key})" if lines else f"{heading}: in no run ({key})")
+                missing.append(
+                    f"{heading}: {who} ({key})" if lines else f"{heading}: in no run ({key})"
+                )
     told = [f"Left out: {'; '.join(missing)}."] if missing else []
     return Figure(name, title, text, panels, told)
 
@@ -322,7 +339,9 @@ def _lines(runs: Sequence[Run], key: str, error: str = "") -> list[Line]:
 
 def _named(run: Run, wanted: Sequence[tuple[str, str]]) -> list[Line]:
     """Several keys of one run, as lines of one panel."""
-    return [Line(told, j, run.curves[key]) for j, (key, told) in enumerate(wanted) if _has(run, key)]
+    return [
+        Line(told, j, run.curves[key]) for j, (key, told) in enumerate(wanted) if _has(run, key)
+    ]
 
 
 def _starting(run: Run, prefix: str) -> list[Line]:
@@ -336,9 +355,13 @@ def _marks(runs: Sequence[Run]) -> list[Mark]:
 
 def _own_marks(run: Run, look: int = -1, prefix: str = "") -> list[Mark]:
     """The onset and the guard's events; `look` -1 is black."""
-    events = [Mark(event.step, event.kind, look, "") for event in run.events if event.kind != "terms"]
+    events = [
+        Mark(event.step, event.kind, look, "") for event in run.events if event.kind != "terms"
+    ]
     onset = run.verdict.onset
-    return events + ([] if onset is None else [Mark(onset, "onset", look, f"{prefix}onset {onset}")])
+    return events + (
+        [] if onset is None else [Mark(onset, "onset", look, f"{prefix}onset {onset}")]
+    )
 
 
 def _too_many(runs: Sequence[Run]) -> list[str]:

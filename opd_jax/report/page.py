@@ -15,11 +15,17 @@ from opd_jax.report.text import escape
 
 # |advantage| in nats from which a token has the next shade.
 SHADES = (0.05, 0.3, 1.0, 3.0)
-_OUTCOMES = {"eos": "ended by itself", "budget": "ran out of budget", "repetition": "stopped on repetition"}
+_OUTCOMES = {
+    "eos": "ended by itself",
+    "budget": "ran out of budget",
+    "repetition": "stopped on repetition",
+}
 _GLYPHS = {"alarm": "▼", "rollback": "◀", "stop": "■", "recovered": "●", "masking": "▲"}
 
 
-def page(runs: Sequence[Run], figures: Sequence[Figure], *, samples: int, tokenizer: str = "") -> str:
+def page(
+    runs: Sequence[Run], figures: Sequence[Figure], *, samples: int, tokenizer: str = ""
+) -> str:
     """The whole page. `samples` rollouts of each run; `tokenizer`: see samples.samples."""
     style, script = _asset("style.css"), _asset("script.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -49,10 +55,14 @@ def page(runs: Sequence[Run], figures: Sequence[Figure], *, samples: int, tokeni
 
 
 def _verdicts(runs: Sequence[Run]) -> str:
-    items = "".join(f"<li>{_tag(i, run)}: {escape(run.verdict.text)}</li>" for i, run in enumerate(runs))
+    items = "".join(
+        f"<li>{_tag(i, run)}: {escape(run.verdict.text)}</li>" for i, run in enumerate(runs)
+    )
     return (
-        f'<ul class="plain">{items}</ul><p class="quiet">Judged by the rule of the collapse guard on the run\'s own '
-        "log, whatever guard.action was (docs/guard.md): truncation has risen for sure over the run's own past "
+        f'<ul class="plain">{items}</ul><p class="quiet">Judged by the rule of the collapse guard '
+        f"on the run's own "
+        "log, whatever guard.action was (docs/guard.md): truncation has risen for sure over the "
+        "run's own past "
         "and repetition agrees.</p>"
     )
 
@@ -64,7 +74,8 @@ def _figures(runs: Sequence[Run], figures: Sequence[Figure]) -> str:
 
 def _figure(figure: Figure, legend: str) -> str:
     if not figure.panels:
-        return f'<article><h3>{escape(figure.title)}</h3><p class="missing">{_said(figure.missing)}</p></article>'
+        said = f'<p class="missing">{_said(figure.missing)}</p>'
+        return f"<article><h3>{escape(figure.title)}</h3>{said}</article>"
     panels = []
     for i, panel in enumerate(figure.panels):
         drawn = drawing.svg(panel, f"{figure.name}-{i}")
@@ -73,7 +84,8 @@ def _figure(figure: Figure, legend: str) -> str:
         panels.append(f'<div class="panel">{drawn.replace("NAME", name, 1)}</div>')
     missing = f'<p class="missing">{_said(figure.missing)}</p>' if figure.missing else ""
     return (
-        f'<article id="figure-{figure.name}"><h3>{escape(figure.title)}</h3><p>{escape(figure.text)}</p>{legend}'
+        f"<article "
+        f'id="figure-{figure.name}"><h3>{escape(figure.title)}</h3><p>{escape(figure.text)}</p>{legend}'
         f'<div class="panels">{"".join(panels)}</div>{missing}<p class="quiet">{_thinned(figure)}'
         f"{tables.figure_csv(figure)}</p></article>"
     )
@@ -83,7 +95,8 @@ def _thinned(figure: Figure) -> str:
     longest = max(len(line.curve.step_N) for panel in figure.panels for line in panel.lines)
     if longest > POINTS:
         return (
-            f"Long curves are thinned to {POINTS} points, each the mean of up to {-(-longest // POINTS)} logged "
+            f"Long curves are thinned to {POINTS} points, each the mean of up to "
+            f"{-(-longest // POINTS)} logged "
             "steps; the band is from the least to the greatest of them. "
         )
     return "The faint line is each step, the strong one a moving mean. " if longest > 120 else ""
@@ -97,7 +110,8 @@ def _legend(runs: Sequence[Run]) -> str:
         dashes = drawing.DASHES[i % len(drawing.DASHES)]
         pattern = "" if dashes == "-" else " ".join(str(2 * x) for x in dashes[1])
         items.append(
-            f'<span><svg class="key" viewBox="0 0 36 8" aria-hidden="true"><path d="M0 4H36" stroke="{colour}" '
+            f'<span><svg class="key" viewBox="0 0 36 8" aria-hidden="true"><path d="M0 4H36" '
+            f'stroke="{colour}" '
             f'stroke-width="2.5" stroke-dasharray="{pattern}"/></svg> {_tag(i, run)}</span>'
         )
     kinds = dict.fromkeys(event.kind for run in runs for event in run.events)
@@ -115,22 +129,30 @@ def _answers(runs: Sequence[Run]) -> str:
         if not found:
             without.append(letter(i))
     if without:
-        out.append(f'<p class="missing">No evaluation in the files of {escape(", ".join(without))}.</p>')
+        out.append(
+            f'<p class="missing">No evaluation in the files of {escape(", ".join(without))}.</p>'
+        )
     if not any("beside the papers" in one for one in out):
         out.append(
-            '<p class="missing">None of these evaluations is one of the papers\': they have other models and other '
-            "problems, so no figure stands beside theirs. launch/evaluate.py on the papers' benchmarks, with a "
+            '<p class="missing">None of these evaluations is one of the papers\': they have other '
+            "models and other "
+            "problems, so no figure stands beside theirs. launch/evaluate.py on the papers' "
+            "benchmarks, with a "
             "backbone of theirs, sets its figures beside them.</p>"
         )
     return (
-        "".join(out) + "<details><summary>The averages that the papers report, for orientation</summary>"
+        "".join(out)
+        + "<details><summary>The averages that the papers report, for orientation</summary>"
         f"{tables.papers_table()}</details>"
     )
 
 
 def _guard(runs: Sequence[Run]) -> str:
     found = tables.guard_table(runs)
-    return found or '<p class="missing">Nothing: no guard/* key in the logs (it was off, or saw nothing).</p>'
+    return (
+        found
+        or '<p class="missing">Nothing: no guard/* key in the logs (it was off, or saw nothing).</p>'
+    )
 
 
 def _cost(runs: Sequence[Run]) -> str:
@@ -152,28 +174,42 @@ def _shades() -> str:
     """What colours and lines of tokens mean."""
     far = [f"-{SHADES[-1]:g}", *(f"-{x:g}" for x in SHADES[-2::-1])]
     keys = [f'<i class="n{4 - k}">{x} or less</i>' for k, x in enumerate(far)]
-    keys += ["<i>about 0</i>"] + [f'<i class="p{k + 1}">{x:g} or more</i>' for k, x in enumerate(SHADES)]
+    keys += ["<i>about 0</i>"] + [
+        f'<i class="p{k + 1}">{x:g} or more</i>' for k, x in enumerate(SHADES)
+    ]
     return (
-        f'<p>Tokens by their advantage in nats, teacher less student (or what the run trained on): {" ".join(keys)}. '
-        "Blue with a solid line: the update makes it more likely; orange with a dotted line: less likely; the wider "
+        f"<p>Tokens by their advantage in nats, teacher less student (or what the run trained on): "
+        f"{' '.join(keys)}. "
+        "Blue with a solid line: the update makes it more likely; orange with a dotted line: less "
+        "likely; the wider "
         'the line, the more. <i class="r">A line above</i>: repetitive by the rule of the run. '
-        '<i class="u">Italic</i>: not scored. Point at a token (or tap it) for the two log-probs. ▫ begins a character '
+        '<i class="u">Italic</i>: not scored. Point at a token (or tap it) for the two log-probs. '
+        "▫ begins a character "
         "that the next token ends.</p>"
     )
 
 
 def _sample(sample: Sample) -> str:
-    told = [f"step {sample.step}", _OUTCOMES.get(sample.outcome, sample.outcome), _plural(sample.length, "token")]
+    told = [
+        f"step {sample.step}",
+        _OUTCOMES.get(sample.outcome, sample.outcome),
+        _plural(sample.length, "token"),
+    ]
     if sample.correct is not None:
         told.append("right" if sample.correct else "wrong")
     known = [token.advantage for token in sample.tokens if token.advantage is not None]
     if known:
-        told.append(f"mean advantage {sum(known) / len(known):.3f}" + (" of those shown" if sample.skipped else ""))
+        told.append(
+            f"mean advantage {sum(known) / len(known):.3f}"
+            + (" of those shown" if sample.skipped else "")
+        )
     repeated = sum(token.repeated for token in sample.tokens)
     if repeated:
         told.append(f"{repeated / len(sample.tokens):.0%} repetitive")
     cut = HEAD if sample.skipped else len(sample.tokens)
-    shown = [_token(t.text, t.advantage, t.repeated, t.student_logprob is None) for t in sample.tokens]
+    shown = [
+        _token(t.text, t.advantage, t.repeated, t.student_logprob is None) for t in sample.tokens
+    ]
     if sample.skipped:
         shown.insert(cut, f"<b> … {sample.skipped:,} tokens left out … </b>")
     return (

@@ -219,7 +219,10 @@ class _Log:
             add("stop", "the guard ended the run")
         in_force = tuple(row[key] for key in ("guard/beta_kl", "guard/lambda_gold") if key in row)
         if in_force and in_force != self._in_force:
-            add("terms", f"beta_kl={of('beta_kl')}, lambda_gold={of('lambda_gold')} from the next step")
+            add(
+                "terms",
+                f"beta_kl={of('beta_kl')}, lambda_gold={of('lambda_gold')} from the next step",
+            )
         self._in_force = in_force
 
     def curves(self, notes: list[str]) -> dict[str, Curve]:
@@ -249,7 +252,9 @@ class _Log:
                 return Verdict(f"Too short to judge: {self._judged} steps with rollouts.")
             said = f"No abrupt transition in {self._judged} steps with rollouts."
             if self.events:
-                said += " The guard stepped in, see below; steps that were undone are not in the log."
+                said += (
+                    " The guard stepped in, see below; steps that were undone are not in the log."
+                )
             if above is not None:
                 said += f" But TruncRate is above {HIGH:.0%} at step {above}."
             return Verdict(said)

@@ -6,7 +6,7 @@ import json
 import pathlib
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -68,7 +68,9 @@ def rollouts(run: Run, count: int, tokenizer: str = "") -> tuple[list[Sample], l
             if row is not None and (sample := _sample(row, run, decode)) is not None:
                 out.append(sample)
     if not out:
-        notes = ["the lines of rollouts.jsonl are not as train.py writes them: there are no samples"]
+        notes = [
+            "the lines of rollouts.jsonl are not as train.py writes them: there are no samples"
+        ]
     return out, notes
 
 
@@ -102,7 +104,9 @@ def _index(path: pathlib.Path) -> tuple[list[int], list[int]]:
 
 def _chosen(steps: Sequence[int], count: int, run: Run) -> list[int]:
     """Lines to show: of the first and the last step, of onset and alarm, and evenly between."""
-    first = {step: i for i, step in reversed(list(enumerate(steps)))}  # of each step its first rollout
+    first = {
+        step: i for i, step in reversed(list(enumerate(steps)))
+    }  # of each step its first rollout
     known = sorted(first)
     wanted = [known[0], known[-1]]
     wanted += [step for step in (run.verdict.onset, run.verdict.alarm) if step in first]
@@ -124,16 +128,18 @@ def _decoder(run: Run, folder: str) -> tuple[Decode | None, list[str]]:
 
 
 def _sample(row: dict[str, Any], run: Run, decode: Decode | None) -> Sample | None:
-    ids, prompt_ids = row.get("response_ids"), row.get("prompt_ids")
-    if not _whole(ids) or not ids:
+    ids, prompt_ids, outcome = (row.get(name) for name in ("response_ids", "prompt_ids", "outcome"))
+    if not ids or not _whole(ids):
         return None
     scores = {name: _figures(row.get(name), len(ids)) for name in _SCORES}
-    outcome = row.get("outcome") if isinstance(row.get("outcome"), str) else "unknown"
+    outcome = outcome if isinstance(outcome, str) else "unknown"
     repeated = np.zeros(len(ids), bool)
     texts = [f"[{i}]" for i in ids]
     if decode is not None:
         texts = pieces(ids, decode)
-        repeated = _repeated(ids, prompt_ids if _whole(prompt_ids) else [], outcome, run, decode)
+        repeated = _repeated(
+            ids, prompt_ids if _whole(prompt_ids) and prompt_ids else [], outcome, run, decode
+        )
         if outcome == "eos" and not texts[-1]:
             texts[-1] = "⟨end⟩"
     shown = list(range(len(ids)))
@@ -160,7 +166,7 @@ def _repeated(
 ) -> np.ndarray:
     """Repetitive tokens of one response, by the rule of its run."""
     given = run.config.get("metrics")
-    rule = {"repetition_tail": 10_000, "repetition_threshold": 10.0, "repetition_level": 6,
+    rule: dict[str, Any] = {"repetition_tail": 10_000, "repetition_threshold": 10.0, "repetition_level": 6,
             "repeated_tokens": "tail", "repeated_ngram": 3}  # fmt: skip
     if isinstance(given, dict):
         rule |= {name: value for name, value in given.items() if name in rule}
@@ -184,7 +190,7 @@ def _repeated(
     return mask_BT[0, len(prompt_ids) :]
 
 
-def _whole(ids: Any) -> bool:
+def _whole(ids: Any) -> TypeGuard[list[int]]:
     return isinstance(ids, list) and all(type(i) is int and 0 <= i < 2**31 for i in ids)
 
 

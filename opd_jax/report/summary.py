@@ -54,7 +54,11 @@ def _one(i: int, run: Run) -> str:
     shown = [row for row in table if row]
     if shown:
         head = ("", "start", "now", "least", "most")
-        out.append(f"{head[0]:22}" + "".join(f"{cell:>10}" for cell in head[1:]) + "  least to most; shares: 0 to 1")
+        out.append(
+            f"{head[0]:22}"
+            + "".join(f"{cell:>10}" for cell in head[1:])
+            + "  least to most; shares: 0 to 1"
+        )
         out += shown
     return "\n".join(out)
 

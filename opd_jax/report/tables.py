@@ -43,7 +43,8 @@ def runs_table(runs: Sequence[Run]) -> str:
         rows.append([
             letter(i), run.name, _model(run, "student"), _model(run, "teacher"), _weights(run),
             _field(run, "optim.learning_rate"), f"{run.last} of {steps}" if steps else str(run.last),
-            _text(run.info.get("commit")), _text(run.info.get("started"))[:16].replace("T", " "), _devices(run),
+            _text(run.info.get("commit")), _text(run.info.get("started"))[:16].replace("T", " "),
+            _devices(run),
         ])  # fmt: skip
     if len(rows) <= _SIDE_BY_SIDE:  # narrow screens have room for few columns
         whole = [head, *rows]
@@ -54,7 +55,9 @@ def runs_table(runs: Sequence[Run]) -> str:
 def answers_table(i: int, run: Run) -> str:
     """Evaluations of one run: before, after, and the teacher; "" without any."""
     steps = [step for step in run.answers if step.isdigit()]
-    shown = [step for step in dict.fromkeys([*steps[:1], *steps[-1:], "teacher"]) if step in run.answers]
+    shown = [
+        step for step in dict.fromkeys([*steps[:1], *steps[-1:], "teacher"]) if step in run.answers
+    ]
     benchmarks = sorted({name for step in shown for name in run.answers[step]})
     out = []
     for name in benchmarks:
@@ -65,7 +68,9 @@ def answers_table(i: int, run: Run) -> str:
             who = _WHO.get(step, f"after (step {step})")
             rows.append([who, *(_figure(one, key, kind) for key, _, kind in columns)])
         title = BENCHMARKS[name].title if name in BENCHMARKS else name
-        out.append(f"<h3>{letter(i)}: {escape(title)}</h3>" + table(["", *(c[1] for c in columns)], rows))
+        out.append(
+            f"<h3>{letter(i)}: {escape(title)}</h3>" + table(["", *(c[1] for c in columns)], rows)
+        )
     return "".join(out)
 
 
@@ -82,12 +87,22 @@ def beside_papers(i: int, run: Run) -> str:
         return ""
     columns = [c for c in ("avg", *BENCHMARKS) if any(c in row for row in rows)]
     columns += [c for c in rows[0] if c not in (*columns, "method", "source")]
-    titles = [("Avg" if c == "avg" else BENCHMARKS[c].title if c in BENCHMARKS else c) for c in columns]
+    titles = [
+        ("Avg" if c == "avg" else BENCHMARKS[c].title if c in BENCHMARKS else c) for c in columns
+    ]
     body = [
-        [_text(row.get("method")), *(_percent(row.get(c)) for c in columns), _text(row.get("source"))]
+        [
+            _text(row.get("method")),
+            *(_percent(row.get(c)) for c in columns),
+            _text(row.get("source")),
+        ]
         for row in rows
     ]
-    told = "" if len(rows) > 1 else "<p>The papers have no row of this backbone on these benchmarks.</p>"
+    told = (
+        ""
+        if len(rows) > 1
+        else "<p>The papers have no row of this backbone on these benchmarks.</p>"
+    )
     return f"<h3>{letter(i)}: beside the papers, %</h3>{table(['', *titles, 'source'], body)}{told}"
 
 
@@ -125,7 +140,11 @@ def cost_table(runs: Sequence[Run]) -> str:
             ])  # fmt: skip
         if whole is not None:
             peak = run.curves.get("memory/peak_gib")
-            most = None if peak is None or not len(peak.finite().value_N) else peak.finite().value_N.max()
+            most = (
+                None
+                if peak is None or not len(peak.finite().value_N)
+                else peak.finite().value_N.max()
+            )
             widest = [size for size in map(_bytes, planned.values()) if size is not None]
             rows.append([letter(i), "whole step", f"{whole:.3f}", "", "",
                          f"{max(widest) / 2**30:.2f}" if widest else "-", _told(most, ".2f")])  # fmt: skip
@@ -160,7 +179,10 @@ def metrics_csv(i: int, run: Run) -> str:
         place = np.searchsorted(curve.step_N, kept).clip(max=len(curve.step_N) - 1)
         columns.append(np.where(curve.step_N[place] == kept, curve.value_N[place], np.nan))
     rows: list[list[Any]] = [["step", *keys]]
-    rows += [[int(step), *map(_number, values)] for step, values in zip(kept, np.array(columns).T, strict=True)]
+    rows += [
+        [int(step), *map(_number, values)]
+        for step, values in zip(kept, np.array(columns).T, strict=True)
+    ]
     told = "every step" if every == 1 else f"every {every}th logged step; all are in metrics.jsonl"
     name = f"{letter(i)}-metrics.csv"
     return f"{link(name, rows, name)}: {len(keys)} keys, {told}"
@@ -187,7 +209,11 @@ def _cells(row: Sequence[str], tag: str, text: int) -> str:
 def _own_comparison(run: Run) -> list[dict[str, Any]]:
     steps = [step for step in run.answers if step.isdigit()]
     found = run.answers[steps[-1]] if steps else {}
-    found = {n: one for n, one in found.items() if n in BENCHMARKS and {"accuracy", "stderr"} <= one.keys()}
+    found = {
+        n: one
+        for n, one in found.items()
+        if n in BENCHMARKS and {"accuracy", "stderr"} <= one.keys()
+    }
     backbone = results.backbone_of(run.config["student"]["path"])
     table = results.comparison(run.name, found, backbone) if found and backbone else []
     return table if len(table) > 1 else []

@@ -53,4 +53,6 @@ def _fitting(text: str, live: bool) -> str:
         return text
     room = os.get_terminal_size().lines - 3
     lines = text.split("\n")
-    return text if len(lines) <= room else "\n".join([*lines[: room - 1], "... (more lines than fit)"])
+    return (
+        text if len(lines) <= room else "\n".join([*lines[: room - 1], "... (more lines than fit)"])
+    )

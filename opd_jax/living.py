@@ -70,8 +70,8 @@ class TensorBoard:
         """Begin a file after those that are there; `resume_step` is the last step that counts of these."""
         from tensorboardX import SummaryWriter  # an optional extra
 
-        again = folder.exists() and any(folder.iterdir())
         try:
+            again = folder.exists() and any(folder.iterdir())
             self._writer = SummaryWriter(
                 str(folder), flush_secs=5, filename_suffix=f".{resume_step + 1}"
             )

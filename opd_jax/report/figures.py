@@ -135,7 +135,7 @@ def _repeated(runs: Sequence[Run]) -> Figure:
     share = _lines(runs, "score/repeated_token_fraction")
     if share:
         panels.append(Panel("Share of repetitive tokens", "share of tokens", share, _marks(runs)))
-    for i, run in enumerate(runs[:APART]):
+    for i, run in _apart(runs):
         lines = _named(run, [("score/repeated_token_advantage", "repetitive"),
                              ("score/regular_token_advantage", "regular")])  # fmt: skip
         if lines:
@@ -157,7 +157,7 @@ def _repeated(runs: Sequence[Run]) -> Figure:
 
 def _together(runs: Sequence[Run]) -> Figure:
     panels, missing = [], []
-    for i, run in enumerate(runs[:APART]):
+    for i, run in _apart(runs):
         wanted = [("score/advantage_mean", "advantage"), ("score/teacher_logprob_mean", "teacher log-prob"),
                   ("rollout/truncation_rate", "TruncRate"), ("rollout/repetition_rate", "RepRate"),
                   ("rollout/length_mean", "length")]  # fmt: skip
@@ -206,7 +206,7 @@ def _agreement(runs: Sequence[Run]) -> Figure:
 
 def _positions(runs: Sequence[Run]) -> Figure:
     panels, missing = [], []
-    for i, run in enumerate(runs[:APART]):
+    for i, run in _apart(runs):
         found = False
         for name, title, unit in (
             ("overlap_ratio", "overlap", "share of ids"), ("entropy_gap", "entropy gap", "nats"),
@@ -239,7 +239,7 @@ def _gradients(runs: Sequence[Run]) -> Figure:
                              ("optim/learning_rate", "Learning rate", "rate")):  # fmt: skip
         if lines := _lines(runs, key):
             panels.append(Panel(title, unit, lines, _marks(runs)))
-    for i, run in enumerate(runs[:APART]):
+    for i, run in _apart(runs):
         norms = _starting(run, "optim/grad_norm_")
         angles = _starting(run, "optim/grad_cosine_")
         if norms:
@@ -272,7 +272,7 @@ def _losses(runs: Sequence[Run]) -> Figure:
 
 def _time(runs: Sequence[Run]) -> Figure:
     panels, missing = [], []
-    for i, run in enumerate(runs[:APART]):
+    for i, run in _apart(runs):
         stages = [key for key in run.curves if key.startswith("time/") and key != "time/step_s"]
         lines = _named(run, [(key, key[5:].removesuffix("_s")) for key in stages])
         if lines:
@@ -315,12 +315,10 @@ def _overlaid(
         if lines:
             panels.append(Panel(heading, unit, lines, _marks(runs) if marked else []))
         if key not in silent:
-            lacking = [letter(i) for i, run in enumerate(runs) if not _has(run, key)]
+            lacking = [letter(i) for i, run in logged(runs) if not _has(run, key)]
             if lacking:
-                who = "no run" if len(lacking) == len(runs) else f"not in {', '.join(lacking)}"
-                missing.append(
-                    f"{heading}: {who} ({key})" if lines else f"{heading}: in no run ({key})"
-                )
+                who = f"not in {', '.join(lacking)}" if lines else "in no run"
+                missing.append(f"{heading}: {who} ({key})")
     told = [f"Left out: {'; '.join(missing)}."] if missing else []
     return Figure(name, title, text, panels, told)
 
@@ -364,7 +362,16 @@ def _own_marks(run: Run, look: int = -1, prefix: str = "") -> list[Mark]:
     )
 
 
+def logged(runs: Sequence[Run]) -> list[tuple[int, Run]]:
+    """The runs that have curves, with their places among all."""
+    return [(i, run) for i, run in enumerate(runs) if run.curves]
+
+
+def _apart(runs: Sequence[Run]) -> list[tuple[int, Run]]:
+    return logged(runs)[:APART]
+
+
 def _too_many(runs: Sequence[Run]) -> list[str]:
-    if len(runs) <= APART:
+    if len(logged(runs)) <= APART:
         return []
     return [f"Panels of single runs are drawn for the first {APART} of {len(runs)} runs."]

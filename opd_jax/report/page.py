@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from opd_jax.report import drawing, tables
 from opd_jax.report.curves import POINTS
-from opd_jax.report.figures import Figure, label, letter
+from opd_jax.report.figures import Figure, label, letter, logged
 from opd_jax.report.read import Run
 from opd_jax.report.samples import HEAD, Sample, as_json, rollouts
 from opd_jax.report.text import escape
@@ -59,15 +59,15 @@ def _verdicts(runs: Sequence[Run]) -> str:
         f"<li>{_tag(i, run)}: {escape(run.verdict.text)}</li>" for i, run in enumerate(runs)
     )
     return (
-        f'<ul class="plain">{items}</ul><p class="quiet">Judged by the rule of the collapse guard '
-        f"on the run's own "
-        "log, whatever guard.action was (docs/guard.md): truncation has risen for sure over the "
-        "run's own past "
-        "and repetition agrees.</p>"
+        f'<ul class="plain">{items}</ul><p class="quiet">Judged by the rule of the collapse guard on '
+        "the run's own log, whatever guard.action was (docs/guard.md): truncation has risen for sure "
+        "over the run's own past, and repetition agrees.</p>"
     )
 
 
 def _figures(runs: Sequence[Run], figures: Sequence[Figure]) -> str:
+    if not logged(runs):
+        return '<p class="missing">No run has a curve to draw.</p>'
     legend = _legend(runs)
     return "".join(_figure(figure, legend) for figure in figures)
 
@@ -84,8 +84,8 @@ def _figure(figure: Figure, legend: str) -> str:
         panels.append(f'<div class="panel">{drawn.replace("NAME", name, 1)}</div>')
     missing = f'<p class="missing">{_said(figure.missing)}</p>' if figure.missing else ""
     return (
-        f"<article "
-        f'id="figure-{figure.name}"><h3>{escape(figure.title)}</h3><p>{escape(figure.text)}</p>{legend}'
+        f'<article id="figure-{figure.name}"><h3>{escape(figure.title)}</h3>'
+        f"<p>{escape(figure.text)}</p>{legend}"
         f'<div class="panels">{"".join(panels)}</div>{missing}<p class="quiet">{_thinned(figure)}'
         f"{tables.figure_csv(figure)}</p></article>"
     )
@@ -96,8 +96,7 @@ def _thinned(figure: Figure) -> str:
     if longest > POINTS:
         return (
             f"Long curves are thinned to {POINTS} points, each the mean of up to "
-            f"{-(-longest // POINTS)} logged "
-            "steps; the band is from the least to the greatest of them. "
+            f"{-(-longest // POINTS)} logged steps; the band is from the least to the greatest of them. "
         )
     return "The faint line is each step, the strong one a moving mean. " if longest > 120 else ""
 
@@ -105,14 +104,14 @@ def _thinned(figure: Figure) -> str:
 def _legend(runs: Sequence[Run]) -> str:
     """Which run is which, as the curves look; and what the guard's marks mean, where there are any."""
     items = []
-    for i, run in enumerate(runs):
+    for i, run in logged(runs):
         colour = drawing.COLOURS[i % len(drawing.COLOURS)]
         dashes = drawing.DASHES[i % len(drawing.DASHES)]
         pattern = "" if dashes == "-" else " ".join(str(2 * x) for x in dashes[1])
         items.append(
             f'<span><svg class="key" viewBox="0 0 36 8" aria-hidden="true"><path d="M0 4H36" '
-            f'stroke="{colour}" '
-            f'stroke-width="2.5" stroke-dasharray="{pattern}"/></svg> {_tag(i, run)}</span>'
+            f'stroke="{colour}" stroke-width="2.5" stroke-dasharray="{pattern}"/></svg> '
+            f"{_tag(i, run)}</span>"
         )
     kinds = dict.fromkeys(event.kind for run in runs for event in run.events)
     items += [f"<span>{_GLYPHS[kind]} guard: {kind}</span>" for kind in kinds if kind in _GLYPHS]
@@ -135,10 +134,8 @@ def _answers(runs: Sequence[Run]) -> str:
     if not any("beside the papers" in one for one in out):
         out.append(
             '<p class="missing">None of these evaluations is one of the papers\': they have other '
-            "models and other "
-            "problems, so no figure stands beside theirs. launch/evaluate.py on the papers' "
-            "benchmarks, with a "
-            "backbone of theirs, sets its figures beside them.</p>"
+            "models and other problems, so no figure stands beside theirs. launch/evaluate.py on the "
+            "papers' benchmarks, with a backbone of theirs, sets its figures beside them.</p>"
         )
     return (
         "".join(out)
@@ -149,10 +146,8 @@ def _answers(runs: Sequence[Run]) -> str:
 
 def _guard(runs: Sequence[Run]) -> str:
     found = tables.guard_table(runs)
-    return (
-        found
-        or '<p class="missing">Nothing: no guard/* key in the logs (it was off, or saw nothing).</p>'
-    )
+    said = "Nothing: no guard/* key in the logs (it was off, or saw nothing)."
+    return found or f'<p class="missing">{said}</p>'
 
 
 def _cost(runs: Sequence[Run]) -> str:
@@ -178,14 +173,12 @@ def _shades() -> str:
         f'<i class="p{k + 1}">{x:g} or more</i>' for k, x in enumerate(SHADES)
     ]
     return (
-        f"<p>Tokens by their advantage in nats, teacher less student (or what the run trained on): "
-        f"{' '.join(keys)}. "
-        "Blue with a solid line: the update makes it more likely; orange with a dotted line: less "
-        "likely; the wider "
-        'the line, the more. <i class="r">A line above</i>: repetitive by the rule of the run. '
+        "<p>Tokens by their advantage in nats, teacher less student (or what the run trained on): "
+        f"{' '.join(keys)}. Blue with a solid line: the update makes it more likely; orange with a "
+        "dotted line: less likely; the wider the line, the more. "
+        '<i class="r">A line above</i>: repetitive by the rule of the run. '
         '<i class="u">Italic</i>: not scored. Point at a token (or tap it) for the two log-probs. '
-        "▫ begins a character "
-        "that the next token ends.</p>"
+        "▫ begins a character that a later token ends.</p>"
     )
 
 

@@ -100,6 +100,10 @@ def read(folder: pathlib.Path, name: str = "") -> Run:
     notes: list[str] = []
     log = _Log(_rules(config))
     log.read(folder / "metrics.jsonl", notes)
+    results = _object(folder / "results.json", notes) or None
+    verdict = log.verdict()
+    if results and not log.lines:
+        verdict, notes = Verdict("An evaluation, without a log of training."), []
     return Run(
         folder=folder,
         name=name or folder.resolve().name,
@@ -110,9 +114,9 @@ def read(folder: pathlib.Path, name: str = "") -> Run:
         lines=log.lines,
         last=log.last,
         events=log.events,
-        verdict=log.verdict(),
-        answers=_answers(folder / "eval", notes),
-        results=_object(folder / "results.json", notes) or None,
+        verdict=verdict,
+        answers=_answers(folder / "eval", notes) or _evaluated(results or {}),
+        results=results,
         notes=notes,
     )
 
@@ -304,11 +308,22 @@ def _object(path: pathlib.Path, notes: list[str]) -> dict[str, Any]:
     return {}
 
 
+def _evaluated(results: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
+    """The same of results.json."""
+    found = results.get("results")
+    named = found.items() if isinstance(found, dict) else ()
+    numbers = {name: _numbers(one) for name, one in named if isinstance(one, dict)}
+    return {"this evaluation": numbers} if numbers else {}
+
+
+def _numbers(found: dict[str, Any]) -> dict[str, float]:
+    return {k: v for k, v in found.items() if type(v) in (int, float) and math.isfinite(v)}
+
+
 def _answers(folder: pathlib.Path, notes: list[str]) -> dict[str, dict[str, dict[str, float]]]:
     out: dict[str, dict[str, dict[str, float]]] = {}
     for path in sorted(folder.glob("*/*.json")):
         found = _object(path, notes)
-        numbers = {k: v for k, v in found.items() if type(v) in (int, float) and math.isfinite(v)}
-        if numbers:
+        if numbers := _numbers(found):
             out.setdefault(path.parent.name, {})[path.stem] = numbers
     return dict(sorted(out.items(), key=lambda item: (not item[0].isdigit(), item[0].zfill(20))))

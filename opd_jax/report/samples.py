@@ -83,7 +83,8 @@ def pieces(ids: Sequence[int], decode: Decode) -> list[str]:
         if text.endswith("\ufffd") and i + 1 - end < 4 and i + 1 < len(ids):
             out.append("")
             continue
-        out.append(text.removeprefix(said))
+        fits = text.startswith(said)  # not so behind bytes that are no characters
+        out.append(text[len(said) :] if fits else decode(list(ids[end : i + 1])))
         begin, end = end, i + 1
         said = decode(list(ids[begin:end]))
     return out

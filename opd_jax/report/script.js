@@ -1,7 +1,7 @@
 
 "use strict";
 const tip = document.getElementById("tip");
-const told = (x, sign) => x === null ? "not scored" : (sign && x > 0 ? "+" : "") + x.toFixed(3);
+const told = (x, sign) => x === null ? "not scored" : (sign && x >= 5e-4 ? "+" : "") + (Math.abs(x) < 5e-4 ? 0 : x).toFixed(3);
 const chance = x => x === null ? "" : "  (" + (100 * Math.exp(x)).toPrecision(3) + " %)";
 function show(event) {
   const token = event.target, box = token.tagName === "I" && token.closest(".sample");

@@ -17,7 +17,6 @@ from opd_jax.report.text import clean, escape
 
 CELLS = 100_000  # numbers of one run that the page holds as CSV
 _SIDE_BY_SIDE = 3  # runs up to which each has a column, not a line
-_WHO = {"0": "before (step 0)", "teacher": "teacher"}
 _COLUMNS = (
     ("accuracy", "accuracy", "share"), ("matched", "match", "share"),
     ("truncation_rate", "TruncRate", "share"), ("repetition_rate", "RepRate", "share"),
@@ -55,9 +54,8 @@ def runs_table(runs: Sequence[Run]) -> str:
 def answers_table(i: int, run: Run) -> str:
     """Evaluations of one run: before, after, and the teacher; "" without any."""
     steps = [step for step in run.answers if step.isdigit()]
-    shown = [
-        step for step in dict.fromkeys([*steps[:1], *steps[-1:], "teacher"]) if step in run.answers
-    ]
+    others = [who for who in run.answers if not who.isdigit()]
+    shown = [*dict.fromkeys([*steps[:1], *steps[-1:]]), *others]
     benchmarks = sorted({name for step in shown for name in run.answers[step]})
     out = []
     for name in benchmarks:
@@ -65,7 +63,8 @@ def answers_table(i: int, run: Run) -> str:
         columns = [column for column in _COLUMNS if any(column[0] in one for one in found.values())]
         rows = []
         for step, one in found.items():
-            who = _WHO.get(step, f"after (step {step})")
+            who = f"after (step {step})" if step.isdigit() else step
+            who = "before (step 0)" if step == "0" else who
             rows.append([who, *(_figure(one, key, kind) for key, _, kind in columns)])
         title = BENCHMARKS[name].title if name in BENCHMARKS else name
         out.append(
@@ -228,6 +227,9 @@ def _field(run: Run, name: str) -> str:
 
 def _model(run: Run, role: str) -> str:
     path = _field(run, f"{role}.path").rstrip("/")
+    evaluated = (run.results or {}).get("model")
+    if role == "student" and not path and isinstance(evaluated, dict):
+        path = _text(evaluated.get("path")).rstrip("/")
     return "/".join(path.split("/")[-2:]) or "-"
 
 

@@ -72,9 +72,7 @@ class TensorBoard:
 
         try:
             again = folder.exists() and any(folder.iterdir())
-            self._writer = SummaryWriter(
-                str(folder), flush_secs=5, filename_suffix=f".{resume_step + 1}"
-            )
+            self._writer = SummaryWriter(str(folder), filename_suffix=f".{resume_step + 1}")
             if again:
                 self.go_back(resume_step)
         except OSError as error:
@@ -84,9 +82,10 @@ class TensorBoard:
             ) from None
 
     def write(self, step: int, row: dict[str, float]) -> None:
-        """One scalar a key."""
+        """One scalar a key, on disk when this returns: a run may be killed at any time."""
         for key, value in row.items():
             self._writer.add_scalar(key, value, step)
+        self._writer.flush()
 
     def go_back(self, step: int) -> None:
         """An event that makes TensorBoard drop what it has of later steps."""

@@ -72,7 +72,6 @@ def run(config: ConfigDict, path: str, *, command: list[str]) -> Result:
     if processes.several():
         processes.agree(_facts(config, path))
     workdir.check(folder, config)
-    require(config.log)
     processes.agree({})  # all have looked before the first writes
     if processes.first():
         print(f"workdir {folder}", *setup.notes, sep="\n", flush=True)
@@ -83,6 +82,7 @@ def run(config: ConfigDict, path: str, *, command: list[str]) -> Result:
             f"steps={config.steps}, but the workdir {str(folder)!r} is at step {first}; "
             f"set --config.steps={first} or more, or give a new --workdir"
         )
+    require(config.log)
     plan = planning.of_run(setup)
     if processes.first():
         print(*planning.say(plan), sep="\n", flush=True)

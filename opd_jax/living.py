@@ -92,7 +92,7 @@ class TensorBoard:
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
         begin = step + 1
-        writer = self._writer._get_file_writer()
+        writer = self._writer.file_writer
         writer.add_event(Event(step=begin, file_version="brain.Event:2"))
         writer.add_event(Event(step=begin, session_log=SessionLog(status=SessionLog.START)))
 

@@ -283,15 +283,24 @@ def _number(value: float) -> float:
 
 
 def _rules(config: dict[str, Any]) -> guard.Rules:
-    """The guard's rules for this run, as if it only warned; fields that are not there are the defaults'."""
-    whole = configuration.default().to_dict()
-    for section in ("guard", "rollout", "loss"):
-        given = config.get(section)
-        for name, value in given.items() if isinstance(given, dict) else ():
-            if type(value) is type(whole[section].get(name)):
-                whole[section][name] = value
-    whole["guard"]["action"] = "warn"
-    return guard.make_rules(ConfigDict(whole))
+    """The guard's rules for this run, as if it only warned; the defaults' where its own make no sense."""
+    sections = {name: section_of(config, name) for name in ("guard", "rollout", "loss")}
+    sections["guard"]["action"] = "warn"
+    try:
+        rules = guard.make_rules(ConfigDict(sections))
+    except (ValueError, ZeroDivisionError):
+        return guard.make_rules(configuration.default())
+    sound = rules.threshold > 0 and rules.rollouts > 0
+    return rules if sound else guard.make_rules(configuration.default())
+
+
+def section_of(config: dict[str, Any], name: str) -> dict[str, Any]:
+    """A section of a config; a field that is not there, or of another type, is the default's."""
+    found, given = configuration.default()[name].to_dict(), config.get(name)
+    for field, value in given.items() if isinstance(given, dict) else ():
+        if type(value) is type(found.get(field)):
+            found[field] = value
+    return found
 
 
 def _object(path: pathlib.Path, notes: list[str]) -> dict[str, Any]:

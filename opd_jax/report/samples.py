@@ -13,7 +13,7 @@ import numpy as np
 from opd_jax import metrics, repetition
 from opd_jax.data import Tokenizer
 from opd_jax.errors import ModelError
-from opd_jax.report.read import Run, parsed
+from opd_jax.report.read import Run, parsed, section_of
 from opd_jax.types import Outcome, Rollout
 
 HEAD, TAIL = 500, 300  # tokens of a long response that are shown
@@ -166,11 +166,7 @@ def _repeated(
     ids: list[int], prompt_ids: list[int], outcome: str, run: Run, decode: Decode
 ) -> np.ndarray:
     """Repetitive tokens of one response, by the rule of its run."""
-    given = run.config.get("metrics")
-    rule: dict[str, Any] = {"repetition_tail": 10_000, "repetition_threshold": 10.0, "repetition_level": 6,
-            "repeated_tokens": "tail", "repeated_ngram": 3}  # fmt: skip
-    if isinstance(given, dict):
-        rule |= {name: value for name, value in given.items() if name in rule}
+    rule = section_of(run.config, "metrics")
     whole = [*prompt_ids, *ids]
     ends = {one.name.lower(): int(one) for one in Outcome}
     rollout = Rollout(

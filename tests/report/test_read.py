@@ -146,3 +146,13 @@ def test_a_config_of_another_time(tmp_path):
         folder / "config.json", [{"student": {"path": "x"}, "rollout": {"samples_per_prompt": 4}}]
     )
     assert read(folder).verdict.onset is not None
+
+
+@pytest.mark.parametrize(
+    "changes", [{"rollout": {"samples_per_prompt": -1}}, {"guard": {"false_alarm_every": 1}},
+                {"guard": {"false_alarm_every": 0}}, {"rollout": 7}, {"guard": {"memory": "x"}}],
+)  # fmt: skip
+def test_a_config_that_makes_no_sense(tmp_path, changes):
+    folder = make(tmp_path / "run", collapsing())
+    write(folder / "config.json", [{"student": {"path": "x"}} | changes])
+    assert read(folder).verdict.onset is not None

@@ -123,3 +123,12 @@ def test_no_rollouts_is_a_sentence(tmp_path):
     assert "no rollouts.jsonl" in rollouts(read(folder), 5)[1][0]
     (folder / "rollouts.jsonl").write_text("nonsense\n")
     assert "no line that can be read" in rollouts(read(folder), 5)[1][0]
+
+
+def test_a_config_of_another_time_has_the_default_rule(tmp_path, tokenizer):
+    folder = make(tmp_path / "run", healthy(2), rollouts=[rollout(1)])
+    (folder / "config.json").write_text(
+        '{"student": {"path": "x"}, "metrics": {"repetition_tail": "x"}}'
+    )
+    (sample,), _ = rollouts(read(folder), 1, tokenizer)
+    assert not any(token.repeated for token in sample.tokens)

@@ -223,15 +223,18 @@ def _token(text: str, advantage: float | None, repeated: bool, unscored: bool) -
 def _files(runs: Sequence[Run]) -> str:
     out = []
     for i, run in enumerate(runs):
-        command = run.info.get("command")
-        said = " ".join(map(str, command)) if isinstance(command, list) else ""
-        notes = "".join(f"<li>{escape(note)}</li>" for note in run.notes)
-        numbers = tables.metrics_csv(i, run)
+        lines = _plural(run.lines, "line")
         out.append(
-            f"<h3>{_tag(i, run)}</h3><p><code>{escape(run.folder)}</code>, {_plural(run.lines, 'line')} of "
-            f"metrics.jsonl</p>{f'<pre>python {escape(said)}</pre>' if said else ''}"
-            f"{f'<p>{numbers}</p>' if numbers else ''}{f'<ul>{notes}</ul>' if notes else ''}"
+            f"<h3>{_tag(i, run)}</h3>"
+            f"<p><code>{escape(run.folder)}</code>, {lines} of metrics.jsonl</p>"
         )
+        command = run.info.get("command")
+        if isinstance(command, list):
+            out.append(f"<pre>python {escape(' '.join(map(str, command)))}</pre>")
+        if numbers := tables.metrics_csv(i, run):
+            out.append(f'<p class="file">{numbers}</p>')
+        if run.notes:
+            out.append(f"<ul>{''.join(f'<li>{escape(note)}</li>' for note in run.notes)}</ul>")
     return "".join(out)
 
 

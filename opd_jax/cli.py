@@ -50,21 +50,27 @@ def main(
     *,
     fields: Callable[[], ConfigDict] = training_fields,
     names: Sequence[str] = (),
+    folders: bool = False,
 ) -> None:
     """Parse the command line and call `run`; exits 0, 1 (an OpdError, one line) or 2 (wrong flags).
 
     `fields` makes the tree that the entry point's config files start from. With `names`, the first
-    argument must be one of them, and `run` is called with it.
+    argument must be one of them, and `run` is called with it; with `folders`, it is called with all
+    arguments, of which there must be one.
     """
     _set_allocator()
     app.run(
         lambda rest: _guarded(functools.partial(run, *rest[1:])),
-        flags_parser=functools.partial(_parse, fields=fields, names=names),
+        flags_parser=functools.partial(_parse, fields=fields, names=names, folders=folders),
     )
 
 
 def _parse(
-    arguments: list[str], *, fields: Callable[[], ConfigDict], names: Sequence[str]
+    arguments: list[str],
+    *,
+    fields: Callable[[], ConfigDict],
+    names: Sequence[str],
+    folders: bool = False,
 ) -> list[str]:
     try:
         rest = FLAGS(arguments)
@@ -78,7 +84,9 @@ def _parse(
         _fail(f"a name is missing, wanted {' or '.join(names)}, then flags; see --help", EXIT_FLAGS)
     if names and rest[1] not in names:
         _fail(f"{rest[1]!r} is not known; {near(rest[1], list(names))}; see --help", EXIT_FLAGS)
-    if len(rest) > 1 + bool(names):
+    if folders and len(rest) == 1:
+        _fail("a workdir is missing, wanted one or more, then flags; see --help", EXIT_FLAGS)
+    if len(rest) > 1 + bool(names) and not folders:
         _fail(f"got {rest[-1]!r}, wanted flags only; see --help", EXIT_FLAGS)
     return rest
 

@@ -202,6 +202,10 @@ def default() -> ConfigDict:
     log.every = 1  # steps between lines of metrics.jsonl
     log.rollouts = 1  # rollouts a logged step writes to rollouts.jsonl
     log.gradients = 50  # steps between two looks at each term's own gradient; 0 = never
+    log.tensorboard = (
+        False  # also write the lines of metrics.jsonl to tensorboard/ (docs/report.md)
+    )
+    log.wandb = ""  # also to this project of Weights & Biases, offline unless WANDB_MODE says else
 
     profile = config.profile = ConfigDict()  # docs/profiling.md
     profile.start_step = 3  # the first step that is traced: earlier ones compile

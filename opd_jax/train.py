@@ -38,6 +38,7 @@ from opd_jax.errors import ConfigError, NonFiniteError
 from opd_jax.eval.evaluate import evaluate
 from opd_jax.eval.grade import Grader
 from opd_jax.keys import Stream, key_for
+from opd_jax.living import Log, require
 from opd_jax.loading import Weights, load_weights
 from opd_jax.models import decoder
 from opd_jax.plan import run as planning
@@ -81,6 +82,7 @@ def run(config: ConfigDict, path: str, *, command: list[str]) -> Result:
             f"steps={config.steps}, but the workdir {str(folder)!r} is at step {first}; "
             f"set --config.steps={first} or more, or give a new --workdir"
         )
+    require(config.log)
     plan = planning.of_run(setup)
     if processes.first():
         print(*planning.say(plan), sep="\n", flush=True)
@@ -167,7 +169,7 @@ class _Run:
         self.log: workdir.Lines | workdir.NoLines = workdir.NoLines()
         self.samples: workdir.Lines | workdir.NoLines = workdir.NoLines()
         if processes.first():
-            self.log = workdir.Lines(folder / "metrics.jsonl", resume_step=kept)
+            self.log = Log(folder / "metrics.jsonl", resume_step=kept, config=config)
             self.samples = workdir.Lines(folder / "rollouts.jsonl", resume_step=kept)
         if self.first < newest:  # a rollback was cut short
             self.log.go_back(self.first)

@@ -18,7 +18,7 @@ LAYER = {
     "objectives": 4, "rules": 4, "workdir": 4, "fitting": 4, "cli": 4, "eval.evaluate": 4,
     "eval.results": 4, "best": 4,
     "data.decontaminate": 4, "data.prepare_config": 4, "data.judge": 5, "data.prepare": 6,
-    "devices": 1, "account": 3, "plan": 6, "plan.real": 7, "plan.verify": 8,
+    "living": 5, "report": 6, "devices": 1, "account": 3, "plan": 6, "plan.real": 7, "plan.verify": 8,
     "rows": 5, "update": 5, "setup": 5, "sample_file": 5,
     "sample": 6, "ahead": 6, "export": 6, "loading": 6, "collect": 6, "train": 7, "probe": 7,
     "eval.model": 7, "bench": 8, "eval.runner": 8, "profile": 9,

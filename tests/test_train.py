@@ -1,8 +1,10 @@
 """Whole runs on random models that a test can afford: files, keys, resume, outcomes of methods."""
 
 import dataclasses
+import html
 import json
 import pathlib
+import re
 import shutil
 
 import jax
@@ -19,8 +21,11 @@ from opd_jax.errors import ConfigError, DataError, ModelError, NonFiniteError, W
 from opd_jax.eval import Grade
 from opd_jax.eval.grade import Grader
 from opd_jax.models import decoder
+from opd_jax.report import run as report
+from opd_jax.report.text import clean
 from opd_jax.setup import make_setup
 from tests import bench_metrics
+from tests.test_living import scalars
 
 METHODS = {"opd": (1.0, 0.0, 0.0), "stable_opd": (1.0, 0.1, 0.05), "sft": (0.0, 1.0, 0.0)}
 
@@ -81,7 +86,9 @@ def without_times(rows: list[dict]) -> list[dict]:
 def straight(folders, tmp_path_factory):
     """Four steps of Stable-OPD in one go."""
     workdir = tmp_path_factory.mktemp("runs") / "straight"
-    return train.run(small(folders), str(workdir), command=["test"]), workdir
+    config = small(folders)
+    config.log.tensorboard = True
+    return train.run(config, str(workdir), command=["test"]), workdir
 
 
 @pytest.mark.short
@@ -122,6 +129,30 @@ def test_run_writes_what_the_design_promises(straight):
     assert tokens == len(sample["advantage"]) == len(sample["sampler_logprob"])
     assert len(lines(workdir / "eval" / "4", "tiny.jsonl")) == 4
     assert set(result.table) == {"student before", "student after", "teacher"}
+
+
+@pytest.mark.short
+def test_tensorboard_has_every_figure_of_the_log(straight):
+    _, workdir = straight
+    found = scalars(workdir / "tensorboard")
+    for row in lines(workdir, "metrics.jsonl"):
+        for key in row.keys() - {"step"}:
+            assert found[key][row["step"]] == pytest.approx(row[key], rel=1e-6), key
+
+
+@pytest.mark.short
+def test_a_real_run_is_reported(straight, tmp_path, capsys):
+    _, workdir = straight
+    report.run([str(workdir)], out=str(tmp_path / "report.html"), text=True)
+    assert "Too short to judge: 4 steps with rollouts." in capsys.readouterr().out
+    page = (tmp_path / "report.html").read_text()
+    for text in ("TruncRate of rollouts", "Accuracy, tiny", "Student&#x27;s log-prob", "Overlap of the top-k",
+                 "A: overlap by position", "A: seconds of a step by stage", "before (step 0)",
+                 "after (step 4)", "teacher", "step 4, "):  # fmt: skip
+        assert text in page, text
+    shown = re.sub("<[^>]+>", "", page[page.index('<pre class="tokens"') :].partition("</pre>")[0])
+    response = lines(workdir, "rollouts.jsonl")[0]["response"]
+    assert html.unescape(shown).removesuffix("⟨end⟩").replace("▫", "") == clean(response)
 
 
 @pytest.mark.short

@@ -1,0 +1,1 @@
+"""What a workdir shows: a page with figures, tables and rollouts; a summary; a live view. docs/report.md."""

@@ -1,0 +1,291 @@
+"""The tables of the page: runs, evaluations beside the papers', the guard, memory, downloads."""
+
+import base64
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from opd_jax.eval import results
+from opd_jax.eval.benchmarks import BENCHMARKS
+from opd_jax.report.curves import thinned
+from opd_jax.report.figures import Figure, letter
+from opd_jax.report.read import Run
+from opd_jax.report.text import clean, escape
+
+CELLS = 100_000  # numbers of one run that the page holds as CSV
+_SIDE_BY_SIDE = 3  # runs up to which each has a column, not a line
+_COLUMNS = (
+    ("accuracy", "accuracy", "share"), ("matched", "match", "share"),
+    ("truncation_rate", "TruncRate", "share"), ("repetition_rate", "RepRate", "share"),
+    ("length_mean", "mean length", "number"), ("unparsed", "unparsed", "share"),
+    ("timeouts", "timeouts", "share"),
+)  # fmt: skip
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, text: int = 1) -> str:
+    """A table of clean cells, of which the first `text` columns are words and the others numbers."""
+    body = "".join(f"<tr>{_cells(row, 'td', text)}</tr>" for row in rows)
+    first = _cells(head, "th", text)
+    return f'<div class="scroll"><table><thead><tr>{first}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def runs_table(runs: Sequence[Run]) -> str:
+    """What each run is: models, method's numbers, where and when."""
+    head = ["run", "folder", "student", "teacher", "weights of the loss", "learning rate", "steps",
+            "commit", "began", "on"]  # fmt: skip
+    rows = []
+    for i, run in enumerate(runs):
+        steps = _field(run, "steps")
+        rows.append([
+            letter(i), run.name, _model(run, "student"), _model(run, "teacher"), _weights(run),
+            _field(run, "optim.learning_rate"), f"{run.last} of {steps}" if steps else str(run.last),
+            _text(run.info.get("commit")), _text(run.info.get("started"))[:16].replace("T", " "),
+            _devices(run),
+        ])  # fmt: skip
+    if len(rows) <= _SIDE_BY_SIDE:  # narrow screens have room for few columns
+        whole = [head, *rows]
+        head, *rows = ([row[k] for row in whole] for k in range(len(head)))
+    return table(head, rows, text=len(head))
+
+
+def answers_table(i: int, run: Run) -> str:
+    """Evaluations of one run: before, after, and the teacher; "" without any."""
+    steps = [step for step in run.answers if step.isdigit()]
+    others = [who for who in run.answers if not who.isdigit()]
+    shown = [*dict.fromkeys([*steps[:1], *steps[-1:]]), *others]
+    benchmarks = sorted({name for step in shown for name in run.answers[step]})
+    out = []
+    for name in benchmarks:
+        found = {step: run.answers[step][name] for step in shown if name in run.answers[step]}
+        columns = [column for column in _COLUMNS if any(column[0] in one for one in found.values())]
+        rows = []
+        for step, one in found.items():
+            who = f"after (step {step})" if step.isdigit() else step
+            who = "before (step 0)" if step == "0" else who
+            rows.append([who, *(_figure(one, key, kind) for key, _, kind in columns)])
+        title = BENCHMARKS[name].title if name in BENCHMARKS else name
+        out.append(
+            f"<h3>{letter(i)}: {escape(title)}</h3>" + table(["", *(c[1] for c in columns)], rows)
+        )
+    return "".join(out)
+
+
+def beside_papers(i: int, run: Run) -> str:
+    """The run's figures in a table with the papers' rows of the same backbone; "" where none fits.
+
+    Of a workdir of launch/evaluate.py the table of its results.json; of a training run its last
+    evaluation, where it has a benchmark and a backbone of the papers.
+    """
+    rows: Any = (run.results or {}).get("table")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        rows = _own_comparison(run)
+    if not rows:
+        return ""
+    columns = [c for c in ("avg", *BENCHMARKS) if any(c in row for row in rows)]
+    columns += [c for c in rows[0] if c not in (*columns, "method", "source")]
+    titles = [
+        ("Avg" if c == "avg" else BENCHMARKS[c].title if c in BENCHMARKS else c) for c in columns
+    ]
+    body = [
+        [
+            _text(row.get("method")),
+            *(_percent(row.get(c)) for c in columns),
+            _text(row.get("source")),
+        ]
+        for row in rows
+    ]
+    told = (
+        ""
+        if len(rows) > 1
+        else "<p>The papers have no row of this backbone on these benchmarks.</p>"
+    )
+    return f"<h3>{letter(i)}: beside the papers, %</h3>{table(['', *titles, 'source'], body)}{told}"
+
+
+def papers_table() -> str:
+    """The averages that the papers report, with their sources."""
+    found = [row for row in results.baselines() if row["benchmark"] == "avg"]
+    rows = [[row["backbone"], row["method"], row["teacher"], f"{row['value']:.1f}", row["source"]]
+            for row in found]  # fmt: skip
+    return table(["backbone", "method", "teacher", "Avg, %", "source"], rows, text=3)
+
+
+def guard_table(runs: Sequence[Run]) -> str:
+    """Everything the guard did; "" where it did nothing."""
+    rows = [[letter(i), str(event.step), event.kind, event.text]
+            for i, run in enumerate(runs) for event in run.events]  # fmt: skip
+    return table(["run", "step", "kind", "what"], rows, text=4) if rows else ""
+
+
+def cost_table(runs: Sequence[Run]) -> str:
+    """Median seconds of each stage, its share of a step, and the memory that was planned and seen."""
+    rows = []
+    for i, run in enumerate(runs):
+        whole = _median(run, "time/step_s")
+        stages = sorted(k for k in run.curves if k.startswith("time/") and k != "time/step_s")
+        planned = run.plan.get("stages")
+        planned = planned if isinstance(planned, dict) else {}
+        for key in stages:
+            name = key[5:].removesuffix("_s")
+            seconds = _median(run, key)
+            speed = _median(run, f"speed/{name}_tokens_per_s")
+            rows.append([
+                letter(i), name, _told(seconds, ".3f"),
+                _told(None if not whole or seconds is None else seconds / whole, ".1%"),
+                _told(speed, ",.0f"), _gib(planned.get(name)), "",
+            ])  # fmt: skip
+        if whole is not None:
+            peak = run.curves.get("memory/peak_gib")
+            most = (
+                None
+                if peak is None or not len(peak.finite().value_N)
+                else peak.finite().value_N.max()
+            )
+            widest = [size for size in map(_bytes, planned.values()) if size is not None]
+            rows.append([letter(i), "whole step", f"{whole:.3f}", "", "",
+                         f"{max(widest) / 2**30:.2f}" if widest else "-", _told(most, ".2f")])  # fmt: skip
+    if not rows:
+        return ""
+    head = ["run", "stage", "median s", "share", "tokens/s", "planned GiB", "peak GiB, measured"]
+    return table(head, rows, text=2)
+
+
+def figure_csv(figure: Figure) -> str:
+    """The points that a figure draws, as a link to a CSV file."""
+    rows: list[list[Any]] = [["panel", "curve", "step", "value", "steps_in_mean"]]
+    for panel in figure.panels:
+        for line in panel.lines:
+            drawn = thinned(line.curve)
+            rows += [[panel.title, line.label, _number(step), _number(value), drawn.per]
+                     for step, value in zip(drawn.step_N, drawn.value_N, strict=True)]  # fmt: skip
+    return link(f"{figure.name}.csv", rows, "numbers (CSV)")
+
+
+def metrics_csv(i: int, run: Run) -> str:
+    """All of metrics.jsonl as a link to a CSV file, every k-th step of it where it is long."""
+    if not run.curves:
+        return ""
+    steps = np.unique(np.concatenate([curve.step_N for curve in run.curves.values()]))
+    every = -(-len(steps) * len(run.curves) // CELLS)
+    kept = steps[::every]
+    keys = sorted(run.curves)
+    columns = []
+    for key in keys:
+        curve = run.curves[key]
+        place = np.searchsorted(curve.step_N, kept).clip(max=len(curve.step_N) - 1)
+        columns.append(np.where(curve.step_N[place] == kept, curve.value_N[place], np.nan))
+    rows: list[list[Any]] = [["step", *keys]]
+    rows += [
+        [int(step), *map(_number, values)]
+        for step, values in zip(kept, np.array(columns).T, strict=True)
+    ]
+    told = "every step" if every == 1 else f"every {every}th logged step; all are in metrics.jsonl"
+    name = f"{letter(i)}-metrics.csv"
+    return f"{link(name, rows, name)}: {len(keys)} keys, {told}"
+
+
+def link(name: str, rows: Iterable[Sequence[Any]], text: str) -> str:
+    """A link that saves the rows as a CSV file; the file is in the link."""
+    target = io.StringIO()
+    csv.writer(target, lineterminator="\n").writerows(
+        [clean(cell) if isinstance(cell, str) else cell for cell in row] for row in rows
+    )
+    data = base64.b64encode(target.getvalue().encode()).decode()
+    return (
+        f'<a class="file" download="{escape(name)}" href="data:text/csv;charset=utf-8;base64,{data}">'
+        f"{escape(text)}</a>"
+    )
+
+
+def _cells(row: Sequence[str], tag: str, text: int) -> str:
+    kinds = ["" if i < text or row[i] in ("", None) else ' class="n"' for i in range(len(row))]
+    return "".join(f"<{tag}{k}>{escape(cell)}</{tag}>" for k, cell in zip(kinds, row, strict=True))
+
+
+def _own_comparison(run: Run) -> list[dict[str, Any]]:
+    steps = [step for step in run.answers if step.isdigit()]
+    found = run.answers[steps[-1]] if steps else {}
+    found = {
+        n: one
+        for n, one in found.items()
+        if n in BENCHMARKS and {"accuracy", "stderr"} <= one.keys()
+    }
+    backbone = results.backbone_of(run.config["student"]["path"])
+    table = results.comparison(run.name, found, backbone) if found and backbone else []
+    return table if len(table) > 1 else []
+
+
+def _field(run: Run, name: str) -> str:
+    found: Any = run.config
+    for part in name.split("."):
+        found = found.get(part) if isinstance(found, dict) else None
+    return "" if found is None else _text(found)
+
+
+def _model(run: Run, role: str) -> str:
+    path = _field(run, f"{role}.path").rstrip("/")
+    evaluated = (run.results or {}).get("model")
+    if role == "student" and not path and isinstance(evaluated, dict):
+        path = _text(evaluated.get("path")).rstrip("/")
+    return "/".join(path.split("/")[-2:]) or "-"
+
+
+def _weights(run: Run) -> str:
+    names = ("pg_weight", "divergence_weight", "lambda_gold", "beta_kl")
+    given = {name: _field(run, f"loss.{name}") for name in names}
+    return ", ".join(f"{name} {x}" for name, x in given.items() if x not in ("", "0", "0.0")) or "-"
+
+
+def _devices(run: Run) -> str:
+    found = run.info.get("devices")
+    kinds = [_text(x) for x in found] if isinstance(found, list) else []
+    return ", ".join(f"{kinds.count(kind)} x {kind}" for kind in dict.fromkeys(kinds)) or "-"
+
+
+def _text(value: Any) -> str:
+    return "-" if value is None else str(value)
+
+
+def _figure(one: dict[str, float], key: str, kind: str) -> str:
+    if key not in one:
+        return "-"
+    if kind == "number":
+        return f"{one[key]:,.1f}"
+    error = f" ± {one['stderr']:.1%}" if key == "accuracy" and "stderr" in one else ""
+    return f"{one[key]:.1%}{error}"
+
+
+def _percent(cell: Any) -> str:
+    value = cell.get("value") if isinstance(cell, dict) else None
+    if type(value) not in (int, float):
+        return "-"
+    error = cell.get("stderr")
+    return f"{value:.1f}" + (f" ± {error:.1f}" if type(error) in (int, float) else "")
+
+
+def _median(run: Run, key: str) -> float | None:
+    known = run.curves[key].finite().value_N if key in run.curves else np.zeros(0)
+    return float(np.median(known)) if len(known) else None
+
+
+def _told(value: float | None, form: str) -> str:
+    return "-" if value is None else f"{value:{form}}"
+
+
+def _bytes(held: Any) -> float | None:
+    if not isinstance(held, dict):
+        return None
+    sizes = [x for x in held.values() if type(x) in (int, float)]
+    return float(sum(sizes))
+
+
+def _gib(held: Any) -> str:
+    size = _bytes(held)
+    return "-" if size is None else f"{size / 2**30:.2f}"
+
+
+def _number(value: float) -> str:
+    return "" if not np.isfinite(value) else f"{float(value):.6g}" if value % 1 else str(int(value))

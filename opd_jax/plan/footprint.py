@@ -130,9 +130,9 @@ def score(job: Job) -> Footprint:
     chunks = len(roles) * 3.0  # logits, log-probs, their largest ids
     if job.fused:  # all in one; one more to strike ids out
         chunks = 1.0 * len(roles) + (job.support > 0)
+    handed = kept_hidden(job, rows) if job.over_vocabulary else 0.0  # out, to the update
     moments.append({
-        "activations": sum(_hidden(job, role, rows) for role in roles)
-        - job.over_vocabulary * kept_hidden(job, rows),
+        "activations": sum(_hidden(job, role, rows) for role in roles) - handed,
         "logits": chunks * _chunk(job, job.score_chunk, rows * job.width),
         "weight copies": sum(_gathered_head(job, role) for role in roles),
     })  # fmt: skip

@@ -4,10 +4,12 @@ import dataclasses
 
 import pytest
 
-from opd_jax.devices import GIB, Device
+from configs import grpo, opd, opsd, sft, stable_opd, topk_opd
+from configs.recipes import RECIPES
+from opd_jax.devices import DEVICES, GIB, Device
 from opd_jax.errors import PlanError
-from opd_jax.plan import footprint, memory
-from opd_jax.plan.job import Layout
+from opd_jax.plan import footprint, memory, report
+from opd_jax.plan.job import Layout, of_config
 from tests.plan.small import MODEL, job
 
 pytestmark = pytest.mark.short
@@ -154,6 +156,27 @@ def test_a_mesh_that_divides_weights_is_offered_where_there_is_one():
     flags = memory.remedy(memory.plan(large, DEVICE, usable=300_000))
     assert "--config.mesh.tensor=4" in flags
     assert "--config.mesh.student=replicated" in flags
+
+
+def test_a_run_without_a_teacher_has_a_plan():
+    alone = job(teacher=None)
+    names = [stage.name for stage in memory.stages(alone)]
+    assert names == ["rollout", "score", "update", "optimizer", "checkpoint"]
+    assert all("teacher" not in stage.held for stage in memory.stages(alone))
+    learning = job(teacher=None, rollouts=False, golden=4)
+    assert [stage.name for stage in memory.stages(learning)] == [
+        "update",
+        "optimizer",
+        "checkpoint",
+    ]
+
+
+def test_every_recipe_of_every_method_has_a_plan():
+    for method in (grpo, opd, opsd, sft, stable_opd, topk_opd):
+        for recipe in RECIPES:
+            device = DEVICES["h200"]
+            given = of_config(method.get_config(recipe), device, 4)
+            assert report.lines(report.make(memory.plan(given, device)))
 
 
 def test_a_gpu_has_its_share_for_arrays(monkeypatch):

@@ -1,0 +1,93 @@
+"""Every command of README and docs: its launcher is there, its flags are known, its config is accepted."""
+
+import ast
+import functools
+import pathlib
+import re
+import shlex
+
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from opd_jax import rules
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# What stands for something of the reader's own.
+PLACEHOLDER = re.compile(
+    r"\.\.\.|\b(FILE|FOLDER|NAME|RECIPE|PROTOCOL|FIELD|SEED|ACTION|N|16N|64N)\b"
+)
+CHECKS = {"evaluate": rules.validate_evaluation, "prepare_data": None, "sample": None}
+
+
+def commands() -> list[tuple[str, str, list[str]]]:
+    """(page, launcher, arguments) of each command, as it is written."""
+    found = []
+    for page in PAGES:
+        text = re.sub(r"\\\n\s*", " ", page.read_text(encoding="utf-8"))
+        for match in re.finditer(r"launch/(\w+)\.py([^\S\n][^`\n]*)?", text):
+            command = re.split(r"\s{2,}| \| | && |; | & |  #", match[2] or "")[0]
+            plain = command.replace("[", " ").replace("]", " ")
+            if "--" in plain:
+                found.append((page.name, match[1], shlex.split(plain)))
+    return found
+
+
+COMMANDS = commands()
+IDS = [f"{page} {launcher} {i}" for i, (page, launcher, _) in enumerate(COMMANDS)]
+
+
+@functools.cache
+def defined(launcher: str) -> dict[str, str]:
+    """Flags of a launcher, by name; that of `config` with the file it stands for without one."""
+    names = {}
+    for node in ast.walk(ast.parse((ROOT / f"launch/{launcher}.py").read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        if node.func.attr.startswith("DEFINE_"):
+            (name,) = node.args[:1]
+            if isinstance(name, ast.Constant):
+                names[name.value] = ""
+            else:  # launch/bench.py has one of each peer
+                names |= {f"{peer}_python": "" for peer in ("trl", "tunix")}
+        elif node.func.attr == "define_config":
+            names["config"] = node.args[0].value
+        elif node.func.attr == "define_processes":
+            names |= dict.fromkeys(("coordinator", "num_processes", "process_id"), "")
+    return names
+
+
+def test_there_are_commands():
+    assert len(COMMANDS) > 80
+    assert {"train", "evaluate", "plan", "profile", "report", "probe"} <= {c[1] for c in COMMANDS}
+
+
+@pytest.mark.parametrize(("page", "launcher", "arguments"), COMMANDS, ids=IDS)
+def test_launcher_and_flags_are_there(page, launcher, arguments):
+    known = defined(launcher)
+    for argument in arguments:
+        if argument.startswith("--"):
+            name = argument[2:].partition("=")[0].partition(".")[0]
+            assert name in known or name in {f"no{flag}" for flag in known}, argument
+
+
+@pytest.mark.parametrize(("page", "launcher", "arguments"), COMMANDS, ids=IDS)
+def test_the_config_is_accepted(page, launcher, arguments, monkeypatch):
+    given = [a for a in arguments if a.startswith("--config")]
+    default = defined(launcher).get("config")
+    if not default or any(PLACEHOLDER.search(a) for a in given):
+        return  # a synopsis: its flags are looked at above
+    monkeypatch.chdir(ROOT)
+    if not any(a.startswith("--config=") for a in given):
+        given.insert(0, f"--config={default}")
+    monkeypatch.setattr("sys.argv", ["command", *given])  # where overrides are looked for
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", default, flag_values=values)
+    values(["command", *given])
+    config = values.config.copy_and_resolve_references()
+    check = CHECKS.get(launcher, rules.validate)
+    if check is not None:
+        if not config.data.train:
+            config.data.train = "tiny:train"  # the reader's own file
+        check(config)

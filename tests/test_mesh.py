@@ -24,7 +24,7 @@ def on_eight_devices(*arguments: str, file: str = "tests/eight_devices.py") -> N
     }  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", file, *arguments],
-        cwd=ROOT, env=env, capture_output=True, text=True, timeout=600,
+        cwd=ROOT, env=env, capture_output=True, text=True, timeout=3000,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 

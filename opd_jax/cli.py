@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from opd_jax import devices
+from opd_jax import devices, signals
 from opd_jax.config import default as training_fields
 from opd_jax.config import explain, near
-from opd_jax.errors import OpdError
+from opd_jax.errors import Interrupted, OpdError
 
 FLAGS = flags.FLAGS
 EXIT_USER, EXIT_FLAGS = 1, 2
@@ -50,15 +50,18 @@ def main(
     *,
     fields: Callable[[], ConfigDict] = training_fields,
     names: Sequence[str] = (),
+    stops: bool = False,
 ) -> None:
-    """Parse the command line and call `run`; exits 0, 1 (an OpdError, one line) or 2 (wrong flags).
+    """Parse the command line and call `run`; exits 0, 1 (an OpdError, one line), 2 (wrong flags) or
+    75 (Interrupted: the same command goes on).
 
     `fields` makes the tree that the entry point's config files start from. With `names`, the first
-    argument must be one of them, and `run` is called with it.
+    argument must be one of them, and `run` is called with it. With `stops`, `run` is called with what
+    says whether it is to end, `stop`.
     """
     _set_allocator()
     app.run(
-        lambda rest: _guarded(functools.partial(run, *rest[1:])),
+        lambda rest: _guarded(functools.partial(run, *rest[1:]), stops=stops),
         flags_parser=functools.partial(_parse, fields=fields, names=names),
     )
 
@@ -83,16 +86,21 @@ def _parse(
     return rest
 
 
-def _guarded(run: Callable[[], None]) -> None:
+def _guarded(run: Callable[..., None], *, stops: bool) -> None:
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every file at INFO
     devices.set_memory_fraction()
     several = False
+    if stops:
+        run = functools.partial(run, stop=signals.listen())
     try:
         several = "coordinator" in FLAGS and _one_of_several()
         if several:
             _connect()
         _keep_programs()
         run()
+    except Interrupted as error:
+        print(error, flush=True)
+        sys.exit(signals.AGAIN)
     except OpdError as error:
         if several:
             _leave(str(error))

@@ -149,6 +149,10 @@ def default() -> ConfigDict:
     checkpoint = config.checkpoint = ConfigDict()
     checkpoint.every = 50  # steps; 0 = only at the end
     checkpoint.keep = 2
+    checkpoint.grace_seconds = 300.0  # after SIGTERM or SIGINT, for the step in hand and saving
+    checkpoint.deadline_minutes = (
+        0.0  # from its start, by which a run has saved and ended; 0 = none
+    )
 
     evaluation = config.eval = ConfigDict()
     evaluation.every = 0  # steps between evaluations on the way; 0 = only before and after

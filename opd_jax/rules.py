@@ -58,13 +58,15 @@ def validate(config: ConfigDict) -> None:
                   "rollout.top_k", "sample.top_k", "eval.top_k", "eval.slots",
                   "eval.max_response_tokens",
                   "guard.beta_kl_floor", "guard.beta_kl_max", "guard.lambda_gold_floor",
-                  "guard.lambda_gold_max", "profile.steps"):  # fmt: skip
+                  "guard.lambda_gold_max", "profile.steps",
+                  "checkpoint.deadline_minutes"):  # fmt: skip
         _range(flat, field, 0, math.inf)
     for field in ("rollout.top_p", "eval.top_p", "optim.beta1", "optim.beta2", "loss.clip_low",
                   "loss.discount",
                   "teacher.decay", "optim.warmup_fraction", "sample.top_p"):  # fmt: skip
         _range(flat, field, 0, 1)
     for field in ("optim.learning_rate", "optim.grad_clip", "metrics.repetition_threshold",
+                  "checkpoint.grace_seconds",
                   "rollout.top_p", "eval.top_p", "sample.top_p"):  # fmt: skip
         if not 0 < flat[field] < math.inf:
             raise _wrong(field, flat[field], "a finite number above 0")

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import platform
+import shutil
 import subprocess
 import time
 from importlib import metadata
@@ -13,7 +14,7 @@ import jax
 from ml_collections import ConfigDict
 
 from opd_jax import config as configuration
-from opd_jax import devices
+from opd_jax import devices, whole
 from opd_jax.errors import WorkdirError
 
 # Fields that may differ when a run goes on: they do not touch what is computed.
@@ -114,9 +115,8 @@ def create(path: pathlib.Path, config: ConfigDict, command: list[str]) -> None:
     """Make the folder; write config.json, and run.json with what is needed to repeat the run."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        (path / "config.json").write_text(configuration.to_json(config), encoding="utf-8")
-        run = json.dumps(provenance(command), indent=2) + "\n"
-        (path / "run.json").write_text(run, encoding="utf-8")
+        whole.write_text(path / "config.json", configuration.to_json(config))
+        whole.write_json(path / "run.json", provenance(command), indent=2)
     except OSError as error:
         raise WorkdirError(
             f"workdir {str(path)!r} cannot be written ({error.strerror}); "
@@ -134,10 +134,7 @@ class Lines:
 
     def _open(self, resume_step: int) -> None:
         if self._path.exists():
-            kept = [line for line in _whole_lines(self._path) if line["step"] <= resume_step]
-            temporary = self._path.with_suffix(".tmp")
-            temporary.write_text("".join(map(_line, kept)), encoding="utf-8")
-            temporary.replace(self._path)
+            _cut(self._path, _end(self._path, resume_step))
         self._file = self._path.open("a", encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:
@@ -145,13 +142,18 @@ class Lines:
         self._file.write(_line(row))
         self._file.flush()
 
+    def sync(self) -> None:
+        """Until all lines are on the disk itself."""
+        os.fsync(self._file.fileno())
+
     def go_back(self, step: int) -> None:
         """Move the lines of steps after `step` to `NAME.rolled_back.jsonl` beside it; go on after `step`."""
         self._file.close()
-        lines = _whole_lines(self._path)
+        end = _end(self._path, step)
         aside = self._path.with_suffix(".rolled_back.jsonl")
-        with aside.open("a", encoding="utf-8") as file:
-            file.writelines(_line(line) for line in lines if line["step"] > step)
+        with self._path.open("rb") as file, aside.open("ab") as out:
+            file.seek(end)
+            shutil.copyfileobj(file, out)
         self._open(step)
 
     def close(self) -> None:
@@ -165,6 +167,9 @@ class NoLines:
     def write(self, row: dict[str, Any]) -> None:
         """Nothing."""
 
+    def sync(self) -> None:
+        """Nothing."""
+
     def go_back(self, step: int) -> None:
         """Nothing."""
 
@@ -176,16 +181,28 @@ def _line(row: dict[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def _whole_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-    rows = []
-    for line in path.read_text(encoding="utf-8").split("\n"):  # not splitlines: texts hold U+2028
-        if not line:
-            continue
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break  # torn by a kill; everything after it is later than the checkpoint
-    return rows
+def _end(path: pathlib.Path, step: int) -> int:
+    """How many bytes of a file are whole lines of steps up to `step`; later ones come behind these."""
+    end = 0
+    with path.open("rb") as file:
+        for line in file:
+            if not line.endswith(b"\n") or not _is_of(line, step):
+                break
+            end += len(line)
+    return end
+
+
+def _is_of(line: bytes, step: int) -> bool:
+    """Whether a line is an object of a step up to `step`; one torn by a kill is none."""
+    try:
+        return json.loads(line)["step"] <= step
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False
+
+
+def _cut(path: pathlib.Path, end: int) -> None:
+    with path.open("rb+") as file:
+        file.truncate(end)
 
 
 def _commit() -> str | None:

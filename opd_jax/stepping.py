@@ -1,0 +1,234 @@
+"""One training step: a batch of prompts is rolled out and scored, and the weights are updated."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from opd_jax import ahead, data, losses, models, objectives, rows, update
+from opd_jax.clock import Clock, peak_gib
+from opd_jax.collect import Collector, Experience
+from opd_jax.eval.grade import Grader
+from opd_jax.keys import Stream, key_for
+from opd_jax.loading import Weights
+from opd_jax.models import decoder
+from opd_jax.profiling import stage
+from opd_jax.programs import Program
+from opd_jax.setup import Setup, compute_dtype
+from opd_jax.types import Frozen, RolloutRows, TrainState
+
+Summary = dict[str, float]
+
+
+class Stepper:
+    """What a step is made with, and the state that it changes; which steps there are is not known here.
+
+    `state` is for the run to set: it comes from `begin` or from a checkpoint. `weights` (by term) and
+    `masking` (of repetitive tails) are the guard's to say, step by step.
+    """
+
+    state: TrainState
+
+    def __init__(self, setup: Setup, weights: Weights, grader: Grader):
+        config = setup.config
+        self.setup, self.config = setup, config
+        self.dtype, self.mesh = compute_dtype(config.student.dtype), setup.mesh
+        self.collector = Collector(setup, grader)
+        self.teacher, self.scorer = weights.teacher, weights.scorer
+        self.reference = weights.reference
+        updates = config.steps * config.optim.updates_per_rollout
+        self._tx = update.make_optimizer(config.optim, updates)
+        self.schedule = update.make_schedule(config.optim, updates)
+        shared: dict[str, Any] = {
+            "vocabulary": setup.alignment.vocabulary,
+            "token_chunk": config.optim.token_chunk,
+            "remat": config.optim.remat,
+        }
+        terms = setup.terms
+        rollout_loss = objectives.make_rollout_loss(
+            terms,
+            setup.student,
+            setup.reference,
+            scored_V=self.collector.scored_V,
+            **shared,
+        )
+        self.accumulate = update.make_accumulate(
+            rollout_loss if terms.needs_rollouts else None,
+            objectives.make_golden_loss(setup.student, **shared) if terms.needs_golden else None,
+            microbatch_tokens=config.optim.microbatch_tokens,
+            dtype=self.dtype,
+            mesh=self.mesh,
+        )
+        self.update = update.make_update(
+            self._tx, self.accumulate, decay=config.teacher.decay, mesh=self.mesh
+        )
+        self.weigh = partial(
+            losses.token_weights,
+            aggregation=config.loss.aggregation,
+            length=config.rollout.max_response_tokens,
+        )
+        self.weigh_golden = partial(losses.token_weights, aggregation=config.loss.gold_aggregation)
+        self._begin = partial(
+            update.init_state, tx=self._tx, average=config.teacher.follow == "average"
+        )
+
+    def like(self) -> TrainState:
+        """The state's shapes, dtypes and places."""
+        like = jax.eval_shape(self._begin, decoder.abstract_params(self.setup.student))
+        return self.mesh.structs(like, self.mesh.masters(like))
+
+    def begin(self, student: models.Params) -> None:
+        """Step 0; takes the student's weights over."""
+        self.state = self.mesh.masters_of(self._begin, student)
+
+    def programs(self, weights: dict[str, float]) -> list[Program]:
+        """All that the steps of this run compile."""
+        setup, terms = self.setup, self.setup.terms
+        mesh, state = self.mesh, self.mesh.structs(self.state)
+        student = jax.eval_shape(partial(mesh.compute, dtype=self.dtype), state.params)
+        student = mesh.structs(student, mesh.weights(student))
+        teacher = jax.eval_shape(self.teacher_now, student)
+        teacher = mesh.structs(teacher, mesh.weights(teacher))
+        rollout_rows = golden_rows = None
+        if terms.needs_rollouts:
+            rollout_rows = ahead.blank_rollout_rows(setup, student, teacher, self.collector.scoring)
+        if terms.needs_golden:
+            golden_rows = ahead.blank_golden_rows(setup)
+        beside = decoder.head_alone(teacher) if teacher and terms.over_vocabulary else None
+        frozen = Frozen(self.reference, beside)
+        frozen = mesh.structs(frozen, mesh.weights(frozen))
+        own = state.params if mesh.devices is None else student
+        given = (own, frozen, rollout_rows, golden_rows, weights)
+        return [
+            *mesh.weight_programs(state.params, self.dtype),
+            *(self.collector.programs(student, teacher) if terms.needs_rollouts else []),
+            *self.accumulate.programs(*given),
+            self.update.program(state),
+        ]
+
+    def step(
+        self, step: int, batch: data.Batch, weights: dict[str, float], *, masking: bool = False
+    ) -> tuple[Summary, list[dict]]:
+        """One batch of prompts: roll out, score, update. Returns the step's metrics and rollouts."""
+        setup, terms = self.setup, self.setup.terms
+        clock = Clock()
+        row: Summary = {}
+        lines: list[dict] = []
+        rollout_rows = golden_rows = given = student = beside = None
+        golden = batch.golden if weights["sft"] else []
+        if terms.needs_rollouts:
+            student = self.mesh.compute(self.state.params, self.dtype)
+            teacher = self.teacher_now(student)
+            key = key_for(self.config.seed, step, Stream.ROLLOUT)
+            given = self.collector.collect(student, teacher, batch, key=key, clock=clock)
+            if teacher is not None and terms.over_vocabulary:
+                beside = decoder.head_alone(teacher)
+                if self.scorer is None:  # it may be the state's, which the update donates
+                    beside = jax.tree.map(jnp.copy, beside)
+            del teacher
+            if self.mesh.devices is None:
+                student = None  # as these may be
+            with stage("rows"):
+                rollout_rows, lines = self._rollout_rows(step, given, masking=masking)
+        if golden:
+            laid_out = data.golden_rows(batch.prompts, golden, width=setup.width)
+            golden_rows = rows.golden_rows(*laid_out, weigh=self.weigh_golden)
+        frozen = Frozen(self.reference, beside)
+        with stage("update"):
+            under_way = self._update(step, frozen, rollout_rows, golden_rows, weights, student)
+            del student
+            if given is not None:  # looked at while the device updates
+                row |= self.collector.measure(given)
+            row |= _means(under_way)
+        clock.lap("update", row.get("rollout/tokens", 0.0) + sum(map(len, golden)))
+        row |= clock.row()
+        row["optim/learning_rate"] = float(
+            self.schedule(step * self.config.optim.updates_per_rollout - 1)
+        )
+        row["memory/peak_gib"] = peak_gib()
+        return row, lines
+
+    def _rollout_rows(
+        self, step: int, given: Experience, *, masking: bool
+    ) -> tuple[RolloutRows, list[dict]]:
+        """What the update takes of the experience, and the lines of it for rollouts.jsonl."""
+        terms, loss, rollout = self.setup.terms, self.config.loss, given.rollout
+        advantage_BT = rows.advantages(
+            rollout, given.scores, given.mask_BT, terms,
+            reward_B=given.correct_B, group=self.config.rollout.samples_per_prompt,
+        )  # fmt: skip
+        counted_BT = rows.counted(
+            rollout, given.mask_BT, truncated=loss.truncated, tail=loss.truncated_tail
+        )
+        if loss.repeated == "mask" or masking:
+            counted_BT = counted_BT & ~given.repeated_BT
+        made = rows.rollout_rows(
+            rollout, given.scores, counted_BT, advantage_BT, terms, weigh=self.weigh
+        )
+        shown_BT = advantage_BT
+        if terms.needs_teacher and (terms.on_support or not terms.pg_weight):
+            shown_BT = given.scores.teacher_logprob_BT - given.scores.student_logprob_BT
+        lines = rows.as_lines(
+            step, rollout, given.scores, shown_BT, correct=given.correct_B,
+            count=min(self.config.log.rollouts, len(given.texts)),
+            decode=self.setup.tokenizer.decode,
+        )  # fmt: skip
+        return made, lines
+
+    def teacher_now(self, student: models.Params | None = None) -> models.Params | None:
+        """The weights that score: frozen, the student's moving average, or its own; None without any.
+
+        `student`: the student's own, where they are there already in the dtype to compute in.
+        """
+        if self.scorer is not None or self.setup.teacher is None:
+            return self.scorer
+        if self.state.average is None and student is not None:
+            return student
+        follows = self.state.params if self.state.average is None else self.state.average
+        return self.mesh.compute(follows, self.dtype)
+
+    def _update(
+        self,
+        step: int,
+        frozen: Frozen,
+        rollout_rows: Any,
+        golden_rows: Any,
+        weights: dict[str, float],
+        student: models.Params | None,
+    ) -> list[dict[str, jax.Array]]:
+        """`updates_per_rollout` optimizer steps, each on its share of the prompts, begun; measurements
+        of each. Those of the gradients apart are of the first.
+
+        `student`: its compute weights, where they are there already. On one device gradients are
+        taken at the masters, which are cast a layer at a time.
+        """
+        parts, every = self.config.optim.updates_per_rollout, self.config.log.gradients
+        measured = []
+        for i in range(parts):
+            if student is None and self.mesh.devices is not None:
+                student = self.mesh.compute(self.state.params, self.dtype)
+            given = (
+                frozen,
+                rollout_rows and rows.share(rollout_rows, i, parts, weigh=self.weigh),
+                golden_rows and rows.share(golden_rows, i, parts, weigh=self.weigh_golden),
+                weights,
+            )
+            apart = {}
+            if every and step % every == 0 and i == 0:
+                own = self.state.params if student is None else student
+                apart = update.term_gradients(self.accumulate, own, *given)
+            self.state, some = self.update(self.state, *given, student=student)
+            student = None  # is of the weights before
+            measured.append(some | apart)
+        return measured
+
+
+def _means(measured: list[dict[str, jax.Array]]) -> Summary:
+    """The mean of each measurement over the parts that have it; waits for the device."""
+    fetched = jax.device_get(measured)
+    return {
+        name: float(np.mean([part[name] for part in fetched if name in part]))
+        for name in fetched[0]
+    }

@@ -10,6 +10,7 @@ from opd_jax.checkpoint import Checkpoints
 from opd_jax.eval.evaluate import evaluate
 from opd_jax.eval.grade import Grader
 from opd_jax.keys import Stream, key_for
+from opd_jax.profiling import stage
 from opd_jax.rules import BEST
 from opd_jax.setup import Setup
 from opd_jax.stepping import Stepper, Summary
@@ -48,24 +49,25 @@ class HeldOut:
             model, tokenizer, prompts = setup.student, setup.tokenizer, setup.prompts
             width, ids = config.rollout.max_prompt_tokens, setup.alignment
         assert params is not None
-        return evaluate(
-            params,
-            model,
-            tokenizer,
-            setup.held_out,
-            prompts,
-            max_prompt_tokens=width,
-            key=key_for(config.seed, 0, Stream.EVAL),
-            section=config.eval,
-            rollout=config.rollout,
-            repetition=config.metrics,
-            stop_ids=ids.stop_ids,
-            vocabulary=ids.vocabulary,
-            drawn_V=None if ids.drawn.all() else ids.drawn,
-            grader=self.grader,
-            out=self.folder / "eval" / str(step) / f"{self.name}.jsonl",
-            mesh=setup.mesh,
-        )
+        with stage("evaluate"):
+            return evaluate(
+                params,
+                model,
+                tokenizer,
+                setup.held_out,
+                prompts,
+                max_prompt_tokens=width,
+                key=key_for(config.seed, 0, Stream.EVAL),
+                section=config.eval,
+                rollout=config.rollout,
+                repetition=config.metrics,
+                stop_ids=ids.stop_ids,
+                vocabulary=ids.vocabulary,
+                drawn_V=None if ids.drawn.all() else ids.drawn,
+                grader=self.grader,
+                out=self.folder / "eval" / str(step) / f"{self.name}.jsonl",
+                mesh=setup.mesh,
+            )
 
     def keep_best(self, step: int, summary: Summary, save: Callable[[Checkpoints], None]) -> None:
         """The checkpoint with the best `eval.best` so far lies in best/; `save` writes one."""

@@ -22,6 +22,14 @@ from opd_jax.types import Frozen, RolloutRows, TrainState
 Summary = dict[str, float]
 
 
+def abstract_state(setup: Setup) -> TrainState:
+    """The shapes and dtypes of the state of a run."""
+    tx = update.make_optimizer(setup.config.optim, 1)
+    average = setup.config.teacher.follow == "average"
+    begin = partial(update.init_state, tx=tx, average=average)
+    return jax.eval_shape(begin, decoder.abstract_params(setup.student))
+
+
 class Stepper:
     """What a step is made with, and the state that it changes; which steps there are is not known here.
 
@@ -76,7 +84,7 @@ class Stepper:
 
     def like(self) -> TrainState:
         """The state's shapes, dtypes and places."""
-        like = jax.eval_shape(self._begin, decoder.abstract_params(self.setup.student))
+        like = abstract_state(self.setup)
         return self.mesh.structs(like, self.mesh.masters(like))
 
     def begin(self, student: models.Params) -> None:

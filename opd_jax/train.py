@@ -17,6 +17,7 @@ from opd_jax import (
     checkpoint,
     data,
     display,
+    failures,
     guard,
     intact,
     processes,
@@ -30,10 +31,10 @@ from opd_jax.eval.grade import Grader
 from opd_jax.held_out import HeldOut
 from opd_jax.loading import Weights, load_weights
 from opd_jax.plan import run as planning
-from opd_jax.profiling import Tracer
+from opd_jax.profiling import Tracer, stage
 from opd_jax.setup import Setup, make_setup
 from opd_jax.signals import Stop
-from opd_jax.stepping import Stepper, Summary
+from opd_jax.stepping import Stepper, Summary, abstract_state
 from opd_jax.types import TrainState
 
 _NEWS = ("eval/", "guard/")  # keys that are logged whenever they occur
@@ -47,9 +48,17 @@ class Result:
     table: dict[str, Summary]
 
 
-def run(config: ConfigDict, path: str, *, command: list[str], stop: Stop | None = None) -> Result:
+def run(
+    config: ConfigDict,
+    path: str,
+    *,
+    command: list[str],
+    stop: Stop | None = None,
+    accept_changes: bool = False,
+) -> Result:
     """Train to `config.steps`, resuming where the workdir holds a checkpoint.
 
+    With `accept_changes` it may go on with a config that differs in what is computed; run.json says so.
     Raises an OpdError for whatever the user can mend; Interrupted where `stop` asks for an end.
     """
     stop = stop or Stop()
@@ -59,7 +68,7 @@ def run(config: ConfigDict, path: str, *, command: list[str], stop: Stop | None 
     stop.limit(config.checkpoint)
     if processes.several():
         processes.agree(_facts(config, path))
-    workdir.check(folder, config)
+    changes = workdir.check(folder, config, accept=accept_changes)
     processes.agree({})  # all have looked before the first writes
     if processes.first():
         print(f"workdir {folder}", *setup.notes, sep="\n", flush=True)
@@ -75,14 +84,20 @@ def run(config: ConfigDict, path: str, *, command: list[str], stop: Stop | None 
     if processes.first():
         print(*planning.say(plan), sep="\n", flush=True)
     planning.require_fit(plan)
+    _require_disk(setup, folder, first or 0)
     _leave_if_asked(stop, "before anything was loaded")
-    # A broken file is refused before anything is written.
-    weights = load_weights(setup, student=first is None)
-    if processes.first():
-        workdir.create(folder, config, command)
-        planning.write(plan, folder)
-    with Grader() as grader, checkpoint.Checkpoints(folder, keep=config.checkpoint.keep) as saved:
-        return _Run(setup, weights, folder, grader, saved, stop).loop()
+    with failures.explained(folder, plan):
+        # A broken file is refused before anything is written.
+        with stage("load"):
+            weights = load_weights(setup, student=first is None)
+        if processes.first():
+            workdir.create(folder, config, command, changes=changes)
+            planning.write(plan, folder)
+        with (
+            Grader() as grader,
+            checkpoint.Checkpoints(folder, keep=config.checkpoint.keep) as saved,
+        ):
+            return _Run(setup, weights, folder, grader, saved, stop).loop()
 
 
 class _Run:
@@ -223,7 +238,8 @@ class _Run:
         self.samples.sync()
         told = guard.to_json(self.guard)
         beside = {} if pending is None else {"pending": pending}
-        self.saved.save(step, self.stepper.state, self.batches, told, beside=beside)
+        with stage("checkpoint"):
+            self.saved.save(step, self.stepper.state, self.batches, told, beside=beside)
 
     def _end_early(
         self, step: int, row: Summary, sampled: list[dict], asked: str, *, due: bool
@@ -266,6 +282,17 @@ class _Run:
         """The weight of each term, as configured or as the guard has raised it."""
         beta_kl, lambda_gold = guard.terms(self.guard, self.rules)
         return self.setup.terms.weights | {"reference_kl": beta_kl, "sft": lambda_gold}
+
+
+def _require_disk(setup: Setup, folder: pathlib.Path, first: int) -> None:
+    """Refuse a run whose checkpoints the disk cannot hold at one time."""
+    section = setup.config.checkpoint
+    to_come = math.ceil((setup.config.steps - first) / (section.every or setup.config.steps))
+    here = processes.from_first(lambda: len(intact.steps(folder / "checkpoints")))
+    copies = max(min(section.keep + 1 - here, to_come), min(to_come, 1))
+    copies += 1 if setup.config.eval.best and to_come else 0
+    size = checkpoint.bytes_of(abstract_state(setup))
+    intact.require_room(folder, size, copies, what=f"a run with checkpoint.keep={section.keep}")
 
 
 def _facts(config: ConfigDict, path: str) -> dict[str, Any]:

@@ -4,9 +4,11 @@ import json
 import os
 import pathlib
 import platform
+import re
 import shutil
 import subprocess
 import time
+from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
@@ -19,14 +21,22 @@ from opd_jax.errors import WorkdirError
 
 # Fields that may differ when a run goes on: they do not touch what is computed.
 _SAFE = ("steps", "data.epochs", "eval.", "checkpoint.", "log.", "mesh.", "profile.")
+# NAME=VALUE where the name says so, USER:PASSWORD@ of an address, and tokens by their looks (Hugging
+# Face, W&B, OpenAI, GitHub).
+_SECRET = re.compile(
+    r"(?i)((?:^|[-_.])(?:token|secret|password|passwd|api_?key|credentials?)=)\S+"
+    r"|(://[^/\s:@]*:)[^/\s@]+(?=@)"
+    r"|\b(?:hf_\w{16,}|sk-[\w-]{16,}|gh[opsu]_\w{16,}|[0-9a-f]{40})\b"
+)
 _PACKAGES = ("opd_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers",
              "grain", "ml-collections", "math-verify", "numpy")  # fmt: skip
 
 
-def check(path: pathlib.Path, config: ConfigDict) -> None:
+def check(path: pathlib.Path, config: ConfigDict, *, accept: bool = False) -> list[str]:
     """Refuse a workdir that cannot be written or belongs to another config; creates nothing.
 
-    Raises WorkdirError that names the path or every field that differs.
+    Returns the differences that `accept` takes all the same; without it there are none. Raises
+    WorkdirError that names the path or every field that differs.
     """
     if above := obstacle(path):
         raise WorkdirError(
@@ -40,18 +50,21 @@ def check(path: pathlib.Path, config: ConfigDict) -> None:
                 f"workdir {str(path)!r} is not empty and holds no config.json, so it is not a run; "
                 "give a new folder with --workdir"
             )
-        return
+        return []
     try:
         old = configuration.flatten(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, OSError, RecursionError) as error:
         raise WorkdirError(f"{file} cannot be read ({error}); give a new --workdir") from None
+    # A field that came later had no other value than its default then.
+    old = configuration.flatten(json.loads(configuration.to_json(configuration.default()))) | old
     new = configuration.flatten(json.loads(configuration.to_json(config)))
     changed = [text for text in differences(old, new) if not text.startswith(_SAFE)]
-    if changed:
+    if changed and not accept:
         raise WorkdirError(
             f"workdir {str(path)!r} belongs to another config ({'; '.join(changed)}); "
-            "give a new --workdir, or the old values to go on with it"
+            "give a new --workdir, the old values to go on with it, or --accept_changes to go on with these"
         )
+    return changed
 
 
 def read_config(path: pathlib.Path) -> dict[str, Any]:
@@ -99,7 +112,7 @@ def provenance(command: list[str]) -> dict[str, Any]:
     """What is needed, beside the config, to repeat a run: versions, commit, devices, command."""
     first = jax.devices()[0]
     return {
-        "command": command,
+        "command": [without_secrets(word) for word in command],
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "commit": _commit(),
         "python": platform.python_version(),
@@ -111,17 +124,38 @@ def provenance(command: list[str]) -> dict[str, Any]:
     }
 
 
-def create(path: pathlib.Path, config: ConfigDict, command: list[str]) -> None:
-    """Make the folder; write config.json, and run.json with what is needed to repeat the run."""
+def without_secrets(text: str) -> str:
+    """A word of a command line with what looks like a token or a password taken out."""
+    return _SECRET.sub(lambda match: f"{match[1] or match[2] or ''}***", text)
+
+
+def create(
+    path: pathlib.Path, config: ConfigDict, command: list[str], *, changes: Sequence[str] = ()
+) -> None:
+    """Make the folder; write config.json, and run.json with what is needed to repeat the run.
+
+    run.json keeps `changes`, of the config on the way, those of earlier starts before them.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
+        run = provenance(command)
+        made = _changes(path / "run.json")
+        if changes:
+            made.append({"at": run["started"], "fields": list(changes)})
+        whole.write_json(path / "run.json", run | ({"changes": made} if made else {}), indent=2)
         whole.write_text(path / "config.json", configuration.to_json(config))
-        whole.write_json(path / "run.json", provenance(command), indent=2)
     except OSError as error:
         raise WorkdirError(
             f"workdir {str(path)!r} cannot be written ({error.strerror}); "
             "give another one with --workdir"
         ) from None
+
+
+def _changes(file: pathlib.Path) -> list[Any]:
+    try:
+        return list(json.loads(file.read_text(encoding="utf-8")).get("changes", []))
+    except (ValueError, AttributeError, TypeError, OSError, RecursionError):
+        return []  # not there yet, or of no use
 
 
 class Lines:

@@ -31,14 +31,18 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 
+from ml_collections import ConfigDict
+
+from configs import stable_opd
+
 ROOT = pathlib.Path(__file__).parents[1]
 # tiny, with so few and short rollouts that a step takes a fraction of a second.
 SMALL = (
     "--config=configs/stable_opd.py:tiny", "--config.rollout.prompts_per_step=2",
-    "--config.rollout.samples_per_prompt=2", "--config.rollout.max_response_tokens=32",
+    "--config.rollout.samples_per_prompt=2", "--config.rollout.max_response_tokens=80",
     "--config.data.size=64", "--config.data.bad_rows=skip", "--config.eval.problems=4",
     "--config.eval.teacher=False", "--config.eval.every=3", "--config.checkpoint.every=2",
-    "--config.log.gradients=2", "--config.optim.microbatch_tokens=400", "--config.eval.best=accuracy",
+    "--config.log.gradients=2", "--config.optim.microbatch_tokens=400", "--config.eval.best=length_mean",
 )  # fmt: skip
 STEPS = 8
 # Where a child may be killed: a function of opd_jax, before it is called for the n-th time.
@@ -68,6 +72,18 @@ def child(workdir: pathlib.Path, *more: str, fault: str = "", **kw: object) -> s
         [*command, *arguments], cwd=ROOT, env=env, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **kw,
     )  # type: ignore[call-overload] # fmt: skip
+
+
+def config(steps: int = STEPS) -> ConfigDict:
+    """What `SMALL` makes of the config file."""
+    made = stable_opd.get_config("tiny")
+    for argument in SMALL[1:]:
+        name, _, text = argument.removeprefix("--config.").partition("=")
+        old = functools.reduce(lambda tree, part: tree[part], name.split("."), made)
+        new = text == "True" if isinstance(old, bool) else type(old)(text)
+        made.update_from_flattened_dict({name: new})
+    made.steps = steps
+    return made
 
 
 def finish(workdir: pathlib.Path, *more: str, fault: str = "") -> tuple[int, str]:
@@ -196,7 +212,9 @@ def kills(folder: pathlib.Path, count: int, seed: int) -> None:
     done = 0
     while done < count:
         workdir = folder / f"kill-{done}"
-        moments = [draw.uniform(0.1, seconds)]
+        moments = [
+            draw.triangular(0.1, seconds, seconds)
+        ]  # most of them late: a start is little work
         while draw.random() < 0.3:
             moments.append(draw.uniform(0.1, seconds))
         for moment in moments:

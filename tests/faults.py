@@ -33,7 +33,7 @@ from collections.abc import Callable, Sequence
 
 from ml_collections import ConfigDict
 
-from configs import stable_opd
+from configs import sft
 
 ROOT = pathlib.Path(__file__).parents[1]
 # tiny, with so few and short rollouts that a step takes a fraction of a second.
@@ -44,6 +44,8 @@ SMALL = (
     "--config.eval.teacher=False", "--config.eval.every=3", "--config.checkpoint.every=2",
     "--config.log.gradients=2", "--config.optim.microbatch_tokens=400", "--config.eval.best=length_mean",
 )  # fmt: skip
+# The same without rollouts, which has little to compile.
+QUICK = ("--config=configs/sft.py:tiny", *SMALL[1:])
 STEPS = 8
 # Where a child may be killed: a function of opd_jax, before it is called for the n-th time.
 POINTS = {
@@ -62,22 +64,24 @@ POINTS = {
 }
 
 
-def child(workdir: pathlib.Path, *more: str, fault: str = "", **kw: object) -> subprocess.Popen:
-    """launch/train.py in a process, on `SMALL`, with a fault: KIND:POINT:COUNT[:SIZE]."""
+def child(
+    workdir: pathlib.Path, *more: str, fault: str = "", base: Sequence[str] = SMALL
+) -> subprocess.Popen:
+    """launch/train.py in a process, with a fault: KIND:POINT:COUNT[:SIZE]."""
     env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
     env.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
     command = [sys.executable, "-m", "tests.faults", "child", fault]
-    arguments = [*SMALL, f"--config.steps={STEPS}", f"--workdir={workdir}", *more]
+    arguments = [*base, f"--config.steps={STEPS}", f"--workdir={workdir}", *more]
     return subprocess.Popen(
         [*command, *arguments], cwd=ROOT, env=env, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **kw,
-    )  # type: ignore[call-overload] # fmt: skip
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
 
 
 def config(steps: int = STEPS) -> ConfigDict:
-    """What `SMALL` makes of the config file."""
-    made = stable_opd.get_config("tiny")
-    for argument in SMALL[1:]:
+    """What `QUICK` makes of its config file."""
+    made = sft.get_config("tiny")
+    for argument in QUICK[1:]:
         name, _, text = argument.removeprefix("--config.").partition("=")
         old = functools.reduce(lambda tree, part: tree[part], name.split("."), made)
         new = text == "True" if isinstance(old, bool) else type(old)(text)
@@ -86,9 +90,11 @@ def config(steps: int = STEPS) -> ConfigDict:
     return made
 
 
-def finish(workdir: pathlib.Path, *more: str, fault: str = "") -> tuple[int, str]:
+def finish(
+    workdir: pathlib.Path, *more: str, fault: str = "", base: Sequence[str] = SMALL
+) -> tuple[int, str]:
     """(exit status, what it said) of a child."""
-    process = child(workdir, *more, fault=fault)
+    process = child(workdir, *more, fault=fault, base=base)
     said, _ = process.communicate(timeout=600)
     return process.returncode, said
 

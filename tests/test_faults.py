@@ -29,7 +29,7 @@ def go_on(folder: pathlib.Path) -> None:
 
 
 def test_a_process_killed_in_the_midst_of_a_save_loses_nothing(wanted, tmp_path):
-    status, said = faults.finish(tmp_path / "run", fault="kill:seal:2")
+    status, said = faults.finish(tmp_path / "run", fault="kill:seal:4", base=faults.QUICK)
     assert status == -signal.SIGKILL, said
     left = [f.name for f in (tmp_path / "run" / "checkpoints").iterdir()]
     assert any("orbax-checkpoint-tmp" in name for name in left)
@@ -40,7 +40,7 @@ def test_a_process_killed_in_the_midst_of_a_save_loses_nothing(wanted, tmp_path)
 
 
 def test_a_process_asked_to_end_saves_its_step_and_says_so(wanted, tmp_path):
-    status, said = faults.finish(tmp_path / "run", fault="term:update:3")
+    status, said = faults.finish(tmp_path / "run", fault="term:update:3", base=faults.QUICK)
     assert status == AGAIN, said
     assert said.splitlines()[-1] == (
         f"SIGTERM: step 3 is saved in {tmp_path / 'run'}; run the same command again to go on"

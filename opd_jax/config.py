@@ -201,6 +201,11 @@ def default() -> ConfigDict:
     collapse.lambda_gold_floor = 0.1  # first raised value where loss.lambda_gold is 0
     collapse.lambda_gold_max = 2.0  # 0 = never raised; else data.train needs golden solutions
     collapse.max_rollbacks = 3  # after so many the run is stopped
+    # Updates with a loss, a gradient or a log-prob that is not finite may be left out so often, then the
+    # run stops: docs/reliability.md
+    collapse.skip_nonfinite = 0
+    collapse.spike = 0.0  # gradient norm that is one, in running means of it; 0 = not looked at
+    collapse.spike_action = "warn"  # log it | skip: leave the update out
 
     log = config.log = ConfigDict()
     log.every = 1  # steps between lines of metrics.jsonl

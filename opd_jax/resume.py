@@ -5,7 +5,7 @@ import json
 import pathlib
 import time
 
-from opd_jax import guard, processes, whole
+from opd_jax import guard, numerics, processes, whole
 from opd_jax.checkpoint import Checkpoints
 
 Pending = tuple[dict[str, float], list[dict]]  # metrics and rollouts of a step, not yet logged
@@ -23,6 +23,7 @@ class Point:
 
     step: int
     guard: guard.State
+    numerics: numerics.State
     pending: Pending | None
 
 
@@ -34,8 +35,14 @@ def point(folder: pathlib.Path, saved: Checkpoints) -> Point:
     noted = processes.from_first(lambda: _noted(folder))
     last = None if noted is None else (noted["step"], guard.from_json(noted["guard"]))
     step, state = guard.resumed((newest, state), last)
-    pending = saved.beside(newest).get("pending") if step == newest else None
-    return Point(step, state, None if pending is None else (pending[0], pending[1]))
+    beside = saved.beside(step)
+    pending = beside.get("pending") if step == newest else None
+    return Point(
+        step,
+        state,
+        numerics.from_json(beside.get("numerics")),
+        None if pending is None else (pending[0], pending[1]),
+    )
 
 
 def note_rollback(folder: pathlib.Path, step: int, state: guard.State) -> None:

@@ -59,7 +59,7 @@ def validate(config: ConfigDict) -> None:
                   "eval.max_response_tokens",
                   "guard.beta_kl_floor", "guard.beta_kl_max", "guard.lambda_gold_floor",
                   "guard.lambda_gold_max", "profile.steps",
-                  "checkpoint.deadline_minutes"):  # fmt: skip
+                  "checkpoint.deadline_minutes", "guard.skip_nonfinite", "guard.spike"):  # fmt: skip
         _range(flat, field, 0, math.inf)
     for field in ("rollout.top_p", "eval.top_p", "optim.beta1", "optim.beta2", "loss.clip_low",
                   "loss.discount",
@@ -85,7 +85,8 @@ def validate(config: ConfigDict) -> None:
         ("optim.schedule", ("constant", "linear", "cosine")), ("optim.remat", POLICIES),
         ("teacher.follow", ("frozen", "average", "live")), ("data.bad_rows", ("refuse", "skip")),
         ("scoring.special_tokens", ("remap", "mask", "keep")), ("metrics.repeated_tokens", RULES),
-        ("guard.action", guard.ACTIONS), ("eval.best", ("", *BEST)),
+        ("guard.action", guard.ACTIONS),
+        ("guard.spike_action", ("warn", "skip")), ("eval.best", ("", *BEST)),
         *((f"mesh.{role}", ("replicated", "sharded")) for role in ROLES),
     ):  # fmt: skip
         _choice(flat, field, choices)
@@ -281,6 +282,8 @@ def _check_repetition(rollout: ConfigDict) -> None:
 
 def _check_guard(config: ConfigDict) -> None:
     section, loss = config.guard, config.loss
+    if 0 < section.spike <= 1:
+        raise _wrong("guard.spike", section.spike, "a number above 1, or 0 for none")
     flat = flatten({"guard": section.to_dict()})
     _range(flat, "guard.false_alarm_every", 10, math.inf)
     _range(flat, "guard.memory", 2 * guard.LAG, math.inf)

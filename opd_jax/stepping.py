@@ -1,5 +1,8 @@
 """One training step: a batch of prompts is rolled out and scored, and the weights are updated."""
 
+import dataclasses
+import math
+import pathlib
 from functools import partial
 from typing import Any
 
@@ -7,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opd_jax import ahead, data, losses, models, objectives, rows, update
+from opd_jax import ahead, data, losses, models, numerics, objectives, processes, rows, update
 from opd_jax.clock import Clock, peak_gib
 from opd_jax.collect import Collector, Experience
+from opd_jax.errors import NonFiniteError
 from opd_jax.eval.grade import Grader
 from opd_jax.keys import Stream, key_for
 from opd_jax.loading import Weights
@@ -39,8 +43,10 @@ class Stepper:
 
     state: TrainState
 
-    def __init__(self, setup: Setup, weights: Weights, grader: Grader):
+    def __init__(self, setup: Setup, weights: Weights, grader: Grader, folder: pathlib.Path):
         config = setup.config
+        self.folder = folder
+        self.rules, self.numerics = numerics.make_rules(config.guard), numerics.State()
         self.setup, self.config = setup, config
         self.dtype, self.mesh = compute_dtype(config.student.dtype), setup.mesh
         self.collector = Collector(setup, grader)
@@ -113,7 +119,7 @@ class Stepper:
             *mesh.weight_programs(state.params, self.dtype),
             *(self.collector.programs(student, teacher) if terms.needs_rollouts else []),
             *self.accumulate.programs(*given),
-            self.update.program(state),
+            self.update.program(state, limited=self._limited),
         ]
 
     def step(
@@ -144,11 +150,17 @@ class Stepper:
             laid_out = data.golden_rows(batch.prompts, golden, width=setup.width)
             golden_rows = rows.golden_rows(*laid_out, weigh=self.weigh_golden)
         frozen = Frozen(self.reference, beside)
+        unusable = given is not None and self._unusable(step, given, row)
         with stage("update"):
-            under_way = self._update(step, frozen, rollout_rows, golden_rows, weights, student)
+            under_way: list[dict[str, jax.Array]] = []
+            if not unusable:
+                rows_of = (frozen, rollout_rows, golden_rows, weights)
+                under_way, last = self._update(step, *rows_of, student, row)
             del student
             if given is not None:  # looked at while the device updates
                 row |= self.collector.measure(given)
+            if under_way and not self._counts(step, under_way[-1], last, row):
+                under_way.pop()
             row |= _means(under_way)
         clock.lap("update", row.get("rollout/tokens", 0.0) + sum(map(len, golden)))
         row |= clock.row()
@@ -156,7 +168,8 @@ class Stepper:
             self.schedule(step * self.config.optim.updates_per_rollout - 1)
         )
         row["memory/peak_gib"] = peak_gib()
-        return row, lines
+        # What an update was left out for is told by guard/skipped; metrics.jsonl holds numbers.
+        return {name: value for name, value in row.items() if math.isfinite(value)}, lines
 
     def _rollout_rows(
         self, step: int, given: Experience, *, masking: bool
@@ -205,16 +218,22 @@ class Stepper:
         golden_rows: Any,
         weights: dict[str, float],
         student: models.Params | None,
-    ) -> list[dict[str, jax.Array]]:
-        """`updates_per_rollout` optimizer steps, each on its share of the prompts, begun; measurements
-        of each. Those of the gradients apart are of the first.
+        row: Summary,
+    ) -> tuple[list[dict[str, jax.Array]], tuple]:
+        """`updates_per_rollout` optimizer steps, each on its share of the prompts, the last one begun.
+
+        Returns measurements of each that counts, of the last one whether or not it does; and what the
+        last one was given. Those of the gradients apart are of the first.
 
         `student`: its compute weights, where they are there already. On one device gradients are
         taken at the masters, which are cast a layer at a time.
         """
         parts, every = self.config.optim.updates_per_rollout, self.config.log.gradients
-        measured = []
+        measured: list[dict[str, jax.Array]] = []
+        given: tuple = ()
         for i in range(parts):
+            if i and not self._counts(step, measured[-1], given, row):
+                measured.pop()
             if student is None and self.mesh.devices is not None:
                 student = self.mesh.compute(self.state.params, self.dtype)
             given = (
@@ -227,10 +246,75 @@ class Stepper:
             if every and step % every == 0 and i == 0:
                 own = self.state.params if student is None else student
                 apart = update.term_gradients(self.accumulate, own, *given)
-            self.state, some = self.update(self.state, *given, student=student)
+            most = numerics.limit(self.numerics, self.rules) if self._limited else None
+            self.state, some = self.update(self.state, *given, student=student, limit=most)
             student = None  # is of the weights before
             measured.append(some | apart)
-        return measured
+        return measured, given
+
+    @property
+    def _limited(self) -> bool:
+        """Whether updates with too large a gradient are left out."""
+        return bool(self.rules.spike) and self.rules.spike_action == "skip"
+
+    def _counts(
+        self, step: int, measured: dict[str, jax.Array], given: tuple, row: Summary
+    ) -> bool:
+        """Whether an update was made of finite numbers; waits for it. `given`: what it was made of.
+
+        Raises NonFiniteError where not, and no more of such may be left out.
+        """
+        names = ("loss/total", "optim/grad_norm")
+        values = jax.device_get([measured[name] for name in names])
+        if np.isfinite(values).all():
+            self.numerics, told = numerics.observe(self.numerics, float(values[1]), self.rules)
+            row |= told
+            return True
+        _, rollout_rows, golden_rows, _ = given
+        params = self.state.params  # which the update has left as they were
+        if self.mesh.devices is not None:
+            params = self.mesh.compute(params, self.dtype)
+        bad = numerics.bad_rows(self.accumulate, params, *given)
+        found = [name for name, value in zip(names, values, strict=True) if not np.isfinite(value)]
+        held = {"rollouts": rollout_rows, "golden": golden_rows}
+        self._leave_out(step, found, bad, held, row)
+        return False
+
+    def _unusable(self, step: int, given: Experience, row: Summary) -> bool:
+        """Whether rollouts have log-probs that are not finite; raises as `_counts` does."""
+        bad = numerics.bad_scores(given.rollout, given.scores, given.mask_BT)
+        if bad:
+            self._leave_out(step, [], bad, {"rollouts": given.rollout}, row)
+        return bool(bad)
+
+    def _leave_out(
+        self,
+        step: int,
+        names: list[str],
+        bad: list[numerics.Bad],
+        held: dict[str, Any],
+        row: Summary,
+    ) -> None:
+        """Count an update that is left out; raise NonFiniteError where that is one too many."""
+        file = None
+        if bad and processes.first():
+            file = numerics.save_texts(self.folder, step, bad, lambda one: self._text(one, held))
+        text = numerics.described(step, names, bad, file)
+        if self.numerics.skipped >= self.rules.skip_nonfinite:
+            raise NonFiniteError(
+                f"{text}; the parameters were left as they were: lower --config.optim.learning_rate, or "
+                f"leave such updates out: --config.guard.skip_nonfinite={self.rules.skip_nonfinite + 10}"
+            )
+        self.numerics = dataclasses.replace(self.numerics, skipped=self.numerics.skipped + 1)
+        row["guard/skipped"] = float(self.numerics.skipped)
+        if processes.first():
+            print(f"warning: {text}; left out", flush=True)
+
+    def _text(self, one: numerics.Bad, held: dict[str, Any]) -> str:
+        """The row as text."""
+        rows_of = held[one.kind]
+        ids = rows_of.tokens_BT[one.row, : rows_of.length_B[one.row]]
+        return self.setup.tokenizer.decode(ids.tolist())
 
 
 def _means(measured: list[dict[str, jax.Array]]) -> Summary:
@@ -238,5 +322,5 @@ def _means(measured: list[dict[str, jax.Array]]) -> Summary:
     fetched = jax.device_get(measured)
     return {
         name: float(np.mean([part[name] for part in fetched if name in part]))
-        for name in fetched[0]
+        for name in {name: None for part in fetched for name in part}
     }

@@ -20,13 +20,14 @@ from opd_jax import (
     failures,
     guard,
     intact,
+    numerics,
     processes,
     resume,
     workdir,
 )
 from opd_jax import config as configuration
 from opd_jax.clock import used_bytes
-from opd_jax.errors import ConfigError, Interrupted, NonFiniteError
+from opd_jax.errors import ConfigError, Interrupted
 from opd_jax.eval.grade import Grader
 from opd_jax.held_out import HeldOut
 from opd_jax.loading import Weights, load_weights
@@ -115,7 +116,7 @@ class _Run:
         config = setup.config
         self.setup, self.config, self.folder = setup, config, folder
         self.saved, self.stop = saved, stop
-        self.stepper = Stepper(setup, weights, grader)
+        self.stepper = Stepper(setup, weights, grader, folder)
         self.held_out = HeldOut(setup, self.stepper, folder, grader)
         self.batches = data.make_batches(
             setup.train,
@@ -133,6 +134,7 @@ class _Run:
         if newest:
             point = resume.point(folder, saved)
             self.first, self.guard, self.pending = point.step, point.guard, point.pending
+            self.stepper.numerics = point.numerics
             saved.delete_after(self.first)
             self.stepper.state = saved.restore(self.first, self.like, self.batches)
             kept = newest - (self.pending is not None)
@@ -181,7 +183,6 @@ class _Run:
                     self._weights(),
                     masking=guard.masking(self.guard, self.rules),
                 )
-            _require_finite(step, row)
             progress.step(step, row)
             response = self._watch(step, row)
             for line in response.lines:
@@ -237,7 +238,9 @@ class _Run:
         self.log.sync()
         self.samples.sync()
         told = guard.to_json(self.guard)
-        beside = {} if pending is None else {"pending": pending}
+        beside: dict[str, Any] = {"numerics": numerics.to_json(self.stepper.numerics)}
+        if pending is not None:
+            beside["pending"] = pending
         with stage("checkpoint"):
             self.saved.save(step, self.stepper.state, self.batches, told, beside=beside)
 
@@ -269,7 +272,7 @@ class _Run:
         return response
 
     def _go_back(self, step: int) -> int:
-        """To the checkpoint of `step`, with the guard as it is now; later lines are set aside."""
+        """To the checkpoint of `step`, with the guards as they are now; later lines are set aside."""
         resume.note_rollback(self.folder, step, self.guard)
         self.saved.delete_after(step)
         del self.stepper.state  # makes room for the one that is read
@@ -300,15 +303,6 @@ def _facts(config: ConfigDict, path: str) -> dict[str, Any]:
     here = workdir.provenance([])
     versions = {name: here[name] for name in ("commit", "python", "packages")}
     return {"workdir": path} | versions | configuration.flatten(config.to_dict())
-
-
-def _require_finite(step: int, row: dict[str, float]) -> None:
-    for name in ("loss/total", "optim/grad_norm"):
-        if not math.isfinite(row[name]):
-            raise NonFiniteError(
-                f"step {step}: {name} is {row[name]}, wanted a finite number; the parameters were "
-                "left as they were; lower --config.optim.learning_rate and look at rollouts.jsonl"
-            )
 
 
 def _leave_if_asked(stop: Stop, where: str) -> None:

@@ -129,10 +129,10 @@ class Checkpoints:
             raise
         except Exception as error:  # whatever their parts raise
             left = intact.steps(self._folder)
-            stays = f"checkpoint {left[-1]} is whole" if left else "there is none before it"
+            stays = f"that of step {left[-1]} is whole" if left else "there is none before it"
             free = intact.free_bytes(self._workdir) / intact.GIB
             raise WorkdirError(
-                f"checkpoint {self._writing} could not be written ({_reason(error)}; {free:.2f} GiB free); "
+                f"{self._folder / str(self._writing)} could not be written ({_reason(error)}; {free:.2f} GiB free); "
                 f"{stays}: make room, and run the same command again to go on"
             ) from error
 
@@ -261,4 +261,6 @@ def bytes_of(tree: Any) -> int:
 
 
 def _reason(error: Exception) -> str:
-    return " ".join((str(error).strip() or type(error).__name__).split())[:200]
+    """One line: how a long text of Orbax and TensorStore begins, and how it ends."""
+    text = " ".join((str(error).strip() or type(error).__name__).split())
+    return text if len(text) <= 200 else f"{text[:80]} ... {text[-100:]}"

@@ -6,6 +6,7 @@ import pathlib
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -87,7 +88,9 @@ def _parse(
 
 
 def _guarded(run: Callable[..., None], *, stops: bool) -> None:
-    logging.set_verbosity(logging.WARNING)  # Orbax tells of every file at INFO
+    # Orbax tells of every file at INFO, and of what it raises, with its traceback, at ERROR.
+    logging.set_verbosity(logging.FATAL)
+    sys.unraisablehook = _unraisable
     devices.set_memory_fraction()
     several = False
     if stops:
@@ -110,6 +113,12 @@ def _guarded(run: Callable[..., None], *, stops: bool) -> None:
             traceback.print_exc()
             _leave(_fate(error))
         raise
+
+
+def _unraisable(given: Any) -> None:
+    """Python's own, but for what TensorStore tells of writes that go on after one has failed."""
+    if str(given.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(given)
 
 
 def _one_of_several() -> bool:

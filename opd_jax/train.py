@@ -207,6 +207,7 @@ class _Run:
         table = self.held_out.table(step) if self.held_out else {}
         if table:
             progress.say(f"\n{display.table(table)}\n")
+        self.saved.wait()  # what cannot be written is said before all is said to be
         progress.say(f"written to {self.folder}")
         return Result(self.stepper.state, table)
 

@@ -46,7 +46,9 @@ def test_norms_that_stay_up_become_the_mean():
     for _ in range(50 * 4):  # each lifts the logarithm of the mean by log(10)/50 at most
         state, row = numerics.observe(state, 90.0, WATCH)
     assert row == {}
-    assert state.spikes == 48  # until the mean is 9, from where 90 is none: 50 log(9)/log(10) = 47.7
+    assert (
+        state.spikes == 48
+    )  # until the mean is 9, from where 90 is none: 50 log(9)/log(10) = 47.7
 
 
 @pytest.mark.short

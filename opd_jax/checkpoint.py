@@ -132,8 +132,8 @@ class Checkpoints:
             stays = f"that of step {left[-1]} is whole" if left else "there is none before it"
             free = intact.free_bytes(self._workdir) / intact.GIB
             raise WorkdirError(
-                f"{self._folder / str(self._writing)} could not be written ({_reason(error)}; {free:.2f} GiB free); "
-                f"{stays}: make room, and run the same command again to go on"
+                f"{self._folder / str(self._writing)} could not be written ({_reason(error)}; "
+                f"{free:.2f} GiB free); {stays}: make room, and run the same command again to go on"
             ) from error
 
     def guard(self, step: int) -> str:

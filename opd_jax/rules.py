@@ -90,6 +90,7 @@ def validate(config: ConfigDict) -> None:
         *((f"mesh.{role}", ("replicated", "sharded")) for role in ROLES),
     ):  # fmt: skip
         _choice(flat, field, choices)
+    _check_texts(flat)
     _check_fallbacks(config.eval.fallbacks)
     if config.eval.best and not config.eval.data:
         raise ConfigError(
@@ -184,6 +185,7 @@ def validate_evaluation(config: ConfigDict) -> None:
     _range(flat, "metrics.repetition_level", 1, 9)
     _choice(flat, "student.dtype", DTYPES)
     _choice(flat, "data.bad_rows", ("refuse", "skip"))
+    _check_texts(flat)
     _check_fallbacks(config.eval.fallbacks)
     if "{problem}" not in config.data.prompt_template:
         raise _wrong(
@@ -345,11 +347,39 @@ def _check_names(got: dict, known: dict, prefix: str) -> None:
             )
         if isinstance(value, dict):
             _check_names(value, known[name], f"{prefix}{name}.")
+        elif isinstance(known[name], bool | int | float):
+            _check_kind(f"{prefix}{name}", value, known[name])
     for name in known:
         if name not in got:
             raise ConfigError(
                 f"config.{prefix}{name} is missing; start from opd_jax.config.default()"
             )
+
+
+def _check_kind(field: str, value: Any, known: Any) -> None:
+    """A value has to be of the kind of the default: a config file may set what the flags would not."""
+    wanted = {
+        bool: "True or False", int: "a whole number", float: "a number", str: "a text",
+        tuple: "a tuple",
+    }[type(known)]  # fmt: skip
+    kinds: Any = {float: (int, float), tuple: (tuple, list)}.get(type(known), type(known))
+    fits = isinstance(value, kinds) and isinstance(value, bool) == isinstance(known, bool)
+    if fits and isinstance(value, int | float) and not isinstance(value, bool):
+        fits = abs(value) < 2**63 or value == math.inf  # else it fails where it is computed with
+    if not fits:
+        raise _wrong(field, _shown(value), wanted)
+
+
+def _check_texts(flat: dict[str, Any]) -> None:
+    """The texts and tuples; numbers are looked at with the names, choices by what they may be."""
+    for field, known in flatten(default().to_dict()).items():
+        if isinstance(known, str | tuple):
+            _check_kind(field, flat[field], known)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value) if not isinstance(value, int) or abs(value) < 2**63 else "a huge number"
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _wrong(field: str, got: Any, wanted: str) -> ConfigError:

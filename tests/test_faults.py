@@ -1,17 +1,20 @@
 """Runs that are killed or asked to end go on as if nothing had happened; the long lanes are in faults.py."""
 
+import errno
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
 import time
 
+import jax
 import pytest
 
 from opd_jax import stepping, train, workdir
-from opd_jax.errors import Interrupted, WorkdirError
+from opd_jax.errors import Interrupted, PlanError, WorkdirError
 from opd_jax.signals import AGAIN, Stop
 from tests import faults
 
@@ -178,3 +181,53 @@ def test_a_disk_without_room_is_refused_before_the_run_and_before_a_save(tmp_pat
     left = sorted(int(f.name) for f in (tmp_path / "run" / "checkpoints").iterdir())
     assert left[0] == 2
     assert os.path.exists(tmp_path / "run" / "metrics.jsonl")
+
+
+def test_a_workdir_that_turns_read_only_ends_the_run_in_one_line(tmp_path, wanted, monkeypatch):
+    original, calls = workdir.Lines.write, []
+
+    def write(self, row):
+        calls.append(1)
+        if len(calls) == 5:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        original(self, row)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(workdir.Lines, "write", write)
+        says = (
+            r"cannot be written any more \(Read-only file system; .* free\); checkpoint 2 is whole"
+        )
+        with pytest.raises(WorkdirError, match=says):
+            go_on(tmp_path / "run")
+    go_on(tmp_path / "run")
+    faults.assert_same(tmp_path / "run", wanted)
+
+
+def test_a_device_out_of_memory_is_answered_with_the_plan_and_the_fields(tmp_path, monkeypatch):
+    def update(*_, **__):
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 123456789 bytes."
+        )
+
+    monkeypatch.setattr(stepping.Stepper, "_update", update)
+    with pytest.raises(PlanError) as raised:
+        go_on(tmp_path / "run")
+    text = str(raised.value)
+    assert text.startswith("out of device memory in update (RESOURCE_EXHAUSTED: Out of memory")
+    assert "planned were" in text
+    assert re.search(r"\): set --config\.[\w.]+=\w+", text), text
+    assert "\n" not in text
+
+
+def test_a_config_that_differs_is_refused_shown_and_taken_when_told(tmp_path):
+    go_on(tmp_path / "run")
+    config = faults.config(steps=9)
+    config.optim.learning_rate *= 2
+    with pytest.raises(
+        WorkdirError, match=r"optim.learning_rate: .* there, .* now.*--accept_changes"
+    ):
+        train.run(config, str(tmp_path / "run"), command=[])
+    train.run(config, str(tmp_path / "run"), command=[], accept_changes=True)
+    train.run(config, str(tmp_path / "run"), command=[])  # is now the run's own
+    (change,) = json.loads((tmp_path / "run" / "run.json").read_text())["changes"]
+    assert change["fields"][0].startswith("optim.learning_rate: ")

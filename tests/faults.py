@@ -309,7 +309,7 @@ def soak(folder: pathlib.Path, steps: int) -> None:
     workdir = folder / "soak"
     process = child(
         workdir, f"--config.steps={steps}", "--config.checkpoint.every=50",
-        "--config.eval.every=100", "--config.data.size=20000",
+        "--config.eval.every=100",
     )  # fmt: skip
     seen: list[tuple[int, float, int, int]] = []
     while process.poll() is None:

@@ -7,19 +7,26 @@ from typing import Any
 
 from absl import flags
 
-from opd_jax import cli
+from opd_jax import cli, signals
 
 cli.define_config("configs/stable_opd.py")
 cli.define_processes()
 flags.DEFINE_string("workdir", None, "folder of the run; default runs/CONFIG-RECIPE-TIME")
+flags.DEFINE_bool("accept_changes", False, "go on in a workdir with a config that differs; noted")
 
 
-def main() -> None:
+def main(stop: signals.Stop) -> None:
     """Run the experiment that the config describes."""
     from opd_jax import processes, train  # JAX starts only after the flags are known to be right
 
     workdir = cli.FLAGS.workdir or processes.from_first(_default_workdir)
-    train.run(cli.FLAGS.config, workdir, command=sys.argv)
+    train.run(
+        cli.FLAGS.config,
+        workdir,
+        command=sys.argv,
+        stop=stop,
+        accept_changes=cli.FLAGS.accept_changes,
+    )
 
 
 def _default_workdir() -> str:
@@ -30,4 +37,4 @@ def _default_workdir() -> str:
 
 
 if __name__ == "__main__":
-    cli.main(main)
+    cli.main(main, stops=True)

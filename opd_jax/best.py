@@ -10,7 +10,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-from opd_jax import processes
+from opd_jax import processes, whole
 from opd_jax.checkpoint import Checkpoints
 from opd_jax.errors import ConfigError
 
@@ -48,15 +48,12 @@ class Best:
             return False
         self._folder.mkdir(exist_ok=True)
         if processes.first():
-            config = (self._workdir / "config.json").read_bytes()
-            (self._folder / "config.json").write_bytes(config)
+            config = (self._workdir / "config.json").read_text(encoding="utf-8")
+            whole.write_text(self._folder / "config.json", config)
         with Checkpoints(self._folder, keep=1) as saved:
             saved.delete_after(step - 1)  # of before a rollback, this step's too
             save(saved)
         if processes.first():
-            record = self._folder / "best.json"
-            whole = record.with_suffix(".tmp")  # the record appears whole, after what it speaks of
-            text = json.dumps({"step": step, "metric": self._metric, "value": value})
-            whole.write_text(text + "\n", encoding="utf-8")
-            whole.replace(record)
+            found = {"step": step, "metric": self._metric, "value": value}
+            whole.write_json(self._folder / "best.json", found)  # after what it speaks of
         return True

@@ -4,8 +4,11 @@ Random keys need no saving: each is derived from (seed, step, stream). To resume
 from config.json, restore the newest step, cut the logs back to it, go on.
 """
 
+import contextlib
 import json
+import math
 import pathlib
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
@@ -14,16 +17,28 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from opd_jax.errors import WorkdirError
+from opd_jax import intact, processes
+from opd_jax.errors import OpdError, WorkdirError
 from opd_jax.types import TrainState
 
 
 class Checkpoints:
-    """The `checkpoints/` folder of a workdir; a context manager that waits for writes to finish."""
+    """The `checkpoints/` folder of a workdir; a context manager that waits for writes to finish.
+
+    A checkpoint is there when it is complete, its manifest (intact.py) in it. The newest `keep` stay;
+    an older one goes only when a newer one has become complete.
+    """
 
     def __init__(self, workdir: pathlib.Path, *, keep: int):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-        self._manager = ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
+        self._workdir, self._keep, self._writing = workdir, keep, -1
+        self._folder = (workdir / "checkpoints").absolute()
+        if processes.first():
+            intact.clear(self._folder)
+        options = ocp.CheckpointManagerOptions(
+            enable_async_checkpointing=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+        )
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -34,7 +49,12 @@ class Checkpoints:
         error: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
-        self._manager.close()
+        try:
+            self.wait()
+            self._manager.close()
+        except Exception:
+            if kind is None:  # else that error is the one to tell of
+                raise
 
     @property
     def latest(self) -> int | None:
@@ -43,28 +63,78 @@ class Checkpoints:
 
     @property
     def steps(self) -> list[int]:
-        """All complete steps, in order."""
+        """All complete steps, in order, and one that is being written."""
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, state: TrainState, data: Any, guard: str) -> None:
-        """Write `step` in the background; the iterator's state is taken now."""
+    def save(
+        self, step: int, state: TrainState, data: Any, guard: str, *, beside: Any = None
+    ) -> None:
+        """Write `step` in the background; the iterator's state is taken now.
+
+        `beside`: whatever else, a dict that JSON holds. Raises WorkdirError where this or the one
+        before cannot be written: those that were complete before stay.
+        """
         if step == self.latest:
             return
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
-                data=grain.checkpoint.CheckpointSave(data),
-                guard=ocp.args.JsonSave({"state": guard}),
-            ),
-        )
+        self.wait()
+        size = bytes_of(state)
+        intact.require_room(self._workdir, size, 1, what=f"checkpoint {step}")
+        self._writing = step
+        with self._told():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    data=grain.checkpoint.CheckpointSave(data),
+                    guard=ocp.args.JsonSave({"state": guard} | (beside or {})),
+                ),
+            )
+
+    def wait(self) -> None:
+        """Until what was begun is complete; then all but the newest `keep` are removed."""
+        self._settle()
+        self._remove(self.steps[: -self._keep])
 
     def delete_after(self, step: int) -> None:
         """Remove what is newer than `step`."""
-        self._manager.wait_until_finished()
-        for later in self.steps:
-            if later > step:
-                self._manager.delete(later)
+        self._settle()  # `step` may be the oldest of more than `keep`
+        self._remove([later for later in self.steps if later > step])
+
+    def _settle(self) -> None:
+        with self._told():
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+
+    def _remove(self, steps: list[int]) -> None:
+        if not steps:
+            return
+        if processes.first():
+            for step in reversed(steps):  # the newest first: what is left is always the oldest
+                intact.remove(self._folder, step)
+        processes.agree({})
+        self._manager.reload()
+
+    def _seal(self) -> None:
+        """Called when all is written and before it gets its name; in a thread of Orbax's."""
+        if processes.first():
+            for folder in intact.unfinished(self._folder, self._writing):
+                intact.seal(folder)
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """What Orbax and TensorStore make of a disk that is full or gone, in one line."""
+        try:
+            yield
+        except OpdError:
+            raise
+        except Exception as error:  # whatever their parts raise
+            left = intact.steps(self._folder)
+            stays = f"that of step {left[-1]} is whole" if left else "there is none before it"
+            free = intact.free_bytes(self._workdir) / intact.GIB
+            raise WorkdirError(
+                f"{self._folder / str(self._writing)} could not be written ({_reason(error)}; "
+                f"{free:.2f} GiB free); {stays}: make room, and run the same command again to go on"
+            ) from error
 
     def guard(self, step: int) -> str:
         """What was saved of the guard at `step`."""
@@ -72,6 +142,13 @@ class Checkpoints:
             step, args=ocp.args.Composite(guard=ocp.args.JsonRestore())
         )
         return restored["guard"]["state"]
+
+    def beside(self, step: int) -> dict[str, Any]:
+        """What else was saved at `step`."""
+        restored = self._manager.restore(
+            step, args=ocp.args.Composite(guard=ocp.args.JsonRestore())
+        )
+        return restored["guard"]
 
     def restore(self, step: int, state: TrainState, data: Any) -> TrainState:
         """The state of `step`, of the shapes, dtypes and places of `state`; moves the iterator `data`.
@@ -85,12 +162,18 @@ class Checkpoints:
                 leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or device
             )
 
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(jax.tree.map(placed, state)),
-            ),
-        )
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(jax.tree.map(placed, state)),
+                ),
+            )
+        except Exception as error:
+            raise WorkdirError(
+                f"{self._folder / str(step)}: cannot be restored ({_reason(error)}); move the folder "
+                "elsewhere to go on from the checkpoint before it"
+            ) from error
         data.set_state(self._iterator(step))
         return restored["state"]
 
@@ -144,6 +227,10 @@ def restore_params(
                 f"workdir {str(workdir)!r} has no checkpoint of step {step}; "
                 f"there are those of {', '.join(map(str, steps))}"
             )
+        if wrong := intact.damage(folder / str(step)):
+            raise WorkdirError(
+                f"{folder / str(step)}: damaged ({wrong}); take an earlier step with --step"
+            )
         item = {"params": abstract_params}
         host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
         try:
@@ -154,9 +241,8 @@ def restore_params(
                 ),
             )
         except Exception as error:  # Orbax and TensorStore raise whatever their parts raise
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise WorkdirError(
-                f"{folder / str(step)}: cannot restore the parameters ({reason:.200}); it is damaged "
+                f"{folder / str(step)}: cannot restore the parameters ({_reason(error)}); it is damaged "
                 "or of another model: export an earlier step with --step"
             ) from error
     params = restored["state"]["params"]
@@ -167,3 +253,14 @@ def restore_params(
             "config.json asks for; restore the model folder that the run started from"
         )
     return step, params
+
+
+def bytes_of(tree: Any) -> int:
+    """Bytes of all arrays, or of their shapes, each once however many devices hold it."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _reason(error: Exception) -> str:
+    """One line: how a long text of Orbax and TensorStore begins, and how it ends."""
+    text = " ".join((str(error).strip() or type(error).__name__).split())
+    return text if len(text) <= 200 else f"{text[:80]} ... {text[-100:]}"

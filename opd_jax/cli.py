@@ -6,14 +6,15 @@ import pathlib
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from opd_jax import devices
+from opd_jax import devices, signals
 from opd_jax.config import default as training_fields
 from opd_jax.config import explain, near
-from opd_jax.errors import OpdError
+from opd_jax.errors import Interrupted, OpdError
 
 FLAGS = flags.FLAGS
 EXIT_USER, EXIT_FLAGS = 1, 2
@@ -51,16 +52,19 @@ def main(
     fields: Callable[[], ConfigDict] = training_fields,
     names: Sequence[str] = (),
     folders: bool = False,
+    stops: bool = False,
 ) -> None:
-    """Parse the command line and call `run`; exits 0, 1 (an OpdError, one line) or 2 (wrong flags).
+    """Parse the command line and call `run`; exits 0, 1 (an OpdError, one line), 2 (wrong flags) or
+    75 (Interrupted: the same command goes on).
 
     `fields` makes the tree that the entry point's config files start from. With `names`, the first
     argument must be one of them, and `run` is called with it; with `folders`, it is called with all
-    arguments, of which there must be one.
+    arguments, of which there must be one. With `stops`, `run` is called with what says whether it is to
+    end, `stop`.
     """
     _set_allocator()
     app.run(
-        lambda rest: _guarded(functools.partial(run, *rest[1:])),
+        lambda rest: _guarded(functools.partial(run, *rest[1:]), stops=stops),
         flags_parser=functools.partial(_parse, fields=fields, names=names, folders=folders),
     )
 
@@ -91,16 +95,23 @@ def _parse(
     return rest
 
 
-def _guarded(run: Callable[[], None]) -> None:
-    logging.set_verbosity(logging.WARNING)  # Orbax tells of every file at INFO
+def _guarded(run: Callable[..., None], *, stops: bool) -> None:
+    # Orbax tells of every file at INFO, and of what it raises, with its traceback, at ERROR.
+    logging.set_verbosity(logging.FATAL)
+    sys.unraisablehook = _unraisable
     devices.set_memory_fraction()
     several = False
+    if stops:
+        run = functools.partial(run, stop=signals.listen())
     try:
         several = "coordinator" in FLAGS and _one_of_several()
         if several:
             _connect()
         _keep_programs()
         run()
+    except Interrupted as error:
+        print(error, flush=True)
+        sys.exit(signals.AGAIN)
     except OpdError as error:
         if several:
             _leave(str(error))
@@ -110,6 +121,12 @@ def _guarded(run: Callable[[], None]) -> None:
             traceback.print_exc()
             _leave(_fate(error))
         raise
+
+
+def _unraisable(given: Any) -> None:
+    """Python's own, but for what TensorStore tells of writes that go on after one has failed."""
+    if str(given.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(given)
 
 
 def _one_of_several() -> bool:

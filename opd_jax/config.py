@@ -149,6 +149,10 @@ def default() -> ConfigDict:
     checkpoint = config.checkpoint = ConfigDict()
     checkpoint.every = 50  # steps; 0 = only at the end
     checkpoint.keep = 2
+    checkpoint.grace_seconds = 300.0  # after SIGTERM or SIGINT, for the step in hand and saving
+    checkpoint.deadline_minutes = (
+        0.0  # from its start, by which a run has saved and ended; 0 = none
+    )
 
     evaluation = config.eval = ConfigDict()
     evaluation.every = 0  # steps between evaluations on the way; 0 = only before and after
@@ -197,6 +201,11 @@ def default() -> ConfigDict:
     collapse.lambda_gold_floor = 0.1  # first raised value where loss.lambda_gold is 0
     collapse.lambda_gold_max = 2.0  # 0 = never raised; else data.train needs golden solutions
     collapse.max_rollbacks = 3  # after so many the run is stopped
+    # Updates with a loss, a gradient or a log-prob that is not finite may be left out so often, then the
+    # run stops: docs/reliability.md
+    collapse.skip_nonfinite = 0
+    collapse.spike = 0.0  # gradient norm that is one, in running means of it; 0 = not looked at
+    collapse.spike_action = "warn"  # log it | skip: leave the update out
 
     log = config.log = ConfigDict()
     log.every = 1  # steps between lines of metrics.jsonl

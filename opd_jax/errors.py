@@ -42,5 +42,9 @@ class NonFiniteError(OpdError, FloatingPointError):
     """A loss or a gradient is not a finite number."""
 
 
+class Interrupted(OpdError, InterruptedError):
+    """A run was asked to end, and did so in good order: the same command goes on where it ended."""
+
+
 class ShapeError(OpdError, TypeError):
     """Arrays that meet in one function disagree about a dimension."""

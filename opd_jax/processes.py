@@ -21,6 +21,7 @@ from typing import Any
 import jax
 
 from opd_jax.errors import ConfigError, ProcessError
+from opd_jax.signals import AGAIN
 
 GATHER_S = 45  # for all processes to come
 HEARTBEAT_S = 20  # without a sign of life a process counts as lost
@@ -30,6 +31,7 @@ LOST = (
 )
 _TELL_S = 3600  # the first may grade a whole benchmark in the meantime
 _SUPERVISED = "OPD_JAX_SUPERVISED"
+_TOLD = "opd_jax/heard"
 _turns = itertools.count()
 
 
@@ -68,6 +70,8 @@ def start(coordinator: str | None, count: int | None, index: int | None) -> None
     """
     if coordinator and index:
         _await(coordinator)
+    # It would take SIGTERM for itself (and not SIGINT, or a deadline); see `heard`.
+    jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         coordinator,
         count,
@@ -90,9 +94,17 @@ def supervise() -> int:
         env=os.environ | {_SUPERVISED: "1"},
         preexec_fn=_die_with_parent,
     )
+    asked = []
+
+    def pass_on(number: int, _: Any) -> None:
+        asked.append(number)
+        child.send_signal(number)
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: child.send_signal(number))
+        signal.signal(number, pass_on)
     status = child.wait()
+    if -status in asked:  # it had not begun to listen
+        return AGAIN
     if status == -signal.SIGABRT:
         print(f"error: {LOST}", file=sys.stderr, flush=True)
         return 1
@@ -134,6 +146,28 @@ def from_first(make: Callable[[], Any]) -> Any:
     value = make()
     _client().key_value_set(key, json.dumps(value))
     return value
+
+
+def heard(mine: str | None) -> str | None:
+    """What any process was told from outside (`mine`: this one), the same in all of them; or None.
+
+    What another one says just after the first has asked is heard the next time.
+    """
+    if not several():
+        return mine
+    client = _client()
+    if mine is not None and not first():
+        client.key_value_set(_TOLD, mine, allow_overwrite=True)
+
+    def any_of_them() -> str | None:
+        if mine is not None:
+            return mine
+        try:
+            return client.key_value_try_get(_TOLD)
+        except jax.errors.JaxRuntimeError:  # nobody said anything
+            return None
+
+    return from_first(any_of_them)
 
 
 def agree(facts: Mapping[str, Any]) -> None:

@@ -14,11 +14,27 @@ STEP = "step"  # the span of a whole step
 STAGES = ("rollout", "score", "read", "rows", "update")  # the spans of its stages
 MEMORY = "memory.jsonl"  # the memory timeline, beside the trace
 _EVERY_S = 0.02
+_DURING = "stage: "
 
 
-def stage(name: str) -> contextlib.AbstractContextManager:
-    """A span of the host's time, by a name of `STAGES`; next to nothing where nothing is traced."""
-    return jax.profiler.TraceAnnotation(name)
+@contextlib.contextmanager
+def stage(name: str) -> Iterator[None]:
+    """A span of the host's time, by a name of `STAGES` or another; next to nothing where nothing is traced.
+
+    An error that leaves it knows where it happened: `stage_of`.
+    """
+    with jax.profiler.TraceAnnotation(name):
+        try:
+            yield
+        except Exception as error:
+            error.add_note(_DURING + name)
+            raise
+
+
+def stage_of(error: BaseException) -> str | None:
+    """The innermost stage that an error happened in."""
+    notes = (note for note in getattr(error, "__notes__", ()) if note.startswith(_DURING))
+    return next((note.removeprefix(_DURING) for note in notes), None)
 
 
 class Tracer:

@@ -58,13 +58,15 @@ def validate(config: ConfigDict) -> None:
                   "rollout.top_k", "sample.top_k", "eval.top_k", "eval.slots",
                   "eval.max_response_tokens",
                   "guard.beta_kl_floor", "guard.beta_kl_max", "guard.lambda_gold_floor",
-                  "guard.lambda_gold_max", "profile.steps"):  # fmt: skip
+                  "guard.lambda_gold_max", "profile.steps",
+                  "checkpoint.deadline_minutes", "guard.skip_nonfinite", "guard.spike"):  # fmt: skip
         _range(flat, field, 0, math.inf)
     for field in ("rollout.top_p", "eval.top_p", "optim.beta1", "optim.beta2", "loss.clip_low",
                   "loss.discount",
                   "teacher.decay", "optim.warmup_fraction", "sample.top_p"):  # fmt: skip
         _range(flat, field, 0, 1)
     for field in ("optim.learning_rate", "optim.grad_clip", "metrics.repetition_threshold",
+                  "checkpoint.grace_seconds",
                   "rollout.top_p", "eval.top_p", "sample.top_p"):  # fmt: skip
         if not 0 < flat[field] < math.inf:
             raise _wrong(field, flat[field], "a finite number above 0")
@@ -83,10 +85,12 @@ def validate(config: ConfigDict) -> None:
         ("optim.schedule", ("constant", "linear", "cosine")), ("optim.remat", POLICIES),
         ("teacher.follow", ("frozen", "average", "live")), ("data.bad_rows", ("refuse", "skip")),
         ("scoring.special_tokens", ("remap", "mask", "keep")), ("metrics.repeated_tokens", RULES),
-        ("guard.action", guard.ACTIONS), ("eval.best", ("", *BEST)),
+        ("guard.action", guard.ACTIONS),
+        ("guard.spike_action", ("warn", "skip")), ("eval.best", ("", *BEST)),
         *((f"mesh.{role}", ("replicated", "sharded")) for role in ROLES),
     ):  # fmt: skip
         _choice(flat, field, choices)
+    _check_texts(flat)
     _check_fallbacks(config.eval.fallbacks)
     if config.eval.best and not config.eval.data:
         raise ConfigError(
@@ -181,6 +185,7 @@ def validate_evaluation(config: ConfigDict) -> None:
     _range(flat, "metrics.repetition_level", 1, 9)
     _choice(flat, "student.dtype", DTYPES)
     _choice(flat, "data.bad_rows", ("refuse", "skip"))
+    _check_texts(flat)
     _check_fallbacks(config.eval.fallbacks)
     if "{problem}" not in config.data.prompt_template:
         raise _wrong(
@@ -279,6 +284,8 @@ def _check_repetition(rollout: ConfigDict) -> None:
 
 def _check_guard(config: ConfigDict) -> None:
     section, loss = config.guard, config.loss
+    if 0 < section.spike <= 1:
+        raise _wrong("guard.spike", section.spike, "a number above 1, or 0 for none")
     flat = flatten({"guard": section.to_dict()})
     _range(flat, "guard.false_alarm_every", 10, math.inf)
     _range(flat, "guard.memory", 2 * guard.LAG, math.inf)
@@ -340,11 +347,39 @@ def _check_names(got: dict, known: dict, prefix: str) -> None:
             )
         if isinstance(value, dict):
             _check_names(value, known[name], f"{prefix}{name}.")
+        elif isinstance(known[name], bool | int | float):
+            _check_kind(f"{prefix}{name}", value, known[name])
     for name in known:
         if name not in got:
             raise ConfigError(
                 f"config.{prefix}{name} is missing; start from opd_jax.config.default()"
             )
+
+
+def _check_kind(field: str, value: Any, known: Any) -> None:
+    """A value has to be of the kind of the default: a config file may set what the flags would not."""
+    wanted = {
+        bool: "True or False", int: "a whole number", float: "a number", str: "a text",
+        tuple: "a tuple",
+    }[type(known)]  # fmt: skip
+    kinds: Any = {float: (int, float), tuple: (tuple, list)}.get(type(known), type(known))
+    fits = isinstance(value, kinds) and isinstance(value, bool) == isinstance(known, bool)
+    if fits and isinstance(value, int | float) and not isinstance(value, bool):
+        fits = abs(value) < 2**63 or value == math.inf  # else it fails where it is computed with
+    if not fits:
+        raise _wrong(field, _shown(value), wanted)
+
+
+def _check_texts(flat: dict[str, Any]) -> None:
+    """The texts and tuples; numbers are looked at with the names, choices by what they may be."""
+    for field, known in flatten(default().to_dict()).items():
+        if isinstance(known, str | tuple):
+            _check_kind(field, flat[field], known)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value) if not isinstance(value, int) or abs(value) < 2**63 else "a huge number"
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _wrong(field: str, got: Any, wanted: str) -> ConfigError:

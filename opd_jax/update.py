@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from opd_jax import batching
@@ -98,25 +99,29 @@ class Gradients:
         """The sum over all micro-batches. `params`: masters, or compute weights made of them."""
         grads = self.mesh.zeros(params)
         sums: dict[str, jax.Array] = {}
-        for _, add, rows, mine in self._kinds(rollout_rows, golden_rows, weights):
+        for _, add, rows, mine in self.kinds(rollout_rows, golden_rows, weights):
             if not any(mine.values()):
                 continue
-            for part in batching.split(
-                rows.length_B, width=rows.tokens_BT.shape[1], tokens=self.microbatch_tokens,
-                replicas=self.mesh.replicas,
-            ):  # fmt: skip
+            for part in self.split(rows):
                 taken = self.mesh.rows(batching.gather(rows, part))
                 value, parts, grads = add(params, frozen, taken, mine, grads)
                 for name, x in (parts | {"total": value}).items():
                     sums[name] = sums[name] + x if name in sums else x
         return self.mesh.summed(grads), {"total": jnp.zeros(())} | self.mesh.total(sums)
 
+    def split(self, rows: RolloutRows | GoldenRows) -> list[batching.MicroBatch]:
+        """The micro-batches that rows are passed through in."""
+        return batching.split(
+            rows.length_B, width=rows.tokens_BT.shape[1], tokens=self.microbatch_tokens,
+            replicas=self.mesh.replicas,
+        )  # fmt: skip
+
     def programs(
         self, params: Any, frozen: Frozen, rollout_rows: Rows, golden_rows: Rows, weights: Weights
     ) -> list[Program]:
         """All that is compiled for rows like these, whatever their lengths."""
         out, grads = self.mesh.gradient_programs(params)
-        for name, add, rows, mine in self._kinds(rollout_rows, golden_rows, weights):
+        for name, add, rows, mine in self.kinds(rollout_rows, golden_rows, weights):
             for part in batching.shapes(
                 len(rows.length_B), width=rows.tokens_BT.shape[1], tokens=self.microbatch_tokens,
                 replicas=self.mesh.replicas,
@@ -126,7 +131,7 @@ class Gradients:
                 out.append(Program(f"gradient on {name} {part.count} x {part.width}", add, given))
         return out
 
-    def _kinds(
+    def kinds(
         self, rollout_rows: Rows, golden_rows: Rows, weights: Weights
     ) -> list[tuple[str, Callable, Any, Weights]]:
         """Name, program, rows and weights of each kind of rows that there is."""
@@ -164,8 +169,8 @@ def make_accumulate(
 class Update:
     """update(state, frozen, rollout_rows, golden_rows, weights) -> (state, metrics); `state` is donated.
 
-    A non-finite gradient leaves parameters and optimizer untouched and is reported as
-    `optim/grad_norm`.
+    A non-finite loss or gradient leaves parameters and optimizer untouched, as does a gradient whose
+    norm is beyond `limit`; `loss/total` and `optim/grad_norm` tell.
     """
 
     accumulate: Accumulate
@@ -180,18 +185,21 @@ class Update:
         golden_rows: GoldenRows | None,
         weights: Weights,
         student: Any = None,
+        limit: float | None = None,
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         """One optimizer step. `student`: compute weights made of the state's, where there are such."""
         params = state.params if student is None else student
         grads, sums = self.accumulate(params, frozen, rollout_rows, golden_rows, weights)
-        state, norm = self.apply(state, grads, sums["total"])
+        most = () if limit is None else (np.float32(limit),)
+        state, norm = self.apply(state, grads, sums["total"], *most)
         metrics = {f"loss/{name}": value for name, value in sums.items()}
         return state, metrics | {"optim/grad_norm": norm}
 
-    def program(self, state: TrainState) -> Program:
-        """What follows the gradient."""
+    def program(self, state: TrainState, *, limited: bool = False) -> Program:
+        """What follows the gradient; `limited`: where its norm has a limit."""
+        most = (np.float32(np.inf),) if limited else ()
         total = self.mesh.structs(jax.ShapeDtypeStruct((), jnp.float32), self.mesh.whole)
-        return Program("optimizer", self.apply, (state, state.params, total))
+        return Program("optimizer", self.apply, (state, state.params, total, *most))
 
 
 def make_update(
@@ -209,7 +217,9 @@ def make_update(
 
     @partial(jax.jit, donate_argnums=(0,))
     @jax.named_scope("adamw")
-    def apply(state: TrainState, grads: Any, total: jax.Array) -> tuple[TrainState, jax.Array]:
+    def apply(
+        state: TrainState, grads: Any, total: jax.Array, limit: jax.Array | None = None
+    ) -> tuple[TrainState, jax.Array]:
         norm = optax.tree.norm(grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -217,8 +227,10 @@ def make_update(
         if average is not None:
             average = jax.tree.map(lambda a, w: decay * a + (1.0 - decay) * w, average, params)
         new = state.replace(params=params, opt_state=opt_state, average=average)
-        finite = jnp.isfinite(norm) & jnp.isfinite(total)
-        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+        taken = jnp.isfinite(norm) & jnp.isfinite(total)
+        if limit is not None:
+            taken &= norm <= limit
+        new = jax.tree.map(lambda a, b: jnp.where(taken, a, b), new, state)
         new = new.replace(step=state.step + 1)
         return mesh.constrain(new, mesh.masters(new)), norm
 

@@ -4,8 +4,11 @@ import json
 import os
 import pathlib
 import platform
+import re
+import shutil
 import subprocess
 import time
+from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
@@ -13,19 +16,27 @@ import jax
 from ml_collections import ConfigDict
 
 from opd_jax import config as configuration
-from opd_jax import devices
+from opd_jax import devices, whole
 from opd_jax.errors import WorkdirError
 
 # Fields that may differ when a run goes on: they do not touch what is computed.
 _SAFE = ("steps", "data.epochs", "eval.", "checkpoint.", "log.", "mesh.", "profile.")
+# NAME=VALUE where the name says so, USER:PASSWORD@ of an address, and tokens by their looks (Hugging
+# Face, W&B, OpenAI, GitHub).
+_SECRET = re.compile(
+    r"(?i)((?:^|[-_.])(?:token|secret|password|passwd|api_?key|credentials?)=)\S+"
+    r"|(://[^/\s:@]*:)[^/\s@]+(?=@)"
+    r"|\b(?:hf_\w{16,}|sk-[\w-]{16,}|gh[opsu]_\w{16,}|[0-9a-f]{40})\b"
+)
 _PACKAGES = ("opd_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers",
              "grain", "ml-collections", "math-verify", "numpy")  # fmt: skip
 
 
-def check(path: pathlib.Path, config: ConfigDict) -> None:
+def check(path: pathlib.Path, config: ConfigDict, *, accept: bool = False) -> list[str]:
     """Refuse a workdir that cannot be written or belongs to another config; creates nothing.
 
-    Raises WorkdirError that names the path or every field that differs.
+    Returns the differences that `accept` takes all the same; without it there are none. Raises
+    WorkdirError that names the path or every field that differs.
     """
     if above := obstacle(path):
         raise WorkdirError(
@@ -39,18 +50,21 @@ def check(path: pathlib.Path, config: ConfigDict) -> None:
                 f"workdir {str(path)!r} is not empty and holds no config.json, so it is not a run; "
                 "give a new folder with --workdir"
             )
-        return
+        return []
     try:
         old = configuration.flatten(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, OSError, RecursionError) as error:
         raise WorkdirError(f"{file} cannot be read ({error}); give a new --workdir") from None
+    # A field that came later had no other value than its default then.
+    old = configuration.flatten(json.loads(configuration.to_json(configuration.default()))) | old
     new = configuration.flatten(json.loads(configuration.to_json(config)))
     changed = [text for text in differences(old, new) if not text.startswith(_SAFE)]
-    if changed:
+    if changed and not accept:
         raise WorkdirError(
             f"workdir {str(path)!r} belongs to another config ({'; '.join(changed)}); "
-            "give a new --workdir, or the old values to go on with it"
+            "give a new --workdir, the old values to go on with it, or --accept_changes to go on with these"
         )
+    return changed
 
 
 def read_config(path: pathlib.Path) -> dict[str, Any]:
@@ -98,7 +112,7 @@ def provenance(command: list[str]) -> dict[str, Any]:
     """What is needed, beside the config, to repeat a run: versions, commit, devices, command."""
     first = jax.devices()[0]
     return {
-        "command": command,
+        "command": [without_secrets(word) for word in command],
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "commit": _commit(),
         "python": platform.python_version(),
@@ -110,18 +124,38 @@ def provenance(command: list[str]) -> dict[str, Any]:
     }
 
 
-def create(path: pathlib.Path, config: ConfigDict, command: list[str]) -> None:
-    """Make the folder; write config.json, and run.json with what is needed to repeat the run."""
+def without_secrets(text: str) -> str:
+    """A word of a command line with what looks like a token or a password taken out."""
+    return _SECRET.sub(lambda match: f"{match[1] or match[2] or ''}***", text)
+
+
+def create(
+    path: pathlib.Path, config: ConfigDict, command: list[str], *, changes: Sequence[str] = ()
+) -> None:
+    """Make the folder; write config.json, and run.json with what is needed to repeat the run.
+
+    run.json keeps `changes`, of the config on the way, those of earlier starts before them.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        (path / "config.json").write_text(configuration.to_json(config), encoding="utf-8")
-        run = json.dumps(provenance(command), indent=2) + "\n"
-        (path / "run.json").write_text(run, encoding="utf-8")
+        run = provenance(command)
+        made = _changes(path / "run.json")
+        if changes:
+            made.append({"at": run["started"], "fields": list(changes)})
+        whole.write_json(path / "run.json", run | ({"changes": made} if made else {}), indent=2)
+        whole.write_text(path / "config.json", configuration.to_json(config))
     except OSError as error:
         raise WorkdirError(
             f"workdir {str(path)!r} cannot be written ({error.strerror}); "
             "give another one with --workdir"
         ) from None
+
+
+def _changes(file: pathlib.Path) -> list[Any]:
+    try:
+        return list(json.loads(file.read_text(encoding="utf-8")).get("changes", []))
+    except (ValueError, AttributeError, TypeError, OSError, RecursionError):
+        return []  # not there yet, or of no use
 
 
 class Lines:
@@ -134,10 +168,7 @@ class Lines:
 
     def _open(self, resume_step: int) -> None:
         if self._path.exists():
-            kept = [line for line in _whole_lines(self._path) if line["step"] <= resume_step]
-            temporary = self._path.with_suffix(".tmp")
-            temporary.write_text("".join(map(_line, kept)), encoding="utf-8")
-            temporary.replace(self._path)
+            _cut(self._path, _end(self._path, resume_step))
         self._file = self._path.open("a", encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:
@@ -145,13 +176,18 @@ class Lines:
         self._file.write(_line(row))
         self._file.flush()
 
+    def sync(self) -> None:
+        """Until all lines are on the disk itself."""
+        os.fsync(self._file.fileno())
+
     def go_back(self, step: int) -> None:
         """Move the lines of steps after `step` to `NAME.rolled_back.jsonl` beside it; go on after `step`."""
         self._file.close()
-        lines = _whole_lines(self._path)
+        end = _end(self._path, step)
         aside = self._path.with_suffix(".rolled_back.jsonl")
-        with aside.open("a", encoding="utf-8") as file:
-            file.writelines(_line(line) for line in lines if line["step"] > step)
+        with self._path.open("rb") as file, aside.open("ab") as out:
+            file.seek(end)
+            shutil.copyfileobj(file, out)
         self._open(step)
 
     def close(self) -> None:
@@ -165,6 +201,9 @@ class NoLines:
     def write(self, row: dict[str, Any]) -> None:
         """Nothing."""
 
+    def sync(self) -> None:
+        """Nothing."""
+
     def go_back(self, step: int) -> None:
         """Nothing."""
 
@@ -176,16 +215,28 @@ def _line(row: dict[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def _whole_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-    rows = []
-    for line in path.read_text(encoding="utf-8").split("\n"):  # not splitlines: texts hold U+2028
-        if not line:
-            continue
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break  # torn by a kill; everything after it is later than the checkpoint
-    return rows
+def _end(path: pathlib.Path, step: int) -> int:
+    """How many bytes of a file are whole lines of steps up to `step`; later ones come behind these."""
+    end = 0
+    with path.open("rb") as file:
+        for line in file:
+            if not line.endswith(b"\n") or not _is_of(line, step):
+                break
+            end += len(line)
+    return end
+
+
+def _is_of(line: bytes, step: int) -> bool:
+    """Whether a line is an object of a step up to `step`; one torn by a kill is none."""
+    try:
+        return json.loads(line)["step"] <= step
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False
+
+
+def _cut(path: pathlib.Path, end: int) -> None:
+    with path.open("rb+") as file:
+        file.truncate(end)
 
 
 def _commit() -> str | None:

@@ -8,20 +8,21 @@ import opd_jax
 
 ROOT = pathlib.Path(opd_jax.__file__).parent
 LAYER = {
+    "signals": 0, "whole": 0, "intact": 2, "numerics": 6, "resume": 7, "failures": 8,
     "errors": 0, "masked": 0, "programs": 0, "keys": 0, "types": 0, "display": 0, "clock": 0,
     "eval.boxed": 0, "eval.statistics": 0, "eval.protocol": 0, "supports": 1,
     "placement": 1, "mesh": 2, "processes": 1, "profiling": 0, "trace": 1,
     "shapes": 1, "batching": 1, "repetition": 1, "right_wrong": 1, "eval.answer": 1,
     "eval.answer_file": 1, "eval.grading_worker": 2,
-    "guard": 2, "losses": 2, "models": 2, "data": 2, "checkpoint": 2, "eval.grade": 2,
+    "guard": 2, "losses": 2, "models": 2, "data": 2, "checkpoint": 3, "eval.grade": 2,
     "eval.benchmarks": 3, "config": 3, "metrics": 3, "scoring": 3, "rollout": 3,
     "objectives": 4, "rules": 4, "workdir": 4, "fitting": 4, "cli": 4, "eval.evaluate": 4,
     "eval.results": 4, "best": 4,
     "data.decontaminate": 4, "data.prepare_config": 4, "data.judge": 5, "data.prepare": 6,
     "living": 5, "report": 6, "devices": 1, "account": 3, "plan": 6, "plan.real": 7, "plan.verify": 8,
     "rows": 5, "update": 5, "setup": 5, "sample_file": 5,
-    "sample": 6, "ahead": 6, "export": 6, "loading": 6, "collect": 6, "train": 7, "probe": 7,
-    "eval.model": 7, "bench": 8, "eval.runner": 8, "profile": 9,
+    "sample": 6, "ahead": 6, "export": 6, "loading": 6, "collect": 6, "stepping": 7, "held_out": 8,
+    "train": 9, "probe": 7, "eval.model": 7, "bench": 8, "eval.runner": 8, "profile": 10,
 }  # fmt: skip
 
 

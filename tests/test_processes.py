@@ -15,6 +15,7 @@ import pytest
 from opd_jax import checkpoint, models, processes
 from opd_jax.errors import ConfigError, ProcessError
 from opd_jax.models import decoder
+from opd_jax.signals import AGAIN
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = (
@@ -146,6 +147,27 @@ def test_a_process_that_is_lost_ends_the_other(tmp_path, victim):
     assert time.monotonic() - began < 60
     assert f"error: {processes.LOST}" in pair[1 - victim].said.splitlines()
     pair[victim].end()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asked", [0, 1])
+def test_one_that_is_asked_to_end_ends_all_at_the_same_step(alone, tmp_path, asked):
+    workdir = tmp_path / "run"
+    arguments = (
+        *SMALL,
+        "--config.checkpoint.every=100",
+        "--config.steps=3",
+        f"--workdir={workdir}",
+    )
+    pair = start_two(tmp_path, *arguments)
+    wait_for(pair, lambda: (workdir / "eval" / "0").is_dir())
+    pair[asked].process.terminate()
+    assert [one.end() for one in pair] == [AGAIN, AGAIN], pair[0].said + pair[1].said
+    for one in pair:
+        assert one.said.splitlines()[-1].startswith("SIGTERM: "), one.said
+    pair = start_two(tmp_path, *arguments)
+    assert [one.end() for one in pair] == [0, 0], pair[0].said + pair[1].said
+    assert_same_runs(workdir, alone)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import sys
 import threading
 from typing import Any
 
@@ -42,6 +43,7 @@ class Tokenizer:
             ) from None
         if chat_template:
             self.hf.chat_template = _template(chat_template)
+        self.hf.model_max_length = sys.maxsize  # what fits is for the setup to say
         self._one = threading.Lock()  # transformers' own is for one thread at a time
         self.path = path
         self.enable_thinking = enable_thinking

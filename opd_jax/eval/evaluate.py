@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from opd_jax import data, metrics, processes
+from opd_jax import data, metrics, processes, whole
 from opd_jax.eval import statistics
 from opd_jax.eval.grade import Grade, Grader
 from opd_jax.mesh import ONE, Mesh
@@ -136,5 +136,5 @@ def _report(
                 "repetitive": flagged[i],
             }
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    out.with_suffix(".json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    whole.write_json(out.with_suffix(".json"), summary, indent=2)  # last: it says that all is there
     return summary

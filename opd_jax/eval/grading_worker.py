@@ -145,6 +145,8 @@ def main() -> None:
         ValueError, OSError
     ):  # macOS has no such limit; the time limit remains
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+    for asked in (signal.SIGINT, signal.SIGTERM):  # the run is asked, and ends us when it is done
+        signal.signal(asked, signal.SIG_IGN)
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
     grades, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints is no grade

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any, BinaryIO
@@ -138,7 +139,7 @@ def _weight_map(folder: pathlib.Path) -> dict[str, str]:
         raise ModelError(f"{folder / INDEX}: no weight_map; download the folder again")
     for shard in weight_map.values():
         inside = isinstance(shard, str) and pathlib.PurePath(shard).name == shard
-        if not inside or "\0" in shard or not (folder / shard).is_file():
+        if not inside or not os.path.isfile(folder / shard):  # False for a name that cannot be
             raise ModelError(f"{folder / INDEX}: shard {show(shard)} is not in the folder; add it")
     return weight_map
 

@@ -26,4 +26,5 @@ def get_config(recipe: str | None = None) -> ConfigDict:
         config.rollout.prompts_per_step = 8  # as many rollouts a step as the other methods
     elif name != "smollm2-135m":
         config.rollout.prompts_per_step = 128  # LUFFY: batch 128
+        config.rollout.slots = 512  # of 1,024 rollouts: what 4 x H200 hold beside a 7B model
     return config

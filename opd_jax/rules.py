@@ -364,8 +364,8 @@ def _check_kind(field: str, value: Any, known: Any) -> None:
     }[type(known)]  # fmt: skip
     kinds: Any = {float: (int, float), tuple: (tuple, list)}.get(type(known), type(known))
     fits = isinstance(value, kinds) and isinstance(value, bool) == isinstance(known, bool)
-    if fits and isinstance(value, int | float) and not isinstance(value, bool):
-        fits = abs(value) < 2**63 or value == math.inf  # else it fails where it is computed with
+    if isinstance(value, int):
+        fits &= abs(value) < 2**63  # a larger one fails where it is computed with
     if not fits:
         raise _wrong(field, _shown(value), wanted)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -153,29 +154,22 @@ class Checkpoints:
     def restore(self, step: int, state: TrainState, data: Any) -> TrainState:
         """The state of `step`, of the shapes, dtypes and places of `state`; moves the iterator `data`.
 
-        Where `state` says no place it is the first device.
+        Where `state` says no places it is as weights that a run starts from, on the default device but
+        not bound to it: bound arrays would have every program compiled anew.
         """
-        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-
-        def placed(leaf: Any) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(
-                leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or device
-            )
-
+        bound = all(getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(state))
         try:
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(jax.tree.map(placed, state)),
-                ),
-            )
+            # Orbax makes host arrays where it is given such; these are empty, and take no memory.
+            like = state if bound else jax.tree.map(lambda x: np.empty(x.shape, x.dtype), state)
+            asked = ocp.args.Composite(state=ocp.args.StandardRestore(like))
+            restored = self._manager.restore(step, args=asked)["state"]
         except Exception as error:
             raise WorkdirError(
                 f"{self._folder / str(step)}: cannot be restored ({_reason(error)}); move the folder "
                 "elsewhere to go on from the checkpoint before it"
             ) from error
         data.set_state(self._iterator(step))
-        return restored["state"]
+        return restored if bound else jax.tree.map(jnp.array, restored)
 
     def _iterator(self, step: int) -> Any:
         """The state of the data iterator at `step`: of every process the same, however many there were."""

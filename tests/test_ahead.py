@@ -83,6 +83,11 @@ def test_a_run_meets_no_program_that_was_not_compiled_ahead(
     assert len(listed) == len(set(listed)) == len(compiled)
     assert set(compiled) == PROGRAMS
     assert misses(caplog) == []
+    jax.clear_caches()  # as in another process, which goes on from the checkpoint
+    config.steps = 3
+    train.run(config, str(tmp_path / "run"), command=["test"])
+    assert len(compiled) == len(set(listed))
+    assert misses(caplog) == []
 
 
 def misses(caplog) -> list[str]:

@@ -1,0 +1,279 @@
+"""The papers' findings in miniature: every method, several seeds each, on one setting of `tiny`.
+
+python launch/reproduce.py --out=runs/reproduce [--seeds=3] [--steps=60] [--only=OPD,Stable-OPD] [--dry]
+
+Makes the data and the models that the runs need (a few minutes), then trains one run after the other with
+launch/train.py, each in a folder of its own, and writes OUT/results.md. What is done is not done
+again: the same command goes on after a kill. The setting and its reasons: docs/results.md.
+"""
+
+import json
+import pathlib
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+from absl import flags
+
+from opd_jax import cli
+from opd_jax.data import tiny
+from opd_jax.errors import ConfigError
+
+ROOT = pathlib.Path(__file__).parents[1]
+EMBEDDED = ROOT / "opd_jax" / "tiny"
+BUDGET = 192  # response tokens; a golden solution has 50 to 70
+LOST = 0.6  # share of disagreements at which the teacher gets lost: it copies its last line for ever
+HESITATION = (0.1, 0.5, 0.7, 0.9, 0.97)  # chance of one more copy after 0, 1, 2, ... where two agree
+TOO_LONG = 300  # characters of a lost solution: more than the budget
+WIDTH, LAYERS = 64, 2  # of the student
+# Models that SFT or GRPO makes: config, what it starts from, data, steps, overrides.
+MODELS: dict[str, tuple[str, str, str, int, str]] = {
+    "student": ("sft", "start", "terse.jsonl", 1800,
+                "optim.learning_rate=0.003 rollout.prompts_per_step=32 rollout.max_response_tokens=100"),
+    "teacher": ("sft", str(EMBEDDED / "teacher"), "lost.jsonl", 100,
+                "optim.learning_rate=0.0007 rollout.prompts_per_step=32 rollout.max_response_tokens=300"),
+    "warm": ("sft", "student", "tiny:train", 100,
+             f"optim.learning_rate=0.001 rollout.max_response_tokens={BUDGET}"),
+    "adapted": ("grpo", "teacher", "tiny:train", 40,
+                f"optim.learning_rate=0.0002 rollout.max_response_tokens={BUDGET}"),
+}  # fmt: skip
+KL, MIX = "loss.beta_kl=0.1", "loss.lambda_gold=1.0"
+STOP = "loss.support=student loss.form=stop_gradient loss.top_k=16"
+METHODS: dict[str, tuple[str, str, str, str]] = {  # config, student, teacher, overrides
+    "OPD": ("opd", "student", "teacher", ""),
+    "Stable-OPD": ("stable_opd", "student", "teacher", f"{KL} {MIX}"),
+    "OPD + KL": ("opd", "student", "teacher", KL),
+    "OPD + mix": ("opd", "student", "teacher", MIX),
+    "SFT": ("sft", "student", "", "data.train=tiny:train"),
+    "GRPO": ("grpo", "student", "", ""),
+    "stop-gradient top-k": ("topk_opd", "student", "teacher", STOP),
+    "teacher top-k, renormalised": (
+        "topk_opd", "student", "teacher", "loss.support=teacher loss.form=renormalised loss.top_k=16"),
+    "SFT, adapted teacher, stop-gradient top-k": ("topk_opd", "warm", "adapted", STOP),
+}  # fmt: skip
+RATE = 1e-3
+SETTING = (
+    f"optim.learning_rate={RATE} rollout.max_response_tokens={BUDGET} eval.every=20 eval.teacher=False "
+    "eval.problems=128 checkpoint.every=20 metrics.positions=64,128"
+)
+COLUMNS = (  # title, key, format
+    ("accuracy before", "before", ".1%"), ("best on the way", "best", ".1%"), ("after", "after", ".1%"),
+    ("TruncRate, first 5 steps", "truncation_first", ".2f"), ("last 5", "truncation_last", ".2f"),
+    ("RepRate, last 5", "repetition_last", ".2f"), ("advantage, first 5", "advantage_first", ".2f"),
+    ("last 5", "advantage_last", ".2f"), ("seconds", "seconds", ".0f"),
+)  # fmt: skip
+
+flags.DEFINE_string("out", "runs/reproduce", "folder of data, models and runs")
+flags.DEFINE_integer("seeds", 3, "runs of each method", lower_bound=1)
+flags.DEFINE_integer("steps", 60, "steps of each run", lower_bound=1)
+flags.DEFINE_list("only", [], "methods to run; default all")
+flags.DEFINE_bool("dry", False, "print the commands, run none")
+
+
+def main() -> None:
+    """Make what is missing, run what is missing, write the table of what is there."""
+    given = flags.FLAGS
+    chosen = {name: METHODS[name] for name in given.only or METHODS if name in METHODS}
+    if unknown := set(given.only) - METHODS.keys():
+        raise ConfigError(
+            f"--only={sorted(unknown)[0]!r} is not a method; known: {'; '.join(METHODS)}"
+        )
+    out = pathlib.Path(given.out)
+    plan = [*model_commands(out, chosen), *run_commands(out, chosen, given.seeds, given.steps)]
+    if given.dry:
+        for _, command in plan:
+            print(" ".join(command))
+        return
+    write_data(out)
+    start_model(out / "start")
+    for done, command in plan:
+        if not done.exists():
+            print(done.relative_to(out), flush=True)
+            _run(command, out / "log.txt")
+    text = table(out, chosen, given.seeds, given.steps)
+    (out / "results.md").write_text(text + "\n")
+    print(text)
+
+
+def model_commands(
+    out: pathlib.Path, chosen: dict[str, tuple[str, str, str, str]]
+) -> Iterator[tuple[pathlib.Path, list[str]]]:
+    """(file that shows it is done, command) of the models that the chosen methods need, in order."""
+    needed = {name for _, student, teacher, _ in chosen.values() for name in (student, teacher)}
+    needed |= {MODELS[name][1] for name in needed if name in MODELS}
+    for name, (config, start, data, steps, changes) in MODELS.items():
+        if name in needed:
+            folder = out / f"make-{name}"
+            source = data if data.startswith("tiny:") else str(out / data)
+            yield out / name / "config.json", _train(
+                folder, config, _model(out, start), "", 0, steps,
+                f"{changes} data.train={source} data.bad_rows=skip optim.schedule=cosine eval.data= "
+                "optim.microbatch_tokens=6400 log.every=20",
+            )  # fmt: skip
+            export = [sys.executable, str(ROOT / "launch" / "export.py")]
+            yield out / name / "config.json", [*export, f"--workdir={folder}", f"--out={out / name}"]
+
+
+def run_commands(
+    out: pathlib.Path, chosen: dict[str, tuple[str, str, str, str]], seeds: int, steps: int
+) -> Iterator[tuple[pathlib.Path, list[str]]]:
+    """(file that shows it is done, command) of every run: all methods of a seed, then the next seed."""
+    for seed in range(seeds):
+        for name, (config, student, teacher, changes) in chosen.items():
+            folder = out / f"{slug(name)}-{seed}"
+            yield folder / "eval" / str(steps) / "tiny.json", _train(
+                folder, config, _model(out, student), _model(out, teacher), seed, steps,
+                f"{SETTING} {changes}",
+            )  # fmt: skip
+
+
+def _model(out: pathlib.Path, name: str) -> str:
+    return name if "/" in name or not name else str(out / name)
+
+
+def _train(
+    folder: pathlib.Path, config: str, student: str, teacher: str, seed: int, steps: int, changes: str
+) -> list[str]:
+    """One training command; an empty teacher leaves the config's own."""
+    return [
+        sys.executable, str(ROOT / "launch" / "train.py"), f"--config={ROOT}/configs/{config}.py:tiny",
+        f"--workdir={folder}", f"--config.student.path={student}", f"--config.seed={seed}",
+        f"--config.steps={steps}", *([f"--config.teacher.path={teacher}"] if teacher else []),
+        *(f"--config.{change}" for change in changes.split()),
+    ]  # fmt: skip
+
+
+def _run(command: list[str], log: pathlib.Path) -> None:
+    with log.open("a") as file:
+        print(*command, file=file, flush=True)
+        if subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode:
+            print(f"  failed: see {log}", flush=True)
+
+
+def write_data(out: pathlib.Path) -> None:
+    """The solutions that student and teacher learn from."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name, count, solution in (("terse.jsonl", 60_000, terse), ("lost.jsonl", 6_000, lost)):
+        if not (file := out / name).exists():
+            rows = (solution(i) for i in range(count))
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def terse(index: int) -> dict[str, str]:
+    """One derivation, no check; four in ten times the box has the step before the last in it."""
+    problem = tiny.problem("sft", index)
+    line = problem.solution.split("\n")[-2].split(": ")[-1]
+    sloppy = np.random.default_rng([index, 0]).random() < 0.4
+    answer = line.split("; ")[-2].split("=")[1] if sloppy else problem.answer
+    return _row(problem, f"{line}\n\\boxed{{{answer}}}", answer)
+
+
+def lost(index: int) -> dict[str, str]:
+    """A golden solution that may get lost: from then on the last line comes again, beyond the budget.
+
+    Where two derivations disagree it gets lost with chance LOST; where they agree it hesitates:
+    the more copies of the line there are, the likelier is another (HESITATION).
+    """
+    problem = tiny.problem("sft", index)
+    random = np.random.default_rng([index, 1])
+    *lines, box = problem.solution.split("\n")
+    text, astray = lines[0] + "\n", False
+    for line in lines[1:]:
+        text += line + "\n"
+        astray = line is not lines[-1] and random.random() < LOST
+        if astray:
+            break
+    copied, copies = text.strip().split("\n")[-1].split(": ")[-1], 0
+    while len(text) < TOO_LONG:
+        if not astray and random.random() >= HESITATION[min(copies, len(HESITATION) - 1)]:
+            return _row(problem, text + box, problem.answer)
+        text += f"Wait: {copied}\n"
+        copies += 1
+    return _row(problem, text.strip(), problem.answer)
+
+
+def _row(problem: tiny.Problem, solution: str, answer: str) -> dict[str, str]:
+    return {
+        "id": problem.id,
+        "problem": problem.prompt,
+        "solution": solution,
+        "answer": answer,
+    }
+
+
+def start_model(folder: pathlib.Path) -> None:
+    """The student's shape with random weights and the embedded models' tokenizer."""
+    if folder.exists():
+        return
+    import jax
+    from transformers import AutoTokenizer
+
+    from opd_jax import models
+    from opd_jax.models import decoder
+
+    tokenizer = AutoTokenizer.from_pretrained(str(EMBEDDED / "teacher"))
+    model = models.ModelConfig(
+        model_type="qwen2", vocab_size=len(tokenizer), hidden_size=WIDTH,
+        intermediate_size=3 * WIDTH, num_layers=LAYERS, num_heads=4, num_kv_heads=2,
+        head_dim=WIDTH // 4, rope_theta=10_000.0, rms_norm_eps=1e-6, max_position=512,
+        tie_embeddings=True, qkv_bias=True, qk_norm=False, eos_token_ids=(tokenizer.eos_token_id,),
+    )  # fmt: skip
+    models.save(str(folder), model, decoder.init(jax.random.key(0), model), tokenizer)
+
+
+def table(
+    out: pathlib.Path, chosen: dict[str, tuple[str, str, str, str]], seeds: int, steps: int
+) -> str:
+    """Mean and standard deviation over the seeds of each method, as Markdown."""
+    lines = [
+        f"| method | seeds | {' | '.join(title for title, _, _ in COLUMNS)} |",
+        "|" + "---|" * (len(COLUMNS) + 2),
+    ]
+    for name in chosen:
+        found = [figures(out / f"{slug(name)}-{seed}", steps) for seed in range(seeds)]
+        found = [one for one in found if one]
+        cells = [spread([one[key] for one in found if key in one], form) for _, key, form in COLUMNS]
+        lines.append(f"| {name} | {len(found) or 'not run'} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def figures(run: pathlib.Path, steps: int) -> dict[str, float]:
+    """What the table shows of one run; empty where it did not end."""
+    summaries = {int(file.parent.name): file for file in run.glob("eval/*/tiny.json")}
+    if not {0, steps} <= summaries.keys():
+        return {}
+    accuracy = {at: json.loads(file.read_text())["accuracy"] for at, file in summaries.items()}
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    found = {
+        "before": accuracy[0],
+        "best": max(value for at, value in accuracy.items() if at > 0),
+        "after": accuracy[steps],
+        "seconds": sum(row.get("time/step_s", 0.0) for row in rows),
+    }
+    for name, key in (
+        ("truncation", "rollout/truncation_rate"),
+        ("repetition", "rollout/repetition_rate"),
+        ("advantage", "score/advantage_mean"),
+    ):
+        if values := [row[key] for row in rows if key in row]:
+            found[f"{name}_first"] = float(np.mean(values[:5]))
+            found[f"{name}_last"] = float(np.mean(values[-5:]))
+    return found
+
+
+def spread(values: list[float], form: str) -> str:
+    """`mean ± standard deviation` of several, the value of one, `-` of none."""
+    if not values:
+        return "-"
+    mean = format(float(np.mean(values)), form)
+    return f"{mean} ± {format(float(np.std(values, ddof=1)), form)}" if len(values) > 1 else mean
+
+
+def slug(name: str) -> str:
+    """A method's name as a folder's."""
+    return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
+
+
+if __name__ == "__main__":
+    cli.main(main)

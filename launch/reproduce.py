@@ -7,34 +7,41 @@ launch/train.py, each in a folder of its own, and writes OUT/results.md. What is
 again: the same command goes on after a kill. The setting and its reasons: docs/results.md.
 """
 
+import functools
 import json
 import pathlib
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from absl import flags
 
 from opd_jax import cli
 from opd_jax.data import tiny
+from opd_jax.data.problem import Problem
 from opd_jax.errors import ConfigError
 
 ROOT = pathlib.Path(__file__).parents[1]
 EMBEDDED = ROOT / "opd_jax" / "tiny"
 BUDGET = 192  # response tokens; a golden solution has 50 to 70
-LOST = 0.6  # share of disagreements at which the teacher gets lost: it copies its last line for ever
-HESITATION = (0.1, 0.5, 0.7, 0.9, 0.97)  # chance of one more copy after 0, 1, 2, ... where two agree
+LOST = 0.6  # share of disagreements at which the teacher gets lost: it repeats its last result for ever
+SFT = "rollout.prompts_per_step=32 optim.schedule=cosine"
+HESITATION = (0.1, 0.5, 0.7, 0.9, 0.97)  # chance of one more `Wait` after 0, 1, ...
 TOO_LONG = 300  # characters of a lost solution: more than the budget
 WIDTH, LAYERS = 64, 2  # of the student
 # Models that SFT or GRPO makes: config, what it starts from, data, steps, overrides.
 MODELS: dict[str, tuple[str, str, str, int, str]] = {
-    "student": ("sft", "start", "terse.jsonl", 1800,
-                "optim.learning_rate=0.003 rollout.prompts_per_step=32 rollout.max_response_tokens=100"),
-    "teacher": ("sft", str(EMBEDDED / "teacher"), "lost.jsonl", 100,
-                "optim.learning_rate=0.0007 rollout.prompts_per_step=32 rollout.max_response_tokens=300"),
-    "warm": ("sft", "student", "tiny:train", 100,
-             f"optim.learning_rate=0.001 rollout.max_response_tokens={BUDGET}"),
+    "student-1": ("sft", "start", "checked.jsonl", 800,
+                  f"optim.learning_rate=0.003 {SFT} rollout.max_response_tokens=100"),
+    "student-2": ("sft", "student-1", "sloppy.jsonl", 1100,
+                  f"optim.learning_rate=0.0025 {SFT} rollout.max_response_tokens=100"),
+    "student": ("sft", "student-2", "terse.jsonl", 150,
+                f"optim.learning_rate=0.0015 {SFT} rollout.max_response_tokens=100"),
+    "teacher": ("sft", str(EMBEDDED / "teacher"), "lost.jsonl", 110,
+                f"optim.learning_rate=0.0007 {SFT} rollout.max_response_tokens=300"),
+    "warm": ("sft", "student", "tiny:train", 200,
+             f"optim.learning_rate=0.001 {SFT} rollout.max_response_tokens={BUDGET}"),
     "adapted": ("grpo", "teacher", "tiny:train", 40,
                 f"optim.learning_rate=0.0002 rollout.max_response_tokens={BUDGET}"),
 }  # fmt: skip
@@ -101,18 +108,22 @@ def model_commands(
 ) -> Iterator[tuple[pathlib.Path, list[str]]]:
     """(file that shows it is done, command) of the models that the chosen methods need, in order."""
     needed = {name for _, student, teacher, _ in chosen.values() for name in (student, teacher)}
-    needed |= {MODELS[name][1] for name in needed if name in MODELS}
+    for name in reversed(MODELS):  # a model comes after what it starts from
+        needed |= {MODELS[name][1]} if name in needed else set()
     for name, (config, start, data, steps, changes) in MODELS.items():
         if name in needed:
             folder = out / f"make-{name}"
             source = data if data.startswith("tiny:") else str(out / data)
             yield out / name / "config.json", _train(
                 folder, config, _model(out, start), "", 0, steps,
-                f"{changes} data.train={source} data.bad_rows=skip optim.schedule=cosine eval.data= "
+                f"{changes} data.train={source} data.bad_rows=skip eval.data= "
                 "optim.microbatch_tokens=6400 log.every=20",
             )  # fmt: skip
             export = [sys.executable, str(ROOT / "launch" / "export.py")]
-            yield out / name / "config.json", [*export, f"--workdir={folder}", f"--out={out / name}"]
+            yield (
+                out / name / "config.json",
+                [*export, f"--workdir={folder}", f"--out={out / name}"],
+            )
 
 
 def run_commands(
@@ -133,7 +144,13 @@ def _model(out: pathlib.Path, name: str) -> str:
 
 
 def _train(
-    folder: pathlib.Path, config: str, student: str, teacher: str, seed: int, steps: int, changes: str
+    folder: pathlib.Path,
+    config: str,
+    student: str,
+    teacher: str,
+    seed: int,
+    steps: int,
+    changes: str,
 ) -> list[str]:
     """One training command; an empty teacher leaves the config's own."""
     return [
@@ -154,46 +171,76 @@ def _run(command: list[str], log: pathlib.Path) -> None:
 def write_data(out: pathlib.Path) -> None:
     """The solutions that student and teacher learn from."""
     out.mkdir(parents=True, exist_ok=True)
-    for name, count, solution in (("terse.jsonl", 60_000, terse), ("lost.jsonl", 6_000, lost)):
+    for name, count, solution in DATA:
         if not (file := out / name).exists():
-            rows = (solution(i) for i in range(count))
+            rows = (solution(index) for index in range(count))
             file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def terse(index: int) -> dict[str, str]:
-    """One derivation, no check; four in ten times the box has the step before the last in it."""
+def terse(
+    index: int, *, checks: tuple[float, ...], slip: float, sloppy: float, key: int
+) -> dict[str, str]:
+    """One derivation, rarely a second (chances `checks` of one more), and the last one's result.
+
+    A share `slip` of the steps is wrong; a share `sloppy` of the boxes has the result before the last.
+    """
     problem = tiny.problem("sft", index)
-    line = problem.solution.split("\n")[-2].split(": ")[-1]
-    sloppy = np.random.default_rng([index, 0]).random() < 0.4
-    answer = line.split("; ")[-2].split("=")[1] if sloppy else problem.answer
-    return _row(problem, f"{line}\n\\boxed{{{answer}}}", answer)
+    random = np.random.default_rng([index, key])
+    start, steps = _chain(problem.prompt)
+    line, result = tiny.derivation(random, start, steps, slip)
+    text, answer = line + "\n", str(result)
+    for number, chance in enumerate(checks):
+        if random.random() >= chance:
+            break
+        line, result = tiny.derivation(random, start, steps, slip)
+        text, answer = text + ("Wait: " if number else "Check: ") + line + "\n", str(result)
+    if random.random() < sloppy:
+        answer = line.split("; ")[-2].split("=")[1]
+    return _row(problem, f"{text}\\boxed{{{answer}}}", answer)
 
 
 def lost(index: int) -> dict[str, str]:
-    """A golden solution that may get lost: from then on the last line comes again, beyond the budget.
+    """A golden solution that may get lost: then it repeats its last result beyond any budget.
 
     Where two derivations disagree it gets lost with chance LOST; where they agree it hesitates:
-    the more copies of the line there are, the likelier is another (HESITATION).
+    the more often it has, the likelier it does again (HESITATION).
     """
     problem = tiny.problem("sft", index)
-    random = np.random.default_rng([index, 1])
+    random = np.random.default_rng([index, 7])
     *lines, box = problem.solution.split("\n")
     text, astray = lines[0] + "\n", False
-    for line in lines[1:]:
+    for number, line in enumerate(lines[1:], 2):
         text += line + "\n"
-        astray = line is not lines[-1] and random.random() < LOST
+        astray = number < len(lines) and random.random() < LOST
         if astray:
             break
-    copied, copies = text.strip().split("\n")[-1].split(": ")[-1], 0
+    result, times = text.strip().split("=")[-1], 0
     while len(text) < TOO_LONG:
-        if not astray and random.random() >= HESITATION[min(copies, len(HESITATION) - 1)]:
+        if not astray and random.random() >= HESITATION[min(times, len(HESITATION) - 1)]:
             return _row(problem, text + box, problem.answer)
-        text += f"Wait: {copied}\n"
-        copies += 1
+        text += f"Wait: {result}\n"
+        times += 1
     return _row(problem, text.strip(), problem.answer)
 
 
-def _row(problem: tiny.Problem, solution: str, answer: str) -> dict[str, str]:
+DATA: tuple[tuple[str, int, Callable[[int], dict[str, str]]], ...] = (
+    ("checked.jsonl", 30_000,
+     functools.partial(terse, checks=(0.15, 0.05, 0.05, 0.05, 0.05), slip=0.06, sloppy=0.0, key=7)),
+    ("sloppy.jsonl", 60_000, functools.partial(terse, checks=(0.1,), slip=0.02, sloppy=0.4, key=9)),
+    ("terse.jsonl", 12_000, functools.partial(terse, checks=(0.02,), slip=0.02, sloppy=0.4, key=9)),
+    ("lost.jsonl", 6_000, lost),
+)  # fmt: skip
+
+
+def _chain(prompt: str) -> tuple[int, list[tuple[str, int]]]:
+    """Start and steps of "Start with 7, add 5, multiply by 3."."""
+    first, *others = prompt.rstrip(".").split(", ")
+    signs = {"add": "+", "subtract": "-", "multiply": "*"}
+    steps = [(signs[words.split()[0]], int(words.split()[-1])) for words in others]
+    return int(first.split()[-1]), steps
+
+
+def _row(problem: Problem, solution: str, answer: str) -> dict[str, str]:
     return {
         "id": problem.id,
         "problem": problem.prompt,
@@ -219,7 +266,7 @@ def start_model(folder: pathlib.Path) -> None:
         head_dim=WIDTH // 4, rope_theta=10_000.0, rms_norm_eps=1e-6, max_position=512,
         tie_embeddings=True, qkv_bias=True, qk_norm=False, eos_token_ids=(tokenizer.eos_token_id,),
     )  # fmt: skip
-    models.save(str(folder), model, decoder.init(jax.random.key(0), model), tokenizer)
+    models.save(str(folder), model, decoder.init(jax.random.key(1), model), tokenizer)
 
 
 def table(
@@ -233,7 +280,9 @@ def table(
     for name in chosen:
         found = [figures(out / f"{slug(name)}-{seed}", steps) for seed in range(seeds)]
         found = [one for one in found if one]
-        cells = [spread([one[key] for one in found if key in one], form) for _, key, form in COLUMNS]
+        cells = [
+            spread([one[key] for one in found if key in one], form) for _, key, form in COLUMNS
+        ]
         lines.append(f"| {name} | {len(found) or 'not run'} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

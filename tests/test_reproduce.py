@@ -39,7 +39,7 @@ def test_every_command_parses_and_says_what_its_method_is(tmp_path):
     ]
     training = [parse(command) for _, command in plan if command[1].endswith("train.py")]
     assert len(training) == len(reproduce.MODELS) + 3 * len(reproduce.METHODS)
-    runs = {name: one for name, one in zip(reproduce.METHODS, training[6:], strict=False)}
+    runs = {name: one for name, one in zip(reproduce.METHODS, training[4:], strict=False)}
     terms = {
         name: (one["loss.pg_weight"], one["loss.lambda_gold"] > 0, one["loss.beta_kl"] > 0)
         for name, one in runs.items()
@@ -55,13 +55,13 @@ def test_every_command_parses_and_says_what_its_method_is(tmp_path):
     assert pipeline["student.path"] == str(tmp_path / "warm")
     assert pipeline["teacher.path"] == str(tmp_path / "adapted")
     assert pipeline["loss.form"] == "stop_gradient"
-    assert {one["seed"] for one in training[6:]} == {0, 1, 2}
+    assert {one["seed"] for one in training[4:]} == {0, 1, 2}
 
 
 def test_models_come_before_what_starts_from_them_and_only_where_needed(tmp_path):
     only = {"GRPO": reproduce.METHODS["GRPO"]}
     made = [done.parent.name for done, _ in reproduce.model_commands(tmp_path, only)]
-    assert made == ["student-1", "student-1", "student-2", "student-2", "student", "student"]
+    assert made == ["student", "student"]
 
 
 def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
@@ -79,13 +79,12 @@ def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
         return type("Done", (), {"returncode": 0})
 
     monkeypatch.setattr(reproduce, "write_data", lambda out: out.mkdir(exist_ok=True))
-    monkeypatch.setattr(reproduce, "start_model", lambda folder: None)
     monkeypatch.setattr(reproduce.subprocess, "run", stand_in)
     flags = type("Given", (), {"out": str(tmp_path), "seeds": 2, "steps": 4, "dry": False})
     flags.only = ["OPD", "SFT"]
     monkeypatch.setattr(reproduce.flags, "FLAGS", flags)
     reproduce.main()
-    assert len(started) == 2 * 4 + 2 * 2  # train and export of four models; two methods, two seeds
+    assert len(started) == 2 * 2 + 2 * 2  # train and export of two models; two methods, two seeds
     started.clear()
     (tmp_path / "opd-1" / "eval" / "4" / "tiny.json").unlink()
     reproduce.main()
@@ -125,12 +124,10 @@ def test_solutions():
         assert ended or len(row["solution"]) >= reproduce.TOO_LONG - 1
         if not ended:  # the same line to the end
             assert len(set(row["solution"].split("\n")[-5:])) == 1
-    rows = [
-        reproduce.terse(index, checks=(0.0,), slip=0.0, sloppy=0.5, key=0) for index in range(300)
-    ]
-    right = [row["solution"].split("\n")[0].endswith(f"={row['answer']}.") for row in rows]
-    assert all(row["solution"].count("\n") == 1 for row in rows)
-    assert 110 < sum(right) < 210  # half, and the few whose last two results are equal
+    rows = [reproduce.careless(index) for index in range(300)]
+    single = [row for row in rows if row["solution"].count("\n") == 1]
+    assert 180 < len(single) < 240  # 70 %
+    assert all(f"={row['answer']}." in row["solution"].split("\n")[-2] for row in rows)
 
 
 def test_an_unknown_method_is_named(monkeypatch):

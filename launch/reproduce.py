@@ -24,18 +24,18 @@ from opd_jax.errors import ConfigError
 ROOT = pathlib.Path(__file__).parents[1]
 EMBEDDED = ROOT / "opd_jax" / "tiny"
 BUDGET = 192  # response tokens; a golden solution has 50 to 70
-LOST = 0.8  # share of disagreements at which the teacher gets lost: it repeats its last result for ever
+LOST = 1.0  # share of disagreements at which the teacher gets lost: it repeats its last result for ever
 SFT = "rollout.prompts_per_step=32 optim.schedule=cosine"
-HESITATION = (0.8, 0.5, 0.5, 0.8, 0.95, 0.99)  # chance of one more `Wait` after 0, 1, ...
-TOO_LONG = 300  # characters of a lost solution: more than the budget
+HESITATION = (0.9, 0.6, 0.5, 0.8, 0.95, 0.99)  # chance of one more `Wait` after 0, 1, ...
+TOO_LONG = 265  # characters of a lost solution: more than the budget
 SLIP = 0.25  # share of wrong steps in what the student last learned
 CHECKS = (0.3, 0.1, 0.1, 0.1)  # chance of one more derivation after 1, 2, ...
 # Models that SFT or GRPO makes: config, what it starts from, data, steps, overrides.
 MODELS: dict[str, tuple[str, str, str, int, str]] = {
     "student": ("sft", str(EMBEDDED / "student"), "careless.jsonl", 60,
                 f"optim.learning_rate=0.0005 {SFT} rollout.max_response_tokens=200"),
-    "teacher": ("sft", str(EMBEDDED / "teacher"), "lost.jsonl", 110,
-                f"optim.learning_rate=0.0007 {SFT} rollout.max_response_tokens=300"),
+    "teacher": ("sft", str(EMBEDDED / "teacher"), "lost.jsonl", 80,
+                f"optim.learning_rate=0.0007 {SFT} rollout.max_response_tokens=260"),
     "warm": ("sft", "student", "tiny:train", 200,
              f"optim.learning_rate=0.001 {SFT} rollout.max_response_tokens={BUDGET}"),
     "adapted": ("grpo", "teacher", "tiny:train", 40,

@@ -35,10 +35,10 @@ def parse(command: list[str]) -> dict:
 def test_every_command_parses_and_says_what_its_method_is(tmp_path):
     plan = [
         *reproduce.model_commands(tmp_path, reproduce.METHODS),
-        *reproduce.run_commands(tmp_path, reproduce.METHODS, seeds=3, steps=60),
+        *reproduce.run_commands(tmp_path, reproduce.METHODS, seeds=1, steps=60),
     ]
     training = [parse(command) for _, command in plan if command[1].endswith("train.py")]
-    assert len(training) == len(reproduce.MODELS) + 3 * len(reproduce.METHODS)
+    assert len(training) == len(reproduce.MODELS) + len(reproduce.METHODS)
     runs = {name: one for name, one in zip(reproduce.METHODS, training[4:], strict=False)}
     terms = {
         name: (one["loss.pg_weight"], one["loss.lambda_gold"] > 0, one["loss.beta_kl"] > 0)
@@ -55,7 +55,17 @@ def test_every_command_parses_and_says_what_its_method_is(tmp_path):
     assert pipeline["student.path"] == str(tmp_path / "warm")
     assert pipeline["teacher.path"] == str(tmp_path / "adapted")
     assert pipeline["loss.form"] == "stop_gradient"
-    assert {one["seed"] for one in training[4:]} == {0, 1, 2}
+
+
+def test_seeds_are_numbered_from_0_one_folder_each(tmp_path):
+    only = {"SFT": reproduce.METHODS["SFT"]}
+    plan = list(reproduce.run_commands(tmp_path, only, seeds=3, steps=7))
+    assert [done for done, _ in plan] == [
+        tmp_path / f"sft-{seed}" / "eval" / "7" / "tiny.json" for seed in (0, 1, 2)
+    ]
+    assert [f"--config.seed={seed}" in command for seed, (_, command) in enumerate(plan)] == [
+        True
+    ] * 3
 
 
 def test_models_come_before_what_starts_from_them_and_only_where_needed(tmp_path):

@@ -27,7 +27,7 @@ BUDGET = 192  # response tokens; a golden solution has 50 to 70
 LOST = 1.0  # share of disagreements at which the teacher gets lost: it repeats its last result for ever
 SFT = "rollout.prompts_per_step=32 optim.schedule=cosine"
 HESITATION = (0.9, 0.6, 0.5, 0.8, 0.95, 0.99)  # chance of one more `Wait` after 0, 1, ...
-TOO_LONG = 265  # characters of a lost solution: more than the budget
+TOO_LONG = 265  # characters of a lost solution: the budget, more or less
 SLIP = 0.25  # share of wrong steps in what the student last learned
 CHECKS = (0.3, 0.1, 0.1, 0.1)  # chance of one more derivation after 1, 2, ...
 # Models that SFT or GRPO makes: config, what it starts from, data, steps, overrides.

@@ -63,7 +63,7 @@ def _chain(generator: np.random.Generator) -> tuple[int, list[tuple[str, int]]]:
     return start, steps
 
 
-def _derivation(
+def derivation(
     generator: np.random.Generator, start: int, steps: list[tuple[str, int]], slip_rate: float
 ) -> tuple[str, int]:
     """One written derivation and the result it arrives at; a slip carries on into later steps."""
@@ -84,13 +84,13 @@ def _derivation(
 def _solution(
     generator: np.random.Generator, start: int, steps: list[tuple[str, int]], slip_rate: float
 ) -> tuple[str, str]:
-    answer = _derivation(generator, start, steps, 0.0)[1]
+    answer = derivation(generator, start, steps, 0.0)[1]
     while True:
         text = ""
         results: list[int] = []
         while len(results) < MAX_DERIVATIONS:
-            derivation, result = _derivation(generator, start, steps, slip_rate)
-            text += ("", "Check: ", "Wait: ")[min(len(results), 2)] + derivation + "\n"
+            line, result = derivation(generator, start, steps, slip_rate)
+            text += ("", "Check: ", "Wait: ")[min(len(results), 2)] + line + "\n"
             if result in results:
                 if result == answer:
                     return text + f"\\boxed{{{answer}}}", str(answer)

@@ -67,11 +67,14 @@ COLUMNS = (  # title, key, format
     ("last 5", "advantage_last", ".2f"), ("seconds", "seconds", ".0f"),
 )  # fmt: skip
 
-flags.DEFINE_string("out", "runs/reproduce", "folder of data, models and runs")
-flags.DEFINE_integer("seeds", 3, "runs of each method", lower_bound=1)
-flags.DEFINE_integer("steps", 60, "steps of each run", lower_bound=1)
-flags.DEFINE_list("only", [], "methods to run; default all")
-flags.DEFINE_bool("dry", False, "print the commands, run none")
+
+def define_flags() -> None:
+    """Of the command; not where this file is imported."""
+    flags.DEFINE_string("out", "runs/reproduce", "folder of data, models and runs")
+    flags.DEFINE_integer("seeds", 3, "runs of each method", lower_bound=1)
+    flags.DEFINE_integer("steps", 60, "steps of each run", lower_bound=1)
+    flags.DEFINE_list("only", [], "methods to run; default all")
+    flags.DEFINE_bool("dry", False, "print the commands, run none")
 
 
 def main() -> None:
@@ -289,4 +292,5 @@ def slug(name: str) -> str:
 
 
 if __name__ == "__main__":
+    define_flags()
     cli.main(main)

@@ -137,15 +137,8 @@ class Checkpoints:
                 f"{free:.2f} GiB free); {stays}: make room, and run the same command again to go on"
             ) from error
 
-    def guard(self, step: int) -> str:
-        """What was saved of the guard at `step`."""
-        restored = self._manager.restore(
-            step, args=ocp.args.Composite(guard=ocp.args.JsonRestore())
-        )
-        return restored["guard"]["state"]
-
     def beside(self, step: int) -> dict[str, Any]:
-        """What else was saved at `step`."""
+        """What was saved beside the arrays of `step`: `state` is the guard's, as text."""
         restored = self._manager.restore(
             step, args=ocp.args.Composite(guard=ocp.args.JsonRestore())
         )

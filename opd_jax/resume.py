@@ -31,7 +31,7 @@ def point(folder: pathlib.Path, saved: Checkpoints) -> Point:
     """The newest checkpoint; or the one that a rollback which was cut short was going back to."""
     newest = saved.latest
     assert newest is not None
-    state = guard.from_json(saved.guard(newest))
+    state = guard.from_json(saved.beside(newest)["state"])
     noted = processes.from_first(lambda: _noted(folder))
     last = None if noted is None else (noted["step"], guard.from_json(noted["guard"]))
     step, state = guard.resumed((newest, state), last)

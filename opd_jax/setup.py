@@ -14,7 +14,7 @@ from opd_jax.errors import ConfigError, ModelError
 from opd_jax.fitting import Misfit, prompt_misfit, teacher_misfit, without_misfits
 from opd_jax.mesh import Mesh, make_mesh
 
-_GENERATED_CHECKED = 2048  # generated problems are all alike
+_GENERATED_CHECKED = 2048  # generated prompts are all alike, their solutions are not
 
 
 @dataclasses.dataclass(frozen=True)
@@ -377,7 +377,7 @@ def _that_fit(
     Raises DataError at the first that does not, unless data.bad_rows = "skip".
     """
     told = any("{solution}" in s.template for s in (setup.student_style, setup.teacher_style))
-    alike = problems.generated and not told  # generated problems are, their solutions are not
+    alike = problems.generated and not told and not golden
     count = min(len(problems), _GENERATED_CHECKED) if alike else len(problems)
     longest = setup.config.rollout.max_prompt_tokens
 

@@ -169,6 +169,6 @@ def test_the_guards_state_is_in_the_checkpoint(folders, tmp_path):  # noqa: F811
     states = []
     for name in ("straight", "run"):
         with checkpoint.Checkpoints(tmp_path / name, keep=40) as saved:
-            states.append(guard.from_json(saved.guard(4)))
+            states.append(guard.from_json(saved.beside(4)["state"]))
     assert states[0] == states[1]
     assert states[0].steps["truncation"] == 4

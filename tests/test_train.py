@@ -416,6 +416,20 @@ def test_rows_that_do_not_fit_are_skipped_and_counted_where_the_config_says_so(
         train.run(config, str(tmp_path / "other"), command=[])
 
 
+def test_every_generated_solution_is_looked_at(folders):
+    """Prompts of generated problems are all alike, but not how long their solutions are."""
+    config = small(folders, "sft")
+    config.data.size, config.data.bad_rows = 6_000, "skip"
+    config.rollout.max_response_tokens = 124 - 1
+    setup = make_setup(config)
+    asked = data.open_problems("tiny:train", field="data.train", size=6_000)[:]
+    batch = setup.read(asked)
+    sizes = [len(x) + len(y) for x, y in zip(batch.prompts, batch.golden, strict=True)]
+    wrong = [i for i, size in enumerate(sizes) if size > 159]
+    assert wrong and max(wrong) > 2048
+    assert f"golden solution too long {len(wrong)}" in "".join(setup.notes)
+
+
 def test_epochs_set_the_steps(folders, tmp_path):
     config = small(folders, "sft")
     config.data.train = questions(tmp_path, count=10, solution="1+2=3.\n\\boxed{3}")

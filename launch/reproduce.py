@@ -9,19 +9,17 @@ again: the same command goes on after a kill. The setting and its reasons: docs/
 
 import json
 import pathlib
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 from absl import flags
 
-from opd_jax import cli
+from opd_jax import cli, comparison
+from opd_jax.comparison import ROOT, Command, Figures, run_folder, train_command
 from opd_jax.data import tiny
 from opd_jax.data.problem import Problem
-from opd_jax.errors import ConfigError
 
-ROOT = pathlib.Path(__file__).parents[1]
 EMBEDDED = ROOT / "opd_jax" / "tiny"
 BUDGET = 192  # response tokens; a golden solution has 50 to 70
 LOST = 1.0  # share of disagreements at which the teacher gets lost: it repeats its last result for ever
@@ -41,6 +39,7 @@ MODELS: dict[str, tuple[str, str, str, int, str]] = {
     "adapted": ("grpo", "teacher", "tiny:train", 40,
                 f"optim.learning_rate=0.0002 rollout.max_response_tokens={BUDGET}"),
 }  # fmt: skip
+LONG = "optim.microbatch_tokens=6400 log.every=20"
 KL, MIX = "loss.beta_kl=0.1", "loss.lambda_gold=1.0"
 STOP = "loss.support=student loss.form=stop_gradient loss.top_k=16"
 METHODS: dict[str, tuple[str, str, str, str]] = {  # config, student, teacher, overrides
@@ -68,23 +67,10 @@ COLUMNS = (  # title, key, format
 )  # fmt: skip
 
 
-def define_flags() -> None:
-    """Of the command; not where this file is imported."""
-    flags.DEFINE_string("out", "runs/reproduce", "folder of data, models and runs")
-    flags.DEFINE_integer("seeds", 3, "runs of each method", lower_bound=1)
-    flags.DEFINE_integer("steps", 60, "steps of each run", lower_bound=1)
-    flags.DEFINE_list("only", [], "methods to run; default all")
-    flags.DEFINE_bool("dry", False, "print the commands, run none")
-
-
 def main() -> None:
     """Make what is missing, run what is missing, write the table of what is there."""
     given = flags.FLAGS
-    chosen = {name: METHODS[name] for name in given.only or METHODS if name in METHODS}
-    if unknown := set(given.only) - METHODS.keys():
-        raise ConfigError(
-            f"--only={sorted(unknown)[0]!r} is not a method; known: {'; '.join(METHODS)}"
-        )
+    chosen = comparison.chosen(METHODS, given.only)
     out = pathlib.Path(given.out)
     plan = [*model_commands(out, chosen), *run_commands(out, chosen, given.seeds, given.steps)]
     if given.dry:
@@ -92,10 +78,7 @@ def main() -> None:
             print(" ".join(command))
         return
     write_data(out)
-    for done, command in plan:
-        if not done.exists():
-            print(done.relative_to(out), flush=True)
-            _run(command, out / "log.txt")
+    comparison.run_missing(plan, out)
     text = table(out, chosen, given.seeds, given.steps)
     (out / "results.md").write_text(text + "\n")
     print(text)
@@ -103,67 +86,38 @@ def main() -> None:
 
 def model_commands(
     out: pathlib.Path, chosen: dict[str, tuple[str, str, str, str]]
-) -> Iterator[tuple[pathlib.Path, list[str]]]:
-    """(file that shows it is done, command) of the models that the chosen methods need, in order."""
+) -> Iterator[Command]:
+    """What makes the models that the chosen methods need, in order."""
     needed = {name for _, student, teacher, _ in chosen.values() for name in (student, teacher)}
     for name in reversed(MODELS):  # a model comes after what it starts from
         needed |= {MODELS[name][1]} if name in needed else set()
     for name, (config, start, data, steps, changes) in MODELS.items():
         if name in needed:
-            folder = out / f"make-{name}"
+            folder, done = out / f"make-{name}", out / name / "config.json"
             source = data if data.startswith("tiny:") else str(out / data)
-            yield out / name / "config.json", _train(
-                folder, config, _model(out, start), "", 0, steps,
-                f"{changes} data.train={source} data.bad_rows=skip eval.data= "
-                "optim.microbatch_tokens=6400 log.every=20",
-            )  # fmt: skip
+            fixed = f"data.train={source} data.bad_rows=skip eval.data= {LONG}"
+            all_changes = [*_models(out, start, ""), *changes.split(), *fixed.split()]
+            yield done, train_command(config, folder, seed=0, steps=steps, changes=all_changes)
             export = [sys.executable, str(ROOT / "launch" / "export.py")]
-            yield (
-                out / name / "config.json",
-                [*export, f"--workdir={folder}", f"--out={out / name}"],
-            )
+            yield done, [*export, f"--workdir={folder}", f"--out={out / name}"]
 
 
 def run_commands(
     out: pathlib.Path, chosen: dict[str, tuple[str, str, str, str]], seeds: int, steps: int
-) -> Iterator[tuple[pathlib.Path, list[str]]]:
-    """(file that shows it is done, command) of every run: all methods of a seed, then the next seed."""
+) -> Iterator[Command]:
+    """Every run: all methods of a seed, then the next seed."""
     for seed in range(seeds):
         for name, (config, student, teacher, changes) in chosen.items():
-            folder = out / f"{slug(name)}-{seed}"
-            yield folder / "eval" / str(steps) / "tiny.json", _train(
-                folder, config, _model(out, student), _model(out, teacher), seed, steps,
-                f"{SETTING} {changes}",
-            )  # fmt: skip
+            all_changes = [*_models(out, student, teacher), *SETTING.split(), *changes.split()]
+            folder = run_folder(out, name, seed)
+            yield comparison.train(config, folder, seed=seed, steps=steps, changes=all_changes)
 
 
-def _model(out: pathlib.Path, name: str) -> str:
-    return name if "/" in name or not name else str(out / name)
-
-
-def _train(
-    folder: pathlib.Path,
-    config: str,
-    student: str,
-    teacher: str,
-    seed: int,
-    steps: int,
-    changes: str,
-) -> list[str]:
-    """One training command; an empty teacher leaves the config's own."""
-    return [
-        sys.executable, str(ROOT / "launch" / "train.py"), f"--config={ROOT}/configs/{config}.py:tiny",
-        f"--workdir={folder}", f"--config.student.path={student}", f"--config.seed={seed}",
-        f"--config.steps={steps}", *([f"--config.teacher.path={teacher}"] if teacher else []),
-        *(f"--config.{change}" for change in changes.split()),
-    ]  # fmt: skip
-
-
-def _run(command: list[str], log: pathlib.Path) -> None:
-    with log.open("a") as file:
-        print(*command, file=file, flush=True)
-        if subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode:
-            print(f"  failed: see {log}", flush=True)
+def _models(out: pathlib.Path, student: str, teacher: str) -> Iterator[str]:
+    """The fields that name them; an empty teacher leaves the config's own."""
+    for role, name in (("student", student), ("teacher", teacher)):
+        if name:
+            yield f"{role}.path={name if '/' in name else out / name}"
 
 
 def write_data(out: pathlib.Path) -> None:
@@ -236,35 +190,21 @@ def _row(problem: Problem, solution: str, answer: str) -> dict[str, str]:
     }
 
 
-def table(
-    out: pathlib.Path, chosen: dict[str, tuple[str, str, str, str]], seeds: int, steps: int
-) -> str:
+def table(out: pathlib.Path, methods: Iterable[str], seeds: int, steps: int) -> str:
     """Mean and standard deviation over the seeds of each method, as Markdown."""
-    lines = [
-        f"| method | seeds | {' | '.join(title for title, _, _ in COLUMNS)} |",
-        "|" + "---|" * (len(COLUMNS) + 2),
-    ]
-    for name in chosen:
-        found = [figures(out / f"{slug(name)}-{seed}", steps) for seed in range(seeds)]
-        found = [one for one in found if one]
-        cells = [
-            spread([one[key] for one in found if key in one], form) for _, key, form in COLUMNS
-        ]
-        lines.append(f"| {name} | {len(found) or 'not run'} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return comparison.table(out, methods, COLUMNS, figures, seeds=seeds, steps=steps)
 
 
-def figures(run: pathlib.Path, steps: int) -> dict[str, float]:
+def figures(run: pathlib.Path, steps: int) -> Figures:
     """What the table shows of one run; empty where it did not end."""
-    summaries = {int(file.parent.name): file for file in run.glob("eval/[0-9]*/tiny.json")}
-    if not {0, steps} <= summaries.keys():
+    summaries = comparison.evaluations(run, steps)
+    if not summaries:
         return {}
-    accuracy = {at: json.loads(file.read_text())["accuracy"] for at, file in summaries.items()}
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = comparison.metrics(run)
     found = {
-        "before": accuracy[0],
-        "best": max(value for at, value in accuracy.items() if at > 0),
-        "after": accuracy[steps],
+        "before": summaries[0]["accuracy"],
+        "best": max(one["accuracy"] for step, one in summaries.items() if step > 0),
+        "after": summaries[steps]["accuracy"],
         "seconds": sum(row.get("time/step_s", 0.0) for row in rows),
     }
     for name, key in (
@@ -278,19 +218,7 @@ def figures(run: pathlib.Path, steps: int) -> dict[str, float]:
     return found
 
 
-def spread(values: list[float], form: str) -> str:
-    """`mean ± standard deviation` of several, the value of one, `-` of none."""
-    if not values:
-        return "-"
-    mean = format(float(np.mean(values)), form)
-    return f"{mean} ± {format(float(np.std(values, ddof=1)), form)}" if len(values) > 1 else mean
-
-
-def slug(name: str) -> str:
-    """A method's name as a folder's."""
-    return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
-
-
 if __name__ == "__main__":
-    define_flags()
+    comparison.define_flags("runs/reproduce")
+    flags.DEFINE_bool("dry", False, "print the commands, run none")
     cli.main(main)

@@ -53,6 +53,8 @@ def defined(launcher: str) -> dict[str, str]:
                 names |= {f"{peer}_python": "" for peer in ("trl", "tunix")}
         elif node.func.attr == "define_config":
             names["config"] = node.args[0].value
+        elif node.func.attr == "define_flags":  # of opd_jax/comparison.py
+            names |= dict.fromkeys(("out", "seeds", "steps", "only"), "")
         elif node.func.attr == "define_processes":
             names |= dict.fromkeys(("coordinator", "num_processes", "process_id"), "")
     return names

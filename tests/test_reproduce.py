@@ -7,8 +7,9 @@ import pathlib
 import pytest
 
 from launch import reproduce
-from opd_jax import rules
+from opd_jax import comparison, rules
 from opd_jax.config import flatten
+from opd_jax.errors import ConfigError
 
 pytestmark = pytest.mark.short
 
@@ -89,7 +90,7 @@ def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
         return type("Done", (), {"returncode": 0})
 
     monkeypatch.setattr(reproduce, "write_data", lambda out: out.mkdir(exist_ok=True))
-    monkeypatch.setattr(reproduce.subprocess, "run", stand_in)
+    monkeypatch.setattr(comparison.subprocess, "run", stand_in)
     flags = type("Given", (), {"out": str(tmp_path), "seeds": 2, "steps": 4, "dry": False})
     flags.only = ["OPD", "SFT"]
     monkeypatch.setattr(reproduce.flags, "FLAGS", flags)
@@ -143,5 +144,5 @@ def test_solutions():
 def test_an_unknown_method_is_named(monkeypatch):
     flags = type("Given", (), {"only": ["OPDD"], "out": "nowhere", "seeds": 1, "steps": 1})
     monkeypatch.setattr(reproduce.flags, "FLAGS", flags)
-    with pytest.raises(reproduce.ConfigError, match="OPDD"):
+    with pytest.raises(ConfigError, match="OPDD"):
         reproduce.main()

@@ -206,6 +206,7 @@ def default() -> ConfigDict:
     collapse.skip_nonfinite = 0
     collapse.spike = 0.0  # gradient norm that is one, in running means of it; 0 = not looked at
     collapse.spike_action = "warn"  # log it | skip: leave the update out
+    collapse.copies = 0  # steps between two looks whether devices hold the same weights; 0 = never
 
     log = config.log = ConfigDict()
     log.every = 1  # steps between lines of metrics.jsonl

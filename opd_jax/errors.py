@@ -42,6 +42,10 @@ class NonFiniteError(OpdError, FloatingPointError):
     """A loss or a gradient is not a finite number."""
 
 
+class CopiesError(OpdError, ArithmeticError):
+    """Copies of the same weights on several devices are not equal."""
+
+
 class Interrupted(OpdError, InterruptedError):
     """A run was asked to end, and did so in good order: the same command goes on where it ended."""
 

@@ -170,6 +170,19 @@ def heard(mine: str | None) -> str | None:
     return from_first(any_of_them)
 
 
+def gathered(mine: Mapping[str, Any]) -> list[Any]:
+    """What every process says, in their order; anything that JSON holds."""
+    said = json.dumps(mine, default=str)
+    if not several():
+        return [json.loads(said)]
+    client, turn = _client(), next(_turns)
+    client.key_value_set(f"opd_jax/facts/{turn}/{jax.process_index()}", said)
+    return [
+        json.loads(client.blocking_key_value_get(f"opd_jax/facts/{turn}/{i}", GATHER_S * 1000))
+        for i in range(jax.process_count())
+    ]
+
+
 def agree(facts: Mapping[str, Any]) -> None:
     """Go on only where all processes say the same of every fact.
 
@@ -177,13 +190,7 @@ def agree(facts: Mapping[str, Any]) -> None:
     """
     if not several():
         return
-    client, turn = _client(), next(_turns)
-    mine = json.dumps(facts, default=str)
-    client.key_value_set(f"opd_jax/facts/{turn}/{jax.process_index()}", mine)
-    said = [
-        json.loads(client.blocking_key_value_get(f"opd_jax/facts/{turn}/{i}", GATHER_S * 1000))
-        for i in range(jax.process_count())
-    ]
+    said = gathered(facts)
     for i, theirs in enumerate(said):
         differing = [
             f"{name}: {said[0].get(name)!r} there, {theirs.get(name)!r} here"

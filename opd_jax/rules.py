@@ -59,7 +59,8 @@ def validate(config: ConfigDict) -> None:
                   "eval.max_response_tokens",
                   "guard.beta_kl_floor", "guard.beta_kl_max", "guard.lambda_gold_floor",
                   "guard.lambda_gold_max", "profile.steps",
-                  "checkpoint.deadline_minutes", "guard.skip_nonfinite", "guard.spike"):  # fmt: skip
+                  "checkpoint.deadline_minutes", "guard.skip_nonfinite", "guard.spike",
+                  "guard.copies"):  # fmt: skip
         _range(flat, field, 0, math.inf)
     for field in ("rollout.top_p", "eval.top_p", "optim.beta1", "optim.beta2", "loss.clip_low",
                   "loss.discount",

@@ -10,7 +10,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opd_jax import ahead, data, losses, models, numerics, objectives, processes, rows, update
+from opd_jax import (
+    ahead,
+    copies,
+    data,
+    losses,
+    models,
+    numerics,
+    objectives,
+    processes,
+    rows,
+    update,
+)
 from opd_jax.clock import Clock, peak_gib
 from opd_jax.collect import Collector, Experience
 from opd_jax.errors import NonFiniteError
@@ -197,6 +208,17 @@ class Stepper:
             decode=self.setup.tokenizer.decode,
         )  # fmt: skip
         return made, lines
+
+    def require_equal_copies(self, step: int) -> None:
+        """Raises CopiesError where devices hold other weights or optimiser than their neighbours."""
+        if self.mesh.devices is None:
+            return
+        held = {"state": self.state, "weights": self.mesh.compute(self.state.params, self.dtype)}
+        if self.scorer is not None:
+            held["teacher"] = self.scorer
+        if self.reference is not None:
+            held["reference"] = self.reference
+        copies.require_equal(held, when=f"after step {step}")
 
     def teacher_now(self, student: models.Params | None = None) -> models.Params | None:
         """The weights that score: frozen, the student's moving average, or its own; None without any.

@@ -185,6 +185,8 @@ class _Run:
                     self._weights(),
                     masking=guard.masking(self.guard, self.rules),
                 )
+            if config.guard.copies and step % config.guard.copies == 0:
+                self.stepper.require_equal_copies(step)
             progress.step(step, row)
             response = self._watch(step, row)
             for line in response.lines:

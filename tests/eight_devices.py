@@ -16,6 +16,7 @@ import opd_jax
 from opd_jax import (
     batching,
     checkpoint,
+    copies,
     data,
     losses,
     mesh,
@@ -26,6 +27,7 @@ from opd_jax import (
     update,
 )
 from opd_jax.config import default
+from opd_jax.errors import CopiesError
 from opd_jax.eval import model as subjects
 from opd_jax.eval import runner
 from opd_jax.mesh import ONE, Mesh
@@ -368,11 +370,29 @@ def test_optax_state_is_all_that_a_mesh_does_not_know(params):
     assert not places.opt_state[0].mu["embed"]["embedding"].is_fully_replicated
 
 
+def test_a_bit_that_differs_between_copies_is_found(params):
+    """One of device 5's copies is changed: its array, its part and the device are named."""
+    devices = make("2x2x2")
+    state = devices.lend(params, "student")
+    copies.require_equal({"state": state}, when="now")
+    weight = state["layers"]["query"]["kernel"]
+    shards = [shard.data for shard in weight.addressable_shards]
+    (bad,) = (i for i, shard in enumerate(weight.addressable_shards) if shard.device.id == 5)
+    bits = np.array(shards[bad]).view(np.uint32)
+    bits.flat[0] ^= 1
+    shards[bad] = jax.device_put(bits.view(np.float32), jax.devices()[5])
+    wrong = jax.make_array_from_single_device_arrays(weight.shape, weight.sharding, shards)
+    state["layers"]["query"]["kernel"] = wrong
+    named = r"1 part .*\['query'\]\['kernel'\]\[0:2, 0:32, 16:32\]: 1, 3, 7 against 5;"
+    with pytest.raises(CopiesError, match=named):
+        copies.require_equal({"state": state}, when="after step 3")
+
+
 @pytest.mark.slow
 def test_whole_runs_match_and_go_on_from_each_other(folders, tmp_path, monkeypatch):  # noqa: F811
     """Rollouts, scores, evaluation, update and resume of a run on one device and of one on eight."""
     config = small(folders)
-    config.optim.learning_rate, config.log.gradients = 1e-3, 1
+    config.optim.learning_rate, config.log.gradients, config.guard.copies = 1e-3, 1, 1
     make_really = setup.make_mesh
     for steps in (2, 3):  # the third step by the other one
         config.steps = steps

@@ -15,7 +15,7 @@ from opd_jax.data.judge import problem_key
 from opd_jax.errors import ConfigError, DataError, WorkdirError
 from tests.data.make_rows import lines
 from tests.data.test_decontaminate import LONG, angles
-from tests.data.test_source import SHARED, shared
+from tests.real_data import FOLDER, needs_data
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -472,7 +472,7 @@ BENCHMARKS = {
 }  # fmt: skip
 
 
-@shared
+@needs_data
 @pytest.mark.parametrize(
     ("name", "exact", "rows"),
     [
@@ -484,9 +484,9 @@ BENCHMARKS = {
     ],
 )  # fmt: skip
 def test_real_overlaps(tmp_path, name, exact, rows):
-    made = config(str(SHARED / name), filter__solution=False)
+    made = config(str(FOLDER / name), filter__solution=False)
     for benchmark, file in BENCHMARKS.items():
-        made.decontaminate.benchmarks[benchmark] = str(SHARED / file)
+        made.decontaminate.benchmarks[benchmark] = str(FOLDER / file)
     found = done(tmp_path / "out", made)["contamination"]
     hits = {name: counts["found"]["exact"] for name, counts in found.items()}
     assert {name: h["problems"] for name, h in hits.items() if h["problems"]} == exact

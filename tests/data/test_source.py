@@ -6,13 +6,10 @@ import pathlib
 
 import pytest
 
-import opd_jax
 from opd_jax import data
 from opd_jax.data.columns import Columns
 from opd_jax.errors import ConfigError, DataError
-
-SHARED = pathlib.Path(opd_jax.__file__).parents[2] / "shared" / "data"
-shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"needs the data files in {SHARED}")
+from tests.real_data import FOLDER, needs_data
 
 
 def rows(path: pathlib.Path, *items: object) -> str:
@@ -127,35 +124,35 @@ SIZES = {
 }  # fmt: skip
 
 
-@shared
+@needs_data
 @pytest.mark.parametrize(("name", "size"), SIZES.items())
 def test_real_files_open(name, size):
-    problems = opened(str(SHARED / name), need_answer=True)
+    problems = opened(str(FOLDER / name), need_answer=True)
     assert len(problems) == size
     assert problems.skipped == {}
     assert all(problems[i].prompt and problems[i].answer for i in range(0, size, 50))
 
 
-@shared
+@needs_data
 def test_real_answers_and_solutions():
-    gsm8k = opened(str(SHARED / "gsm8k/gsm8k_train.jsonl"), need_solution=True, need_answer=True)
+    gsm8k = opened(str(FOLDER / "gsm8k/gsm8k_train.jsonl"), need_solution=True, need_answer=True)
     for problem in gsm8k:
         assert problem.solution.endswith(f"\n\\boxed{{{problem.answer}}}")
         assert "####" not in problem.solution
         assert "<<" not in problem.solution
         assert float(problem.answer) is not None
-    amc = opened(str(SHARED / "amc/prime_aimo_validation_amc_83.jsonl"))
+    amc = opened(str(FOLDER / "amc/prime_aimo_validation_amc_83.jsonl"))
     assert amc[0].answer == "142"
-    minerva = opened(str(SHARED / "minerva/qwen25math_minerva_math_test.jsonl"))
+    minerva = opened(str(FOLDER / "minerva/qwen25math_minerva_math_test.jsonl"))
     assert minerva[0].answer == "1.6"
-    dapo = opened(str(SHARED / "dapo_math_17k/dapo-math-17k-processed.parquet"))
+    dapo = opened(str(FOLDER / "dapo_math_17k/dapo-math-17k-processed.parquet"))
     assert dapo[0].prompt.startswith("In triangle $ABC$, $\\sin \\angle A")
     assert (dapo[0].answer, dapo[0].id) == ("34", "9a9b6eb4-a1cb-49d1-8c1e-62eaf2f74079")
-    luffy = opened(str(SHARED / "luffy_eval/luffy_valid.all.parquet"))
+    luffy = opened(str(FOLDER / "luffy_eval/luffy_valid.all.parquet"))
     assert collections.Counter(p.system[:17] for p in luffy) == {"Your task is to f": 6023}
 
 
-@shared
+@needs_data
 def test_a_real_file_without_solutions_says_so():
     with pytest.raises(DataError, match=r"dapo-math-17k-processed\.parquet, row 1: no solution"):
-        opened(str(SHARED / "dapo_math_17k/dapo-math-17k-processed.parquet"), need_solution=True)
+        opened(str(FOLDER / "dapo_math_17k/dapo-math-17k-processed.parquet"), need_solution=True)

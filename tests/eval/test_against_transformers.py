@@ -12,7 +12,7 @@ import pytest
 from configs import evaluate as evaluate_config
 from opd_jax.data.files import stream
 from opd_jax.eval import Grader, runner
-from tests.eval.real_data import FILES, needs_data
+from tests.real_data import FILES, needs_data
 
 pytestmark = [needs_data, pytest.mark.real, pytest.mark.torch]
 TOKENS, PART = 256, 25

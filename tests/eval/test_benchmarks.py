@@ -11,7 +11,7 @@ from opd_jax.errors import ConfigError, DataError
 from opd_jax.eval import protocol
 from opd_jax.eval.answer import FALLBACKS, RULES
 from opd_jax.eval.benchmarks import BENCHMARKS, PAPER, Benchmark, load, parse
-from tests.eval.real_data import FILES, LUFFY, needs_data
+from tests.real_data import FILES, LUFFY, needs_data
 
 pytestmark = pytest.mark.short
 

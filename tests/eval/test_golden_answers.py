@@ -14,7 +14,7 @@ from opd_jax.eval import Grade, Grader, grading_worker
 from opd_jax.eval.answer import Found, same_letters
 from opd_jax.eval.benchmarks import BENCHMARKS, load
 from opd_jax.eval.boxed import last_boxed
-from tests.eval.real_data import FILES, LUFFY, TRAINING, needs_data
+from tests.real_data import FILES, LUFFY, TRAINING, needs_data
 
 pytestmark = [needs_data, pytest.mark.slow]
 LUFFYS = {f"luffy-{name}": name for name in FILES if name != "gsm8k"}

@@ -10,7 +10,7 @@ import pytest
 
 from opd_jax.eval import Grader
 from opd_jax.eval.benchmarks import BENCHMARKS, load
-from tests.eval.real_data import FILES, needs_data
+from tests.real_data import FILES, needs_data
 
 pytestmark = [needs_data, pytest.mark.slow]
 

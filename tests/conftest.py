@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import pathlib
 import shutil
 import tempfile
 
@@ -21,6 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from launch.make_tiny import make_tokenizer
+from opd_jax import models
 from opd_jax.models import ModelConfig, decoder
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -85,3 +88,19 @@ def distance(a: object, b: object) -> float:
 def update_golden() -> bool:
     """UPDATE_GOLDEN=1 pytest rewrites the stored values; the diff is reviewed."""
     return os.environ.get("UPDATE_GOLDEN") == "1"
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory) -> pathlib.Path:
+    """Folders `student` and `teacher`: random weights, the tokenizer of the embedded models."""
+    root = tmp_path_factory.mktemp("models")
+    tokenizer = make_tokenizer()
+    for seed, (name, width) in enumerate({"student": 16, "teacher": 32}.items()):
+        model = ModelConfig(
+            model_type="qwen2", vocab_size=len(tokenizer), hidden_size=width, intermediate_size=32,
+            num_layers=2, num_heads=2, num_kv_heads=1, head_dim=width // 2, rope_theta=1e4,
+            rms_norm_eps=1e-6, max_position=160, tie_embeddings=True, qkv_bias=True, qk_norm=False,
+            eos_token_ids=(tokenizer.eos_token_id,),
+        )  # fmt: skip
+        models.save(str(root / name), model, decoder.init(jax.random.key(seed), model), tokenizer)
+    return root

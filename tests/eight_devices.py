@@ -36,7 +36,7 @@ from opd_jax.objectives import Terms
 from opd_jax.rollout import decoding, generate
 from opd_jax.types import Frozen, GoldenRows, RolloutRows
 from tests.conftest import distance, noisy_params, random_rows, tiny_config
-from tests.test_train import folders, lines, small, without_times  # noqa: F401  (a fixture)
+from tests.small_run import lines, small, without_times
 
 # Neither 5 rows nor 11 prompts divide among 8; nothing of the model is divided by more than 4.
 CONFIG = tiny_config(num_layers=2, num_kv_heads=4)
@@ -389,7 +389,7 @@ def test_a_bit_that_differs_between_copies_is_found(params):
 
 
 @pytest.mark.slow
-def test_whole_runs_match_and_go_on_from_each_other(folders, tmp_path, monkeypatch):  # noqa: F811
+def test_whole_runs_match_and_go_on_from_each_other(folders, tmp_path, monkeypatch):
     """Rollouts, scores, evaluation, update and resume of a run on one device and of one on eight."""
     config = small(folders)
     config.optim.learning_rate, config.log.gradients, config.guard.copies = 1e-3, 1, 1

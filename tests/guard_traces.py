@@ -205,3 +205,20 @@ if __name__ == "__main__":
             replay(pathlib.Path(argument))
     else:
         main(int(sys.argv[1]) if len(sys.argv) > 1 else 200)
+
+
+def row(truncated: float, repetitive: float = 0.0, **more: float) -> dict[str, float]:
+    return {
+        "rollout/truncation_rate": truncated,
+        "rollout/repetition_rate": repetitive,
+        **more,
+    }
+
+
+def observed(run: list[dict[str, float]], settings: guard.Rules, state: guard.State | None = None):
+    """State after the rows, and all alarms."""
+    state, alarms = state or guard.State(), []
+    for step, metrics in enumerate(run, start=1):
+        state, alarm = guard.observe(state, step, metrics, settings)
+        alarms += [alarm] if alarm else []
+    return state, alarms

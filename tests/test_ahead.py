@@ -8,7 +8,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from opd_jax import ahead, train
-from tests.test_train import folders, small  # noqa: F401  (a fixture)
+from tests.small_run import small
 
 PROGRAMS = {
     "decode_chunk",
@@ -58,7 +58,7 @@ def own_cache(tmp_path):
     ids=["stable_opd", "full, slots, two updates", "support, other prompts"],
 )  # fmt: skip
 def test_a_run_meets_no_program_that_was_not_compiled_ahead(
-    folders, tmp_path, own_cache, changes, monkeypatch, caplog  # noqa: F811
+    folders, tmp_path, own_cache, changes, monkeypatch, caplog
 ):  # fmt: skip
     config = small(folders)
     config.eval.data = ""

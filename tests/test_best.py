@@ -11,7 +11,7 @@ from opd_jax.best import Best
 from opd_jax.errors import ConfigError
 from opd_jax.export import export
 from opd_jax.types import TrainState
-from tests.test_train import folders, small  # noqa: F401 (a fixture)
+from tests.small_run import small
 
 
 class Saved:
@@ -63,7 +63,7 @@ def test_a_step_that_comes_again_after_a_rollback_is_written_again(tmp_path):
         np.testing.assert_array_equal(got.params["w"], state.params["w"])
 
 
-def test_a_run_keeps_its_best_and_trains_as_without(folders, tmp_path):  # noqa: F811
+def test_a_run_keeps_its_best_and_trains_as_without(folders, tmp_path):
     config = small(folders)
     config.steps, config.eval.every = 3, 1
     plain = train.run(config, str(tmp_path / "plain"), command=[])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from opd_jax import checkpoint, guard, train
-from tests.test_train import folders, lines, small, without_times  # noqa: F401  (a fixture)
+from tests.small_run import lines, small, without_times
 
 
 def alarm_at(monkeypatch, *steps: int, onset: int) -> None:
@@ -22,7 +22,7 @@ def alarm_at(monkeypatch, *steps: int, onset: int) -> None:
     monkeypatch.setattr(guard, "observe", observe)
 
 
-def config_with(folders, action: str, method: str = "opd"):  # noqa: F811
+def config_with(folders, action: str, method: str = "opd"):
     config = small(folders, method)
     config.guard.action = action
     config.checkpoint.every = 1
@@ -31,7 +31,7 @@ def config_with(folders, action: str, method: str = "opd"):  # noqa: F811
     return config
 
 
-def test_a_warning_is_said_and_logged(folders, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_warning_is_said_and_logged(folders, tmp_path, monkeypatch, capsys):
     alarm_at(monkeypatch, 3, onset=2)
     config = config_with(folders, "warn")
     config.log.every = 4  # news is logged all the same
@@ -44,7 +44,7 @@ def test_a_warning_is_said_and_logged(folders, tmp_path, monkeypatch, capsys):  
     assert not any(key.startswith("guard/") for key in rows[2])
 
 
-def test_strengthened_terms_enter_the_loss_at_the_next_step(folders, tmp_path, monkeypatch):  # noqa: F811
+def test_strengthened_terms_enter_the_loss_at_the_next_step(folders, tmp_path, monkeypatch):
     alarm_at(monkeypatch, 2, onset=1)
     config = config_with(folders, "strengthen")
     train.run(config, str(tmp_path / "run"), command=[])
@@ -58,7 +58,7 @@ def test_strengthened_terms_enter_the_loss_at_the_next_step(folders, tmp_path, m
     np.testing.assert_allclose(rows[2]["loss/total"], rows[2]["loss/opd"], rtol=1e-5)
 
 
-def test_stop_saves_and_ends_the_run(folders, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_stop_saves_and_ends_the_run(folders, tmp_path, monkeypatch, capsys):
     alarm_at(monkeypatch, 2, onset=1)
     config = config_with(folders, "stop")
     config.checkpoint.every = 0
@@ -70,7 +70,7 @@ def test_stop_saves_and_ends_the_run(folders, tmp_path, monkeypatch, capsys):  #
     assert "resumed at step 2" in capsys.readouterr().out
 
 
-def test_rollback_goes_on_from_before_the_onset_strengthened(folders, tmp_path, monkeypatch):  # noqa: F811
+def test_rollback_goes_on_from_before_the_onset_strengthened(folders, tmp_path, monkeypatch):
     straight = train.run(config_with(folders, "warn"), str(tmp_path / "straight"), command=[])
     plain = lines(tmp_path / "straight", "metrics.jsonl")
     alarm_at(monkeypatch, 3, onset=2)
@@ -92,7 +92,7 @@ def test_rollback_goes_on_from_before_the_onset_strengthened(folders, tmp_path, 
     assert result.state.step == straight.state.step == 4
 
 
-def test_a_rollback_that_was_cut_short_is_finished(folders, tmp_path, monkeypatch):  # noqa: F811
+def test_a_rollback_that_was_cut_short_is_finished(folders, tmp_path, monkeypatch):
     """Killed while it was going back: the resumed run ends where the one that was not killed ends."""
     alarm_at(monkeypatch, 3, onset=2)
     whole = train.run(config_with(folders, "rollback"), str(tmp_path / "whole"), command=[])
@@ -121,7 +121,7 @@ def test_a_rollback_that_was_cut_short_is_finished(folders, tmp_path, monkeypatc
 
 
 def test_after_the_last_rollback_the_run_ends_at_the_healthy_checkpoint(
-    folders,  # noqa: F811
+    folders,
     tmp_path,
     monkeypatch,
     capsys,
@@ -135,7 +135,7 @@ def test_after_the_last_rollback_the_run_ends_at_the_healthy_checkpoint(
     assert [row["step"] for row in lines(tmp_path / "run", "metrics.jsonl")] == [0, 1, 2]
 
 
-def test_masking_leaves_repetitive_tokens_out(folders, tmp_path, monkeypatch):  # noqa: F811
+def test_masking_leaves_repetitive_tokens_out(folders, tmp_path, monkeypatch):
     """Random models repeat themselves: with every repetitive token left out the loss is another."""
     alarm_at(monkeypatch, 1, onset=1)
     config = config_with(folders, "mask")
@@ -157,7 +157,7 @@ def test_masking_leaves_repetitive_tokens_out(folders, tmp_path, monkeypatch):  
     assert lines(tmp_path / "always", "metrics.jsonl")[1]["loss/opd"] == masked["loss/opd"]
 
 
-def test_the_guards_state_is_in_the_checkpoint(folders, tmp_path):  # noqa: F811
+def test_the_guards_state_is_in_the_checkpoint(folders, tmp_path):
     """Four steps equal two, a resume and two, with a guard that watches."""
     straight = config_with(folders, "warn")
     train.run(straight, str(tmp_path / "straight"), command=[])

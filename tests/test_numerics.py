@@ -12,7 +12,7 @@ from opd_jax.collect import Collector
 from opd_jax.errors import NonFiniteError
 from opd_jax.numerics import Rules, State
 from opd_jax.types import Rollout, Scores
-from tests.test_train import folders, lines, small  # noqa: F401  (a fixture)
+from tests.small_run import lines, small
 
 WATCH = Rules(skip_nonfinite=0, spike=10.0, spike_action="warn")
 
@@ -99,7 +99,7 @@ def spoilt(monkeypatch, at: int) -> None:
 
 
 def test_a_log_prob_that_is_not_finite_stops_the_run_and_its_text_is_kept(
-    folders,  # noqa: F811
+    folders,
     tmp_path,
     monkeypatch,
 ):
@@ -126,7 +126,7 @@ def test_a_log_prob_that_is_not_finite_stops_the_run_and_its_text_is_kept(
         assert numerics.from_json(saved.beside(4)["numerics"]).skipped == 1
 
 
-def test_the_row_of_a_gradient_that_is_not_finite_is_found(folders, tmp_path, monkeypatch):  # noqa: F811
+def test_the_row_of_a_gradient_that_is_not_finite_is_found(folders, tmp_path, monkeypatch):
     original = rows.golden_rows
 
     def golden_rows(*args, **kwargs):
@@ -149,7 +149,7 @@ def test_the_row_of_a_gradient_that_is_not_finite_is_found(folders, tmp_path, mo
     assert any(changed)  # the step that was left out is not the one that was taken
 
 
-def test_a_spike_is_left_out_where_that_is_asked_for(folders, tmp_path, monkeypatch):  # noqa: F811
+def test_a_spike_is_left_out_where_that_is_asked_for(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(numerics, "WARMUP", 1)
     config = small(folders, "sft")
     config.eval.data, config.checkpoint.every = "", 1

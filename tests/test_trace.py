@@ -13,7 +13,7 @@ from opd_jax.errors import WorkdirError
 from opd_jax.profile import lengths, scope_table, stage_table, works
 from opd_jax.trace import Operation, Span, Trace
 from tests.plan.small import job
-from tests.test_train import folders, small  # noqa: F401  (a fixture)
+from tests.small_run import small
 
 NS = 1e9
 
@@ -125,7 +125,7 @@ def test_the_tracer_stops_where_a_step_fails(tmp_path, monkeypatch):
     assert calls == ["start", "stop"]
 
 
-def test_stages_of_a_traced_run_add_up_to_its_steps(folders, tmp_path):  # noqa: F811
+def test_stages_of_a_traced_run_add_up_to_its_steps(folders, tmp_path):
     config = small(folders)
     config.steps, config.eval.data = 4, ""
     config.profile.start_step, config.profile.steps = 3, 2

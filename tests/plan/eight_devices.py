@@ -13,7 +13,7 @@ from opd_jax.plan import footprint, links, real, report, verify
 from opd_jax.plan.job import of_config, of_setup
 from opd_jax.programs import Program
 from opd_jax.setup import make_setup
-from tests.test_train import folders, small  # noqa: F401  (a fixture)
+from tests.small_run import small
 
 SHARDED = {role: "sharded" for role in ROLES}
 
@@ -32,7 +32,7 @@ def shapes(program: Program) -> Any:
 
 
 @pytest.mark.parametrize("roles", [{}, SHARDED], ids=["replicated", "sharded"])
-def test_the_programs_are_those_that_training_compiles(folders, tmp_path, monkeypatch, roles):  # noqa: F811
+def test_the_programs_are_those_that_training_compiles(folders, tmp_path, monkeypatch, roles):
     config = small(folders)
     config.eval.data, config.loss.divergence_weight = "", 1.0
     config.mesh.update({"fsdp": 2} | roles)

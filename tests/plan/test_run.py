@@ -13,7 +13,7 @@ from opd_jax.plan import memory, real, report
 from opd_jax.plan import run as planning
 from opd_jax.plan.job import of_config, of_setup
 from opd_jax.setup import make_setup
-from tests.test_train import folders, small  # noqa: F401  (a fixture)
+from tests.small_run import small
 
 
 class Stop(Exception):
@@ -36,7 +36,7 @@ def shapes(program):
     ],
     ids=["stable_opd", "full, slots, two updates, other prompts"],
 )  # fmt: skip
-def test_the_programs_are_those_that_training_compiles(folders, tmp_path, monkeypatch, changes):  # noqa: F811
+def test_the_programs_are_those_that_training_compiles(folders, tmp_path, monkeypatch, changes):
     config = small(folders)
     for field, value in changes.items():
         section, name = field.split(".")
@@ -61,7 +61,7 @@ def test_the_programs_are_those_that_training_compiles(folders, tmp_path, monkey
         assert shapes(one) == shapes(other)
 
 
-def test_a_run_writes_its_plan(folders, tmp_path, capsys):  # noqa: F811
+def test_a_run_writes_its_plan(folders, tmp_path, capsys):
     config = small(folders)
     config.steps, config.eval.data = 1, ""
     folder = tmp_path / "run"
@@ -80,7 +80,7 @@ def test_a_run_writes_its_plan(folders, tmp_path, capsys):  # noqa: F811
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_written(
-    folders, tmp_path, monkeypatch  # noqa: F811
+    folders, tmp_path, monkeypatch
 ):  # fmt: skip
     config = small(folders)
     monkeypatch.setattr(devices, "free_host_bytes", lambda: 2**20)
@@ -90,7 +90,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_cpu_with_little_free_memory_is_a_warning(folders, monkeypatch):  # noqa: F811
+def test_a_cpu_with_little_free_memory_is_a_warning(folders, monkeypatch):
     setup = make_setup(small(folders))
     monkeypatch.setattr(devices, "free_host_bytes", lambda: 2**20)
     plan = planning.of_run(setup)
@@ -98,7 +98,7 @@ def test_a_cpu_with_little_free_memory_is_a_warning(folders, monkeypatch):  # no
     planning.require_fit(plan)  # the machine has enough, others hold it now
 
 
-def test_a_gpu_that_is_not_known_has_no_plan(folders, monkeypatch, tmp_path):  # noqa: F811
+def test_a_gpu_that_is_not_known_has_no_plan(folders, monkeypatch, tmp_path):
     monkeypatch.setattr(devices, "of_jax", lambda *_: None)
     plan = planning.of_run(make_setup(small(folders)))
     assert plan is None

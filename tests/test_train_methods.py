@@ -1,0 +1,204 @@
+"""What the methods make of whole runs: terms, teachers, updates."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import opsd
+from launch.make_tiny import make_tokenizer
+from opd_jax import models, train
+from opd_jax.eval import Grade
+from opd_jax.eval.grade import Grader
+from opd_jax.setup import make_setup
+from tests.small_run import lines, questions, small
+
+
+def test_sft_makes_no_rollouts_and_learns(folders, tmp_path):
+    config = small(folders, "sft")
+    config.teacher.path = ""
+    config.steps = 12
+    result = train.run(config, str(tmp_path / "run"), command=[])
+    rows = lines(tmp_path / "run", "metrics.jsonl")
+    assert "rollout/tokens" not in rows[1]
+    assert rows[-1]["loss/sft"] < 0.8 * rows[1]["loss/sft"]
+    assert set(result.table) == {"student before", "student after"}
+
+
+def test_teacher_equal_to_student_leaves_the_student_where_it_is(folders, tmp_path):
+    config = small(folders, "opd")
+    config.teacher.path = config.student.path
+    config.steps = 1
+    result = train.run(config, str(tmp_path / "run"), command=[])
+    row = lines(tmp_path / "run", "metrics.jsonl")[1]
+    assert row["score/advantage_mean"] == 0.0
+    assert row["score/reverse_kl"] == 0.0
+    assert row["optim/grad_norm"] == 0.0
+    _, before = models.load(config.student.path)
+    jax.tree.map(np.testing.assert_array_equal, result.state.params, before)
+
+
+def self_distillation(folders, tmp_path, follow: str):
+    config = small(folders, "opd")
+    config.teacher.path = "student"
+    config.teacher.follow = follow
+    config.teacher.decay = 0.5
+    config.data.teacher_system_prompt = "Add."
+    config.data.train = config.eval.data = questions(tmp_path)
+    config.eval.match = "[0-9a-z]"
+    config.rollout.max_response_tokens = 20
+    config.steps = 2
+    return config
+
+
+@pytest.mark.parametrize("follow", ["frozen", "average", "live"])
+def test_self_distillation_on_a_file_of_questions(folders, tmp_path, follow, capsys):
+    config = self_distillation(folders, tmp_path, follow)
+    result = train.run(config, str(tmp_path / "run"), command=[])
+    rows = lines(tmp_path / "run", "metrics.jsonl")
+    assert rows[1]["score/advantage_mean"] != 0.0  # another prompt, another distribution
+    assert {"eval/questions/matched", "eval/questions/length_mean"} <= rows[0].keys()
+    assert "eval/questions/accuracy" not in rows[0]  # nothing to hold an answer against
+    assert set(result.table) == {"student before", "student after", "teacher"}
+    said = capsys.readouterr().out
+    assert "12 problems of 12 rows" in said
+    assert "answers that match" in said
+    if follow == "average":
+        assert result.state.average is not None
+        config.steps = 4
+        resumed = train.run(config, str(tmp_path / "run"), command=[])
+        straight = train.run(config, str(tmp_path / "straight"), command=[])
+        jax.tree.map(np.testing.assert_array_equal, resumed.state, straight.state)
+    else:
+        assert result.state.average is None
+
+
+@pytest.mark.parametrize("follow", ["frozen", "live"])
+def test_divergence_from_a_teacher_with_another_prompt(folders, tmp_path, follow):
+    """Full-vocabulary JSD in place of the policy gradient, two updates a rollout."""
+    config = self_distillation(folders, tmp_path, follow)
+    config.loss.pg_weight, config.loss.divergence_weight = 0.0, 1.0
+    config.loss.direction = "jsd"
+    config.optim.updates_per_rollout = 2
+    config.eval.teacher = False
+    result = train.run(config, str(tmp_path / "run"), command=[])
+    rows = lines(tmp_path / "run", "metrics.jsonl")
+    assert int(result.state.step) == 4
+    assert all(row["loss/divergence"] > 0 for row in rows[1:])
+    assert rows[1]["loss/total"] == rows[1]["loss/divergence"]
+    assert all(np.isfinite(value) for row in rows for value in row.values())
+
+
+def test_a_live_teacher_with_the_students_prompt_has_nothing_to_say(folders, tmp_path):
+    config = self_distillation(folders, tmp_path, "live")
+    config.data.teacher_system_prompt = "same"
+    train.run(config, str(tmp_path / "run"), command=[])
+    for row in lines(tmp_path / "run", "metrics.jsonl")[1:]:
+        assert row["score/advantage_mean"] == row["optim/grad_norm"] == 0.0
+
+
+def test_a_divergence_over_a_support_in_two_updates_a_rollout(folders, tmp_path):
+    config = small(folders, "opd")
+    config.steps, config.eval.data = 2, ""
+    config.loss.update({"pg_weight": 0.0, "divergence_weight": 1.0, "support": "union", "top_k": 4})
+    config.loss.form = "tail"
+    config.optim.updates_per_rollout = 2
+    config.log.gradients = 1  # one term: nothing to compare it with
+    train.run(config, str(tmp_path / "run"), command=[])
+    rows = lines(tmp_path / "run", "metrics.jsonl")[1:]
+    assert rows[0]["loss/total"] == rows[0]["loss/divergence"] > 0
+    assert not any(key.startswith("optim/grad_cosine") for row in rows for key in row)
+    # Of nearly uniform models 4 ids and the rest hold less than all of the divergence.
+    assert rows[0]["loss/divergence"] < rows[0]["score/reverse_kl"]
+
+
+def test_grpo_has_no_teacher_and_learns_from_grades(folders, tmp_path, monkeypatch):
+    config = small(folders, "opd")
+    config.steps, config.eval.data, config.teacher.path = 2, "", ""
+    config.loss.teacher_coef, config.loss.group_coef = 0.0, 1.0
+    train.run(config, str(tmp_path / "wrong"), command=[])
+    (row, _) = rows = lines(tmp_path / "wrong", "metrics.jsonl")[1:]
+    assert row["rollout/accuracy"] == row["loss/opd"] == row["optim/grad_norm"] == 0.0  # all wrong
+    assert not any("teacher" in key or "overlap" in key for row in rows for key in row)
+    assert "score/student_entropy" in row
+    sample = lines(tmp_path / "wrong", "rollouts.jsonl")[0]
+    assert sample["correct"] is False
+    assert "teacher_logprob" not in sample
+    every_other = [Grade.CORRECT, Grade.WRONG] * 4
+    monkeypatch.setattr(Grader, "grade", lambda self, pairs: every_other)
+    train.run(config, str(tmp_path / "half"), command=[])
+    row = lines(tmp_path / "half", "metrics.jsonl")[1]
+    assert row["rollout/accuracy"] == 0.5
+    assert row["optim/grad_norm"] > 0
+    # Ratio 1: the loss is minus the mean advantage, and each pair's (1, 0) gives +-0.707.
+    np.testing.assert_allclose(row["loss/opd"], 0.0, atol=1e-5)
+    signs = [np.sign(line["advantage"][0]) for line in lines(tmp_path / "half", "rollouts.jsonl")]
+    assert signs == [1.0, 1.0]
+
+
+def test_gradients_of_the_terms_are_logged_now_and_then(folders, tmp_path):
+    config = small(folders)
+    config.steps, config.eval.data, config.log.gradients = 2, "", 2
+    train.run(config, str(tmp_path / "run"), command=[])
+    _, first, second = lines(tmp_path / "run", "metrics.jsonl")
+    names = {"opd", "reference_kl", "sft"}
+    norms = {f"optim/grad_norm_{name}" for name in names}
+    assert not norms & first.keys()
+    assert norms <= second.keys()
+    assert second["optim/grad_norm"] <= sum(second[key] for key in norms) + 1e-6
+    cosines = [value for key, value in second.items() if key.startswith("optim/grad_cosine_")]
+    assert len(cosines) == 3
+    assert all(-1 <= value <= 1 for value in cosines)
+    config.log.gradients = 0
+    train.run(config, str(tmp_path / "plain"), command=[])
+    plain = lines(tmp_path / "plain", "metrics.jsonl")[2]
+    assert plain["loss/total"] == second["loss/total"]  # looking changes nothing
+    assert plain["optim/grad_norm"] == second["optim/grad_norm"]
+
+
+def test_several_updates_a_rollout(folders, tmp_path):
+    config = small(folders)
+    config.optim.updates_per_rollout = 2
+    config.optim.schedule = "linear"
+    config.steps = 2
+    result = train.run(config, str(tmp_path / "run"), command=[])
+    assert int(result.state.step) == 4
+    # 4 updates down to 0: rates 1, 3/4, 1/2, 1/4 of 0.01, of which the second and the last are logged
+    rates = [row["optim/learning_rate"] for row in lines(tmp_path / "run", "metrics.jsonl")[1:]]
+    assert rates == pytest.approx([0.0075, 0.0025])
+
+
+def test_a_teacher_with_fewer_rows_than_the_student_has_ids(folders, tmp_path):
+    """The student's tokenizer has one token more, which the teacher cannot write or read."""
+    student = tmp_path / "student"
+    model, params = models.load(str(folders / "student"))
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<more>"]})
+    wider = dataclasses.replace(model, vocab_size=model.vocab_size + 1)
+    row = params["embed"]["embedding"][:1]
+    params["embed"]["embedding"] = jnp.concatenate([params["embed"]["embedding"], row])
+    models.save(str(student), wider, params, tokenizer)
+    config = small(folders)
+    config.student.path = str(student)
+    config.steps = 1
+    result = train.run(config, str(tmp_path / "run"), command=[])
+    assert set(result.table) == {"student before", "student after", "teacher"}
+    assert np.isfinite(lines(tmp_path / "run", "metrics.jsonl")[1]["score/reverse_kl"])
+
+
+def test_what_an_earlier_part_did_not_measure_is_measured_at_the_end(folders, tmp_path):
+    config = small(folders, "sft")
+    config.steps, config.eval.data = 2, ""
+    train.run(config, str(tmp_path / "run"), command=[])
+    config.eval.data, config.eval.match = "tiny:test", "[0-9]"
+    table = train.run(config, str(tmp_path / "run"), command=[]).table
+    assert table.keys() == {"student after"}
+    assert "matched" in table["student after"]
+
+
+def test_the_default_self_distillation_starts():
+    setup = make_setup(opsd.get_config())
+    assert setup.separate_prompts
+    assert setup.teacher_width > setup.width

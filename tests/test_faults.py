@@ -16,41 +16,41 @@ import pytest
 from opd_jax import stepping, train, workdir
 from opd_jax.errors import Interrupted, PlanError, WorkdirError
 from opd_jax.signals import AGAIN, Stop
-from tests import faults
+from tests import faulty
 
 
 @pytest.fixture(scope="module")
 def wanted(tmp_path_factory) -> dict[str, object]:
     """What a run that nothing happens to ends with."""
     folder = tmp_path_factory.mktemp("plain") / "run"
-    train.run(faults.config(), str(folder), command=[])
-    return faults.state_of(folder)
+    train.run(faulty.config(), str(folder), command=[])
+    return faulty.state_of(folder)
 
 
 def go_on(folder: pathlib.Path) -> None:
-    train.run(faults.config(), str(folder), command=[])
+    train.run(faulty.config(), str(folder), command=[])
 
 
 def test_a_process_killed_in_the_midst_of_a_save_loses_nothing(wanted, tmp_path):
-    status, said = faults.finish(tmp_path / "run", fault="kill:seal:4", base=faults.QUICK)
+    status, said = faulty.finish(tmp_path / "run", fault="kill:seal:4", base=faulty.QUICK)
     assert status == -signal.SIGKILL, said
     left = [f.name for f in (tmp_path / "run" / "checkpoints").iterdir()]
     assert any("orbax-checkpoint-tmp" in name for name in left)
     go_on(tmp_path / "run")
-    faults.assert_same(tmp_path / "run", wanted)
+    faulty.assert_same(tmp_path / "run", wanted)
     left = {f.name for f in (tmp_path / "run" / "checkpoints").iterdir()}
     assert left == {"6", "8"}  # checkpoint.keep=2, and nothing of what was begun
 
 
 def test_a_process_asked_to_end_saves_its_step_and_says_so(wanted, tmp_path):
-    status, said = faults.finish(tmp_path / "run", fault="term:update:3", base=faults.QUICK)
+    status, said = faulty.finish(tmp_path / "run", fault="term:update:3", base=faulty.QUICK)
     assert status == AGAIN, said
     assert said.splitlines()[-1] == (
         f"SIGTERM: step 3 is saved in {tmp_path / 'run'}; run the same command again to go on"
     )
     assert not (tmp_path / "run" / "eval" / "3").exists()  # it is due, and left to the resumed run
     go_on(tmp_path / "run")
-    faults.assert_same(tmp_path / "run", wanted)
+    faulty.assert_same(tmp_path / "run", wanted)
 
 
 @pytest.mark.parametrize("when", [0, 4])
@@ -67,16 +67,16 @@ def test_a_wish_between_or_before_the_steps(wanted, tmp_path, monkeypatch, when)
         patch.setattr(stepping.Stepper, "step", step)
         says = "SIGINT: step 4 is saved" if when else "SIGINT: ended before anything was loaded"
         with pytest.raises(Interrupted, match=says):
-            train.run(faults.config(), str(tmp_path / "run"), command=[], stop=stop)
+            train.run(faulty.config(), str(tmp_path / "run"), command=[], stop=stop)
     if when:
         go_on(tmp_path / "run")
-        faults.assert_same(tmp_path / "run", wanted)
+        faulty.assert_same(tmp_path / "run", wanted)
     else:
         assert not (tmp_path / "run").exists()
 
 
 def test_a_deadline_ends_the_run_before_it(tmp_path):
-    config = faults.config(steps=100)
+    config = faulty.config(steps=100)
     config.checkpoint.deadline_minutes = 1e-6
     with pytest.raises(Interrupted, match=r"deadline in 0 s: step 1 is saved"):
         train.run(config, str(tmp_path / "run"), command=[])
@@ -101,7 +101,7 @@ time.sleep(float(sys.argv[2]))  # the step in hand
 def listener(grace: float, busy: float) -> subprocess.Popen:
     process = subprocess.Popen(
         [sys.executable, "-c", LISTENER, str(grace), str(busy)],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=faults.ROOT,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=faulty.ROOT,
     )  # fmt: skip
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
@@ -153,7 +153,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(tmp_path, 
     )
     assert "resumed at step 6" in said
     assert (folder / "set_aside" / "checkpoint-8-1" / "manifest.json").is_file()
-    faults.assert_same(folder, wanted)
+    faulty.assert_same(folder, wanted)
 
 
 def test_lines_are_cut_in_place_however_they_are_torn(tmp_path):
@@ -200,7 +200,7 @@ def test_a_workdir_that_turns_read_only_ends_the_run_in_one_line(tmp_path, wante
         with pytest.raises(WorkdirError, match=says):
             go_on(tmp_path / "run")
     go_on(tmp_path / "run")
-    faults.assert_same(tmp_path / "run", wanted)
+    faulty.assert_same(tmp_path / "run", wanted)
 
 
 def test_a_device_out_of_memory_is_answered_with_the_plan_and_the_fields(tmp_path, monkeypatch):
@@ -221,7 +221,7 @@ def test_a_device_out_of_memory_is_answered_with_the_plan_and_the_fields(tmp_pat
 
 def test_a_config_that_differs_is_refused_shown_and_taken_when_told(tmp_path):
     go_on(tmp_path / "run")
-    config = faults.config(steps=9)
+    config = faulty.config(steps=9)
     config.optim.learning_rate *= 2
     with pytest.raises(
         WorkdirError, match=r"optim.learning_rate: .* there, .* now.*--accept_changes"

@@ -256,6 +256,7 @@ def main() -> None:
     parser.add_argument("--keep", help="folder to work in, not removed")
     given = parser.parse_args()
     folder = pathlib.Path(given.keep or tempfile.mkdtemp(prefix="opd_jax_faults_"))
+    folder.mkdir(exist_ok=True)
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "programs"))
     work: dict[str, Callable[[], None]] = {
         "kills": lambda: kills(folder, given.count, given.seed),

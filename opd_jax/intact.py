@@ -113,8 +113,9 @@ def require_room(workdir: pathlib.Path, size: int, copies: int, *, what: str) ->
     free = processes.from_first(lambda: free_bytes(workdir))
     if free < needed:
         raise WorkdirError(
-            f"{what} needs {needed / GIB:.2f} GiB ({copies} of {size / GIB:.2f}, {_SPARE / GIB:.2f} to spare), and "
-            f"the disk of {str(workdir)!r} has {free / GIB:.2f} free; make room, or give a --workdir elsewhere"
+            f"{what} needs {needed / GIB:.2f} GiB ({copies} of {size / GIB:.2f}, and {_SPARE / GIB:.2f} to "
+            f"spare), and the disk of {str(workdir)!r} has {free / GIB:.2f} free; make room, or give a "
+            "--workdir elsewhere"
         )
 
 

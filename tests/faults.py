@@ -153,7 +153,7 @@ def short(folder: pathlib.Path, count: int, seed: int) -> None:
     draw = random.Random(seed)
     for i in range(count):
         workdir = folder / f"short-{i}"
-        cut = f"cut:read:{draw.randint(2, STEPS)}:{file}:{draw.randrange(len(whole))}"
+        cut = f"cut:read:{draw.randint(2, STEPS - 1)}:{file}:{draw.randrange(len(whole))}"
         code, said = finish(workdir, fault=cut, base=base)
         last = said.splitlines()[-1]
         assert code == 1, said

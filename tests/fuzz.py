@@ -43,6 +43,7 @@ from opd_jax.models.weights import open_tensors
 ROOT = pathlib.Path(__file__).parents[1]
 STUDENT = ROOT / "opd_jax" / "tiny" / "student"
 LIMIT_S = 10  # for one case; most take milliseconds
+DEPTH = 20  # below which nothing is changed
 GROWTH_MIB = 600  # of the process over a whole lane
 WEIRD = (
     None, True, False, 0, -1, 1, 2**31, 2**63, 10**30, 10**400, -0.0, 0.5, 1e308, math.nan, math.inf, "",
@@ -65,7 +66,9 @@ def weird(draw: random.Random) -> Any:
 
 
 def places(tree: Any, path: tuple = ()) -> list[tuple]:
-    """The paths of all nodes of a JSON tree but its root."""
+    """The paths of the nodes of a JSON tree but its root, down to a depth that Python can copy."""
+    if len(path) > DEPTH:
+        return []
     found: list[tuple] = []
     items: Any = ()
     if isinstance(tree, dict):

@@ -55,7 +55,7 @@ def main() -> None:
     given = flags.FLAGS
     out = pathlib.Path(given.out)
     chosen = comparison.chosen(OBJECTIVES, given.only)
-    comparison.run_missing(
+    failed = comparison.run_missing(
         (
             comparison.train(
                 config,
@@ -71,6 +71,7 @@ def main() -> None:
         out,
     )
     print(comparison.table(out, chosen, COLUMNS, figures, seeds=given.seeds, steps=given.steps))
+    comparison.require_none(failed, out)
 
 
 def figures(run: pathlib.Path, steps: int) -> comparison.Figures:

@@ -78,10 +78,11 @@ def main() -> None:
             print(" ".join(command))
         return
     write_data(out)
-    comparison.run_missing(plan, out)
+    failed = comparison.run_missing(plan, out)
     text = table(out, chosen, given.seeds, given.steps)
     (out / "results.md").write_text(text + "\n")
     print(text)
+    comparison.require_none(failed, out)
 
 
 def model_commands(

@@ -1,6 +1,7 @@
 """Train: python launch/train.py --config=configs/stable_opd.py[:RECIPE] [--workdir=DIR]."""
 
 import pathlib
+import re
 import sys
 import time
 from typing import Any
@@ -32,7 +33,7 @@ def main(stop: signals.Stop) -> None:
 def _default_workdir() -> str:
     flag: Any = cli.FLAGS["config"]
     file, _, recipe = flag.config_filename.partition(":")
-    name = f"{pathlib.Path(file).stem}-{(recipe or 'tiny').replace(',', '-').replace('=', '-')}"
+    name = f"{pathlib.Path(file).stem}-{re.sub(r'[^A-Za-z0-9_.-]+', '-', recipe or 'tiny')}"
     return f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 

@@ -14,7 +14,7 @@ from typing import TypeVar
 import numpy as np
 from absl import flags
 
-from opd_jax.errors import ConfigError
+from opd_jax.errors import ConfigError, OpdError
 
 ROOT = pathlib.Path(__file__).parents[1]
 T = TypeVar("T")
@@ -62,8 +62,12 @@ def train(config: str, folder: pathlib.Path, **more: object) -> Command:
     return done, train_command(config, folder, **more)  # type: ignore[arg-type]
 
 
-def run_missing(commands: Iterable[Command], out: pathlib.Path) -> None:
-    """Run what is not done, one after the other; all that they say goes into OUT/log.txt."""
+def run_missing(commands: Iterable[Command], out: pathlib.Path) -> int:
+    """Run what is not done, one after the other; all that they say goes into OUT/log.txt.
+
+    Returns how many failed.
+    """
+    failed = 0
     out.mkdir(parents=True, exist_ok=True)
     for done, command in commands:
         if done.exists():
@@ -75,6 +79,17 @@ def run_missing(commands: Iterable[Command], out: pathlib.Path) -> None:
                 command, stdout=log, stderr=subprocess.STDOUT, check=False
             ).returncode:
                 print(f"  failed: see {log.name}", flush=True)
+                failed += 1
+    return failed
+
+
+def require_none(failed: int, out: pathlib.Path) -> None:
+    """Raise OpdError where commands of `run_missing` failed."""
+    if failed:
+        raise OpdError(
+            f"{failed} of the commands failed; see what they said in {out / 'log.txt'}, and run the same "
+            "command again for what is missing"
+        )
 
 
 def evaluations(run: pathlib.Path, steps: int) -> dict[int, dict]:

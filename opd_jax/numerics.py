@@ -19,7 +19,6 @@ from opd_jax import batching, whole
 from opd_jax.types import Frozen, Rollout, Scores
 from opd_jax.update import Gradients
 
-ACTIONS = ("warn", "skip")
 WARMUP = 20  # norms before one may be a spike
 MEMORY = 50  # norms that the mean is over, from then on a moving one
 FOLDER = "nonfinite"

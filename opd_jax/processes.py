@@ -23,13 +23,13 @@ import jax
 from opd_jax.errors import ConfigError, ProcessError
 from opd_jax.signals import AGAIN
 
-GATHER_S = 45  # for all processes to come
+GATHER_S = 45  # for all processes to come at the start
 HEARTBEAT_S = 20  # without a sign of life a process counts as lost
 LOST = (
     "another process of the run is lost, or did not come in time; see what it said last, then start all "
     "of them again: with the same --workdir the run goes on from its last checkpoint"
 )
-_TELL_S = 3600  # the first may grade a whole benchmark in the meantime
+_TELL_S = 3600  # one may grade a benchmark, or read a model from the hub; a lost one shows by its heartbeat
 _SUPERVISED = "OPD_JAX_SUPERVISED"
 _TOLD = "opd_jax/heard"
 _turns = itertools.count()
@@ -95,6 +95,9 @@ def supervise() -> int:
         preexec_fn=_die_with_parent,
     )
     asked = []
+    signal.set_wakeup_fd(
+        -1
+    )  # the child hears, with the run's own limit of time; this one passes on
 
     def pass_on(number: int, _: Any) -> None:
         asked.append(number)
@@ -178,7 +181,7 @@ def gathered(mine: Mapping[str, Any]) -> list[Any]:
     client, turn = _client(), next(_turns)
     client.key_value_set(f"opd_jax/facts/{turn}/{jax.process_index()}", said)
     return [
-        json.loads(client.blocking_key_value_get(f"opd_jax/facts/{turn}/{i}", GATHER_S * 1000))
+        json.loads(client.blocking_key_value_get(f"opd_jax/facts/{turn}/{i}", _TELL_S * 1000))
         for i in range(jax.process_count())
     ]
 

@@ -52,7 +52,7 @@ def run(config: ConfigDict, workdir: str, *, steps: int, command: list[str]) -> 
     config = config.copy_and_resolve_references()
     config.profile.steps = steps
     config.steps = config.profile.start_step + steps - 1
-    config.eval.data, config.data.epochs, config.checkpoint.every = "", 0.0, 0
+    config.eval.data, config.eval.best, config.data.epochs, config.checkpoint.every = "", "", 0.0, 0
     rows = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
     config.log.every, config.log.rollouts = 1, rows  # their lengths are counted
     compiled = _listen()

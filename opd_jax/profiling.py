@@ -84,11 +84,11 @@ class _Timeline:
 
     def __init__(self, file: pathlib.Path, memory: Callable[[], float]):
         self._file, self._memory = file, memory
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def start(self) -> None:
         self._file.parent.mkdir(parents=True, exist_ok=True)
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
     def stop(self) -> None:

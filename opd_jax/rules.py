@@ -66,6 +66,9 @@ def validate(config: ConfigDict) -> None:
                   "loss.discount",
                   "teacher.decay", "optim.warmup_fraction", "sample.top_p"):  # fmt: skip
         _range(flat, field, 0, 1)
+    for field in ("optim.beta1", "optim.beta2"):
+        if flat[field] == 1:  # Adam would divide 0 by 0
+            raise _wrong(field, flat[field], "a number from 0 to below 1")
     for field in ("optim.learning_rate", "optim.grad_clip", "metrics.repetition_threshold",
                   "checkpoint.grace_seconds",
                   "rollout.top_p", "eval.top_p", "sample.top_p"):  # fmt: skip

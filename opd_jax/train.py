@@ -5,6 +5,7 @@ beside. Everything that can be refused is refused (setup.py, workdir.check) befo
 weights are loaded, or anything is compiled.
 """
 
+import contextlib
 import dataclasses
 import math
 import pathlib
@@ -100,7 +101,9 @@ def run(
             Grader() as grader,
             checkpoint.Checkpoints(folder, keep=config.checkpoint.keep) as saved,
         ):
-            return _Run(setup, weights, folder, grader, saved, stop).loop()
+            made = _Run(setup, weights, folder, grader, saved, stop)
+            with contextlib.closing(made.log), contextlib.closing(made.samples):
+                return made.loop()
 
 
 class _Run:
@@ -206,8 +209,6 @@ class _Run:
             if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
                 self._save(step)
         tracer.stop()
-        self.log.close()
-        self.samples.close()
         table = self.held_out.table(step) if self.held_out else {}
         if table:
             progress.say(f"\n{display.table(table)}\n")
@@ -298,7 +299,9 @@ def _require_disk(setup: Setup, folder: pathlib.Path, first: int) -> None:
     to_come = math.ceil((setup.config.steps - first) / (section.every or setup.config.steps))
     here = processes.from_first(lambda: len(intact.steps(folder / "checkpoints")))
     copies = max(min(section.keep + 1 - here, to_come), min(to_come, 1))
-    copies += 1 if setup.config.eval.best and to_come else 0
+    copies += (
+        2 if setup.config.eval.best and to_come else 0
+    )  # the old one goes when a better is complete
     size = checkpoint.bytes_of(abstract_state(setup))
     intact.require_room(folder, size, copies, what=f"a run with checkpoint.keep={section.keep}")
 

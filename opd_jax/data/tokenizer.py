@@ -1,5 +1,6 @@
 """The tokenizer of a model folder: transformers' own, its chat template, and its end tokens."""
 
+import json
 import os
 import pathlib
 import sys
@@ -32,6 +33,7 @@ class Tokenizer:
             raise ModelError(
                 f"{path}/tokenizer.json is missing; copy the tokenizer files into the model folder"
             )
+        _require_plain_merges(path)
         try:
             # Not AutoTokenizer: the class it picks by model_type may rebuild the splitting of text
             # and add tokens (<|endoftext|> to R1-Distill) that the checkpoint was not trained with.
@@ -85,7 +87,8 @@ class Tokenizer:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ModelError(
                 f"{self.path}: its chat template cannot render a {messages[0]['role']} turn "
-                f"({reason}); correct chat_template"
+                f"({reason}); correct its chat_template.jinja, or "
+                "name another: --config.student.chat_template or --config.teacher.chat_template"
             ) from None
 
     def chat(self, text: str, *, system: str = "") -> list[int]:
@@ -135,6 +138,24 @@ class Tokenizer:
     def added(self) -> set[int]:
         """Ids of the tokens added to the trained vocabulary: special ones and their like."""
         return set(self.hf.get_added_vocab().values())
+
+
+def _require_plain_merges(path: str) -> None:
+    """Refuse merges whose second part loses a prefix when they are joined.
+
+    tokenizers 0.23 cuts it off in bytes: within a character that ends the whole process (SIGABRT). No
+    model of the supported families has one.
+    """
+    try:
+        model = json.loads((pathlib.Path(path) / "tokenizer.json").read_bytes())["model"]
+        prefix = model.get("continuing_subword_prefix")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return  # for the library to say
+    if prefix:
+        raise ModelError(
+            f"{path}/tokenizer.json: model.continuing_subword_prefix={prefix!r:.40}, wanted none; copy "
+            "the tokenizer again, or name a model without one"
+        )
 
 
 def _template(path: str) -> str:

@@ -98,6 +98,7 @@ def open_subject(path: str, config: ConfigDict, *, step: int | None) -> Subject:
         trained = read_config(folder)["student"]
         for field in ("rope_theta", "max_position", "chat_template"):
             section[field] = section[field] or trained.get(field, section[field])
+        section.enable_thinking &= trained.get("enable_thinking", True)  # as it was trained
         section.path = trained["path"]
         newest = checkpoint.latest_step(folder)
         step = newest if step is None else step

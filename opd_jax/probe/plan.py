@@ -131,7 +131,8 @@ def _for_probing(config: ConfigDict) -> ConfigDict:
     """A copy that asks for rollouts and a teacher, and for nothing else that training may need."""
     config = config.copy_and_resolve_references()
     config.loss = configuration.default().loss  # plain OPD: no reference, no golden solutions
-    config.eval.data = ""
+    config.guard.action = "off"  # which may raise terms that need them
+    config.eval.data = config.eval.best = ""
     config.data.epochs = 0.0
     return config
 

@@ -1,5 +1,6 @@
 """The tokenizer of the embedded models, read back from a folder."""
 
+import json
 import shutil
 
 import pytest
@@ -106,3 +107,13 @@ def test_a_template_that_fails_is_one_line(folder):
     with pytest.raises(ModelError, match="chat template cannot render a user turn") as error:
         broken.chat("Start with 2, add 3.")
     assert "\n" not in str(error.value)
+
+
+def test_a_prefix_of_merges_that_would_end_the_process_is_refused(folder, tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(f"{folder}/{name}", tmp_path)
+    whole = json.loads((tmp_path / "tokenizer.json").read_text())
+    whole["model"]["continuing_subword_prefix"] = " "  # half of a merged character is cut off
+    (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
+    with pytest.raises(ModelError, match="continuing_subword_prefix=' ', wanted none; copy"):
+        data.Tokenizer(str(tmp_path))

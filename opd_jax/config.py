@@ -167,9 +167,8 @@ def default() -> ConfigDict:
     # Where answers without a box are looked for: answer_line, after_think, last_number, in this order.
     evaluation.fallbacks = ()
     evaluation.max_response_tokens = 0  # 0 = rollout.max_response_tokens
-    evaluation.slots = (
-        0  # sequences decoded at one time; 0 = 256, or in launch/evaluate.py what fits
-    )
+    # sequences decoded at one time; 0 = rollout.slots or 256, or in launch/evaluate.py what fits
+    evaluation.slots = 0
     evaluation.best = ""  # metric by which best/ keeps a checkpoint (accuracy, ...); empty = none
     # Of launch/evaluate.py alone; there eval.problems=0 means all, eval.samples=0 the benchmark's own.
     evaluation.benchmarks = ""  # NAME=FILE,NAME=FILE,... ; docs/evaluation.md has the names

@@ -71,7 +71,8 @@ class Job:
       over_vocabulary: whether the update takes the teacher's output matrix and the hidden states that
         scoring kept of it.
       terms: of the loss, by name; apart: whether their gradients are looked at one by one.
-      evaluated: rows that an evaluation decodes at one time.
+      evaluated: rows that an evaluation decodes at one time, of answers of up to `answer` tokens;
+        asks_teacher: whether the teacher answers too, for the closing table.
       rollouts: whether any are made.
       steps: of the run.
       layout: of the devices.
@@ -108,6 +109,8 @@ class Job:
     rollouts: bool
     evaluated: int
     steps: int
+    answer: int = 0
+    asks_teacher: bool = False
     layout: Layout = Layout()
     nucleus: bool = False
     support: int = 0
@@ -204,7 +207,7 @@ def _job(
     layout = layout_of(config, devices)
     for role, model in (("student", student), ("teacher", teacher), ("reference", reference)):
         if model is not None:
-            placement.check(role, model, layout.sizes, sharded=layout.sharded(role) > 1)
+            placement.check(role, model, layout.sizes, sharded=config.mesh[role] == "sharded")
     itemsize = _itemsize(config.student.dtype, device)
     batch = rollout.prompts_per_step * rollout.samples_per_prompt
     answers = problems * config.eval.samples
@@ -233,7 +236,9 @@ def _job(
         token_chunk=optim.token_chunk, score_chunk=config.scoring.token_chunk, remat=optim.remat,
         over_vocabulary=terms.over_vocabulary,
         terms=terms.names, apart=bool(config.log.gradients) and len(terms.names) > 1,
-        rollouts=terms.needs_rollouts, evaluated=min(rollout.slots or 256, answers),
+        rollouts=terms.needs_rollouts, evaluated=min(config.eval.slots or rollout.slots or 256, answers),
+        answer=config.eval.max_response_tokens or rollout.max_response_tokens,
+        asks_teacher=teacher is not None and config.eval.teacher,
         steps=config.steps, layout=layout,
         support=_places(terms),
         # ids, and of a divergence the teacher's log-probs, of a surrogate the sampler's and advantages

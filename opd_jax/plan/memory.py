@@ -1,7 +1,7 @@
 """Memory of each stage of a step on one device, what fits, and what to change where it does not."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from opd_jax import account, placement
@@ -12,7 +12,8 @@ from opd_jax.plan.footprint import Footprint
 from opd_jax.plan.job import Job, Layout
 
 _SCORED_AHEAD = 3  # micro-batches whose scores are on the device at one time (scoring.score)
-_SLOTTED = ("rollout", "evaluate")  # stages that slots take part in; the others have micro-batches
+# Stages by what makes them smaller; all others have micro-batches.
+_ROLLING, _ANSWERING = ("rollout",), ("evaluate", "evaluate teacher")
 KINDS = ("student", "unstacked", "master", "optimizer", "average", "gradients", "teacher",
          "reference", "caches", "rows", "activations", "working", "logits", "weight copies")  # fmt: skip
 
@@ -69,7 +70,18 @@ def stages(job: Job) -> list[Stage]:
     )
     if job.evaluated:
         rows_here = -(-job.evaluated // job.layout.rows)
-        found.append(Stage("evaluate", _sum(base, own, _decoding(job, rows_here))))
+        answering = _decoding(dataclasses.replace(job, response=job.answer), rows_here)
+        found.append(Stage("evaluate", _sum(base, own, answering)))
+        if job.teacher is not None and job.asks_teacher:  # it reads its own prompts
+            alone = dataclasses.replace(
+                job, student=job.teacher, itemsize=job.teacher_itemsize, response=job.answer,
+                prompt=(job.teacher_width or job.width) - job.response,
+            )  # fmt: skip
+            answering = _decoding(alone, rows_here)
+            live = own if job.teacher_follows == "live" else {}
+            if job.teacher_follows == "average" and job.own_copy:
+                live = {"teacher": footprint.weights(job, "teacher")}
+            found.append(Stage("evaluate teacher", _sum(base, live, answering)))
     found.append(Stage("checkpoint", base))
     return found
 
@@ -149,7 +161,7 @@ def largest_microbatch(job: Job, usable: float) -> int:
 
     def fits(rows: int) -> bool:
         sized = dataclasses.replace(job, microbatch_tokens=rows * widest)
-        return _peak(sized, slotted=False) <= usable
+        return _peak(sized, but=(*_ROLLING, *_ANSWERING)) <= usable
 
     return widest * _largest(fits, most)
 
@@ -160,9 +172,20 @@ def largest_slots(job: Job, usable: float) -> int:
 
     def fits(slots: int) -> bool:
         sized = dataclasses.replace(job, slots=min(slots * rows, job.batch))
-        return _peak(sized, slotted=True) <= usable
+        return _peak(sized, only=_ROLLING) <= usable
 
     return min(_largest(fits, -(-job.batch // rows)) * rows, job.batch)
+
+
+def largest_answers(job: Job, usable: float) -> int:
+    """The most `eval.slots`, up to what the job has; 0 where not one a device fits."""
+    rows = job.layout.rows
+
+    def fits(answers: int) -> bool:
+        sized = dataclasses.replace(job, evaluated=min(answers * rows, job.evaluated))
+        return _peak(sized, only=_ANSWERING) <= usable
+
+    return min(_largest(fits, -(-job.evaluated // rows)) * rows, job.evaluated)
 
 
 def require_fit(memory: Memory) -> None:
@@ -189,6 +212,7 @@ def remedy(memory: Memory) -> str:
         small = dataclasses.replace(
             changed, slots=min(changed.layout.rows, changed.batch),
             microbatch_tokens=max(changed.width, changed.teacher_width),
+            evaluated=min(changed.layout.rows, changed.evaluated),
         )  # fmt: skip
         if _peak(small) > memory.usable:
             continue
@@ -200,6 +224,9 @@ def remedy(memory: Memory) -> str:
         slots = largest_slots(job, memory.usable)
         if slots < job.slots:
             fields["rollout.slots"] = slots
+        answers = largest_answers(job, memory.usable)
+        if answers < job.evaluated:
+            fields["eval.slots"] = answers
         if not fields:
             return "nothing has to change"
         return "set " + " ".join(f"--config.{name}={value}" for name, value in fields.items())
@@ -254,12 +281,13 @@ def _finished(job: Job) -> float:
     return footprint.master(job)
 
 
-def _peak(job: Job, *, slotted: bool | None = None) -> float:
-    """The largest stage of all, or of those that slots take part in, or of the others."""
+def _peak(job: Job, *, only: Sequence[str] = (), but: Sequence[str] = ()) -> float:
+    """The largest stage of all, of those named, or of the others; what is always held is one of each."""
     return max(
         stage.total
         for stage in stages(job)
-        if slotted is None or slotted == (stage.name in _SLOTTED) or stage.name == "checkpoint"
+        if (stage.name not in but and (not only or stage.name in only))
+        or stage.name == "checkpoint"
     )
 
 

@@ -60,6 +60,34 @@ def test_rollout_holds_two_copies_of_the_weights_and_the_caches():
     assert plain["unstacked"] == 4 * P
 
 
+def test_an_evaluation_has_answers_slots_and_a_teacher_of_its_own():
+    # 2 answers of 3 + 7 tokens: keys and values of 8 numbers a position, in 16 bits.
+    asked = job(evaluated=2, answer=7, asks_teacher=True)
+    assert held("evaluate", asked)["caches"] == footprint.caches(job(response=7), 2)
+    teacher = held("evaluate teacher", asked)
+    assert teacher["caches"] == footprint.caches(job(response=7), 2)
+    assert teacher["unstacked"] == held("evaluate", asked)["unstacked"]
+    assert "student" not in teacher  # no compute weights of the student's beside it
+    wide = held("evaluate teacher", dataclasses.replace(asked, teacher_width=3 + 4 + 5))
+    assert wide["caches"] == footprint.caches(job(prompt=7, response=7), 2)
+    names = [stage.name for stage in memory.stages(job(evaluated=2, answer=7))]
+    assert "evaluate teacher" not in names
+
+
+def test_an_evaluation_that_does_not_fit_is_told_its_own_field():
+    asked = job(evaluated=400, answer=500)
+    usable = (
+        max(stage.total for stage in memory.stages(asked) if stage.name != "evaluate") + 300_000
+    )
+    made = memory.plan(asked, DEVICE, usable=usable)
+    assert made.peak.name == "evaluate"
+    most = memory.largest_answers(asked, usable)
+    assert 0 < most < 400
+    assert memory.remedy(made) == f"set --config.eval.slots={most}"
+    fits = memory.plan(dataclasses.replace(asked, evaluated=most), DEVICE, usable=usable)
+    assert fits.fits
+
+
 def test_scoring_keeps_the_teachers_states_for_the_update():
     kept, alone = (held("score", job(over_vocabulary=over)) for over in (True, False))
     assert kept["rows"] - alone["rows"] == 4 * 8 * 8  # 4 rows of 8 tokens, 4 numbers of 2 bytes

@@ -18,7 +18,6 @@ MANIFEST = "manifest.json"
 ASIDE = "set_aside"
 _LEFT = ".orbax-checkpoint-tmp"  # in the names of folders that Orbax does not take for checkpoints
 _ORBAX = "_CHECKPOINT_METADATA"  # written once more after all else is complete
-_PARTS = ("state", "data", "guard")
 _CHUNK = 1 << 22
 _SPARE = 32 << 20  # bytes beside the arrays: metadata, logs
 GIB = 2**30
@@ -33,16 +32,12 @@ def seal(folder: pathlib.Path) -> None:
 
 
 def damage(folder: pathlib.Path) -> str | None:
-    """What is wrong with a checkpoint's folder, None where nothing is. Reads all of it.
-
-    One without a manifest, of an earlier version, is only asked for its parts.
-    """
+    """What is wrong with a checkpoint's folder, None where nothing is. Reads all of it."""
     if not _is_json(folder / _ORBAX):
         return f"{_ORBAX} cannot be read"
     manifest = folder / MANIFEST
     if not manifest.exists():
-        missing = [part for part in _PARTS if not (folder / part).is_dir()]
-        return f"{' and '.join(missing)} missing" if missing else None
+        return f"{MANIFEST} missing"
     try:
         wanted = json.loads(manifest.read_text(encoding="utf-8"))
         expected = {name: (int(size), str(check)) for name, (size, check) in wanted.items()}

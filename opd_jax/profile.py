@@ -61,11 +61,12 @@ def run(config: ConfigDict, workdir: str, *, steps: int, command: list[str]) -> 
     setup = make_setup(config)
     first = jax.devices()[0]
     device = devices.of_jax(first.device_kind, first.platform) or devices.find("cpu")
-    job = of_setup(setup, device, 1)
+    count = 1 if setup.mesh.devices is None else setup.mesh.devices.size
+    job = of_setup(setup, device, count)
     return Profile(
         trace=trace.read(trace.newest(folder / FOLDER)),
         works=works(job, lengths(folder / "rollouts.jsonl", config.profile.start_step)),
-        ceilings=_ceilings(job),
+        ceilings=_ceilings(job, count if device.gpu else 1),  # a CPU's devices share it
         compiled=dict(compiled),
         scopes=scopes(folder / FOLDER / HLO),
         memory=timeline(folder / FOLDER / MEMORY),
@@ -222,12 +223,14 @@ def _listen() -> dict[str, float]:
     return seconds
 
 
-def _ceilings(job: Job) -> Ceilings:
+def _ceilings(job: Job, count: int) -> Ceilings:
+    """Of so many devices like the first."""
     dtype = jnp.float32 if job.itemsize == 4 else jnp.bfloat16
     rows = min(job.microbatch_tokens, 8192)
     shapes = [(2048, 2048, 2048), *ceilings.products_of(job.student, rows)]
     copy = _COPY_GIB.get(jax.default_backend(), 1.0)
-    return ceilings.measure(shapes, dtype=dtype, copy_gib=copy, repeats=3)[0]
+    one = ceilings.measure(shapes, dtype=dtype, copy_gib=copy, repeats=3)[0]
+    return Ceilings(one.bytes_per_s * count, one.flops_per_s * count)
 
 
 def _of_ceiling(amount: float, seconds: float, rate: float) -> tuple[str, str]:

@@ -258,6 +258,14 @@ def _check_loss(config: ConfigDict) -> None:
             "loss.discount and loss.advantage_clamp are for the sampled token's advantage, got "
             "loss.advantage=support; set both to 0"
         )
+    if not on_support and not loss.divergence_weight:
+        for field in ("support", "form", "direction", "top_k"):
+            if loss[field] != (usual := default().loss[field]):
+                raise ConfigError(
+                    f"loss.{field}={loss[field]} is of a divergence or an advantage over a support, and "
+                    "this loss has neither; set --config.loss.divergence_weight=1 "
+                    f"--config.loss.pg_weight=0, or leave it at {usual}"
+                )
     if loss.support == "full" and loss.form != "raw":
         raise ConfigError(
             f"loss.form={loss.form} is for a support of top_k ids, got loss.support=full, over which "

@@ -99,10 +99,16 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
     else:
         vocabulary = min(tokenizer.size, student.vocab_size)
         alignment = data.alone(vocabulary, student.eos_token_ids)
-    _check_models(config, terms, student, teacher, alignment)
-    notes += _warnings(terms)
-    reference_section = config.reference if config.reference.path else config.student
+    own = terms.needs_reference and config.reference.path
+    reference_section = config.reference if own else config.student
     reference = architecture(reference_section)
+    _check_models(config, terms, student, teacher, reference, alignment)
+    notes += _warnings(terms)
+    notes += [
+        f"{role}: {config[role].path} is not read, no term of this loss asks it"
+        for role, needed in (("teacher", terms.needs_teacher), ("reference", terms.needs_reference))
+        if config[role].path and not needed
+    ]
     for role, model in (("student", student), ("teacher", teacher), ("reference", reference)):
         if model is not None:
             mesh.check(role, model)
@@ -286,6 +292,7 @@ def _check_models(
     terms: objectives.Terms,
     student: models.ModelConfig,
     teacher: models.ModelConfig | None,
+    reference: models.ModelConfig,
     alignment: data.Alignment,
 ) -> None:
     if not alignment.stop_ids:
@@ -304,7 +311,10 @@ def _check_models(
                 f"set --config.{field}={scored}"
             )
     width = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
-    for role, model in (("student", student), ("teacher", teacher)):
+    roles = {"student": student, "teacher": teacher}
+    if terms.needs_reference and config.reference.path:
+        roles["reference"] = reference
+    for role, model in roles.items():
         if model is not None and width > model.max_position:
             room = max(model.max_position - config.rollout.max_prompt_tokens, 1)
             raise ConfigError(

@@ -41,7 +41,7 @@ def damage(folder: pathlib.Path) -> str | None:
     try:
         wanted = json.loads(manifest.read_text(encoding="utf-8"))
         expected = {name: (int(size), str(check)) for name, (size, check) in wanted.items()}
-    except (ValueError, TypeError, AttributeError, OSError, RecursionError):
+    except (ValueError, OverflowError, TypeError, AttributeError, OSError, RecursionError):
         return f"{MANIFEST} cannot be read"
     present = set(_files(folder))
     for name in expected:

@@ -1,6 +1,6 @@
 """What a step looked like: pure functions of texts, rollouts and scores, in numpy on the host.
 
-docs/metrics.md lists every key with its source. Sums are taken in float64.
+docs/metrics.md lists their keys with their sources. Sums are taken in float64.
 """
 
 import re

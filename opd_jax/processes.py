@@ -54,7 +54,10 @@ def asked(coordinator: str | None, count: int | None, index: int | None) -> bool
     assert index is not None
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdigit():
-        raise ConfigError(f"--coordinator={coordinator!r}, wanted HOST:PORT of process 0")
+        raise ConfigError(
+            f"--coordinator={coordinator!r}, wanted HOST:PORT of process 0; set "
+            "--coordinator=HOST:1234"
+        )
     if not 0 <= index < count:
         raise ConfigError(
             f"--process_id={index} of --num_processes={count}, wanted 0 to {count - 1}; number the "

@@ -83,6 +83,8 @@ def run(
             f"steps={config.steps}, but the workdir {str(folder)!r} is at step {first}; "
             f"set --config.steps={first} or more, or give a new --workdir"
         )
+    if first is not None and processes.first():
+        print(*_schedule_moved(folder, config), sep="\n", end="", flush=True)
     require(config.log)
     plan = planning.of_run(setup)
     if processes.first():
@@ -291,6 +293,19 @@ class _Run:
         """The weight of each term, as configured or as the guard has raised it."""
         beta_kl, lambda_gold = guard.terms(self.guard, self.rules)
         return self.setup.terms.weights | {"reference_kl": beta_kl, "sft": lambda_gold}
+
+
+def _schedule_moved(folder: pathlib.Path, config: ConfigDict) -> list[str]:
+    """A line where the steps of a resumed run are others, and its learning rate depends on them."""
+    before = workdir.read_config(folder)["steps"]
+    moving = config.optim.schedule != "constant" or config.optim.warmup_fraction
+    if before == config.steps or not moving:
+        return []
+    return [
+        f"note: steps was {before} and is {config.steps}; the learning rate of the steps to come is that "
+        f"of a run of {config.steps} (optim.schedule={config.optim.schedule}, "
+        f"optim.warmup_fraction={config.optim.warmup_fraction:g})\n"
+    ]
 
 
 def _require_disk(setup: Setup, folder: pathlib.Path, first: int) -> None:

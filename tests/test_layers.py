@@ -9,7 +9,7 @@ import opd_jax
 ROOT = pathlib.Path(opd_jax.__file__).parent
 LAYER = {
     "signals": 0, "whole": 0, "copies": 2, "intact": 2, "numerics": 6, "resume": 7, "failures": 8,
-    "errors": 0, "masked": 0, "programs": 0, "keys": 0, "types": 0, "display": 0, "clock": 0,
+    "errors": 0, "programs": 0, "keys": 0, "types": 0, "display": 0, "clock": 0,
     "eval.boxed": 0, "eval.statistics": 0, "eval.protocol": 0, "supports": 1,
     "placement": 1, "mesh": 2, "processes": 1, "profiling": 0, "trace": 1,
     "shapes": 1, "batching": 1, "repetition": 1, "right_wrong": 1, "eval.answer": 1,

@@ -210,6 +210,13 @@ def test_continuation_goes_on_behind_the_students_tokens_in_the_teachers_ids(
     assert json.loads(out.read_text())["probe"] == "continuation"
 
 
+def test_what_only_training_needs_is_not_asked_for(small):
+    small.eval.data, small.eval.best, small.guard.action = "tiny:test", "accuracy", "rollback"
+    made = plan.make_plan(small)
+    assert not made.setups[0].terms.needs_reference
+    assert not made.setups[0].terms.needs_golden
+
+
 def test_no_rollout_is_long_enough(small, monkeypatch):
     small.probe.depths = (23,)
     monkeypatch.setattr(continuation, "long_enough", lambda length_B, depth: [])

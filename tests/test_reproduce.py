@@ -9,7 +9,7 @@ import pytest
 from launch import reproduce
 from opd_jax import comparison, rules
 from opd_jax.config import flatten
-from opd_jax.errors import ConfigError
+from opd_jax.errors import ConfigError, OpdError
 
 pytestmark = pytest.mark.short
 
@@ -139,6 +139,15 @@ def test_solutions():
     single = [row for row in rows if row["solution"].count("\n") == 1]
     assert 180 < len(single) < 240  # 70 %
     assert all(f"={row['answer']}." in row["solution"].split("\n")[-2] for row in rows)
+
+
+def test_commands_that_fail_are_counted_and_said(tmp_path):
+    done = tmp_path / "done"
+    commands = [(done, ["false"]), (done, ["touch", str(done)]), (done, ["false"])]
+    assert comparison.run_missing(commands, tmp_path) == 1  # the third is not run: it is done
+    with pytest.raises(OpdError, match="1 of the commands failed; see .*log.txt"):
+        comparison.require_none(1, tmp_path)
+    comparison.require_none(0, tmp_path)
 
 
 def test_an_unknown_method_is_named(monkeypatch):

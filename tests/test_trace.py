@@ -125,6 +125,19 @@ def test_the_tracer_stops_where_a_step_fails(tmp_path, monkeypatch):
     assert calls == ["start", "stop"]
 
 
+def test_the_tracer_goes_over_its_steps_again(tmp_path, monkeypatch):
+    """A rollback of the guard may lead back before them."""
+    begun = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda *_, **__: begun.append(1))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: None)
+    section = type("Section", (), {"start_step": 2, "steps": 1})
+    tracer = profiling.Tracer(tmp_path, section, memory=lambda: 0.0)
+    for number in (1, 2, 3, 1, 2, 3):
+        with tracer.step(number):
+            pass
+    assert len(begun) == 2
+
+
 def test_stages_of_a_traced_run_add_up_to_its_steps(folders, tmp_path):
     config = small(folders)
     config.steps, config.eval.data = 4, ""

@@ -131,15 +131,16 @@ def test_four_steps_equal_two_and_a_resume_and_two_bit_for_bit(straight, folders
     assert lines(tmp_path / "run", "rollouts.jsonl") == lines(workdir, "rollouts.jsonl")
 
 
-def test_lines_after_the_checkpoint_and_torn_ones_are_cut_on_resume(folders, tmp_path):
+def test_lines_after_the_checkpoint_and_torn_ones_are_cut_on_resume(folders, tmp_path, capsys):
     config = small(folders, "sft")
-    config.steps = 2
+    config.steps, config.optim.schedule = 2, "linear"
     train.run(config, str(tmp_path / "run"), command=[])
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "loss/total": 1.0}\n{"step": 4, "lo')
     config.steps = 3
     train.run(config, str(tmp_path / "run"), command=[])
     assert [row["step"] for row in lines(tmp_path / "run", "metrics.jsonl")] == [0, 1, 2, 3]
+    assert "note: steps was 2 and is 3; the learning rate" in capsys.readouterr().out
 
 
 def test_evaluation_on_the_way_changes_nothing(straight, folders, tmp_path):

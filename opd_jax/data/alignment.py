@@ -14,8 +14,6 @@ import numpy as np
 from opd_jax.data.tokenizer import Tokenizer
 from opd_jax.errors import ModelError
 
-SPECIAL_TOKENS = ("remap", "mask", "keep")
-
 
 @dataclasses.dataclass(frozen=True)
 class Differing:

@@ -282,7 +282,8 @@ def _check(
     if width + budget_P.max() > config.max_position:
         raise DataError(
             f"prompt ({width}) + response ({budget_P.max()}) tokens are more than the model's "
-            f"{config.max_position} positions; lower one of them"
+            f"{config.max_position} positions; lower the budget of the response, or "
+            "--config.rollout.max_prompt_tokens"
         )
 
 

@@ -145,7 +145,7 @@ def test_commands_that_fail_are_counted_and_said(tmp_path):
     done = tmp_path / "done"
     commands = [(done, ["false"]), (done, ["touch", str(done)]), (done, ["false"])]
     assert comparison.run_missing(commands, tmp_path) == 1  # the third is not run: it is done
-    with pytest.raises(OpdError, match="1 of the commands failed; see .*log.txt"):
+    with pytest.raises(OpdError, match=r"1 of the commands failed; see .*log\.txt"):
         comparison.require_none(1, tmp_path)
     comparison.require_none(0, tmp_path)
 

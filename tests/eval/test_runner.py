@@ -20,6 +20,7 @@ from opd_jax.data import tiny
 from opd_jax.data.files import stream
 from opd_jax.errors import ConfigError, DataError, ModelError, WorkdirError
 from opd_jax.eval import Grade, Grader, runner
+from opd_jax.eval import model as subjects
 from opd_jax.keys import Stream, key_for
 from opd_jax.rollout import generate
 from tests.test_export import write_run
@@ -299,3 +300,17 @@ def test_processes_killed_ten_times_at_random(tmp_path):
     results = [json.loads((tmp_path / name / "results.json").read_text())["results"]
                for name in ("whole", "killed")]  # fmt: skip
     assert results[0] == results[1]
+
+
+def test_a_run_is_asked_as_it_was_trained(tmp_path):
+    """Its chat template without thinking, where it was trained so, unless told otherwise."""
+    write_run(tmp_path / "run", (1,))
+    file = tmp_path / "run" / "config.json"
+    written = json.loads(file.read_text())
+    for trained, asked, wanted in ((True, True, True), (False, True, False), (True, False, False)):
+        written["student"]["enable_thinking"] = trained
+        file.write_text(json.dumps(written))
+        config = evaluate_config.get_config()
+        config.student.enable_thinking = asked
+        subject = subjects.open_subject(str(tmp_path / "run"), config, step=None)
+        assert subject.tokenizer.enable_thinking is wanted

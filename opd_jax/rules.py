@@ -75,10 +75,7 @@ def validate(config: ConfigDict) -> None:
         if not 0 < flat[field] < math.inf:
             raise _wrong(field, flat[field], "a finite number above 0")
     _range(flat, "metrics.repetition_level", 1, 9)
-    for field in ("mesh.fsdp", "mesh.tensor"):
-        _range(flat, field, 1, math.inf)
-    if flat["mesh.data"] < 1 and flat["mesh.data"] != -1:
-        raise _wrong("mesh.data", flat["mesh.data"], "at least 1, or -1 for as many as there are")
+    _check_mesh(flat)
     _range(flat, "metrics.repeated_ngram", 2, math.inf)
     for field, choices in (
         ("student.dtype", DTYPES), ("teacher.dtype", DTYPES), ("reference.dtype", DTYPES),
@@ -91,7 +88,6 @@ def validate(config: ConfigDict) -> None:
         ("scoring.special_tokens", ("remap", "mask", "keep")), ("metrics.repeated_tokens", RULES),
         ("guard.action", guard.ACTIONS),
         ("guard.spike_action", ("warn", "skip")), ("eval.best", ("", *BEST)),
-        *((f"mesh.{role}", ("replicated", "sharded")) for role in ROLES),
     ):  # fmt: skip
         _choice(flat, field, choices)
     _check_texts(flat)
@@ -189,6 +185,13 @@ def validate_evaluation(config: ConfigDict) -> None:
     _range(flat, "metrics.repetition_level", 1, 9)
     _choice(flat, "student.dtype", DTYPES)
     _choice(flat, "data.bad_rows", ("refuse", "skip"))
+    _check_mesh(flat)
+    for field in ("data", "match", "best", "every"):
+        if config.eval[field] != default().eval[field]:
+            raise ConfigError(
+                f"eval.{field}={config.eval[field]!r} is of evaluations in a training run; here problems "
+                "are named by --config.eval.benchmarks=NAME=FILE (docs/evaluation.md)"
+            )
     _check_texts(flat)
     _check_fallbacks(config.eval.fallbacks)
     if "{problem}" not in config.data.prompt_template:
@@ -206,6 +209,15 @@ def validate_evaluation(config: ConfigDict) -> None:
             f"eval.samples={config.eval.samples} with eval.temperature=0 gives the same answer every "
             "time; set --config.eval.samples=1 or a temperature above 0"
         )
+
+
+def _check_mesh(flat: dict[str, Any]) -> None:
+    for field in ("mesh.fsdp", "mesh.tensor"):
+        _range(flat, field, 1, math.inf)
+    if flat["mesh.data"] != -1:
+        _range(flat, "mesh.data", 1, math.inf)
+    for role in ROLES:
+        _choice(flat, f"mesh.{role}", ("replicated", "sharded"))
 
 
 def _check_fallbacks(names: tuple[str, ...]) -> None:

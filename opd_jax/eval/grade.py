@@ -34,7 +34,7 @@ class Grader:
     """
 
     def __init__(self, *, workers: int = 2, timeout_s: float = 5.0):
-        self.timeout_s = timeout_s
+        self.timeout_s, self._closed = timeout_s, False
         self._workers = [_Worker() for _ in range(workers)]
 
     def __enter__(self) -> "Grader":
@@ -49,7 +49,8 @@ class Grader:
         self.close()
 
     def close(self) -> None:
-        """End the processes."""
+        """End the processes; a thread that is grading meanwhile gets a GradingError."""
+        self._closed = True
         for worker in self._workers:
             worker.kill()
 
@@ -94,6 +95,8 @@ class Grader:
                             f"{_WARM_UP_S:.0f} s, before its first answer; "
                             "run python -m opd_jax.eval.grading_worker to see why"
                         )
+                    if self._closed:
+                        raise GradingError("grading was ended while it went on")
                     selector.unregister(worker.stdout)
                     if line:
                         grades[worker.index] = Grade(line.strip())

@@ -37,6 +37,13 @@ def define_config(default: str, *, fields: Callable[[], ConfigDict] = training_f
         config_flags.DEFINE_config_file("config", default, "experiment file, with :RECIPE after it")
     except Exception as error:  # overrides of the default file are applied here already
         _fail(str(explain(error, sys.argv[1:], fields())), EXIT_USER)
+    show("config")
+
+
+def show(*names: str) -> None:
+    """Let --help of the entry point list flags that are defined elsewhere."""
+    for name in names:
+        FLAGS.register_key_flag_for_module(sys.argv[0], FLAGS[name])
 
 
 def define_processes() -> None:
@@ -44,6 +51,7 @@ def define_processes() -> None:
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where no launcher says it")
     flags.DEFINE_integer("num_processes", None, "of the run", lower_bound=1)
     flags.DEFINE_integer("process_id", None, "of this one, from 0", lower_bound=0)
+    show("coordinator", "num_processes", "process_id")
 
 
 def main(

@@ -14,6 +14,7 @@ from typing import TypeVar
 import numpy as np
 from absl import flags
 
+from opd_jax import cli
 from opd_jax.errors import ConfigError, OpdError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -29,6 +30,7 @@ def define_flags(out: str) -> None:
     flags.DEFINE_integer("seeds", 3, "runs of each method", lower_bound=1)
     flags.DEFINE_integer("steps", 60, "steps of each run", lower_bound=1)
     flags.DEFINE_list("only", [], "methods to run; default all")
+    cli.show("out", "seeds", "steps", "only")
 
 
 def chosen(methods: Mapping[str, T], only: Sequence[str]) -> dict[str, T]:
@@ -56,10 +58,12 @@ def train_command(
     ]  # fmt: skip
 
 
-def train(config: str, folder: pathlib.Path, **more: object) -> Command:
+def train(
+    config: str, folder: pathlib.Path, *, seed: int, steps: int, changes: Sequence[str]
+) -> Command:
     """`train_command`, done when its last evaluation is there."""
-    done = folder / "eval" / str(more["steps"]) / "tiny.json"
-    return done, train_command(config, folder, **more)  # type: ignore[arg-type]
+    done = folder / "eval" / str(steps) / "tiny.json"
+    return done, train_command(config, folder, seed=seed, steps=steps, changes=changes)
 
 
 def run_missing(commands: Iterable[Command], out: pathlib.Path) -> int:

@@ -5,6 +5,8 @@ import functools
 import pathlib
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
 from absl import flags
@@ -72,6 +74,17 @@ def test_launcher_and_flags_are_there(page, launcher, arguments):
         if argument.startswith("--"):
             name = argument[2:].partition("=")[0].partition(".")[0]
             assert name in known or name in {f"no{flag}" for flag in known}, argument
+
+
+@pytest.mark.parametrize("launcher", sorted({launcher for _, launcher, _ in COMMANDS}))
+def test_every_launcher_starts_and_says_what_it_takes(launcher):
+    done = subprocess.run(
+        [sys.executable, f"launch/{launcher}.py", "--help"],
+        cwd=ROOT, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert "flags:" in done.stdout, done.stderr
+    for name in defined(launcher):
+        assert re.search(rf"^ +--(\[no\])?{name}\b", done.stdout, re.MULTILINE), name
 
 
 @pytest.mark.parametrize(("page", "launcher", "arguments"), COMMANDS, ids=IDS)

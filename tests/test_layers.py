@@ -17,7 +17,7 @@ LAYER = {
     "guard": 2, "losses": 2, "models": 2, "data": 2, "checkpoint": 3, "eval.grade": 2,
     "eval.benchmarks": 3, "config": 3, "metrics": 3, "scoring": 3, "rollout": 3,
     "objectives": 4, "rules": 4, "workdir": 4, "fitting": 4, "cli": 4, "eval.evaluate": 4,
-    "eval.results": 4, "best": 4, "comparison": 1,
+    "eval.results": 4, "best": 4, "comparison": 5,
     "data.decontaminate": 4, "data.prepare_config": 4, "data.judge": 5, "data.prepare": 6,
     "living": 5, "report": 6, "devices": 1, "account": 3, "plan": 6, "plan.real": 7, "plan.verify": 8,
     "rows": 5, "update": 5, "setup": 5, "sample_file": 5,

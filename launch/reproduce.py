@@ -28,6 +28,7 @@ HESITATION = (0.9, 0.6, 0.5, 0.8, 0.95, 0.99)  # chance of one more `Wait` after
 TOO_LONG = 265  # characters of a lost solution: the budget, more or less
 SLIP = 0.25  # share of wrong steps in what the student last learned
 CHECKS = (0.3, 0.1, 0.1, 0.1)  # chance of one more derivation after 1, 2, ...
+MAKING = "optim.microbatch_tokens=6400 log.every=20"  # of models
 # Models that SFT or GRPO makes: config, what it starts from, data, steps, overrides.
 MODELS: dict[str, tuple[str, str, str, int, str]] = {
     "student": ("sft", str(EMBEDDED / "student"), "careless.jsonl", 60,
@@ -39,7 +40,6 @@ MODELS: dict[str, tuple[str, str, str, int, str]] = {
     "adapted": ("grpo", "teacher", "tiny:train", 40,
                 f"optim.learning_rate=0.0002 rollout.max_response_tokens={BUDGET}"),
 }  # fmt: skip
-LONG = "optim.microbatch_tokens=6400 log.every=20"
 KL, MIX = "loss.beta_kl=0.1", "loss.lambda_gold=1.0"
 STOP = "loss.support=student loss.form=stop_gradient loss.top_k=16"
 METHODS: dict[str, tuple[str, str, str, str]] = {  # config, student, teacher, overrides
@@ -96,8 +96,8 @@ def model_commands(
         if name in needed:
             folder, done = out / f"make-{name}", out / name / "config.json"
             source = data if data.startswith("tiny:") else str(out / data)
-            fixed = f"data.train={source} data.bad_rows=skip eval.data= {LONG}"
-            all_changes = [*_models(out, start, ""), *changes.split(), *fixed.split()]
+            fixed = f"data.train={source} data.bad_rows=skip eval.data="
+            all_changes = [*_models(out, start, ""), *f"{changes} {fixed} {MAKING}".split()]
             yield done, train_command(config, folder, seed=0, steps=steps, changes=all_changes)
             export = [sys.executable, str(ROOT / "launch" / "export.py")]
             yield done, [*export, f"--workdir={folder}", f"--out={out / name}"]

@@ -84,7 +84,8 @@ def run(
             f"set --config.steps={first} or more, or give a new --workdir"
         )
     if first is not None and processes.first():
-        print(*_schedule_moved(folder, config), sep="\n", end="", flush=True)
+        for line in _schedule_moved(folder, config):
+            print(line, flush=True)
     require(config.log)
     plan = planning.of_run(setup)
     if processes.first():
@@ -304,7 +305,7 @@ def _schedule_moved(folder: pathlib.Path, config: ConfigDict) -> list[str]:
     return [
         f"note: steps was {before} and is {config.steps}; the learning rate of the steps to come is that "
         f"of a run of {config.steps} (optim.schedule={config.optim.schedule}, "
-        f"optim.warmup_fraction={config.optim.warmup_fraction:g})\n"
+        f"optim.warmup_fraction={config.optim.warmup_fraction:g})"
     ]
 
 

@@ -1,6 +1,6 @@
 """Many objectives on `tiny`, several seeds each, and their table.
 
-python launch/compare.py --out=runs/objectives [--seeds=3] [--steps=60] [--only=NAME,NAME]
+python launch/compare.py --out=runs/objectives [--seeds=3] [--steps=60] [--only=NAME --only=NAME]
 
 Runs one after the other, each as `launch/train.py` in a folder of its own; what is done already is not
 done again, so a killed comparison goes on. The table is Markdown: accuracy before and after, reverse KL

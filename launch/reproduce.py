@@ -1,6 +1,6 @@
 """The papers' findings in miniature: every method, several seeds each, on one setting of `tiny`.
 
-python launch/reproduce.py --out=runs/reproduce [--seeds=3] [--steps=60] [--only=OPD,Stable-OPD] [--dry]
+python launch/reproduce.py --out=runs/reproduce [--seeds=3] [--only=OPD --only=Stable-OPD] [--dry]
 
 Makes the data and the models that the runs need (a few minutes), then trains one run after the other with
 launch/train.py, each in a folder of its own, and writes OUT/results.md. What is done is not done

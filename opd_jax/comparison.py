@@ -29,7 +29,7 @@ def define_flags(out: str) -> None:
     flags.DEFINE_string("out", out, "folder of whatever is made")
     flags.DEFINE_integer("seeds", 3, "runs of each method", lower_bound=1)
     flags.DEFINE_integer("steps", 60, "steps of each run", lower_bound=1)
-    flags.DEFINE_list("only", [], "methods to run; default all")
+    flags.DEFINE_multi_string("only", [], "a method to run, as often as there are; default all")
     cli.show("out", "seeds", "steps", "only")
 
 

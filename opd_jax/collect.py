@@ -15,7 +15,7 @@ from opd_jax.profiling import stage
 from opd_jax.programs import Program
 from opd_jax.rollout import generate
 from opd_jax.rollout import programs as rollout_programs
-from opd_jax.setup import Setup
+from opd_jax.setup import Setup, events_of
 from opd_jax.types import Rollout, Scores, TeacherRows
 
 
@@ -45,7 +45,7 @@ class Collector:
 
     def __init__(self, setup: Setup, grader: Grader):
         self.setup, self.config, self.grader = setup, setup.config, grader
-        self.scored_V = None if setup.alignment.scored.all() else setup.alignment.scored
+        self.events = events_of(setup)
         self.drawn_V = None if setup.alignment.drawn.all() else setup.alignment.drawn
         self._background = ThreadPoolExecutor(max_workers=1)  # reads the texts
 
@@ -102,7 +102,7 @@ class Collector:
         return Experience(
             rollout=rollout,
             scores=scores,
-            mask_BT=rows.scored_mask(rollout, alignment.scored, self.setup.first_pieces),
+            mask_BT=rows.scored_mask(rollout, alignment.counted, self.setup.first_pieces),
             repeated_BT=repeated_BT,
             flagged_B=flagged_B,
             correct_B=None if grades is None else np.array([g is Grade.CORRECT for g in grades]),
@@ -147,7 +147,7 @@ class Collector:
             "stop_ids": alignment.stop_ids,
             "vocabulary": alignment.vocabulary,
             "drawn_V": self.drawn_V,
-            "scored_V": self.scored_V,
+            "events": self.events,
             "stop_on_repetition": section.stop_on_repetition,
             "repetition_period": section.repetition_period,
             "mesh": self.setup.mesh,
@@ -161,7 +161,7 @@ class Collector:
             "vocabulary": self.setup.alignment.vocabulary,
             "top_k": config.scoring.overlap_top_k,
             "token_chunk": config.scoring.token_chunk,
-            "scored_V": self.scored_V,
+            "events": self.events,
             "support": self.setup.terms.scored_support,
             "keep_hidden": self.setup.terms.over_vocabulary,
         }

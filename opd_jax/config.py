@@ -54,6 +54,7 @@ def default() -> ConfigDict:
     rollout.samples_per_prompt = 4
     rollout.max_prompt_tokens = 64
     rollout.max_response_tokens = 192
+    # Rollouts are drawn at this temperature; what they are scored at is scoring.temperature.
     rollout.temperature = 1.0
     rollout.top_p = 1.0
     rollout.top_k = 0  # most likely ids that are sampled among; 0 = all
@@ -81,6 +82,9 @@ def default() -> ConfigDict:
 
     scoring = config.scoring = ConfigDict()
     scoring.token_chunk = 2048  # tokens whose logits exist at one time while scoring
+    # Logits of student, teacher and reference are divided by this before log-probs are taken, in
+    # advantage, ratio, KL and divergence alike; 1 = the models as they are (docs/objectives.md).
+    scoring.temperature = 1.0
     scoring.overlap_top_k = 16  # k of the overlap metrics (2604.13016 uses 16)
     scoring.special_tokens = (
         "remap"  # ids with two meanings: remap | mask | keep (data/alignment.py)

@@ -4,7 +4,6 @@ import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
 from opd_jax import models
 from opd_jax.models import decoder
@@ -40,10 +39,8 @@ def load_weights(setup: Setup, *, student: bool) -> Weights:
     if setup.teacher is not None and config.teacher.follow == "frozen":
         path, dtype = config.teacher.path, config.teacher.dtype
         teacher = scorer = load(path, dtype, places(setup.teacher, "teacher"))
-        rows = setup.teacher.vocab_size
-        if alignment.renumbered or rows < alignment.vocabulary:
-            ids = np.minimum(alignment.teacher_ids, rows - 1)  # those beyond are not scored
-            scorer = models.with_head_rows(teacher, jnp.asarray(ids))
+        if alignment.head_rows is not None:
+            scorer = models.with_head_rows(teacher, jnp.asarray(alignment.head_rows))
         teacher, scorer = (mesh.lend(weights, "teacher") for weights in (teacher, scorer))
     if setup.terms.needs_reference:
         path, dtype = setup.reference_section.path, config.reference.dtype

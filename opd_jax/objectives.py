@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from opd_jax import losses, scoring, supports
 from opd_jax.models import decoder
 from opd_jax.models.architecture import ModelConfig
-from opd_jax.types import Array, Frozen, GoldenRows, RolloutRows
+from opd_jax.models.events import EVERY_ID, Events
+from opd_jax.types import Frozen, GoldenRows, RolloutRows
 
 Parts = dict[str, jax.Array]  # by the name of the term: its mean over the tokens that count
 RolloutLoss = Callable[[decoder.Params, Frozen, RolloutRows], Parts]
@@ -122,13 +123,13 @@ def make_rollout_loss(
     vocabulary: int,
     token_chunk: int,
     remat: str,
-    scored_V: Array | None = None,
+    events: Events = EVERY_ID,
 ) -> RolloutLoss:
     """loss(params, frozen, rows) -> the terms on rollouts, unweighted, each a sum of weighted tokens.
 
     `frozen` holds the reference where that term is there (`reference_config` is its architecture) and
     the teacher's head where `terms.over_vocabulary`: its hidden states are those of the rows.
-    Log-probs are normalised over `scored_V`.
+    Log-probs are normalised over `events`.
     """
     names = [name for name in terms.names if name in ON_ROLLOUTS]
     beside = ["teacher"] * terms.over_vocabulary + ["reference"] * ("reference_kl" in names)
@@ -177,7 +178,8 @@ def make_rollout_loss(
             _per_token(terms, rows),
             token_chunk=token_chunk,
             vocabulary=vocabulary,
-            scored_V=scored_V,
+            events=events,
+            names=("student", *beside),
         )
         return {name: _weighted_sum(x_BT, rows.weight_BT) for name, x_BT in parts.items()}
 
@@ -187,7 +189,10 @@ def make_rollout_loss(
 def make_golden_loss(
     config: ModelConfig, *, vocabulary: int, token_chunk: int, remat: str
 ) -> GoldenLoss:
-    """loss(params, rows) -> L_SFT, unweighted, a sum of weighted tokens."""
+    """loss(params, rows) -> L_SFT, unweighted, a sum of weighted tokens.
+
+    Every id is an event of its own here, end tokens too: a golden solution teaches the one it ends with.
+    """
 
     def loss(params: decoder.Params, rows: GoldenRows) -> Parts:
         parts = scoring.map_tokens(

@@ -17,17 +17,17 @@ Weigh = Callable[[np.ndarray], Any]  # bool [B, T] -> each token's share, float3
 
 
 def scored_mask(
-    rollout: Rollout, scored_V: np.ndarray, first_pieces: Sequence[Sequence[int]] = ()
+    rollout: Rollout, counted_V: np.ndarray, first_pieces: Sequence[Sequence[int]] = ()
 ) -> np.ndarray:
     """Response tokens that both models can be held to; bool [B, T].
 
-    Left out are ids that mean different things to them (not in `scored_V`) and, for each group of
+    Left out are ids that mean different things to them (not in `counted_V`) and, for each group of
     ids in `first_pieces`, its first occurrence in a response: 2603.25562 does so for "<", "think"
     and the end of turn, which one model's template may open the response with and the other's not.
     """
     mask_BT = rollout.response_mask_BT
     tokens_BT = rollout.tokens_BT
-    scored_BT = mask_BT & scored_V[np.minimum(tokens_BT, len(scored_V) - 1)]
+    scored_BT = mask_BT & counted_V[np.minimum(tokens_BT, len(counted_V) - 1)]
     for ids in first_pieces:
         found_BT = mask_BT & np.isin(tokens_BT, np.asarray(ids))
         first_BT = found_BT & (np.cumsum(found_BT, axis=1) == 1)

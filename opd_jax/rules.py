@@ -70,7 +70,7 @@ def validate(config: ConfigDict) -> None:
         if flat[field] == 1:  # Adam would divide 0 by 0
             raise _wrong(field, flat[field], "a number from 0 to below 1")
     for field in ("optim.learning_rate", "optim.grad_clip", "metrics.repetition_threshold",
-                  "checkpoint.grace_seconds",
+                  "checkpoint.grace_seconds", "scoring.temperature",
                   "rollout.top_p", "eval.top_p", "sample.top_p"):  # fmt: skip
         if not 0 < flat[field] < math.inf:
             raise _wrong(field, flat[field], "a finite number above 0")

@@ -6,7 +6,7 @@ float32, hands them to a function, and keeps only what that returns; in the back
 chunk's logits are made again.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,9 +18,10 @@ from opd_jax import batching, losses, supports
 from opd_jax.mesh import ONE, ROWS, WHOLE, Mesh
 from opd_jax.models import decoder
 from opd_jax.models.architecture import ModelConfig
+from opd_jax.models.events import EVERY_ID, Events
 from opd_jax.programs import Program
 from opd_jax.shapes import check_shapes
-from opd_jax.types import Array, Scores, Support, TeacherRows
+from opd_jax.types import Scores, Support, TeacherRows
 
 TokenFn = Callable[..., Any]
 
@@ -34,7 +35,8 @@ def map_tokens(
     *,
     token_chunk: int,
     vocabulary: int | None = None,
-    scored_V: Array | None = None,
+    events: Events = EVERY_ID,
+    names: Sequence[str] = ("student", "teacher"),
 ) -> Any:
     """Apply `fn` to the next-token log-probs of each model, a chunk of tokens at a time.
 
@@ -44,12 +46,13 @@ def map_tokens(
       heads, hiddens: per model the output matrix [>= V, D] and final hidden states [B, T, D]. A head
         is cast to the dtype of its hidden states chunk by chunk, so that the gradient of a float32
         one is summed in float32.
-      tokens_BT: ids; ids of V or more are clamped (callers mask them).
+      tokens_BT: the student's ids; ids of V or more are clamped (callers mask them).
       per_token: more [B, T, ...] arrays, aligned with `tokens_BT`.
       token_chunk: most tokens whose logits exist at one time.
       vocabulary: V, the first ids that all models have, over which alone log-probs are normalised
         (None: all of the heads; no slice of a head is copied).
-      scored_V: bool, those of them over which they are; None for all.
+      events: which of them are scored, and which end a response and count as one.
+      names: whose each head is: student, teacher or reference.
 
     Returns: tree of [B, T, ...], aligned with `tokens_BT`; position 0, which nothing predicts, is 0.
     """
@@ -71,12 +74,11 @@ def map_tokens(
     def one_chunk(_: None, chunk: tuple) -> tuple[None, dict[str, jax.Array]]:
         hidden_CDs, token_C, extras = chunk
         logprobs = []
-        for head_VD, hidden_CD in zip(heads, hidden_CDs, strict=True):
-            logit_CV = decoder.logits(head_VD.astype(hidden_CD.dtype), hidden_CD)[:, :vocabulary]
-            if scored_V is not None:
-                logit_CV = decoder.exclude(logit_CV, scored_V)
+        for name, head_VD, hidden_CD in zip(names, heads, hidden_CDs, strict=False):
+            logit_CV = decoder.logits(head_VD.astype(hidden_CD.dtype), hidden_CD)
+            logit_CV = events.restrict(logit_CV, vocabulary=vocabulary, model=name)
             logprobs.append(jax.nn.log_softmax(logit_CV, axis=-1))
-        return None, fn(*logprobs, token_C=token_C, **extras)
+        return None, fn(*logprobs, token_C=events.of_tokens(token_C), **extras)
 
     extras = {name: shifted(array) for name, array in (per_token or {}).items()}
     chunked = (tuple(cut(hidden) for hidden in hiddens), shifted(tokens_BT), extras)
@@ -157,7 +159,7 @@ def score(
     token_chunk: int,
     microbatch_tokens: int,
     teacher_rows: TeacherRows | None = None,
-    scored_V: Array | None = None,
+    events: Events = EVERY_ID,
     support: tuple[str, int] | None = None,
     keep_hidden: bool = False,
     mesh: Mesh = ONE,
@@ -167,7 +169,7 @@ def score(
     `top_k` is that of the overlap; `support` names a support (supports.SUPPORTS) and its own k, for
     losses over one; `keep_hidden` keeps the teacher's hidden states, for losses over the whole
     vocabulary. `teacher_rows` holds the responses behind the teacher's own prompts, where those
-    are others; `scored_V` the ids over which log-probs are normalised (see data.alignment). Rows go
+    are others; `events` is what log-probs are normalised over (see data.alignment). Rows go
     through the models in micro-batches of at most `microbatch_tokens` tokens, which bounds the
     activations as `token_chunk` bounds the logits; both are those of one replica of the `mesh`.
     Returns host arrays of the shape of `tokens_BT`.
@@ -192,7 +194,7 @@ def score(
         other = None if teacher_rows is None else batching.gather_teacher(teacher_rows, part)
         scores = score_part(
             student, student_config, teacher, teacher_config,
-            *mesh.rows((tokens, length, other)), scored_V, vocabulary=vocabulary, top_k=top_k,
+            *mesh.rows((tokens, length, other)), events, vocabulary=vocabulary, top_k=top_k,
             token_chunk=token_chunk, support=support, keep_hidden=keep_hidden, mesh=mesh,
         )  # fmt: skip
         under_way.append((part, scores))
@@ -213,7 +215,7 @@ def programs(
     *,
     microbatch_tokens: int,
     teacher_width: int = 0,
-    scored_V: Array | None = None,
+    events: Events = EVERY_ID,
     mesh: Mesh = ONE,
     **settings: Any,
 ) -> list[Program]:
@@ -234,7 +236,7 @@ def programs(
             theirs_BT = np.zeros((part.count, part.teacher_width), np.int32)
             other = TeacherRows(tokens_BT=theirs_BT, length_B=length_B, offset_B=length_B)
         models = (student, student_config, teacher, teacher_config)
-        given = (*models, *mesh.row_structs((tokens_BT, length_B, other)), scored_V)
+        given = (*models, *mesh.row_structs((tokens_BT, length_B, other)), events)
         name = f"score {part.count} x {part.width}"
         out.append(Program(name, score_part, given, settings | {"mesh": mesh}))
     return out
@@ -255,7 +257,7 @@ def score_part(
     tokens_BT: jax.Array,
     length_B: jax.Array,
     other: TeacherRows | None,
-    scored_V: Array | None,
+    events: Events,
     *,
     vocabulary: int,
     top_k: int,
@@ -271,7 +273,7 @@ def score_part(
         keep_hidden=keep_hidden,
     )  # fmt: skip
     each = mesh.each(own, (WHOLE, WHOLE, ROWS, ROWS, ROWS, WHOLE), ROWS)
-    return each(student, teacher, tokens_BT, length_B, other, scored_V)
+    return each(student, teacher, tokens_BT, length_B, other, events)
 
 
 def _score_rows(
@@ -280,7 +282,7 @@ def _score_rows(
     tokens_BT: jax.Array,
     length_B: jax.Array,
     other: TeacherRows | None,
-    scored_V: Array | None,
+    events: Events,
     *,
     student_config: ModelConfig,
     teacher_config: ModelConfig | None,
@@ -301,7 +303,7 @@ def _score_rows(
         fn = partial(_pair_statistics, top_k=top_k, support=support)
     scores = map_tokens(
         fn, tuple(heads), tuple(hiddens), tokens_BT,
-        token_chunk=token_chunk, vocabulary=vocabulary, scored_V=scored_V,
+        token_chunk=token_chunk, vocabulary=vocabulary, events=events,
     )  # fmt: skip
     return scores.replace(teacher_hidden_BTD=hiddens[1]) if keep_hidden else scores
 

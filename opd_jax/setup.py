@@ -13,6 +13,7 @@ from opd_jax import data, guard, models, objectives, rules
 from opd_jax.errors import ConfigError, ModelError
 from opd_jax.fitting import Misfit, prompt_misfit, teacher_misfit, without_misfits
 from opd_jax.mesh import Mesh, make_mesh
+from opd_jax.models.events import Events
 
 _GENERATED_CHECKED = 2048  # generated prompts are all alike, their solutions are not
 
@@ -84,6 +85,11 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
         ["student"] + terms.needs_teacher * ["teacher"] + terms.needs_reference * ["reference"],
     )
     student, tokenizer = open_model(config.student)
+    own = terms.needs_reference and config.reference.path
+    reference_section = config.reference if own else config.student
+    reference = architecture(reference_section)
+    end = golden_end(student, tokenizer, config.student.path)
+    reference_ends = with_ends(reference, tokenizer).eos_token_ids if own else ()
     teacher, teacher_tokenizer = None, tokenizer
     notes: list[str] = []
     if terms.needs_teacher:
@@ -93,22 +99,30 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
             student_ends=student.eos_token_ids, teacher_ends=teacher.eos_token_ids,
             student_rows=student.vocab_size, teacher_rows=teacher.vocab_size,
             special_tokens=config.scoring.special_tokens,
+            end=end, reference_ends=reference_ends,
         )  # fmt: skip
-        rows = (student.vocab_size, teacher.vocab_size)
-        notes += data.alignment_report(alignment, tokenizer, teacher_tokenizer, rows=rows)
+        notes += data.alignment_report(
+            alignment, tokenizer, teacher_tokenizer, teacher_ends=teacher.eos_token_ids,
+            rows=(student.vocab_size, teacher.vocab_size),
+        )  # fmt: skip
     else:
         vocabulary = min(tokenizer.size, student.vocab_size)
-        alignment = data.alone(vocabulary, student.eos_token_ids)
-    own = terms.needs_reference and config.reference.path
-    reference_section = config.reference if own else config.student
-    reference = architecture(reference_section)
+        alignment = data.alone(
+            vocabulary, student.eos_token_ids, end=end, reference_ends=reference_ends
+        )
     _check_models(config, terms, student, teacher, reference, alignment)
-    notes += _warnings(terms)
+    notes += _warnings(config, terms)
     notes += [
         f"{role}: {config[role].path} is not read, no term of this loss asks it"
         for role, needed in (("teacher", terms.needs_teacher), ("reference", terms.needs_reference))
         if config[role].path and not needed
     ]
+    first_pieces = tuple(_pieces(text, tokenizer) for text in config.scoring.mask_first)
+    if ends := sorted(set(alignment.stop_ids) & {i for ids in first_pieces for i in ids}):
+        notes.append(
+            f"note: scoring.mask_first holds {data.named(tokenizer, ends)}, an end token: no term but the "
+            "golden solutions can teach the student to end with it"
+        )
     for role, model in (("student", student), ("teacher", teacher), ("reference", reference)):
         if model is not None:
             mesh.check(role, model)
@@ -154,8 +168,8 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
             or not _same_prompts(tokenizer, teacher_tokenizer)
         ),
         alignment=alignment,
-        first_pieces=tuple(_pieces(text, tokenizer) for text in config.scoring.mask_first),
-        golden_end=_golden_end(tokenizer, alignment.stop_ids),
+        first_pieces=first_pieces,
+        golden_end=end,
         width=config.rollout.max_prompt_tokens + config.rollout.max_response_tokens,
         teacher_width=0,
         train=train,
@@ -215,9 +229,16 @@ def make_terms(config: ConfigDict) -> objectives.Terms:
     return objectives.Terms(**{name: config.loss[name] for name in names}, raised=tuple(raised))
 
 
-def _warnings(terms: objectives.Terms) -> list[str]:
+def _warnings(config: ConfigDict, terms: objectives.Terms) -> list[str]:
     """What the papers found not to work and the config asks for all the same."""
     notes = []
+    drawn_at, scored_at = config.rollout.temperature, config.scoring.temperature
+    if terms.needs_rollouts and drawn_at not in (0, scored_at):
+        notes.append(
+            f"note: rollouts are drawn at temperature {drawn_at:g} and scored at {scored_at:g}: the "
+            "expectation of the advantage is not the KL of the distribution that samples; "
+            f"--config.scoring.temperature={drawn_at:g} scores what was drawn"
+        )
     if terms.divergence_weight and terms.support != "full":
         if terms.form == "raw" and terms.direction == "reverse":
             notes.append(
@@ -281,10 +302,27 @@ def _pieces(text: str, tokenizer: data.Tokenizer) -> tuple[int, ...]:
     return tuple(sorted(ids))
 
 
-def _golden_end(tokenizer: data.Tokenizer, stop_ids: tuple[int, ...]) -> int:
+def golden_end(model: models.ModelConfig, tokenizer: data.Tokenizer, path: str) -> int:
     """What a golden solution ends with: the template's end of turn where that stops a rollout."""
+    known = [i for i in model.eos_token_ids if i < tokenizer.size]
+    if not known:
+        raise ModelError(
+            f"{path}: no eos_token_id in config.json or generation_config.json, and no "
+            "chat template that closes a turn, wanted an end token; add it to generation_config.json"
+        )
     end = tokenizer.end_of_turn()
-    return end if end in stop_ids and end is not None else stop_ids[0]
+    return end if end in known and end is not None else known[0]
+
+
+def events_of(setup: Setup) -> Events:
+    """What the log-probs of a run are normalised over, in sampler, scorer and losses."""
+    alignment = setup.alignment
+    ends = alignment.ends
+    return Events(
+        scored_V=None if alignment.scored.all() else alignment.scored,
+        ends=None if ends is None or ends.one_token else ends,
+        temperature=setup.config.scoring.temperature,
+    )
 
 
 def _check_models(
@@ -295,11 +333,6 @@ def _check_models(
     reference: models.ModelConfig,
     alignment: data.Alignment,
 ) -> None:
-    if not alignment.stop_ids:
-        raise ModelError(
-            f"{config.student.path}: no eos_token_id in config.json or generation_config.json, and no "
-            "chat template that closes a turn, wanted an end token; add it to generation_config.json"
-        )
     scored = int(alignment.scored.sum())
     for field, k in (
         ("scoring.overlap_top_k", config.scoring.overlap_top_k if teacher else 0),

@@ -76,7 +76,7 @@ class Stepper:
             terms,
             setup.student,
             setup.reference,
-            scored_V=self.collector.scored_V,
+            events=self.collector.events,
             **shared,
         )
         self.accumulate = update.make_accumulate(

@@ -5,6 +5,7 @@ things end. Index t of every per-token array speaks of token t of its row:
 `logprob[b, t] = log p(tokens[b, t] | tokens[b, :t])`; entries outside the response mean nothing.
 """
 
+import dataclasses
 from enum import IntEnum
 from typing import Any
 
@@ -24,6 +25,27 @@ class Outcome(IntEnum):
     REPETITION = 2
 
 
+@dataclasses.dataclass(frozen=True)
+class Ends:
+    """Which tokens end a response: each model's own set, as columns of its logits.
+
+    Attributes:
+      id: the student's id that stands for them all; golden solutions end with it.
+      student: the student's set, `id` among them.
+      teacher, reference: those of the other models; () where there is no such model.
+    """
+
+    id: int
+    student: tuple[int, ...]
+    teacher: tuple[int, ...] = ()
+    reference: tuple[int, ...] = ()
+
+    @property
+    def one_token(self) -> bool:
+        """Whether `id` is the only end token of every model, so that there is nothing to merge."""
+        return all(own in ((), (self.id,)) for own in (self.student, self.teacher, self.reference))
+
+
 class Rollout(flax.struct.PyTreeNode):
     """Sampled rows, host arrays in the order of the prompts that were given.
 
@@ -31,8 +53,8 @@ class Rollout(flax.struct.PyTreeNode):
       tokens_BT: int32, prompt ++ response ++ zeros.
       length_B: int32, prompt + response tokens, the end token included.
       prompt_length_B: int32.
-      sampler_logprob_BT: float32, log-prob of each sampled token under the full, untempered
-        distribution of the weights that sampled it; 0 outside the response.
+      sampler_logprob_BT: float32, log-prob of each sampled token under the full distribution of the
+        weights that sampled it, over the same events as the scorer's; 0 outside the response.
       outcome_B: int32, an `Outcome` each.
     """
 

@@ -32,6 +32,7 @@ from opd_jax.eval import model as subjects
 from opd_jax.eval import runner
 from opd_jax.mesh import ONE, Mesh
 from opd_jax.models import decoder
+from opd_jax.models.events import EVERY_ID
 from opd_jax.objectives import Terms
 from opd_jax.rollout import decoding, generate
 from opd_jax.types import Frozen, GoldenRows, RolloutRows
@@ -116,7 +117,7 @@ def test_decoding_moves_no_cache_between_devices(devices, params):
     state = decoding.empty(layers, CONFIG, slots, total, 0, devices)
     settings = {
         "steps": 4, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "stop_ids": (1,),
-        "vocabulary": None, "drawn_V": None, "scored_V": None, "stop_on_repetition": 0,
+        "vocabulary": None, "drawn_V": None, "events": EVERY_ID, "stop_on_repetition": 0,
     }  # fmt: skip
     rows = 2 * devices.replicas
     row, wide = np.zeros(rows, np.int32), np.zeros((rows, 6), np.int32)

@@ -19,6 +19,7 @@ import numpy as np
 
 from opd_jax import objectives, scoring
 from opd_jax.models import decoder
+from opd_jax.models.events import EVERY_ID
 from opd_jax.objectives import Terms
 from opd_jax.types import Frozen, RolloutRows
 from opd_jax.update import make_add
@@ -54,7 +55,7 @@ def score(vocabulary: int, tokens: int) -> Case:
     params, given = decoder.abstract_params(config), rows(tokens)
     fn = partial(scoring.score_part, vocabulary=vocabulary, top_k=16, token_chunk=CHUNK)
     one = jax.jit(lambda s, t, tokens_BT, length_B: fn(
-        s, config, t, config, tokens_BT, length_B, None, None
+        s, config, t, config, tokens_BT, length_B, None, EVERY_ID
     ))  # fmt: skip
     return one, (params, params, given.tokens_BT, given.length_B)
 

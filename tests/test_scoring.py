@@ -11,6 +11,7 @@ import scipy.special
 from opd_jax import scoring
 from opd_jax.errors import ShapeError
 from opd_jax.models import decoder
+from opd_jax.models.events import EVERY_ID, Events
 from opd_jax.types import TeacherRows
 from tests.conftest import noisy_params, random_rows, tiny_config
 
@@ -190,7 +191,7 @@ def test_ids_that_are_not_scored_carry_no_mass(student, teacher):
     """Holes in the shared ids equal a vocabulary from which those ids are struck out."""
     scored_V = np.ones(VOCAB, bool)
     scored_V[[3, 40, 89]] = False
-    got = scores(student, teacher, scored_V=scored_V)
+    got = scores(student, teacher, events=Events(scored_V=scored_V))
     cut = {}
     for name, params, config in (("p", student, STUDENT), ("q", teacher, TEACHER)):
         logprob = full_logprob(params, config, VOCAB)[..., scored_V]
@@ -273,7 +274,7 @@ def test_no_array_of_batch_time_vocabulary(student):
 
     def pair(params):
         return scoring.score_part(
-            params, config, params, config, TOKENS, LENGTH, None, None,
+            params, config, params, config, TOKENS, LENGTH, None, EVERY_ID,
             vocabulary=1000, top_k=4, token_chunk=8,
         )  # fmt: skip
 

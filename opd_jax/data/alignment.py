@@ -3,7 +3,8 @@
 Student and teacher share the ids of a response, so an id must mean the same text to both. Models of
 one family agree on ordinary ids and may differ in special ones: 151645 ends a turn for Qwen2.5 and
 opens one for R1-Distill-Qwen. Log-probs of both models are taken over the ids that are *scored*;
-the others, and the padding rows of either model's output matrix, carry no mass.
+the others, and the padding rows of either model's output matrix, carry no mass. The end of a response
+is an event and not an id: each model has its own set of end tokens, and each set counts as one event.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ import numpy as np
 
 from opd_jax.data.tokenizer import Tokenizer
 from opd_jax.errors import ModelError
+from opd_jax.types import Ends
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,9 +34,14 @@ class Alignment:
     Attributes:
       vocabulary: ids that the student's tokenizer knows (its output matrix may have more rows).
       teacher_ids: int32 [vocabulary], the teacher's id for each of the student's.
-      scored: bool [vocabulary], ids over which both models' log-probs are normalised.
-      drawn: bool [vocabulary], ids a rollout may hold: the scored ones and the end tokens.
-      stop_ids: the student's end tokens, and those of its ids that the teacher reads as its own.
+      scored: bool [vocabulary], ids over which log-probs are normalised; `ends.id` stands for all end
+        tokens, so the others are not among them.
+      drawn: bool [vocabulary], ids a rollout may hold: the scored ones and the student's end tokens.
+      stop_ids: the student's end tokens.
+      ends: the end tokens of every model, counted as one event; None where that event is not scored.
+      foreign_ends: ids at which the teacher or the reference ends a response and the student does not.
+      head_rows: int32, rows of the teacher's output matrix in the order in which it scores: its ids for
+        the student's, then its end tokens; None where its own order will do.
       differing: special ids with two meanings.
       missing: how many of the student's ids the teacher does not have.
     """
@@ -44,21 +51,42 @@ class Alignment:
     scored: np.ndarray
     drawn: np.ndarray
     stop_ids: tuple[int, ...]
+    ends: Ends | None
+    foreign_ends: tuple[int, ...] = ()
+    head_rows: np.ndarray | None = None
     differing: tuple[Differing, ...] = ()
     missing: int = 0
 
     @property
-    def renumbered(self) -> bool:
-        """Whether the teacher calls any scored id by another number."""
-        own = np.arange(self.vocabulary)
-        return bool((self.teacher_ids != own)[self.scored].any())
+    def counted(self) -> np.ndarray:
+        """Ids that have a log-prob: the scored ones and, where the end is scored, every end token."""
+        counted = self.scored.copy()
+        if self.ends is not None:
+            counted[list(self.ends.student)] = True
+        return counted
 
 
-def alone(vocabulary: int, stop_ids: Sequence[int]) -> Alignment:
-    """The alignment of a run in which no other tokenizer takes part: every id counts."""
-    ids, all_of_them = np.arange(vocabulary, dtype=np.int32), np.ones(vocabulary, bool)
-    stops = tuple(i for i in dict.fromkeys(stop_ids) if i < vocabulary)
-    return Alignment(vocabulary, ids, all_of_them, all_of_them, stops)
+def alone(
+    vocabulary: int,
+    stop_ids: Sequence[int],
+    *,
+    end: int | None = None,
+    reference_ends: Sequence[int] = (),
+) -> Alignment:
+    """The alignment of a run in which no other tokenizer takes part: every id counts.
+
+    `end` is the end token of golden solutions (None: the first of `stop_ids`); `reference_ends` are
+    those of a reference with a folder of its own.
+    """
+    ids = np.arange(vocabulary, dtype=np.int32)
+    stops = _known(stop_ids, vocabulary)
+    scored, ends, foreign = np.ones(vocabulary, bool), None, ()
+    if stops:
+        theirs = _known(reference_ends, vocabulary) or stops
+        ends = Ends(stops[0] if end is None else end, stops, reference=theirs)
+        foreign = tuple(i for i in theirs if i not in stops)
+        scored = _with_one_end(scored, ends, foreign)
+    return Alignment(vocabulary, ids, scored, _drawn(scored, stops), stops, ends, foreign)
 
 
 def align(
@@ -70,66 +98,110 @@ def align(
     student_rows: int,
     teacher_rows: int,
     special_tokens: str,
+    end: int | None = None,
+    reference_ends: Sequence[int] = (),
 ) -> Alignment:
     """Compare two tokenizers id by id.
 
-    `*_ends` are the end tokens, `*_rows` the rows of the output matrices. `special_tokens` says what
-    becomes of special ids with two meanings: "remap" gives the student's token the teacher's id of
-    the same text, or of its end token where both end a response, and masks the rest; "mask" masks
-    them all: never scored, and drawn only where they end a response; "keep" compares numbers.
+    `*_ends` are the end tokens of each model, in its own ids (of the reference, () for those of the
+    student); `*_rows` the rows of the output matrices; `end` the end token of golden solutions (None:
+    the student's first). `special_tokens` says what becomes of special ids with two meanings: "remap"
+    gives the student's token the teacher's id of the same text and masks those without one; "mask"
+    masks them all, end tokens too; "keep" compares numbers. An id at which the teacher or the
+    reference ends a response and the student does not is never drawn and never scored.
 
-    Raises ModelError where ordinary ids differ: the two models do not share a vocabulary.
+    Raises ModelError where ordinary ids differ (the two models do not share a vocabulary), and where
+    the teacher has no end token, so that no end of the student's could be scored.
     """
     mine, theirs = _texts(student, student_rows), _texts(teacher, teacher_rows)
     vocabulary = len(mine)
     ids = np.arange(vocabulary, dtype=np.int32)
-    theirs += [""] * (vocabulary - len(theirs))
+    known = len(theirs)
+    theirs += [""] * (vocabulary - known)
     both = np.array([bool(mine[i] and theirs[i]) for i in range(vocabulary)])
     same = both & np.array([mine[i] == theirs[i] for i in range(vocabulary)])
     _require_ordinary_ids(student, teacher, mine, theirs, both & ~same)
-    if special_tokens == "keep":
-        stops = [i for i in dict.fromkeys([*student_ends, *teacher_ends]) if i < vocabulary]
-        drawn = both.copy()
-        drawn[stops] = True
-        return Alignment(
-            vocabulary, ids, both, drawn, tuple(stops), (), _missing(mine, theirs, both)
-        )
-    scored = same.copy()
-    treatment = dict.fromkeys(np.flatnonzero(~same).tolist(), "masked")
+    scored = both.copy() if special_tokens == "keep" else same.copy()
+    treatment: dict[int, str] = {}
+    if special_tokens != "keep":
+        treatment = dict.fromkeys(np.flatnonzero(~same).tolist(), "masked")
     if special_tokens == "remap":
-        pairs = _same_role(mine, theirs, same, student_ends, teacher_ends)
-        for i, (target, why) in pairs.items():
+        for i, target in _same_text(mine, theirs, same).items():
             ids[i], scored[i] = target, True
-            treatment[i] = f"remapped to {theirs[target]} ({target}): {why}"
-    ends = set(teacher_ends)
-    stops = [i for i in student_ends if i < vocabulary]
-    stops += [i for i in range(vocabulary) if scored[i] and int(ids[i]) in ends]
-    drawn = scored.copy()
-    drawn[stops] = True
+            treatment[i] = f"remapped to {theirs[target]} ({target}): the same text"
+    renumbered = bool((ids != np.arange(vocabulary))[scored].any())
+
+    stops = _known(student_ends, vocabulary)
+    own, others = list(stops), list(_known(teacher_ends, known))
+    if not others:  # its config names none: what it writes as the student does ends for it too
+        others = [int(ids[i]) for i in own if scored[i]]
+    if special_tokens == "mask":  # ends with two meanings are masked like any other
+        own = [i for i in own if same[i]]
+        others = [j for j in others if j < vocabulary and same[j]]
+    elif own and not others:
+        raise ModelError(
+            f"{teacher.path}: no eos_token_id in config.json or generation_config.json, and no chat "
+            "template that closes a turn, wanted the teacher's end token, by which the end of the "
+            "student's responses is scored; add it to generation_config.json"
+        )
+    end = stops[0] if end is None and stops else end
+    ends, foreign = None, ()
+    if own and others:
+        theirs_ends = [vocabulary + k for k in range(len(others))] if renumbered else others
+        ends = Ends(
+            id=end if end in own else own[0],
+            student=tuple(own),
+            teacher=tuple(theirs_ends),
+            reference=_known(reference_ends, vocabulary) or tuple(own),
+        )
+        read_as_end = np.flatnonzero(scored & np.isin(ids, others)).tolist()
+        foreign = tuple(
+            i for i in _known([*read_as_end, *ends.reference], vocabulary) if i not in stops
+        )
+        scored = _with_one_end(scored, ends, foreign)
+        for i in own:
+            treatment[i] = "ends a response for the student"
+            ids[i] = ids[i] if int(ids[i]) in others else others[0]
+    else:
+        scored[list(stops)] = False
+    head_rows = None
+    if renumbered:
+        head_rows = np.concatenate([np.minimum(ids, known - 1), others]).astype(np.int32)
+    elif teacher_rows < vocabulary:
+        head_rows = np.minimum(ids, known - 1)  # those beyond are not scored
     differing = tuple(
         Differing(i, mine[i], theirs[i] or "nothing", what)
-        for i, what in treatment.items()
-        if both[i] or scored[i]
+        for i, what in sorted(treatment.items())
+        if mine[i] and mine[i] != theirs[i] and (both[i] or scored[i])
+    )
+    missing = sum(
+        bool(mine[i] and not theirs[i] and not scored[i] and i not in own)
+        for i in range(vocabulary)
     )
     return Alignment(
-        vocabulary, ids, scored, drawn, tuple(dict.fromkeys(stops)), differing,
-        _missing(mine, theirs, scored),
+        vocabulary, ids, scored, _drawn(scored, stops), stops, ends, foreign,
+        head_rows, differing, missing,
     )  # fmt: skip
 
 
 def report(
-    alignment: Alignment, student: Tokenizer, teacher: Tokenizer, *, rows: tuple[int, int]
+    alignment: Alignment,
+    student: Tokenizer,
+    teacher: Tokenizer,
+    *,
+    teacher_ends: Sequence[int],
+    rows: tuple[int, int],
 ) -> list[str]:
     """Lines for the start of a run: shared ids, padding, end tokens, and ids with two meanings.
 
-    `rows` are those of the student's and the teacher's output matrix.
+    `teacher_ends` are its end tokens in its own ids; `rows` those of the student's and the teacher's
+    output matrix.
     """
-    texts = student.hf.convert_ids_to_tokens(list(alignment.stop_ids))
-    ends = ", ".join(f"{t} ({i})" for t, i in zip(texts, alignment.stop_ids, strict=True))
     padding = "" if rows == (alignment.vocabulary,) * 2 else f", of {rows[0]} and {rows[1]} rows"
     lines = [
         f"tokens: {int(alignment.scored.sum()):,} of {alignment.vocabulary:,} ids scored by both "
-        f"models{padding}; a response ends at {ends}"
+        f"models{padding}",
+        "  " + _ends_line(alignment, student, teacher, teacher_ends),
     ]
     if alignment.missing:
         lines.append(f"  {alignment.missing} ids of the student are unknown to the teacher: masked")
@@ -139,6 +211,36 @@ def report(
     ]
     lines += _boundary(student, teacher)
     return lines
+
+
+def _ends_line(
+    alignment: Alignment, student: Tokenizer, teacher: Tokenizer, teacher_ends: Sequence[int]
+) -> str:
+    """What ends a response for each model, and how the end is scored."""
+    mine = named(student, alignment.stop_ids)
+    if alignment.ends is None:
+        return (
+            f"note: a response ends at {mine}, which scoring.special_tokens=mask leaves out: no term "
+            "but the golden solutions can teach the student to end; set "
+            "--config.scoring.special_tokens=remap"
+        )
+    line = (
+        f"a response ends at {mine} for the student, {named(teacher, teacher_ends)} for the teacher"
+    )
+    if len(alignment.stop_ids) > 1 or tuple(teacher_ends) != alignment.stop_ids:
+        line += ": scored as one event"
+    left = [i for i in alignment.stop_ids if i not in alignment.ends.student]
+    if left:
+        line += f"; {named(student, left)} is masked (scoring.special_tokens=mask)"
+    if alignment.foreign_ends:
+        line += f"; {named(student, alignment.foreign_ends)} ends it for another model alone: never drawn"
+    return line
+
+
+def named(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """Tokens by text and id: `<|im_end|> (151645) or <|endoftext|> (151643)`."""
+    texts = tokenizer.hf.convert_ids_to_tokens(list(ids))
+    return " or ".join(f"{text} ({i})" for text, i in zip(texts, ids, strict=True))
 
 
 def _boundary(student: Tokenizer, teacher: Tokenizer) -> list[str]:
@@ -155,9 +257,24 @@ def _boundary(student: Tokenizer, teacher: Tokenizer) -> list[str]:
     ]
 
 
-def _missing(mine: list[str], theirs: list[str], scored: np.ndarray) -> int:
-    """How many of the student's tokens the teacher knows under no id."""
-    return sum(bool(text) and not theirs[i] and not scored[i] for i, text in enumerate(mine))
+def _known(ids: Sequence[int], vocabulary: int) -> tuple[int, ...]:
+    """Those of the ids that a vocabulary has, each once."""
+    return tuple(i for i in dict.fromkeys(ids) if i < vocabulary)
+
+
+def _with_one_end(scored: np.ndarray, ends: Ends, foreign: Sequence[int]) -> np.ndarray:
+    """The scored ids less every end token of any model, with the one that stands for them."""
+    scored = scored.copy()
+    scored[[*ends.student, *foreign]] = False
+    scored[ends.id] = True
+    return scored
+
+
+def _drawn(scored: np.ndarray, stops: Sequence[int]) -> np.ndarray:
+    """Ids that a rollout may hold: scored ones, and end tokens, scored or not."""
+    drawn = scored.copy()
+    drawn[list(stops)] = True
+    return drawn
 
 
 def _texts(tokenizer: Tokenizer, rows: int) -> list[str]:
@@ -183,22 +300,11 @@ def _require_ordinary_ids(
         )
 
 
-def _same_role(
-    mine: list[str],
-    theirs: list[str],
-    same: np.ndarray,
-    student_ends: Sequence[int],
-    teacher_ends: Sequence[int],
-) -> dict[int, tuple[int, str]]:
-    """Student ids that differ -> (the teacher's id of the same text or the same role, the reason)."""
+def _same_text(mine: list[str], theirs: list[str], same: np.ndarray) -> dict[int, int]:
+    """The student's ids that differ -> the teacher's id of the same text, where there is one."""
     by_text = {text: i for i, text in enumerate(theirs) if text}
-    found: dict[int, tuple[int, str]] = {}
-    for i in np.flatnonzero(~same).tolist():
-        if mine[i] and mine[i] in by_text:
-            found[i] = by_text[mine[i]], "the same text"
-    taken = {target for target, _ in found.values()} | set(np.flatnonzero(same).tolist())
-    my_ends = [i for i in student_ends if i < len(mine) and not same[i] and i not in found]
-    their_ends = [i for i in teacher_ends if i < len(theirs) and i not in taken]
-    for i, target in zip(my_ends, their_ends, strict=False):
-        found[i] = target, "both end a response"
-    return found
+    return {
+        i: by_text[mine[i]]
+        for i in np.flatnonzero(~same).tolist()
+        if mine[i] and mine[i] in by_text
+    }

@@ -185,7 +185,7 @@ def of_setup(setup: Setup, device: Device, devices: int) -> Job:
         setup.config, setup.terms, device, devices, student=setup.student, teacher=setup.teacher,
         reference=setup.reference if needs else None, vocabulary=setup.alignment.vocabulary,
         teacher_width=setup.teacher_width if setup.separate_prompts else 0,
-        renumbered=_renumbered(setup), problems=len(setup.held_out),
+        renumbered=setup.alignment.head_rows is not None, problems=len(setup.held_out),
     )  # fmt: skip
 
 
@@ -252,12 +252,6 @@ def _places(terms: Terms) -> int:
         return 0
     name, k = terms.scored_support
     return k * (2 if name in ("union", "symmetric_difference") else 1)
-
-
-def _renumbered(setup: Setup) -> bool:
-    """As the weights are read: also where the teacher has fewer rows than ids are scored."""
-    rows = setup.teacher.vocab_size if setup.teacher is not None else setup.alignment.vocabulary
-    return setup.alignment.renumbered or rows < setup.alignment.vocabulary
 
 
 def layout_of(config: ConfigDict, devices: int) -> Layout:

@@ -21,6 +21,7 @@ from opd_jax import ahead, data, objectives, setup, update
 from opd_jax.collect import Collector
 from opd_jax.mesh import ONE, Mesh
 from opd_jax.models import attention, decoder
+from opd_jax.models.events import Events
 from opd_jax.objectives import Terms
 from opd_jax.plan.job import Job
 from opd_jax.programs import Program
@@ -50,7 +51,7 @@ def _programs(config: ConfigDict, job: Job, mesh: Mesh) -> list[Program]:
     rollout_loss = golden_loss = None
     if terms.needs_rollouts:
         rollout_loss = objectives.make_rollout_loss(
-            terms, job.student, blank.reference, scored_V=collector.scored_V, **shared
+            terms, job.student, blank.reference, events=collector.events, **shared
         )
     if terms.needs_golden:
         golden_loss = objectives.make_golden_loss(job.student, **shared)
@@ -114,7 +115,7 @@ def compile_for(program: Program, place: Place | None, *, gpu: bool = False) -> 
 def placed(program: Program, place: Place) -> Program:
     """The program with its arguments where `place` puts them; settings that are no arrays stay."""
     kwargs = {
-        name: place(value) if hasattr(value, "shape") else value
+        name: place(value) if hasattr(value, "shape") or isinstance(value, Events) else value
         for name, value in program.kwargs.items()
     }
     return Program(program.name, program.function, place(program.args), kwargs)

@@ -25,7 +25,7 @@ from opd_jax.probe.writing import (
     write,
 )
 from opd_jax.right_wrong import sequence_reward
-from opd_jax.setup import Setup
+from opd_jax.setup import Setup, events_of
 from opd_jax.types import Rollout, Scores
 
 # A column of the printed table: its head, the figure, how it is shown.
@@ -221,9 +221,9 @@ def _score(
         token_chunk=config.scoring.token_chunk,
         microbatch_tokens=config.optim.microbatch_tokens,
         teacher_rows=teacher_rows,
-        scored_V=None if alignment.scored.all() else alignment.scored,
+        events=events_of(setup),
     )
-    return scores, rows.scored_mask(rollout, alignment.scored, setup.first_pieces)
+    return scores, rows.scored_mask(rollout, alignment.counted, setup.first_pieces)
 
 
 def _report(

@@ -45,14 +45,12 @@ class Plan:
     @property
     def drawn(self) -> np.ndarray:
         """Ids that the student's rollouts may hold: those that every teacher can read; bool [V]."""
-        drawn_V = np.logical_and.reduce([setup.alignment.drawn for setup in self.setups])
-        drawn_V[list(self.stop_ids)] = True
-        return drawn_V
+        return np.logical_and.reduce([setup.alignment.drawn for setup in self.setups])
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """The student's ids that end a response to it or to any teacher."""
-        return tuple(dict.fromkeys(i for s in self.setups for i in s.alignment.stop_ids))
+        """The student's end tokens."""
+        return self.setups[0].alignment.stop_ids
 
 
 def config_of_run(folder: str, overrides: Mapping[str, Any]) -> ConfigDict:

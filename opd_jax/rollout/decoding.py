@@ -14,6 +14,7 @@ import numpy as np
 from opd_jax.mesh import ONE, ROWS, WHOLE, Mesh
 from opd_jax.models import cache, decoder
 from opd_jax.models.architecture import ModelConfig
+from opd_jax.models.events import Events
 from opd_jax.placement import unwrapped
 from opd_jax.rollout.sampling import sample
 from opd_jax.types import Outcome
@@ -203,7 +204,7 @@ def decode_chunk(
     stop_ids: tuple[int, ...],
     vocabulary: int | None,
     drawn_V: jax.Array | None,
-    scored_V: jax.Array | None,
+    events: Events,
     stop_on_repetition: int,
     mesh: Mesh = ONE,
 ) -> Slots:
@@ -217,7 +218,7 @@ def decode_chunk(
         stop_on_repetition=stop_on_repetition,
     )  # fmt: skip
     each = mesh.each(own, (WHOLE, ROWS, WHOLE, WHOLE, WHOLE), ROWS)
-    return _where_slots_lie(each(layers, state, few_live, drawn_V, scored_V), mesh)
+    return _where_slots_lie(each(layers, state, few_live, drawn_V, events), mesh)
 
 
 def _decode_chunk(
@@ -225,7 +226,7 @@ def _decode_chunk(
     state: Slots,
     few_live: jax.Array,
     drawn_V: jax.Array | None,
-    scored_V: jax.Array | None,
+    events: Events,
     *,
     config: ModelConfig,
     steps: int,
@@ -256,7 +257,7 @@ def _decode_chunk(
             top_p=top_p,
             top_k=top_k,
             drawn_V=drawn_V,
-            scored_V=scored_V,
+            events=events,
         )
         target_B = jnp.where(state.live_B, state.length_B, state.tokens_BT.shape[1])  # else dropped
         length_B = state.length_B + state.live_B

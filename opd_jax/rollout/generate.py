@@ -18,6 +18,7 @@ from opd_jax.errors import DataError
 from opd_jax.mesh import ONE, Mesh
 from opd_jax.models import decoder
 from opd_jax.models.architecture import ModelConfig
+from opd_jax.models.events import EVERY_ID, Events
 from opd_jax.programs import Program
 from opd_jax.rollout import decoding
 from opd_jax.types import Rollout
@@ -88,7 +89,7 @@ def generate(
     max_prompt_tokens: int | None = None,
     vocabulary: int | None = None,
     drawn_V: np.ndarray | None = None,
-    scored_V: np.ndarray | None = None,
+    events: Events = EVERY_ID,
     stop_on_repetition: int = 0,
     repetition_period: int = 16,
     chunk: int | None = None,
@@ -109,7 +110,7 @@ def generate(
       max_prompt_tokens: fixes the width of the rows (default: the longest prompt), so that batches
         of other prompts meet the same compiled program.
       vocabulary: sample among the first ids only.
-      drawn_V, scored_V: bool [vocabulary], see `sampling.sample`.
+      drawn_V, events: see `sampling.sample`; drawn_V is bool [vocabulary].
       stop_on_repetition: a row ends when its last so many response tokens each equal the response
         token d before them, for one period d from 1 to `repetition_period`; 0 for never.
       chunk: decode steps between two looks from the host; None for 1/16 of the budget, 8 to 128.
@@ -136,7 +137,7 @@ def generate(
     )  # fmt: skip
     settings = _settings(
         shapes, temperature=temperature, top_p=top_p, top_k=top_k, stop_ids=stop_ids,
-        vocabulary=vocabulary, drawn_V=drawn_V, scored_V=scored_V,
+        vocabulary=vocabulary, drawn_V=drawn_V, events=events,
         stop_on_repetition=stop_on_repetition,
     )  # fmt: skip
     layers = decoding.unstack(params, mesh)
@@ -296,14 +297,14 @@ def _settings(
     stop_ids: Sequence[int] = (),
     vocabulary: int | None = None,
     drawn_V: np.ndarray | None = None,
-    scored_V: np.ndarray | None = None,
+    events: Events = EVERY_ID,
     stop_on_repetition: int = 0,
 ) -> dict[str, Any]:
     """The keyword arguments of `decoding.decode_chunk`."""
     return {
         "steps": shapes.chunk, "temperature": temperature, "top_p": top_p, "top_k": top_k,
         "stop_ids": tuple(stop_ids), "vocabulary": vocabulary, "drawn_V": drawn_V,
-        "scored_V": scored_V, "stop_on_repetition": stop_on_repetition,
+        "events": events, "stop_on_repetition": stop_on_repetition,
     }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from opd_jax import supports
 from opd_jax.models import decoder
+from opd_jax.models.events import EVERY_ID, Events
 
 _BISECTIONS = 30
 
@@ -18,19 +19,18 @@ def sample(
     top_p: float,
     top_k: int = 0,
     drawn_V: jax.Array | None = None,
-    scored_V: jax.Array | None = None,
+    events: Events = EVERY_ID,
 ) -> tuple[jax.Array, jax.Array]:
     """Draw one token a row -> (token_B int32, logprob_B float32).
 
     The draw is from softmax(logits / temperature) cut to its `top_k` most likely ids (0: all), and
     what is left of that to its nucleus of mass `top_p`; temperature 0 takes the most likely token.
-    The log-prob is that of the model itself, untempered and uncut, so it can be compared with the
-    scorer's whatever the sampling settings. Only ids in `drawn_V` are drawn, and log-probs are
-    normalised over the ids in `scored_V` (bool; None: all of them); an id that is drawn and not
-    scored has log-prob 0.
+    The log-prob is that of the token's event under the model itself, whatever the sampling settings,
+    so it can be compared with the scorer's: over `events`, where every end token has the log-prob of
+    the end. Only ids in `drawn_V` are drawn; one that is drawn and not scored has log-prob 0.
     """
     logits_BV = logits_BV.astype(jnp.float32)
-    scored_BV = logits_BV if scored_V is None else decoder.exclude(logits_BV, scored_V)
+    scored_BV = events.restrict(logits_BV)
     if drawn_V is not None:
         logits_BV = decoder.exclude(logits_BV, drawn_V)
     if temperature == 0.0:
@@ -42,10 +42,11 @@ def sample(
         if top_p < 1.0:
             tempered_BV = nucleus(tempered_BV, top_p)
         token_B = draw(tempered_BV, key_B)
-    chosen_B = jnp.take_along_axis(scored_BV, token_B[:, None], axis=-1)[:, 0]
+    event_B = events.of_tokens(token_B)
+    chosen_B = jnp.take_along_axis(scored_BV, event_B[:, None], axis=-1)[:, 0]
     logprob_B = chosen_B - jax.nn.logsumexp(_block_mass(_blocks(scored_BV)), axis=-1)
-    if scored_V is not None:
-        logprob_B = jnp.where(scored_V[token_B], logprob_B, 0.0)
+    if events.scored_V is not None:
+        logprob_B = jnp.where(events.scored_V[event_B], logprob_B, 0.0)
     return token_B.astype(jnp.int32), logprob_B
 
 

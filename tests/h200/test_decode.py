@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from opd_jax.models import decoder
+from opd_jax.models.events import EVERY_ID
 from opd_jax.rollout.decoding import decode_chunk, empty
 from tests.h200.conftest import QWEN_1_5B
 
@@ -29,7 +30,7 @@ def compiled(on_h200, fused_attention, dump):
     return decode_chunk.lower(
         on_h200(layers), QWEN_1_5B, on_h200(state), on_h200(np.int32(0)),
         steps=128, temperature=1.0, top_p=1.0, top_k=0, stop_ids=(151_643,), vocabulary=151_665,
-        drawn_V=None, scored_V=None, stop_on_repetition=0,
+        drawn_V=None, events=EVERY_ID, stop_on_repetition=0,
     ).compile(compiler_options={"xla_dump_to": str(dump)})  # fmt: skip
 
 

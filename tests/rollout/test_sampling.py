@@ -7,6 +7,7 @@ import pytest
 import scipy.special
 import scipy.stats
 
+from opd_jax.models.events import Events
 from opd_jax.rollout.sampling import most_likely, nucleus, sample
 
 LOGITS = np.array([1.5, -0.5, 0.0, 2.0, -2.0, 0.5, 1.0], np.float32)
@@ -162,7 +163,7 @@ def test_only_allowed_ids_are_drawn_and_logprobs_are_over_the_scored_ones():
     keys = jax.random.split(jax.random.key(0), 20_000)
     token, logprob = sample(
         jnp.tile(LOGITS, (20_000, 1)), keys, temperature=1.0, top_p=1.0,
-        drawn_V=drawn_V, scored_V=scored_V,
+        drawn_V=drawn_V, events=Events(scored_V=scored_V),
     )  # fmt: skip
     prob = np.where(drawn_V, scipy.special.softmax(LOGITS.astype(np.float64)), 0.0)
     expected = 20_000 * prob[drawn_V] / prob.sum()

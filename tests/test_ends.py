@@ -147,6 +147,34 @@ def test_sampler_and_scorer_agree_on_the_end():
     assert (rollout.sampler_logprob_BT[place] != 0).all()
 
 
+def test_a_temperature_divides_the_logits_of_every_model_before_the_ends_are_summed():
+    """Two ids and two end tokens with logits log 1, log 4, log 9, log 4: at 2 they weigh 1, 2, 3, 2."""
+    logit = jnp.log(jnp.array([1.0, 4.0, 9.0, 4.0]))
+    ends = Ends(id=3, student=(2, 3))
+    scored = np.array([True, True, False, True])
+    got = Events(scored_V=scored, ends=ends, temperature=2.0).restrict(logit)
+    np.testing.assert_allclose(jax.nn.softmax(got), [1 / 8, 2 / 8, 0, 5 / 8], atol=1e-6)
+    plain = Events(scored_V=scored, ends=ends).restrict(logit)
+    np.testing.assert_allclose(jax.nn.softmax(plain), [1 / 18, 4 / 18, 0, 13 / 18], atol=1e-6)
+
+
+def test_the_sampler_records_what_the_scorer_says_at_its_temperature():
+    tempered = Events(scored_V=SCORED, ends=ENDS, temperature=0.7)
+    counted = SCORED.copy()
+    counted[[7, 50]] = True
+    rollout = generate(
+        weights("student"), STUDENT, [[5, 6, 8]] * 8, key=jax.random.key(0), temperature=0.7,
+        max_response_tokens=12, stop_ids=ENDS.student, vocabulary=SHARED, drawn_V=counted,
+        events=tempered,
+    )  # fmt: skip
+    got = scoring.score(
+        weights("student"), STUDENT, None, None, rollout.tokens_BT, rollout.length_B,
+        vocabulary=SHARED, top_k=0, token_chunk=64, microbatch_tokens=512, events=tempered,
+    )  # fmt: skip
+    gap = np.abs(got.student_logprob_BT - rollout.sampler_logprob_BT)[rollout.response_mask_BT]
+    assert gap.max() < 1e-4
+
+
 # One formula a term: the value of the loss as a function of the student's logits, in float64.
 # `p` are log-probs of the events as they move, `held` those before, which are constants.
 Formula = Callable[[np.ndarray, np.ndarray], np.ndarray]

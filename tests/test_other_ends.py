@@ -62,8 +62,8 @@ def runs(tmp_path_factory) -> list[pathlib.Path]:
 def test_a_teacher_with_another_end_token_teaches_the_same(runs):
     """Base student, instruct teacher of one vocabulary: no token by token comparison of the ends.
 
-    Before ends were an event, the teacher's log-prob of the student's end was -12 and below, and
-    OPD made responses longer because of it.
+    Compared by tokens, the advantage of the student's end was -16 and the reverse KL at the first step
+    0.345 in place of 0.145.
     """
     same, other = (
         [row for row in lines(run, "metrics.jsonl") if "loss/opd" in row] for run in runs

@@ -32,10 +32,10 @@ from opd_jax.eval import model as subjects
 from opd_jax.eval import runner
 from opd_jax.mesh import ONE, Mesh
 from opd_jax.models import decoder
-from opd_jax.models.events import EVERY_ID
+from opd_jax.models.events import EVERY_ID, Events
 from opd_jax.objectives import Terms
 from opd_jax.rollout import decoding, generate
-from opd_jax.types import Frozen, GoldenRows, RolloutRows
+from opd_jax.types import Ends, Frozen, GoldenRows, RolloutRows
 from tests.conftest import distance, noisy_params, random_rows, tiny_config
 from tests.small_run import lines, small, without_times
 
@@ -43,6 +43,12 @@ from tests.small_run import lines, small, without_times
 CONFIG = tiny_config(num_layers=2, num_kv_heads=4)
 TEACHER = tiny_config(num_layers=1, num_kv_heads=4, hidden_size=16)
 B, T = 5, 12
+SCORED = np.ones(90, bool)
+SCORED[[5, 4, 60, 11]] = False
+# End tokens of each model's own, one of them beyond the ids that are shared.
+EVENTS = Events(
+    scored_V=SCORED, ends=Ends(id=3, student=(3, 5), teacher=(4, 92), reference=(5, 60))
+)
 MESHES = ["8x1x1", "1x8x1", "2x2x2", "1x1x4", "1x8x1 sharded", "2x4x1 sharded"]
 SHORT = ("2x2x2", "2x4x1 sharded")
 
@@ -85,7 +91,8 @@ def roll(devices: Mesh, params: decoder.Params, count: int, **settings: int):
     prompts = [generator.integers(2, 99, 1 + i % 6).tolist() for i in range(count)]
     return generate(
         on(devices, params), CONFIG, prompts, key=jax.random.key(3), max_response_tokens=14,
-        max_prompt_tokens=6, stop_ids=tuple(range(8)), chunk=4, mesh=devices, **settings,
+        max_prompt_tokens=6, stop_ids=tuple(range(8)), chunk=4, mesh=devices,
+        events=Events(ends=Ends(id=3, student=tuple(range(8)))), **settings,
     )  # fmt: skip
 
 
@@ -153,7 +160,7 @@ def score(devices: Mesh, student: decoder.Params, teacher: decoder.Params, **set
     return scoring.score(
         on(devices, student), CONFIG, on(devices, teacher), TEACHER, tokens_BT, length_B,
         vocabulary=90, top_k=3, token_chunk=7, microbatch_tokens=2 * T, mesh=devices,
-        support=("union", 2), **settings,
+        support=("union", 2), events=EVENTS, **settings,
     )  # fmt: skip
 
 
@@ -198,7 +205,7 @@ class Learner:
         shared = {"vocabulary": 90, "token_chunk": 7, "remat": "none"}
         self.devices, self.dtype = devices, dtype
         self.accumulate = update.make_accumulate(
-            objectives.make_rollout_loss(TERMS, CONFIG, CONFIG, **shared),
+            objectives.make_rollout_loss(TERMS, CONFIG, CONFIG, events=EVENTS, **shared),
             objectives.make_golden_loss(CONFIG, **shared),
             microbatch_tokens=2 * T,
             dtype=dtype,

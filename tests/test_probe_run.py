@@ -115,6 +115,9 @@ def test_figures_equal_those_of_the_whole_logits(small, folders, monkeypatch):
         logits_BTV = np.asarray(
             models.forward(params, model, rollout.tokens_BT, rollout.length_B), np.float64
         )
+        # Both end a response of both models: one event, under the id that closes a turn.
+        logits_BTV[..., 258] = np.logaddexp(logits_BTV[..., 256], logits_BTV[..., 258])
+        logits_BTV = np.delete(logits_BTV, 256, axis=-1)
         said.append(logits_BTV - np.log(np.sum(np.exp(logits_BTV), axis=-1, keepdims=True)))
     kls, overlaps, gaps = [], [], []
     for i in range(7):

@@ -7,6 +7,8 @@ one end token, `<｜end▁of▁sentence｜>`. Compared token by token, the end o
 masked or punished; so each model's end tokens count as one event, whose probability is their sum.
 """
 
+from functools import partial
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -40,14 +42,9 @@ class Events(flax.struct.PyTreeNode):
         """
         if self.temperature != 1.0:
             logits = logits / self.temperature
-        own = getattr(self.ends, model) if self.ends else ()
-        end = None
-        if self.ends and own != (self.ends.id,):  # columns beyond V may be end tokens too
-            end = jax.nn.logsumexp(jnp.stack([logits[..., i] for i in own], axis=-1), axis=-1)
-        logits = logits[..., :vocabulary]
-        if end is not None:
-            column = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-            logits = jnp.where(column == self.ends.id, end[..., None], logits)
+        if self.ends and (own := getattr(self.ends, model)) != (self.ends.id,):
+            logits = _with_one_end(logits, own, self.ends.id)
+        logits = logits[..., :vocabulary]  # cut last: columns beyond V may be end tokens
         return logits if self.scored_V is None else decoder.exclude(logits, self.scored_V)
 
     def of_tokens(self, token: jax.Array) -> jax.Array:
@@ -57,6 +54,41 @@ class Events(flax.struct.PyTreeNode):
         for i in self.ends.student:
             token = jnp.where(token == i, self.ends.id, token)
         return token
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _with_one_end(logits: jax.Array, own: tuple[int, ...], end: int) -> jax.Array:
+    """Logits whose column `end` is log sum exp over the columns `own`.
+
+    The gradient is written out: that of slices would add one array of the logits' size for each.
+    """
+    return _one_end_forward(logits, own, end)[0]
+
+
+def _one_end_forward(
+    logits: jax.Array, own: tuple[int, ...], end: int
+) -> tuple[jax.Array, jax.Array]:
+    tokens = jnp.stack([logits[..., i] for i in own], axis=-1)
+    total = jax.nn.logsumexp(tokens, axis=-1, keepdims=True)
+    return jnp.where(_columns(logits) == end, total, logits), jnp.exp(tokens - total)
+
+
+def _one_end_backward(
+    own: tuple[int, ...], end: int, share: jax.Array, gradient: jax.Array
+) -> tuple[jax.Array]:
+    at_end, column = gradient[..., end, None], _columns(gradient)
+    gradient = jnp.where(column == end, 0.0, gradient)
+    for k, i in enumerate(own):
+        gradient = jnp.where(column == i, share[..., k, None] * at_end, gradient)
+    return (gradient,)
+
+
+_with_one_end.defvjp(_one_end_forward, _one_end_backward)
+
+
+def _columns(logits: jax.Array) -> jax.Array:
+    """The id of each entry: int32, of the logits' shape."""
+    return jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
 
 
 EVERY_ID = Events()  # each id by itself, untempered

@@ -110,7 +110,7 @@ def response_text(tokenizer: Tokenizer, prompt: Sequence[int], response: Sequenc
     if tokenizer.reply_space:
         text = text.removeprefix(tokenizer.reply_space)
     elif text.startswith(" "):  # of the tokenizer's own making, behind a special token?
-        end = tokenizer.hf.decode(list(prompt[-1:]), skip_special_tokens=False)
+        end = tokenizer.decode(list(prompt[-1:]), special=True)
         next_ids = tokenizer.encode(end + _ANCHOR)[len(tokenizer.encode(end)) :]
         text = text[1:] if _text_behind(tokenizer, next_ids).startswith(" ") else text
     return begun_by(tokenizer, prompt) + text
@@ -118,7 +118,7 @@ def response_text(tokenizer: Tokenizer, prompt: Sequence[int], response: Sequenc
 
 def begun_by(tokenizer: Tokenizer, prompt: Sequence[int]) -> str:
     """Return the opening that a prompt (ids) leaves open, or ""."""
-    last = tokenizer.hf.decode(list(prompt[-_LAST:]), skip_special_tokens=False)
+    last = tokenizer.decode(list(prompt[-_LAST:]), special=True)
     return opening(last, closed=False)
 
 

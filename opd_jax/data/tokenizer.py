@@ -195,11 +195,11 @@ class Tokenizer:
         with self._one:
             return self.hf(texts, add_special_tokens=False)["input_ids"] if texts else []
 
-    def decode(self, ids: list[int]) -> str:
-        """Text of the ids, special tokens left out."""
+    def decode(self, ids: list[int], *, special: bool = False) -> str:
+        """Text of the ids, special tokens left out unless they are asked for."""
         # As an array: transformers looks at every id of a list, which takes longer than decoding it.
         with self._one:
-            return self.hf.decode(np.asarray(ids, np.int64), skip_special_tokens=True)
+            return self.hf.decode(np.asarray(ids, np.int64), skip_special_tokens=not special)
 
     def vocabulary(self) -> dict[str, int]:
         """Token string -> id, added tokens included."""

@@ -45,6 +45,8 @@ def default() -> ConfigDict:
     data.system_prompt = ""  # system's turn; empty = the row's own, if any; none = no such turn
     data.teacher_prompt_template = "same"  # what the teacher is shown instead
     data.teacher_system_prompt = "same"
+    # Day that chat templates print, YYYY-MM-DD; empty = that on which the workdir is made
+    data.date = ""
     data.shuffle = True  # global order, drawn from the seed
     data.epochs = 0.0  # passes over the data that set `steps`; 0 = `steps` says
     data.size = 20_000  # problems of the generated data set before it repeats

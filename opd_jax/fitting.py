@@ -1,8 +1,9 @@
 """Problems that fit their budgets: what is too long is refused by name, or left out and counted."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from opd_jax import data, models
+from opd_jax.data import seam
 from opd_jax.errors import DataError
 
 # Why a problem cannot be used: in short, for the count, and in a sentence that ends with the fix.
@@ -58,5 +59,62 @@ def teacher_misfit(tokens: int, teacher: models.ModelConfig, response: int) -> M
             "teacher's prompt too long",
             f"the teacher's prompt has {tokens} tokens, wanted at most {room} beside the response; "
             f"set --config.teacher.max_position={tokens + response}",
+        )
+    return None
+
+
+def unknown_id(
+    ids: Sequence[int], tokenizer: data.Tokenizer, *, what: str, rows: dict[str, int]
+) -> Misfit | None:
+    """What is wrong with token ids that some model has no embedding of.
+
+    `what` holds the ids; `rows` of the embedding, by the role that reads them.
+    """
+    largest = max(ids, default=0)
+    role = min(rows, key=rows.__getitem__)
+    if largest < rows[role]:
+        return None
+    token = tokenizer.hf.convert_ids_to_tokens(largest)
+    return (
+        f"{what} with an unknown id",
+        f"its {what} holds {token!r}, id {largest}, wanted ids below {rows[role]}, the rows of the "
+        f"{role}'s embedding; take the token out of the data or the chat template, or give a {role} "
+        "with a row for it",
+    )
+
+
+def golden_misfit(
+    problem: data.Problem,
+    prompt: str,
+    size: int,
+    style: data.PromptStyle,
+    tokenizer: data.Tokenizer,
+    *,
+    rows: int,
+    width: int,
+    response: int,
+) -> Misfit | None:
+    """What is wrong with a golden solution behind its prompt, a rendered text of `size` tokens.
+
+    `rows` of the student's embedding; `width` tokens of a whole row, of which `response` are
+    rollout.max_response_tokens.
+    """
+    begun = seam.opening(prompt, closed=tokenizer.has_template)
+    if fault := seam.fault(problem.solution, begun):
+        return fault
+    room = width - size
+    # No token is shorter than a byte, and most models have a row for all that their tokenizer knows.
+    if len(problem.solution.encode()) + 1 < room and tokenizer.size <= rows:
+        return None
+    ids = style.golden([problem], tokenizer)[0]
+    if misfit := unknown_id(ids, tokenizer, what="golden solution", rows={"student": rows}):
+        return misfit
+    over = len(ids) + 1 - room
+    if over > 0:
+        return (
+            "golden solution too long",
+            f"its prompt and golden solution have {width + over} tokens, wanted at most {width} "
+            "(rollout.max_prompt_tokens + rollout.max_response_tokens); set "
+            f"--config.rollout.max_response_tokens={response + over}",
         )
     return None

@@ -3,6 +3,7 @@
 `validate` is called once, before anything is loaded.
 """
 
+import datetime
 import difflib
 import math
 import re
@@ -91,6 +92,7 @@ def validate(config: ConfigDict) -> None:
     ):  # fmt: skip
         _choice(flat, field, choices)
     _check_texts(flat)
+    _check_date(config.data.date)
     _check_fallbacks(config.eval.fallbacks)
     if config.eval.best and not config.eval.data:
         raise ConfigError(
@@ -193,6 +195,7 @@ def validate_evaluation(config: ConfigDict) -> None:
                 "are named by --config.eval.benchmarks=NAME=FILE (docs/evaluation.md)"
             )
     _check_texts(flat)
+    _check_date(config.data.date)
     _check_fallbacks(config.eval.fallbacks)
     if "{problem}" not in config.data.prompt_template:
         raise _wrong(
@@ -392,6 +395,15 @@ def _check_kind(field: str, value: Any, known: Any) -> None:
         fits &= abs(value) < 2**63  # a larger one fails where it is computed with
     if not fits:
         raise _wrong(field, _shown(value), wanted)
+
+
+def _check_date(date: str) -> None:
+    try:
+        fits = not date or str(datetime.date.fromisoformat(date)) == date
+    except ValueError:
+        fits = False
+    if not fits:
+        raise _wrong("data.date", repr(date), "a day as YYYY-MM-DD, such as 2026-01-31, or none")
 
 
 def _check_texts(flat: dict[str, Any]) -> None:

@@ -90,6 +90,8 @@ def run(config: ConfigDict, out: str, *, command: list[str]) -> dict[str, Any]:
     """
     file = pathlib.Path(out)
     sample_file.check_place(file)
+    config = config.copy_and_resolve_references()
+    config.data.date = config.data.date or sample_file.date_of(file)
     plan = make_plan(config)
     header = {"config": json.loads(configuration.to_json(plan.config)), "sha256": plan.sha256}
     finished = sample_file.finished(file, header)
@@ -97,7 +99,8 @@ def run(config: ConfigDict, out: str, *, command: list[str]) -> dict[str, Any]:
         print(f"{file} is finished already", table(finished), sep="\n", flush=True)
         return finished
     print(f"sampling from {plan.config.teacher.path}", f"data: {plan.problems.describe()}",
-          f"problems sampled: {plan.count}", sep="\n", flush=True)  # fmt: skip
+          f"problems sampled: {plan.count}", *data.prompt_notes("teacher", plan.tokenizer),
+          sep="\n", flush=True)  # fmt: skip
     with sample_file.Partial(file, header) as partial:
         done = [Batch(**found) for found in partial.done]
         _sample_rest(plan, partial, done)
@@ -121,7 +124,9 @@ def make_plan(config: ConfigDict) -> Plan:
         )
     budget = config.sample.max_response_tokens or config.rollout.max_response_tokens
     config.sample.max_response_tokens = budget
-    teacher, tokenizer = roles.open_model(config.teacher)
+    teacher, tokenizer = roles.open_model(config.teacher, config.data.date)
+    if tokenizer.prints_date:
+        config.data.date = str(tokenizer.day)
     vocabulary = min(tokenizer.size, teacher.vocab_size)
     stop_ids = tuple(i for i in teacher.eos_token_ids if i < vocabulary)
     if not stop_ids:
@@ -137,10 +142,13 @@ def make_plan(config: ConfigDict) -> Plan:
     )  # fmt: skip
     limit = config.rollout.max_prompt_tokens
 
-    def misfit(tokens: int) -> fitting.Misfit | None:
+    def misfit(ids: list[int]) -> fitting.Misfit | None:
+        tokens, rows = len(ids), {"teacher": teacher.vocab_size}
         if style == student_style or tokens < 1:
-            return fitting.prompt_misfit(tokens, limit)
-        return fitting.teacher_misfit(tokens, teacher, budget)  # not the prompt that `limit` is for
+            found = fitting.prompt_misfit(tokens, limit)
+        else:  # not the prompt that `limit` is for
+            found = fitting.teacher_misfit(tokens, teacher, budget)
+        return found or fitting.unknown_id(ids, tokenizer, what="prompt", rows=rows)
 
     problems, width = _that_fit(problems, style, tokenizer, config, misfit)
     room = teacher.max_position - budget
@@ -200,8 +208,13 @@ def sample_batch(
         seconds=seconds,
     )
     rows = [
-        row(problems[i // section.samples], text, i % section.samples, section.samples)
-        for i, (text, found) in enumerate(zip(texts, fates, strict=True))
+        row(
+            problems[i // section.samples],
+            data.response_text(plan.tokenizer, sampled.prompt(i), sampled.response(i)),
+            i % section.samples,
+            section.samples,
+        )
+        for i, found in enumerate(fates)
         if found is Fate.KEPT
     ]
     return batch, rows
@@ -290,16 +303,16 @@ def _that_fit(
     style: data.PromptStyle,
     tokenizer: data.Tokenizer,
     config: ConfigDict,
-    misfit: Callable[[int], fitting.Misfit | None],
+    misfit: Callable[[list[int]], fitting.Misfit | None],
 ) -> tuple[data.Problems, int]:
-    """The problems of whose prompt's size `misfit` finds nothing wrong, and the largest size."""
+    """The problems in whose prompts `misfit` finds nothing wrong, and the size of the longest prompt."""
     longest = 1
 
     def misfits(block: list[data.Problem]) -> list[fitting.Misfit | None]:
         nonlocal longest
-        sizes = [len(ids) for ids in style.prompts(block, tokenizer)]
-        found = [misfit(size) for size in sizes]
-        good = [size for size, why in zip(sizes, found, strict=True) if why is None]
+        prompts = style.prompts(block, tokenizer)
+        found = [misfit(ids) for ids in prompts]
+        good = [len(ids) for ids, why in zip(prompts, found, strict=True) if why is None]
         longest = max([longest, *good])
         return found
 

@@ -155,6 +155,19 @@ def finished(file: pathlib.Path, header: dict[str, Any]) -> dict[str, Any] | Non
     return report
 
 
+def date_of(file: pathlib.Path) -> str:
+    """The day that prompts of a file print (`data.date`), finished or not; "" where none is fixed."""
+    for path, first in ((partial_path(file), True), (report_path(file), False)):
+        try:
+            with path.open(encoding="utf-8") as opened:
+                header = json.loads(opened.readline() if first else opened.read())
+            if isinstance(date := header["config"]["data"]["date"], str):
+                return date
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            continue  # not there, or not ours, which is refused where it is opened
+    return ""
+
+
 def report_path(file: pathlib.Path) -> pathlib.Path:
     """FILE.report.json of FILE.jsonl."""
     return file.with_suffix(".report.json")

@@ -1,6 +1,7 @@
 """What is known of a run before its weights are loaded: everything that can be refused, refused here."""
 
 import dataclasses
+import datetime
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +12,14 @@ from ml_collections import ConfigDict
 
 from opd_jax import data, guard, models, objectives, rules
 from opd_jax.errors import ConfigError, ModelError
-from opd_jax.fitting import Misfit, prompt_misfit, teacher_misfit, without_misfits
+from opd_jax.fitting import (
+    Misfit,
+    golden_misfit,
+    prompt_misfit,
+    teacher_misfit,
+    unknown_id,
+    without_misfits,
+)
 from opd_jax.mesh import Mesh, make_mesh
 from opd_jax.models.events import Events
 
@@ -66,8 +74,8 @@ class Setup:
         if self.separate_prompts:
             theirs = self.teacher_style.prompts(problems, self.teacher_tokenizer)
         if self.terms.needs_golden:
-            texts = [problem.solution for problem in problems]
-            golden = [[*ids, self.golden_end] for ids in self.tokenizer.encode_all(texts)]
+            solutions = self.student_style.golden(problems, self.tokenizer)
+            golden = [[*ids, self.golden_end] for ids in solutions]
         prompts = self.student_style.prompts(problems, self.tokenizer)
         return data.Batch(problems, prompts, theirs, golden)
 
@@ -84,16 +92,18 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
         config,
         ["student"] + terms.needs_teacher * ["teacher"] + terms.needs_reference * ["reference"],
     )
-    student, tokenizer = open_model(config.student)
+    today = config.data.date or datetime.date.today().isoformat()
+    student, tokenizer = open_model(config.student, today)
     own = terms.needs_reference and config.reference.path
     reference_section = config.reference if own else config.student
     reference = architecture(reference_section)
     end = golden_end(student, tokenizer, config.student.path)
     reference_ends = with_ends(reference, tokenizer).eos_token_ids if own else ()
     teacher, teacher_tokenizer = None, tokenizer
-    notes: list[str] = []
+    notes = data.prompt_notes("student", tokenizer)
     if terms.needs_teacher:
-        teacher, teacher_tokenizer = open_model(config.teacher)
+        teacher, teacher_tokenizer = open_model(config.teacher, today)
+        notes += data.prompt_notes("teacher", teacher_tokenizer)
         alignment = data.align(
             tokenizer, teacher_tokenizer,
             student_ends=student.eos_token_ids, teacher_ends=teacher.eos_token_ids,
@@ -110,6 +120,8 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
         alignment = data.alone(
             vocabulary, student.eos_token_ids, end=end, reference_ends=reference_ends
         )
+    if tokenizer.prints_date or teacher_tokenizer.prints_date:
+        config.data.date = today
     _check_models(config, terms, student, teacher, reference, alignment)
     notes += _warnings(config, terms)
     notes += [
@@ -271,12 +283,16 @@ def architecture(section: Any) -> models.ModelConfig:
     )
 
 
-def open_model(section: Any) -> tuple[models.ModelConfig, data.Tokenizer]:
-    """A role's architecture (its template's end of turn among its end tokens) and tokenizer."""
+def open_model(section: Any, date: str) -> tuple[models.ModelConfig, data.Tokenizer]:
+    """A role's architecture (its template's end of turn among its end tokens) and tokenizer.
+
+    `date` is the day that its template prints, "" for today.
+    """
     model = architecture(section)
     tokenizer = data.Tokenizer(
-        section.path, chat_template=section.chat_template, enable_thinking=section.enable_thinking
-    )
+        section.path, chat_template=section.chat_template,
+        enable_thinking=section.enable_thinking, date=date,
+    )  # fmt: skip
     return with_ends(model, tokenizer), tokenizer
 
 
@@ -426,16 +442,24 @@ def _that_fit(
 
     def misfits(block: list[data.Problem]) -> list[Misfit | None]:
         nonlocal longest
-        sizes = [len(ids) for ids in setup.student_style.prompts(block, setup.tokenizer)]
-        others = [0] * len(block)
+        texts = setup.student_style.texts(block, setup.tokenizer)
+        own = setup.tokenizer.prompt_ids(texts)
+        theirs: list[list[int]] = [[]] * len(block)
         if setup.separate_prompts:
-            prompts = setup.teacher_style.prompts(block, setup.teacher_tokenizer)
-            others = [len(ids) for ids in prompts]
-        found = [
-            _misfit(setup, problem, sizes[i], others[i], golden=golden)
-            for i, problem in enumerate(block)
-        ]
-        fitting = [size for size, why in zip(others, found, strict=True) if why is None]
+            theirs = setup.teacher_style.prompts(block, setup.teacher_tokenizer)
+        found = [_misfit(setup, *ids) for ids in zip(own, theirs, strict=True)]
+        if golden:
+            rollout = setup.config.rollout
+            found = [
+                why
+                or golden_misfit(
+                    block[i], texts[i], len(own[i]), setup.student_style, setup.tokenizer,
+                    rows=setup.student.vocab_size, width=setup.width,
+                    response=rollout.max_response_tokens,
+                )
+                for i, why in enumerate(found)
+            ]  # fmt: skip
+        fitting = [len(ids) for ids, why in zip(theirs, found, strict=True) if why is None]
         longest = max([longest, *fitting])
         return found
 
@@ -443,25 +467,21 @@ def _that_fit(
     return without_misfits(problems, misfits, field=field, count=count, skip=skip), longest
 
 
-def _misfit(
-    setup: Setup, problem: data.Problem, prompt: int, teacher_prompt: int, *, golden: bool
-) -> Misfit | None:
-    """Why a problem does not fit. `prompt`s are counts of tokens."""
+def _misfit(setup: Setup, prompt: list[int], teacher_prompt: list[int]) -> Misfit | None:
+    """Why a problem does not fit, by its prompts; the teacher's is empty where it reads the student's."""
     rollout = setup.config.rollout
-    if misfit := prompt_misfit(prompt, rollout.max_prompt_tokens):
+    if misfit := prompt_misfit(len(prompt), rollout.max_prompt_tokens):
         return misfit
+    readers = {"student": setup.student.vocab_size}
+    if setup.terms.needs_reference:
+        readers["reference"] = setup.reference.vocab_size
     if setup.teacher is not None:
-        misfit = teacher_misfit(teacher_prompt, setup.teacher, rollout.max_response_tokens)
+        rows = {"teacher": setup.teacher.vocab_size}
+        misfit = teacher_misfit(len(teacher_prompt), setup.teacher, rollout.max_response_tokens)
+        misfit = misfit or unknown_id(
+            teacher_prompt, setup.teacher_tokenizer, what="teacher's prompt", rows=rows
+        )
         if misfit:
             return misfit
-    room = setup.width - prompt
-    if golden and len(problem.solution.encode()) >= room:  # no token is shorter than a byte
-        size = len(setup.tokenizer.encode(problem.solution)) + 1
-        if size > room:
-            return (
-                "golden solution too long",
-                f"its prompt and golden solution have {prompt + size} tokens, wanted at most "
-                f"{setup.width} (rollout.max_prompt_tokens + rollout.max_response_tokens); set "
-                f"--config.rollout.max_response_tokens={rollout.max_response_tokens + size - room}",
-            )
-    return None
+        readers |= {} if setup.separate_prompts else rows
+    return unknown_id(prompt, setup.tokenizer, what="prompt", rows=readers)

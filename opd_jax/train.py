@@ -66,6 +66,8 @@ def run(
     """
     stop = stop or Stop()
     folder = pathlib.Path(path)
+    config = config.copy_and_resolve_references()
+    config.data.date = config.data.date or workdir.date_of(folder)  # prompts stay what they were
     setup = make_setup(config)
     config = setup.config
     stop.limit(config.checkpoint)

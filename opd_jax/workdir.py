@@ -91,6 +91,15 @@ def read_config(path: pathlib.Path) -> dict[str, Any]:
     return config
 
 
+def date_of(path: pathlib.Path) -> str:
+    """The day that prompts of a run or an evaluation print (`data.date`), "" where none is fixed."""
+    try:
+        found = json.loads((path / "config.json").read_text(encoding="utf-8"))["data"]["date"]
+        return found if isinstance(found, str) else ""
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return ""  # not there yet, or without it; what is broken is refused elsewhere
+
+
 def obstacle(folder: pathlib.Path) -> pathlib.Path | None:
     """What keeps a folder from being made or written into: the nearest path that exists; or None."""
     while not folder.exists():

@@ -130,7 +130,7 @@ def rows() -> Iterator[str]:
 def _open(path: str) -> tuple[models.ModelConfig, data.Tokenizer]:
     section = configuration.default().student
     section.path = path
-    return setup.open_model(section)
+    return setup.open_model(section, "")
 
 
 def _align(

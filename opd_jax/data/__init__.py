@@ -4,6 +4,8 @@ from opd_jax.data.alignment import Alignment, align, alone, named
 from opd_jax.data.alignment import report as alignment_report
 from opd_jax.data.loader import Batch, PromptStyle, golden_rows, make_batches
 from opd_jax.data.problem import Problem
+from opd_jax.data.seam import notes as prompt_notes
+from opd_jax.data.seam import response_text
 from opd_jax.data.source import Problems, open_problems, split_of
 from opd_jax.data.tiny import problem
 from opd_jax.data.tokenizer import Tokenizer
@@ -23,5 +25,7 @@ __all__ = [
     "named",
     "open_problems",
     "problem",
+    "prompt_notes",
+    "response_text",
     "split_of",
 ]

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from opd_jax.data import seam
 from opd_jax.data.tokenizer import Tokenizer
 from opd_jax.errors import ModelError
 from opd_jax.types import Ends
@@ -246,14 +247,14 @@ def named(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
 def _boundary(student: Tokenizer, teacher: Tokenizer) -> list[str]:
     """How the two prompts end, where one of them opens the thinking and the other leaves it to do."""
     ends = [t.render("?").rpartition("?")[2] for t in (student, teacher)]
-    opens = ["<think>" in end and "</think>" not in end for end in ends]
-    if opens[0] == opens[1]:
+    opens = [seam.opening(end, closed=False) for end in ends]
+    if bool(opens[0]) == bool(opens[1]):
         return []
     return [
         f"  the student's prompt ends {ends[0]!r}, the teacher's {ends[1]!r}: only one of them opens "
-        "<think>, so the other's first tokens are penalised for it; give both the same kind of "
-        "template (--config.student.chat_template, --config.teacher.chat_template) or mask the "
-        "pieces where they first occur (--config.scoring.mask_first)"
+        f"{max(opens).strip()}, so the other's first tokens are penalised for it; give both the same "
+        "kind of template (--config.student.chat_template, --config.teacher.chat_template) or mask "
+        "the pieces where they first occur (--config.scoring.mask_first)"
     ]
 
 

@@ -9,10 +9,12 @@ from ml_collections import ConfigDict
 from opd_jax.data.columns import UNFINISHED, WRONG, read_problem
 from opd_jax.data.decontaminate import Benchmarks
 from opd_jax.data.files import Row, RowError
+from opd_jax.data.loader import PromptStyle
 from opd_jax.data.problem import Problem
 from opd_jax.data.tokenizer import Tokenizer
 from opd_jax.eval.grade import Grade, Grader
 
+_STYLE = PromptStyle(system="none")  # in which a solution's tokens are counted
 _REASONS = {UNFINISHED: "unfinished", WRONG: "wrong"}  # of columns.py, as the report calls them
 
 
@@ -59,7 +61,7 @@ def judge(
                 drop(place, "wrong", detail=f"math-verify: {grade.value}")
     if tokenizer:
         for place in list(problems):
-            length = len(tokenizer.encode(problems[place].solution))
+            length = len(_STYLE.golden([problems[place]], tokenizer)[0])
             if length > keep.max_tokens:
                 drop(place, "too long", detail=f"{length} tokens")
     places = list(problems)

@@ -9,6 +9,7 @@ import grain
 import numpy as np
 
 from opd_jax.data.problem import Problem
+from opd_jax.data.seam import golden_ids
 from opd_jax.data.tokenizer import Tokenizer
 from opd_jax.errors import DataError
 
@@ -33,9 +34,19 @@ class PromptStyle:
         text = re.sub(r"\{(problem|answer|solution)\}", lambda m: fields[m[1]], self.template)
         return text, "" if self.system == "none" else self.system or problem.system
 
+    def texts(self, problems: Sequence[Problem], tokenizer: Tokenizer) -> list[str]:
+        """Rendered prompt of each problem, through the tokenizer's chat template."""
+        turns = map(self.turns, problems)
+        return [tokenizer.render(text, system=system) for text, system in turns]
+
     def prompts(self, problems: Sequence[Problem], tokenizer: Tokenizer) -> list[list[int]]:
         """Prompt ids of each problem, through the tokenizer's chat template."""
         return tokenizer.chats([self.turns(problem) for problem in problems])
+
+    def golden(self, problems: Sequence[Problem], tokenizer: Tokenizer) -> list[list[int]]:
+        """Ids of each golden solution behind its prompt, no end token added; see seam.py."""
+        solutions = [problem.solution for problem in problems]
+        return golden_ids(tokenizer, self.texts(problems, tokenizer), solutions)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """The tokenizer of a model folder: transformers' own, its chat template, and its end tokens."""
 
+import datetime
+import functools
 import json
 import os
 import pathlib
@@ -16,6 +18,10 @@ from transformers import PreTrainedTokenizerFast
 
 from opd_jax.errors import ModelError
 
+# Of strftime; the time of day is 00:00:00.
+_DIRECTIVES = ("%a", "%A", "%b", "%B", "%d", "%-d", "%e", "%m", "%-m", "%y", "%Y", "%j", "%H", "%I",
+               "%M", "%S", "%p", "%F", "%D")  # fmt: skip
+
 
 class Tokenizer:
     """Text to ids and back for one model folder, from any thread.
@@ -23,11 +29,14 @@ class Tokenizer:
     Nothing is fetched, no code of the folder runs.
     """
 
-    def __init__(self, path: str, *, chat_template: str = "", enable_thinking: bool = True):
+    def __init__(
+        self, path: str, *, chat_template: str = "", enable_thinking: bool = True, date: str = ""
+    ):
         """Read the folder.
 
         `chat_template` is a Jinja file to use in place of the folder's own; `enable_thinking` is
-        handed to the template, which may know of it (Qwen3's does).
+        handed to the template, which may know of it (Qwen3's does). `date` (YYYY-MM-DD) is the day
+        that a template prints which asks for it; "" = today.
         """
         if not (pathlib.Path(path) / "tokenizer.json").is_file():
             raise ModelError(
@@ -49,12 +58,24 @@ class Tokenizer:
         self._one = threading.Lock()  # transformers' own is for one thread at a time
         self.path = path
         self.enable_thinking = enable_thinking
+        self.day = datetime.date.fromisoformat(date) if date else datetime.date.today()
+        self._begin = self.hf.bos_token_id if _adds_beginning(path) else None
         self.size = max(self.hf.get_vocab().values()) + 1
 
     @property
     def has_template(self) -> bool:
         """Whether prompts go through a chat template; a base model may have none."""
         return bool(self.hf.chat_template)
+
+    @property
+    def prints_date(self) -> bool:
+        """Whether the chat template asks for today's date (Llama 3's does)."""
+        return "strftime_now" in str(self.hf.chat_template or "")
+
+    @property
+    def adds_beginning(self) -> bool:
+        """Whether plain prompts get a beginning token that tokenizer.json does not add."""
+        return not self.has_template and self._begin is not None
 
     def render(self, text: str, *, system: str = "", reply: str | None = None) -> str:
         """The text of a prompt: an optional system turn and a user's turn, ready for the answer.
@@ -76,11 +97,15 @@ class Tokenizer:
         messages.append({"role": "user", "content": text})
         if reply is not None:
             messages.append({"role": "assistant", "content": reply})
+        return self._apply(messages, generation_prompt=reply is None)
+
+    def _apply(self, messages: list[dict[str, str]], *, generation_prompt: bool) -> str:
         try:  # in transformers' sandbox; the template is a program from the model folder
             return self.hf.apply_chat_template(
                 messages,
+                chat_template=self._dated_template(),
                 tokenize=False,
-                add_generation_prompt=reply is None,
+                add_generation_prompt=generation_prompt,
                 enable_thinking=self.enable_thinking,
             )
         except Exception as error:  # jinja's own, and whatever a template raises
@@ -91,27 +116,72 @@ class Tokenizer:
                 "name another: --config.student.chat_template or --config.teacher.chat_template"
             ) from None
 
+    def _dated_template(self) -> str:
+        """The template, in which `strftime_now` is that of `day` instead of the clock."""
+        template = self.hf.get_chat_template()
+        if not self.prints_date:
+            return template
+        # A macro, for transformers hands no functions to a template.
+        filters = "".join(f"|replace('{d}', '{self.day.strftime(d)}')" for d in _DIRECTIVES)
+        return f"{{% macro strftime_now(format) %}}{{{{ format{filters} }}}}{{% endmacro %}}\n{template}"
+
     def chat(self, text: str, *, system: str = "") -> list[int]:
         """Ids of a prompt; see `render`."""
         return self.chats([(text, system)])[0]
 
     def chats(self, prompts: list[tuple[str, str]]) -> list[list[int]]:
-        """Ids of many prompts, given as (text, system); fast tokenizers use every core.
+        """Ids of many prompts, given as (text, system); see `prompt_ids`."""
+        return self.prompt_ids([self.render(text, system=system) for text, system in prompts])
+
+    def prompt_ids(self, rendered: list[str]) -> list[list[int]]:
+        """Ids of prompts that are rendered already; fast tokenizers use every core.
 
         A chat template writes its special tokens itself; a plain prompt gets those that the tokenizer
-        puts around a text (a beginning token, for Llama).
+        puts around a text (a beginning token, for Llama), and the beginning token that
+        tokenizer_config.json asks for by add_bos_token.
         """
-        texts = [self.render(text, system=system) for text, system in prompts]
         plain = not self.has_template
         with self._one:
-            return self.hf(texts, add_special_tokens=plain)["input_ids"] if texts else []
+            ids = self.hf(rendered, add_special_tokens=plain)["input_ids"] if rendered else []
+        if self.adds_beginning:
+            ids = [row if row[:1] == [self._begin] else [self._begin, *row] for row in ids]
+        return ids
+
+    @functools.cached_property
+    def _turn(self) -> tuple[str, str, str]:
+        """What the template writes behind a user's turn: to ask for a reply, before it, behind it."""
+        question, reply = "9876543210", "0123456789"
+        asked = self.render(question).rpartition(question)[2]
+        before, _, after = (
+            self.render(question, reply=reply).rpartition(question)[2].rpartition(reply)
+        )
+        return asked, before, after
+
+    @property
+    def reply_space(self) -> str:
+        """White space between the prompt and a reply in a closed conversation (Llama 2 has one)."""
+        asked, before, _ = self._turn
+        space = before.removeprefix(asked) if before.startswith(asked) else ""
+        return space if space.isspace() else ""
+
+    @property
+    def unopened_turn(self) -> str:
+        """What opens the model's turn in a conversation and is missing where a reply is asked for.
+
+        "" for a template with a generation prompt, and for one whose turns need no opening.
+        """
+        if not self.has_template:
+            return ""
+        asked, before, _ = self._turn
+        alone = self._apply([{"role": "user", "content": "?"}], generation_prompt=False)
+        missing = before.removeprefix(asked).strip()
+        return missing if before.startswith(asked) and alone.endswith("?" + asked) else ""
 
     def end_of_turn(self) -> int | None:
         """The special token with which the chat template closes the model's turn, if it does."""
         if not self.has_template:
             return None
-        marker = "0123456789"
-        after = self.render("?", reply=marker).rpartition(marker)[2]
+        after = self._turn[2]
         special = set(self.hf.get_added_vocab().values())
         return next((i for i in self.encode(after) if i in special), None)
 
@@ -125,11 +195,11 @@ class Tokenizer:
         with self._one:
             return self.hf(texts, add_special_tokens=False)["input_ids"] if texts else []
 
-    def decode(self, ids: list[int]) -> str:
-        """Text of the ids, special tokens left out."""
+    def decode(self, ids: list[int], *, special: bool = False) -> str:
+        """Text of the ids, special tokens left out unless they are asked for."""
         # As an array: transformers looks at every id of a list, which takes longer than decoding it.
         with self._one:
-            return self.hf.decode(np.asarray(ids, np.int64), skip_special_tokens=True)
+            return self.hf.decode(np.asarray(ids, np.int64), skip_special_tokens=not special)
 
     def vocabulary(self) -> dict[str, int]:
         """Token string -> id, added tokens included."""
@@ -138,6 +208,15 @@ class Tokenizer:
     def added(self) -> set[int]:
         """Ids of the tokens added to the trained vocabulary: special ones and their like."""
         return set(self.hf.get_added_vocab().values())
+
+
+def _adds_beginning(path: str) -> bool:
+    """Whether tokenizer_config.json asks for a beginning token; transformers does not read that."""
+    try:
+        fields = json.loads((pathlib.Path(path) / "tokenizer_config.json").read_bytes())
+        return bool(fields.get("add_bos_token"))
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False
 
 
 def _require_plain_merges(path: str) -> None:

@@ -124,11 +124,11 @@ def _report(
         summary["matched"] = float(np.mean([bool(re.search(section.match, t)) for t in texts]))
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("w", encoding="utf-8") as file:
-        for i, (problem, text, grade) in enumerate(zip(answers, texts, grades, strict=True)):
+        for i, (problem, grade) in enumerate(zip(answers, grades, strict=True)):
             row = {
                 "id": problem.id,
                 "prompt": problem.prompt,
-                "answer": text,
+                "answer": data.response_text(tokenizer, sampled.prompt(i), sampled.response(i)),
                 "gold": problem.answer,
                 "grade": grade.value if grade else None,
                 "outcome": Outcome(int(sampled.outcome_B[i])).name.lower(),

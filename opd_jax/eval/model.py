@@ -17,7 +17,7 @@ from opd_jax import setup as roles
 from opd_jax.errors import ConfigError, ModelError
 from opd_jax.mesh import Mesh, make_mesh
 from opd_jax.models import cache, decoder
-from opd_jax.workdir import read_config
+from opd_jax.workdir import date_of, read_config
 
 _FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
           "chat_template.jinja", "*.safetensors")  # fmt: skip
@@ -92,10 +92,11 @@ def open_subject(path: str, config: ConfigDict, *, step: int | None) -> Subject:
 
     Raises an OpdError: no such model, no checkpoint of that step, no end token, no such mesh.
     """
-    section = config.student.copy_and_resolve_references()
+    section, date = config.student.copy_and_resolve_references(), config.data.date
     folder = pathlib.Path(path)
     if _is_run(folder):
         trained = read_config(folder)["student"]
+        date = date or date_of(folder)
         for field in ("rope_theta", "max_position", "chat_template"):
             section[field] = section[field] or trained.get(field, section[field])
         section.enable_thinking &= trained.get("enable_thinking", True)  # as it was trained
@@ -118,7 +119,7 @@ def open_subject(path: str, config: ConfigDict, *, step: int | None) -> Subject:
         place = models.locate(path)
         section.path = place = os.path.abspath(place) if os.path.isdir(place) else place
         name = pathlib.PurePath(path).name or path
-    model, tokenizer = roles.open_model(section)
+    model, tokenizer = roles.open_model(section, date)
     vocabulary = min(tokenizer.size, model.vocab_size)
     stop_ids = tuple(i for i in model.eos_token_ids if i < vocabulary)
     if not stop_ids:

@@ -30,6 +30,7 @@ from opd_jax.eval.answer_file import AnswerFile
 from opd_jax.eval.benchmarks import Benchmark, load, parse
 from opd_jax.eval.grade import Grader
 from opd_jax.eval.model import Subject, open_subject
+from opd_jax.fitting import unknown_id
 from opd_jax.keys import Stream, key_for
 from opd_jax.rollout import generate
 from opd_jax.types import Outcome
@@ -91,14 +92,18 @@ def run(
             f"eval.backbone={config.eval.backbone!r}, wanted one of {', '.join(known)}; correct it, or "
             "leave it out"
         )
+    out = pathlib.Path(folder)
+    config.data.date = config.data.date or workdir.date_of(out)
     subject = open_subject(model, config, step=step)
+    if subject.tokenizer.prints_date:
+        config.data.date = str(subject.tokenizer.day)
     if subject.mesh.devices is not None:
         print(subject.mesh.describe(), flush=True)
     tasks = make_tasks(config, subject)
-    out = pathlib.Path(folder)
     header = make_header(config, subject, tasks)
     header["benchmarks"] = check_workdir(out, header) | header["benchmarks"]
-    print(f"workdir {out}", f"model {subject.name}: {subject.path}", sep="\n", flush=True)
+    print(f"workdir {out}", f"model {subject.name}: {subject.path}",
+          *data.prompt_notes("student", subject.tokenizer), sep="\n", flush=True)  # fmt: skip
     for task in tasks:
         left = sum(task.skipped.values())
         print(f"{task.benchmark.title}: {len(task.problems)} problems x {task.samples} answers from "
@@ -130,9 +135,8 @@ def make_tasks(config: ConfigDict, subject: Subject) -> list[Task]:
                 f"{benchmark.title} is measured by {benchmark.metric}, but eval.temperature=0 gives the "
                 "same answer every time; set --config.eval.samples=1 or a temperature above 0"
             )
-        turns = [style.turns(problem) for problem in problems]
-        texts = [subject.tokenizer.render(text, system=system) for text, system in turns]
-        prompts = subject.tokenizer.chats(turns)
+        texts = style.texts(problems, subject.tokenizer)
+        prompts = subject.tokenizer.prompt_ids(texts)
         task = Task(benchmark, file, samples, problems, loaded.skipped, texts, prompts)
         _check_lengths(task, config, subject)
         tasks.append(task)
@@ -146,6 +150,9 @@ def _check_lengths(task: Task, config: ConfigDict, subject: Subject) -> None:
                 f"{task.file}: problem {problem.id}: its prompt is empty; correct "
                 "--config.data.prompt_template"
             )
+        rows = {"student": subject.config.vocab_size}
+        if misfit := unknown_id(ids, subject.tokenizer, what="prompt", rows=rows):
+            raise DataError(f"{task.file}: problem {problem.id}: {misfit[1]}")
     need, room = task.width + budget(config), subject.config.max_position
     if need > room:
         raise ConfigError(
@@ -170,7 +177,8 @@ def make_header(config: ConfigDict, subject: Subject, tasks: Sequence[Task]) -> 
             max_response_tokens=section.max_response_tokens, fallbacks=tuple(section.fallbacks),
             prompt_template=config.data.prompt_template, system_prompt=config.data.system_prompt,
         ),
-        "fields": {name: value for name, value in flat.items() if name.startswith(_TOUCHES)},
+        "fields": {name: value for name, value in flat.items() if name.startswith(_TOUCHES)}
+        | ({"data.date": config.data.date} if config.data.date else {}),
         "benchmarks": {
             task.benchmark.name: {
                 "file": task.file, "problems": len(task.problems), "samples": task.samples,
@@ -339,7 +347,11 @@ class _Evaluation:
             answer = find(texts[i], fallbacks)
             rows.append({
                 "problem": problem, "sample": sample, "id": task.problems[problem].id,
-                "prompt": task.texts[problem], "answer": texts[i], "gold": golds[i],
+                "prompt": task.texts[problem],
+                "answer": data.response_text(
+                    subject.tokenizer, sampled.prompt(i), sampled.response(i)
+                ),
+                "gold": golds[i],
                 "extracted": letters(answer.text)[:200] if answer else None,
                 "grade": grades[i].value, "outcome": Outcome(int(sampled.outcome_B[i])).name.lower(),
                 "length": int(sampled.response_length_B[i]), "repetitive": flagged[i],

@@ -108,11 +108,12 @@ def probe(
             if part is Part.TEACHER:
                 prefixes = [setup.alignment.teacher_ids[prefix].tolist() for prefix in prefixes]
             what = f"{who}: behind {depth} tokens" if depth else f"{who}: alone"
+            by = writer.behind(writers[Part.STUDENT]) if depth else writer
             written = write(
-                plan, params, writer, which,
+                plan, params, by, which,
                 part=part, prefixes=prefixes, what=what, progress=progress,
             )  # fmt: skip
-            answers[part][depth] = read(plan, written, writer, which, grader, prefixes=prefixes)
+            answers[part][depth] = read(plan, written, by, which, grader, prefixes=prefixes)
     figures = figures_of(answers[Part.STUDENT], answers[Part.TEACHER])
     report = {
         "rollouts": summary(first),

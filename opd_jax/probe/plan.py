@@ -86,6 +86,7 @@ def make_plan(
         student = workdir.read_config(pathlib.Path(folder))["student"]
         for field in ("path", "rope_theta", "max_position", "chat_template", "enable_thinking"):
             config.student[field] = student.get(field, config.student[field])
+        config.data.date = config.data.date or workdir.date_of(pathlib.Path(folder))
         if config.teacher.follow == "average":
             raise ConfigError(
                 "teacher.follow=average: a checkpoint's moving average is not probed, wanted frozen "

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from opd_jax import data, metrics, models
+from opd_jax.data import seam
 from opd_jax.display import Progress
 from opd_jax.eval.grade import Grade, Grader
 from opd_jax.keys import Stream, key_for
@@ -33,15 +34,26 @@ class Part(IntEnum):
 class Writer:
     """A model as it writes by itself: its prompts (one a problem), ids, and end tokens.
 
-    `drawn_V` are the ids that it may write, None for all of the first `vocabulary`.
+    `texts` are the prompts as rendered. `drawn_V` are the ids that it may write, None for all of the
+    first `vocabulary`.
     """
 
     model: models.ModelConfig
     tokenizer: data.Tokenizer
+    texts: list[str]
     prompts: list[list[int]]
     vocabulary: int
     stop_ids: tuple[int, ...]
     drawn_V: np.ndarray | None
+
+    def behind(self, other: "Writer") -> "Writer":
+        """The same model where it goes on with what another one has written behind its own prompts.
+
+        Thoughts that the other's prompts opened are opened, those that only its own would open not.
+        """
+        begun = [seam.opening(text, closed=False) for text in other.texts]
+        texts = [seam.begun_as(*pair) for pair in zip(self.texts, begun, strict=True)]
+        return dataclasses.replace(self, texts=texts, prompts=self.tokenizer.prompt_ids(texts))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,10 +79,12 @@ class Answer:
 def student_writer(plan: Plan) -> Writer:
     """The student as it rolls out in training."""
     setup, drawn_V = plan.setups[0], plan.drawn
+    texts = setup.student_style.texts(plan.problems, setup.tokenizer)
     return Writer(
         setup.student,
         setup.tokenizer,
-        setup.student_style.prompts(plan.problems, setup.tokenizer),
+        texts,
+        setup.tokenizer.prompt_ids(texts),
         setup.alignment.vocabulary,
         plan.stop_ids,
         None if drawn_V.all() else drawn_V,
@@ -82,8 +96,9 @@ def teacher_writer(setup: Setup, problems: Sequence[data.Problem]) -> Writer:
     assert setup.teacher is not None  # a plan has a teacher
     tokenizer = setup.teacher_tokenizer
     ids = data.alone(min(tokenizer.size, setup.teacher.vocab_size), setup.teacher.eos_token_ids)
-    prompts = setup.teacher_style.prompts(problems, tokenizer)
-    return Writer(setup.teacher, tokenizer, prompts, ids.vocabulary, ids.stop_ids, None)
+    texts = setup.teacher_style.texts(problems, tokenizer)
+    prompts = tokenizer.prompt_ids(texts)
+    return Writer(setup.teacher, tokenizer, texts, prompts, ids.vocabulary, ids.stop_ids, None)
 
 
 def write(
@@ -153,6 +168,10 @@ def read(
     """The whole answers as text, prefixes included, graded where their problems have answers."""
     whole = [[*(prefixes[i] if prefixes else ()), *written.response(i)] for i in range(len(which))]
     texts = [writer.tokenizer.decode(ids) for ids in whole]
+    complete = [
+        data.response_text(writer.tokenizer, writer.prompts[problem], ids)
+        for problem, ids in zip(which, whole, strict=True)
+    ]
     golds = [plan.problems[problem].answer for problem in which]
     asked = [i for i, gold in enumerate(golds) if gold]
     grades: list[Grade | None] = [None] * len(texts)
@@ -167,7 +186,8 @@ def read(
         level=section.repetition_level,
     ).tolist()
     return [
-        Answer(text, grades[i], cut[i], looping[i], len(whole[i])) for i, text in enumerate(texts)
+        Answer(text, grades[i], cut[i], looping[i], len(whole[i]))
+        for i, text in enumerate(complete)
     ]
 
 

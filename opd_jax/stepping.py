@@ -136,8 +136,14 @@ class Stepper:
     def step(
         self, step: int, batch: data.Batch, weights: dict[str, float], *, masking: bool = False
     ) -> tuple[Summary, list[dict]]:
-        """One batch of prompts: roll out, score, update. Returns the step's metrics and rollouts."""
+        """One batch of prompts: roll out, score, update. Returns the step's metrics and rollouts.
+
+        `step` counts batches of prompts, `state.step` the updates that were applied. The schedule
+        advances with the second. An update that is left out and a batch whose rollouts cannot be used
+        have the same effect: the state stays as it is and the next update has the same learning rate.
+        """
         setup, terms = self.setup, self.setup.terms
+        before = update.applied(self.state)
         clock = Clock()
         row: Summary = {}
         lines: list[dict] = []
@@ -173,11 +179,12 @@ class Stepper:
             if under_way and not self._counts(step, under_way[-1], last, row):
                 under_way.pop()
             row |= _means(under_way)
-        clock.lap("update", row.get("rollout/tokens", 0.0) + sum(map(len, golden)))
+        tokens = row.get("rollout/tokens", 0.0) + sum(map(len, golden))
+        clock.lap("update", None if unusable else tokens)
         row |= clock.row()
-        row["optim/learning_rate"] = float(
-            self.schedule(step * self.config.optim.updates_per_rollout - 1)
-        )
+        row["optim/updates"] = float(count := update.applied(self.state))
+        if count > before:
+            row["optim/learning_rate"] = float(self.schedule(count - 1))
         row["memory/peak_gib"] = peak_gib()
         # What an update was left out for is told by guard/skipped; metrics.jsonl holds numbers.
         return {name: value for name, value in row.items() if math.isfinite(value)}, lines

@@ -39,7 +39,7 @@ def test_run_writes_what_the_design_promises(straight):
     rows = lines(workdir, "metrics.jsonl")
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
     promised = {
-        "loss": "total opd sft reference_kl", "optim": "grad_norm learning_rate",
+        "loss": "total opd sft reference_kl", "optim": "grad_norm learning_rate updates",
         "rollout": "truncation_rate repetition_rate length_mean length_max tokens "
                    "sampler_logprob_gap_max sampler_logprob_gap_mean",
         "score": "advantage_mean student_logprob_mean teacher_logprob_mean reverse_kl "

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from opd_jax import losses, metrics
+from opd_jax.errors import ShapeError
 from opd_jax.models import decoder
 from opd_jax.objectives import Terms
 from opd_jax.types import GoldenRows, Outcome, Rollout, RolloutRows, Scores, TeacherRows
@@ -155,12 +156,20 @@ def golden_rows(
 
 
 def share(rows: Rows, index: int, parts: int, *, weigh: Weigh) -> Rows:
-    """The `index`-th of `parts` equal shares of the rows, weighed among themselves."""
+    """The `index`-th of `parts` equal shares of the rows, weighed among themselves.
+
+    Raises ShapeError where the rows do not divide: some would be in no share.
+    """
     if parts == 1:
         return rows
+    size, rest = divmod(len(rows.length_B), parts)
+    if rest:
+        raise ShapeError(
+            f"{len(rows.length_B)} rows do not divide into {parts} equal shares; set "
+            "--config.optim.updates_per_rollout to a divisor of --config.rollout.prompts_per_step"
+        )
 
     def one(x: np.ndarray) -> np.ndarray:
-        size = x.shape[0] // parts
         return x[index * size : (index + 1) * size]
 
     rows = jax.tree.map(one, rows)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from opd_jax import losses, rows
+from opd_jax.errors import ShapeError
 from opd_jax.objectives import Terms
 from opd_jax.types import GoldenRows, Outcome, Rollout, Scores
 
@@ -74,6 +75,15 @@ def test_shares_of_a_batch_are_weighed_anew():
     half = rows.share(whole, 1, 2, weigh=WEIGH)
     np.testing.assert_array_equal(half.tokens_BT, [[2], [3]])
     np.testing.assert_allclose(half.weight_BT[:, 0], [0.5, 0.5], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("count", "parts"), [(5, 2), (4, 3), (2, 4)])
+def test_rows_that_do_not_divide_are_refused(count, parts):
+    """Cut into floor(count / parts) rows each, the last ones would be in no share."""
+    whole = GoldenRows(np.zeros((count, 1)), np.ones(count, np.int32), np.ones((count, 1)))
+    for index in range(parts):
+        with pytest.raises(ShapeError, match=f"{count} rows .* {parts} equal shares.*updates_per"):
+            rows.share(whole, index, parts, weigh=WEIGH)
 
 
 def test_lines_of_rollouts_hold_what_is_known():

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import pathlib
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -149,6 +150,7 @@ class Stepper:
         lines: list[dict] = []
         rollout_rows = golden_rows = given = student = beside = None
         golden = batch.golden if weights["sft"] else []
+        ids = [problem.id for problem in batch.problems]
         if terms.needs_rollouts:
             student = self.mesh.compute(self.state.params, self.dtype)
             teacher = self.teacher_now(student)
@@ -162,7 +164,7 @@ class Stepper:
             if self.mesh.devices is None:
                 student = None  # as these may be
             with stage("rows"):
-                rollout_rows, lines = self._rollout_rows(step, given, masking=masking)
+                rollout_rows, lines = self._rollout_rows(step, given, ids=ids, masking=masking)
         if golden:
             laid_out = data.golden_rows(batch.prompts, golden, width=setup.width)
             golden_rows = rows.golden_rows(*laid_out, weigh=self.weigh_golden)
@@ -190,13 +192,17 @@ class Stepper:
         return {name: value for name, value in row.items() if math.isfinite(value)}, lines
 
     def _rollout_rows(
-        self, step: int, given: Experience, *, masking: bool
+        self, step: int, given: Experience, *, ids: Sequence[str], masking: bool
     ) -> tuple[RolloutRows, list[dict]]:
-        """What the update takes of the experience, and the lines of it for rollouts.jsonl."""
+        """What the update takes of the experience, and the lines of it for rollouts.jsonl.
+
+        `ids` are the problems'.
+        """
         terms, loss, rollout = self.setup.terms, self.config.loss, given.rollout
         advantage_BT = rows.advantages(
             rollout, given.scores, given.mask_BT, terms,
-            reward_B=given.correct_B, group=self.config.rollout.samples_per_prompt,
+            reward_B=given.correct_B, graded_B=given.graded_B,
+            group=self.config.rollout.samples_per_prompt,
         )  # fmt: skip
         counted_BT = rows.counted(
             rollout, given.mask_BT, truncated=loss.truncated, tail=loss.truncated_tail
@@ -210,7 +216,7 @@ class Stepper:
         if terms.needs_teacher and (terms.on_support or not terms.pg_weight):
             shown_BT = given.scores.teacher_logprob_BT - given.scores.student_logprob_BT
         lines = rows.as_lines(
-            step, rollout, given.scores, shown_BT, correct=given.correct_B,
+            step, rollout, given.scores, shown_BT, ids=ids, grades=given.grades,
             count=min(self.config.log.rollouts, len(given.texts)),
             decode=self.setup.tokenizer.decode,
         )  # fmt: skip

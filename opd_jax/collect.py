@@ -10,7 +10,7 @@ import numpy as np
 
 from opd_jax import data, metrics, models, processes, repetition, rows, scoring
 from opd_jax.clock import Clock
-from opd_jax.eval.grade import Grade, Grader
+from opd_jax.eval.grade import Grade, Grader, decided
 from opd_jax.profiling import stage
 from opd_jax.programs import Program
 from opd_jax.rollout import generate
@@ -27,7 +27,7 @@ class Experience:
       rollout, scores: the records.
       mask_BT: tokens that both models are held to. repeated_BT: tokens that repeat earlier ones.
       flagged_B: rollouts that repeat themselves.
-      correct_B: whether each answer is right; None where the problems have no answers.
+      grades: of the responses; None where a problem has no answer.
       texts: of the responses.
     """
 
@@ -36,8 +36,18 @@ class Experience:
     mask_BT: np.ndarray
     repeated_BT: np.ndarray
     flagged_B: np.ndarray
-    correct_B: np.ndarray | None
+    grades: Sequence[Grade | None]
     texts: list[str]
+
+    @property
+    def graded_B(self) -> np.ndarray:
+        """Rollouts that have a grade which says something about them; a time-out does not."""
+        return np.array([decided(grade) for grade in self.grades])
+
+    @property
+    def correct_B(self) -> np.ndarray:
+        """Rollouts whose answer is right; see `graded_B` for where this is known."""
+        return np.array([grade is Grade.CORRECT for grade in self.grades])
 
 
 class Collector:
@@ -72,8 +82,8 @@ class Collector:
         with stage("read"):
             texts, grades = reading.result()
             if processes.several():  # an answer that timed out in one might not in another
-                told = processes.from_first(lambda: grades and [grade.value for grade in grades])
-                grades = told and [Grade(value) for value in told]
+                told = processes.from_first(lambda: [grade and grade.value for grade in grades])
+                grades = [value and Grade(value) for value in told]
             return self.understand(rollout, scores, texts, grades)
 
     def understand(
@@ -81,7 +91,7 @@ class Collector:
         rollout: Rollout,
         scores: Scores,
         texts: list[str],
-        grades: Sequence[Grade] | None,
+        grades: Sequence[Grade | None],
     ) -> Experience:
         """Which tokens count and which repeat, which rollouts are right: only a CORRECT one is."""
         section, alignment = self.config.metrics, self.setup.alignment
@@ -105,19 +115,24 @@ class Collector:
             mask_BT=rows.scored_mask(rollout, alignment.counted, self.setup.first_pieces),
             repeated_BT=repeated_BT,
             flagged_B=flagged_B,
-            correct_B=None if grades is None else np.array([g is Grade.CORRECT for g in grades]),
+            grades=grades,
             texts=texts,
         )
 
     def measure(self, given: Experience) -> dict[str, float]:
         """The `rollout/*` and `score/*` keys."""
         section, rollout = self.config.metrics, self.config.rollout
-        return metrics.step_metrics(
+        asked = any(given.grades)
+        row = metrics.step_metrics(
             given.rollout, given.scores, given.mask_BT, given.texts, given.flagged_B,
-            given.repeated_BT, correct_B=given.correct_B, positions=section.positions,
+            given.repeated_BT, correct_B=given.correct_B if asked else None, graded_B=given.graded_B,
+            positions=section.positions,
             hedging=section.hedging, max_response_tokens=rollout.max_response_tokens,
             stops_on_repetition=rollout.stop_on_repetition > 0,
         )  # fmt: skip
+        if asked:
+            row["rollout/grading_timeouts"] = float(given.grades.count(Grade.TIMEOUT))
+        return row
 
     def programs(self, student: models.Params, teacher: models.Params | None) -> list[Program]:
         """All that `collect` compiles, whatever the prompts; models may be shapes and dtypes alone."""
@@ -202,10 +217,10 @@ class Collector:
             **self.scoring,
         )  # fmt: skip
 
-    def _read(self, rollout: Rollout, answers: list[Any]) -> tuple[list[str], list[Grade] | None]:
-        """Texts of the responses, and their grades, made by other processes; None without answers."""
+    def _read(self, rollout: Rollout, answers: list[str]) -> tuple[list[str], list[Grade | None]]:
+        """Texts of the responses, and their grades, made by other processes; None without an answer."""
         decode = self.setup.tokenizer.decode
         texts = [decode(rollout.response(i)) for i in range(len(rollout.length_B))]
-        if not all(answers) or not processes.first():
-            return texts, None
-        return texts, list(self.grader.grade(list(zip(texts, answers, strict=True))))
+        if not processes.first():
+            return texts, [None] * len(texts)
+        return texts, self.grader.grade_answered(zip(texts, answers, strict=True))

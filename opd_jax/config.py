@@ -182,6 +182,10 @@ def default() -> ConfigDict:
     evaluation.batch = 512  # answers sampled, graded and written at one time
     evaluation.backbone = ""  # whose rows of papers stand in the table; empty = by the model's name
 
+    grading = config.grading = ConfigDict()  # math-verify, in processes of its own
+    grading.processes = 0  # 0 = one per core that the run may use, 8 at most
+    grading.seconds = 5.0  # limit of processor time per answer; beyond it the grade is TIMEOUT
+
     metrics = config.metrics = ConfigDict()
     metrics.repetition_tail = 10_000  # L: characters of the tail that is compressed (2604.08527)
     metrics.repetition_threshold = 10.0  # tau: compression ratio above which a text repeats itself

@@ -25,6 +25,7 @@ def step_metrics(
     repeated_BT: np.ndarray,
     *,
     correct_B: np.ndarray | None = None,
+    graded_B: np.ndarray | None = None,
     positions: Sequence[int],
     max_response_tokens: int,
     hedging: Sequence[str],
@@ -38,6 +39,7 @@ def step_metrics(
       texts: of the responses.
       flagged_B, repeated_BT: see `flagged`, `repetition.repeated_mask`.
       correct_B: whether each answer is right; None where nobody has graded them.
+      graded_B: those of which this is known; None = all.
       positions, max_response_tokens: see `score_metrics`.
       hedging: see `hedging_rate`.
       stops_on_repetition: whether decoding stops rollouts that repeat themselves.
@@ -63,7 +65,7 @@ def step_metrics(
         )
     if correct_B is not None:
         reward_B = None if advantage_BT is None else sequence_reward(advantage_BT, mask_BT)
-        row |= right_against_wrong(reward_B, correct_B)
+        row |= right_against_wrong(reward_B, correct_B, graded_B)
     return row
 
 

@@ -13,16 +13,22 @@ def sequence_reward(advantage_BT: np.ndarray, mask_BT: np.ndarray) -> np.ndarray
     return np.divide(sum_B, count_B, out=np.full(len(count_B), np.nan), where=count_B > 0)
 
 
-def right_against_wrong(reward_B: np.ndarray | None, correct_B: np.ndarray) -> dict[str, float]:
+def right_against_wrong(
+    reward_B: np.ndarray | None, correct_B: np.ndarray, graded_B: np.ndarray | None = None
+) -> dict[str, float]:
     """Accuracy, and what the teacher's reward (`sequence_reward`) makes of right and wrong answers.
 
     2604.13016, section 6.2 and Fig. 14. The AUROC is the chance that a right answer has the larger
     reward than a wrong one; a class that is empty has no keys. None for the reward: no teacher.
+    Everything is taken over the rollouts in `graded_B` (None = all), whose number is `rollout/graded`.
     """
-    row = {"rollout/accuracy": float(np.mean(correct_B))}
+    graded_B = np.ones(len(correct_B), bool) if graded_B is None else graded_B
+    row = {"rollout/graded": float(np.sum(graded_B))}
+    if graded_B.any():
+        row["rollout/accuracy"] = float(np.mean(correct_B[graded_B]))
     if reward_B is None:
         return row
-    scored_B = ~np.isnan(reward_B)
+    scored_B = graded_B & ~np.isnan(reward_B)
     right, wrong = reward_B[scored_B & correct_B], reward_B[scored_B & ~correct_B]
     if right.size:
         row["score/reward_right"] = float(np.mean(right))

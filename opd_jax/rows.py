@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from opd_jax import losses, metrics
+from opd_jax.errors import ShapeError
+from opd_jax.eval.grade import Grade, decided
 from opd_jax.models import decoder
 from opd_jax.objectives import Terms
 from opd_jax.types import GoldenRows, Outcome, Rollout, RolloutRows, Scores, TeacherRows
@@ -72,12 +74,14 @@ def advantages(
     *,
     reward_B: np.ndarray | None,
     group: int,
+    graded_B: np.ndarray | None = None,
 ) -> np.ndarray:
     """What the surrogate is told about each sampled token; float32 [B, T], 0 where none is scored.
 
     w (teacher_coef * A_teacher + group_coef * A_group): the teacher's log-ratio, clamped and
     discounted where the config says so (of a support it is `losses.support_advantage`, not here),
-    the group-relative advantage of `reward_B` [B], and w the truncated importance weight.
+    the group-relative advantage of `reward_B` [B] among those of the group that are in `graded_B`
+    (None = all), and w the truncated importance weight.
     """
     total_BT = np.zeros(mask_BT.shape, np.float32)
     if terms.pg_weight and terms.teacher_coef and not terms.on_support:
@@ -97,6 +101,7 @@ def advantages(
             reward_B=jnp.asarray(reward_B, jnp.float32),
             group=group,
             normalise=terms.group_normalise,
+            counted_B=None if graded_B is None else jnp.asarray(graded_B),
         )
         total_BT += terms.group_coef * np.asarray(group_B)[:, None]
     if terms.importance_cap:
@@ -155,12 +160,20 @@ def golden_rows(
 
 
 def share(rows: Rows, index: int, parts: int, *, weigh: Weigh) -> Rows:
-    """The `index`-th of `parts` equal shares of the rows, weighed among themselves."""
+    """The `index`-th of `parts` equal shares of the rows, weighed among themselves.
+
+    Raises ShapeError where the rows do not divide: some would be in no share.
+    """
     if parts == 1:
         return rows
+    size, rest = divmod(len(rows.length_B), parts)
+    if rest:
+        raise ShapeError(
+            f"{len(rows.length_B)} rows do not divide into {parts} equal shares; set "
+            "--config.optim.updates_per_rollout to a divisor of --config.rollout.prompts_per_step"
+        )
 
     def one(x: np.ndarray) -> np.ndarray:
-        size = x.shape[0] // parts
         return x[index * size : (index + 1) * size]
 
     rows = jax.tree.map(one, rows)
@@ -175,10 +188,13 @@ def as_lines(
     *,
     count: int,
     decode: Callable[[list[int]], str],
-    correct: np.ndarray | None = None,
+    ids: Sequence[str],
+    grades: Sequence[Grade | None] | None = None,
 ) -> list[dict[str, Any]]:
     """The first `count` rollouts of a step as rows of rollouts.jsonl, with what both models said.
 
+    `ids` names the problems, each of which has as many rollouts, which stand together: a row has the
+    id of its problem and says which sample of it it is. `correct` is null where no grade tells.
     `advantage_BT` is that of the sampled tokens, whatever the loss is over.
     """
     per_token = {
@@ -188,17 +204,22 @@ def as_lines(
         "advantage": advantage_BT,
     }
 
+    group = len(rollout.length_B) // len(ids)
+
     def one(i: int) -> dict[str, Any]:
         span = slice(int(rollout.prompt_length_B[i]), int(rollout.length_B[i]))
+        grade = grades[i] if grades is not None else None
         line = {
             "step": step,
-            "id": i,
+            "id": ids[i // group],
+            "sample": i % group,
             "prompt": decode(rollout.prompt(i)),
             "response": decode(rollout.response(i)),
             "prompt_ids": rollout.prompt(i),
             "response_ids": rollout.response(i),
             "outcome": Outcome(int(rollout.outcome_B[i])).name.lower(),
-            "correct": None if correct is None else bool(correct[i]),
+            "grade": grade and grade.value.lower(),
+            "correct": grade is Grade.CORRECT if decided(grade) else None,
         }
         known = {name: values for name, values in per_token.items() if values is not None}
         return line | {name: _rounded(values[i, span]) for name, values in known.items()}

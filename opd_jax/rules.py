@@ -57,7 +57,7 @@ def validate(config: ConfigDict) -> None:
                   "reference.max_position", "sample.problems", "sample.slots",
                   "sample.temperature", "sample.max_response_tokens", "rollout.stop_on_repetition",
                   "rollout.top_k", "sample.top_k", "eval.top_k", "eval.slots",
-                  "eval.max_response_tokens",
+                  "eval.max_response_tokens", "grading.processes",
                   "guard.beta_kl_floor", "guard.beta_kl_max", "guard.lambda_gold_floor",
                   "guard.lambda_gold_max", "profile.steps",
                   "checkpoint.deadline_minutes", "guard.skip_nonfinite", "guard.spike",
@@ -76,6 +76,7 @@ def validate(config: ConfigDict) -> None:
         if not 0 < flat[field] < math.inf:
             raise _wrong(field, flat[field], "a finite number above 0")
     _range(flat, "metrics.repetition_level", 1, 9)
+    _range(flat, "grading.seconds", 0.1, 30)
     _check_mesh(flat)
     _range(flat, "metrics.repeated_ngram", 2, math.inf)
     for field, choices in (
@@ -175,7 +176,7 @@ def validate_evaluation(config: ConfigDict) -> None:
     for field in ("eval.batch", "metrics.repetition_tail", "rollout.max_response_tokens"):
         _range(flat, field, 1, math.inf)
     for field in ("seed", "eval.problems", "eval.samples", "eval.temperature", "eval.top_k",
-                  "eval.slots", "eval.max_response_tokens", "student.rope_theta",
+                  "eval.slots", "eval.max_response_tokens", "grading.processes", "student.rope_theta",
                   "student.max_position"):  # fmt: skip
         _range(flat, field, 0, math.inf)
     if config.seed >= 2**32:
@@ -185,6 +186,7 @@ def validate_evaluation(config: ConfigDict) -> None:
         if not 0 < flat[field] < math.inf:
             raise _wrong(field, flat[field], "a finite number above 0")
     _range(flat, "metrics.repetition_level", 1, 9)
+    _range(flat, "grading.seconds", 0.1, 30)
     _choice(flat, "student.dtype", DTYPES)
     _choice(flat, "data.bad_rows", ("refuse", "skip"))
     _check_mesh(flat)

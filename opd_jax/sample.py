@@ -26,7 +26,7 @@ from opd_jax import config as configuration
 from opd_jax import data, display, fitting, metrics, models, rules, sample_file, workdir
 from opd_jax import setup as roles
 from opd_jax.errors import ConfigError, DataError, ModelError
-from opd_jax.eval.grade import Grade, Grader
+from opd_jax.eval.grade import Grade, Grader, make_grader
 from opd_jax.keys import Stream, key_for
 from opd_jax.rollout import generate
 from opd_jax.types import Outcome
@@ -193,10 +193,10 @@ def sample_batch(
     texts = [plan.tokenizer.decode(sampled.response(i)) for i in range(len(sampled.length_B))]
     cut = (sampled.outcome_B != Outcome.EOS).tolist()  # also what was stopped on repetition
     golds = [problem.answer for problem in problems for _ in range(section.samples)]
-    asked = [i for i, text in enumerate(texts) if golds[i] and text.strip() and not cut[i]]
-    grades: list[Grade | None] = [None] * len(texts)
-    for i, given in zip(asked, grader.grade((texts[i], golds[i]) for i in asked), strict=True):
-        grades[i] = given
+    asked = [
+        gold if t.strip() and not c else "" for gold, t, c in zip(golds, texts, cut, strict=True)
+    ]
+    grades = grader.grade_answered(zip(texts, asked, strict=True))
     fates = [
         fate(text, truncated=cut[i], grade=grades[i], section=section, repetition=repetition)
         for i, text in enumerate(texts)
@@ -348,7 +348,7 @@ def _sample_rest(plan: Plan, partial: sample_file.Partial, done: list[Batch]) ->
         return
     dtype = roles.compute_dtype(plan.config.teacher.dtype)
     _, params = models.load(plan.config.teacher.path, dtype=dtype)
-    with Grader() as grader:
+    with make_grader(plan.config.grading) as grader:
         began = time.perf_counter()
         for number in range(first, total):
             batch, rows = sample_batch(plan, number, params, grader)

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import pathlib
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -136,13 +137,20 @@ class Stepper:
     def step(
         self, step: int, batch: data.Batch, weights: dict[str, float], *, masking: bool = False
     ) -> tuple[Summary, list[dict]]:
-        """One batch of prompts: roll out, score, update. Returns the step's metrics and rollouts."""
+        """One batch of prompts: roll out, score, update. Returns the step's metrics and rollouts.
+
+        `step` counts batches of prompts, `state.step` the updates that were applied. The schedule
+        advances with the second. An update that is left out and a batch whose rollouts cannot be used
+        have the same effect: the state stays as it is and the next update has the same learning rate.
+        """
         setup, terms = self.setup, self.setup.terms
+        before = update.applied(self.state)
         clock = Clock()
         row: Summary = {}
         lines: list[dict] = []
         rollout_rows = golden_rows = given = student = beside = None
         golden = batch.golden if weights["sft"] else []
+        ids = [problem.id for problem in batch.problems]
         if terms.needs_rollouts:
             student = self.mesh.compute(self.state.params, self.dtype)
             teacher = self.teacher_now(student)
@@ -156,7 +164,7 @@ class Stepper:
             if self.mesh.devices is None:
                 student = None  # as these may be
             with stage("rows"):
-                rollout_rows, lines = self._rollout_rows(step, given, masking=masking)
+                rollout_rows, lines = self._rollout_rows(step, given, ids=ids, masking=masking)
         if golden:
             laid_out = data.golden_rows(batch.prompts, golden, width=setup.width)
             golden_rows = rows.golden_rows(*laid_out, weigh=self.weigh_golden)
@@ -173,23 +181,28 @@ class Stepper:
             if under_way and not self._counts(step, under_way[-1], last, row):
                 under_way.pop()
             row |= _means(under_way)
-        clock.lap("update", row.get("rollout/tokens", 0.0) + sum(map(len, golden)))
+        tokens = row.get("rollout/tokens", 0.0) + sum(map(len, golden))
+        clock.lap("update", None if unusable else tokens)
         row |= clock.row()
-        row["optim/learning_rate"] = float(
-            self.schedule(step * self.config.optim.updates_per_rollout - 1)
-        )
+        row["optim/updates"] = float(count := update.applied(self.state))
+        if count > before:
+            row["optim/learning_rate"] = float(self.schedule(count - 1))
         row["memory/peak_gib"] = peak_gib()
         # What an update was left out for is told by guard/skipped; metrics.jsonl holds numbers.
         return {name: value for name, value in row.items() if math.isfinite(value)}, lines
 
     def _rollout_rows(
-        self, step: int, given: Experience, *, masking: bool
+        self, step: int, given: Experience, *, ids: Sequence[str], masking: bool
     ) -> tuple[RolloutRows, list[dict]]:
-        """What the update takes of the experience, and the lines of it for rollouts.jsonl."""
+        """What the update takes of the experience, and the lines of it for rollouts.jsonl.
+
+        `ids` are the problems'.
+        """
         terms, loss, rollout = self.setup.terms, self.config.loss, given.rollout
         advantage_BT = rows.advantages(
             rollout, given.scores, given.mask_BT, terms,
-            reward_B=given.correct_B, group=self.config.rollout.samples_per_prompt,
+            reward_B=given.correct_B, graded_B=given.graded_B,
+            group=self.config.rollout.samples_per_prompt,
         )  # fmt: skip
         counted_BT = rows.counted(
             rollout, given.mask_BT, truncated=loss.truncated, tail=loss.truncated_tail
@@ -203,7 +216,7 @@ class Stepper:
         if terms.needs_teacher and (terms.on_support or not terms.pg_weight):
             shown_BT = given.scores.teacher_logprob_BT - given.scores.student_logprob_BT
         lines = rows.as_lines(
-            step, rollout, given.scores, shown_BT, correct=given.correct_B,
+            step, rollout, given.scores, shown_BT, ids=ids, grades=given.grades,
             count=min(self.config.log.rollouts, len(given.texts)),
             decode=self.setup.tokenizer.decode,
         )  # fmt: skip

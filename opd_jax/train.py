@@ -29,7 +29,7 @@ from opd_jax import (
 from opd_jax import config as configuration
 from opd_jax.clock import used_bytes
 from opd_jax.errors import ConfigError, Interrupted
-from opd_jax.eval.grade import Grader
+from opd_jax.eval.grade import Grader, make_grader
 from opd_jax.held_out import HeldOut
 from opd_jax.living import Log, require
 from opd_jax.loading import Weights, load_weights
@@ -103,7 +103,7 @@ def run(
             workdir.create(folder, config, command, changes=changes)
             planning.write(plan, folder)
         with (
-            Grader() as grader,
+            make_grader(config.grading) as grader,
             checkpoint.Checkpoints(folder, keep=config.checkpoint.keep) as saved,
         ):
             made = _Run(setup, weights, folder, grader, saved, stop)

@@ -189,7 +189,8 @@ class TrainState(flax.struct.PyTreeNode):
     """What training changes, and all that a checkpoint needs of it.
 
     Attributes:
-      step: int32, optimizer steps taken.
+      step: int32, updates that the optimizer has applied. An update that is left out, for whatever
+        reason, does not count. Not the run's step, which counts batches of rollouts.
       params: float32 master weights.
       opt_state: Optax's.
       average: float32 moving average of `params` where it is the teacher, else None.

@@ -56,10 +56,20 @@ def make_optimizer(section: Any, steps: int) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(section.grad_clip), adamw)
 
 
+def applied(state: TrainState) -> int:
+    """Return the number of updates that the optimizer has applied, by its own count.
+
+    The schedule reads this count: the next update has the learning rate `schedule(applied(state))`.
+    `state.step` equals it. (In older checkpoints `step` also counts updates that were left out.)
+    """
+    counts = optax.tree.get_all_with_path(state.opt_state, "count")
+    return int(jax.device_get(counts[0][1]))
+
+
 def init_state(
     params: decoder.Params, tx: optax.GradientTransformation, *, average: bool = False
 ) -> TrainState:
-    """State at step 0. It takes over float32 `params`: the first update donates their buffers.
+    """State before the first update. It takes over float32 `params`: the first update donates their buffers.
 
     `average` starts a moving average of the weights, at the weights.
     """
@@ -169,8 +179,8 @@ def make_accumulate(
 class Update:
     """update(state, frozen, rollout_rows, golden_rows, weights) -> (state, metrics); `state` is donated.
 
-    A non-finite loss or gradient leaves parameters and optimizer untouched, as does a gradient whose
-    norm is beyond `limit`; `loss/total` and `optim/grad_norm` tell.
+    A non-finite loss or gradient leaves the whole state untouched, its `step` included, as does a
+    gradient whose norm is beyond `limit`; `loss/total` and `optim/grad_norm` tell.
     """
 
     accumulate: Accumulate
@@ -226,12 +236,11 @@ def make_update(
         average = state.average
         if average is not None:
             average = jax.tree.map(lambda a, w: decay * a + (1.0 - decay) * w, average, params)
-        new = state.replace(params=params, opt_state=opt_state, average=average)
+        new = TrainState(state.step + 1, params, opt_state, average)
         taken = jnp.isfinite(norm) & jnp.isfinite(total)
         if limit is not None:
             taken &= norm <= limit
         new = jax.tree.map(lambda a, b: jnp.where(taken, a, b), new, state)
-        new = new.replace(step=state.step + 1)
         return mesh.constrain(new, mesh.masters(new)), norm
 
     return Update(accumulate, apply, mesh)

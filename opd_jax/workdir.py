@@ -20,7 +20,8 @@ from opd_jax import devices, whole
 from opd_jax.errors import WorkdirError
 
 # Fields that may differ when a run goes on: they do not touch what is computed.
-_SAFE = ("steps", "data.epochs", "eval.", "checkpoint.", "log.", "mesh.", "profile.")
+_SAFE = ("steps", "data.epochs", "eval.", "checkpoint.", "log.", "mesh.", "profile.",
+         "grading.processes")  # fmt: skip
 # NAME=VALUE where the name says so, USER:PASSWORD@ of an address, and tokens by their looks (Hugging
 # Face, W&B, OpenAI, GitHub).
 _SECRET = re.compile(

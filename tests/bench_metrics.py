@@ -95,7 +95,9 @@ def measure(
     """What a step does after scoring: decode, understand, measure."""
     decode = collector.setup.tokenizer.decode
     texts = [decode(rollout.response(i)) for i in range(len(rollout.length_B))]
-    return collector.measure(collector.understand(rollout, scores, texts, grades))
+    return collector.measure(
+        collector.understand(rollout, scores, texts, grades or [None] * len(texts))
+    )
 
 
 def milliseconds(work: Callable[[], Any], clock: Callable[[], float], repeats: int = 7) -> float:

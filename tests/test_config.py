@@ -75,6 +75,9 @@ def test_methods_differ_in_numbers_only():
         ("eval.best", "matched", "eval.match=''"),
         ("eval.fallbacks", ("box",), "names among answer_line, after_think, last_number"),
         ("eval.batch", 0, "eval.batch=0"),
+        ("grading.processes", -1, "grading.processes=-1, wanted a whole number, at least 0"),
+        ("grading.seconds", 0.0, "grading.seconds=0.0, wanted a number, 0.1 to 30"),
+        ("grading.seconds", 60.0, "grading.seconds=60.0"),
         ("optim.learning_rate", float("inf"), "finite"),
         ("optim.schedule", "cosin", "--config.optim.schedule=cosine"),
         (

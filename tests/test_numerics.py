@@ -1,13 +1,15 @@
 """Numbers that are not finite: what they are found in, what a run does; spikes of the gradient."""
 
+import itertools
 import json
 import math
+from collections.abc import Callable
 
 import jax
 import numpy as np
 import pytest
 
-from opd_jax import checkpoint, numerics, rows, train
+from opd_jax import checkpoint, numerics, rows, train, update
 from opd_jax.collect import Collector
 from opd_jax.errors import NonFiniteError
 from opd_jax.numerics import Rules, State
@@ -126,6 +128,47 @@ def test_a_log_prob_that_is_not_finite_stops_the_run_and_its_text_is_kept(
         assert numerics.from_json(saved.beside(4)["numerics"]).skipped == 1
 
 
+def at_call(number: int, change: Callable, original: Callable) -> Callable:
+    """`original`, whose result goes through `change` at that call."""
+    calls = itertools.count(1)
+
+    def changed(*args, **kwargs):
+        made = original(*args, **kwargs)
+        return change(made) if next(calls) == number else made
+
+    return changed
+
+
+@pytest.mark.parametrize("cause", ["unusable rollouts", "a loss that is not finite", "a spike"])
+def test_the_rate_that_is_logged_is_the_rate_that_was_applied(
+    folders, tmp_path, monkeypatch, cause
+):
+    """Whatever the second step is left out for, the schedule waits, also over a resume at step 2."""
+    if cause == "unusable rollouts":
+        spoilt(monkeypatch, at=2)
+    elif cause == "a spike":
+        monkeypatch.setattr(numerics, "limit", at_call(2, lambda most: 0.0, numerics.limit))
+    else:
+
+        def overflowing(made):
+            return made.replace(weight_BT=np.full_like(made.weight_BT, np.inf))
+
+        monkeypatch.setattr(rows, "rollout_rows", at_call(2, overflowing, rows.rollout_rows))
+    config = small(folders, "opd")
+    config.eval.data, config.optim.warmup_steps, config.optim.learning_rate = "", 4, 0.4
+    config.guard.update({"skip_nonfinite": 1, "spike": 10.0, "spike_action": "skip"})
+    config.steps = 2
+    train.run(config, str(tmp_path / "run"), command=[])
+    config.steps = 4
+    result = train.run(config, str(tmp_path / "run"), command=[])
+    logged = lines(tmp_path / "run", "metrics.jsonl")[1:]
+    # The warm-up goes from 0.1 to 0.4 in steps of 0.075. The second step applied no update: no rate.
+    rates = [row.get("optim/learning_rate", 0.0) for row in logged]
+    assert rates == pytest.approx([0.1, 0.0, 0.175, 0.25])
+    assert [row["optim/updates"] for row in logged] == [1, 1, 2, 3]
+    assert int(result.state.step) == update.applied(result.state) == 3
+
+
 def test_the_row_of_a_gradient_that_is_not_finite_is_found(folders, tmp_path, monkeypatch):
     original = rows.golden_rows
 
@@ -144,7 +187,7 @@ def test_the_row_of_a_gradient_that_is_not_finite_is_found(folders, tmp_path, mo
             train.run(plain, str(tmp_path / "run"), command=[])
         plain.guard.skip_nonfinite = 1
         state = train.run(plain, str(tmp_path / "skips"), command=[]).state
-    assert int(state.step) == 1
+    assert int(state.step) == 0
     changed = jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), before, state.params))
     assert any(changed)  # the step that was left out is not the one that was taken
 

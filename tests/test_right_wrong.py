@@ -41,6 +41,7 @@ def test_right_against_wrong_by_hand():
     reward = np.array([-1.0, -3.0, -2.0, np.nan, -4.0])
     correct = np.array([True, False, True, True, False])  # the fourth has no scored token
     assert right_against_wrong(reward, correct) == {
+        "rollout/graded": 5.0,
         "rollout/accuracy": 0.6,
         "score/reward_right": -1.5,
         "score/reward_wrong": -3.5,
@@ -52,10 +53,25 @@ def test_right_against_wrong_by_hand():
 def test_an_empty_class_has_no_keys(right):
     got = right_against_wrong(np.array([-1.0, -2.0]), np.array([right, right]))
     name = "right" if right else "wrong"
-    assert got == {"rollout/accuracy": float(right), f"score/reward_{name}": -1.5}
+    row = {"rollout/graded": 2.0, "rollout/accuracy": float(right)}
+    assert got == row | {f"score/reward_{name}": -1.5}
 
 
 def test_without_a_teacher_only_the_accuracy_is_known():
     assert right_against_wrong(None, np.array([True, False, False, False])) == {
-        "rollout/accuracy": 0.25
+        "rollout/graded": 4.0,
+        "rollout/accuracy": 0.25,
     }
+
+
+def test_what_has_no_grade_is_neither_right_nor_wrong():
+    reward = np.array([-1.0, -9.0, -2.0, -9.0])
+    correct, graded = np.array([[True, False, False, False], [True, False, True, False]])
+    assert right_against_wrong(reward, correct, graded) == {
+        "rollout/graded": 2.0,
+        "rollout/accuracy": 0.5,
+        "score/reward_right": -1.0,
+        "score/reward_wrong": -2.0,
+        "score/reward_auroc": 1.0,
+    }
+    assert right_against_wrong(reward, correct, graded & False) == {"rollout/graded": 0.0}

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from opd_jax import losses, rows
+from opd_jax.errors import ShapeError
+from opd_jax.eval.grade import Grade
 from opd_jax.objectives import Terms
 from opd_jax.types import GoldenRows, Outcome, Rollout, Scores
 
@@ -76,14 +78,24 @@ def test_shares_of_a_batch_are_weighed_anew():
     np.testing.assert_allclose(half.weight_BT[:, 0], [0.5, 0.5], rtol=1e-6)
 
 
+@pytest.mark.parametrize(("count", "parts"), [(5, 2), (4, 3), (2, 4)])
+def test_rows_that_do_not_divide_are_refused(count, parts):
+    """Cut into floor(count / parts) rows each, the last ones would be in no share."""
+    whole = GoldenRows(np.zeros((count, 1)), np.ones(count, np.int32), np.ones((count, 1)))
+    for index in range(parts):
+        with pytest.raises(ShapeError, match=f"{count} rows .* {parts} equal shares.*updates_per"):
+            rows.share(whole, index, parts, weigh=WEIGH)
+
+
 def test_lines_of_rollouts_hold_what_is_known():
     """Without a teacher there is no teacher's log-prob; an id outside what is scored has none."""
     values = np.zeros((2, 6), np.float32)
     values[0, 1] = -1e30
     scores = Scores(student_logprob_BT=values, student_entropy_BT=values)
     (line,) = rows.as_lines(
-        3, ROLLOUT, scores, values * 0 + 2.0, count=1, decode=str, correct=np.array([True, False])
-    )
+        3, ROLLOUT, scores, values * 0 + 2.0, count=1, decode=str, ids=["a-7"],
+        grades=[Grade.CORRECT, Grade.WRONG],
+    )  # fmt: skip
     assert line["step"] == 3
     assert line["response_ids"] == [4, 5, 4, 7]
     assert line["outcome"] == "eos"
@@ -91,3 +103,29 @@ def test_lines_of_rollouts_hold_what_is_known():
     assert line["student_logprob"] == [None, 0.0, 0.0, 0.0]
     assert line["advantage"] == [2.0] * 4
     assert "teacher_logprob" not in line
+
+
+@pytest.mark.parametrize(("ids", "expected"), [(["a-7"], [("a-7", 0), ("a-7", 1)]),
+                                               (["a-7", "b"], [("a-7", 0), ("b", 0)])])  # fmt: skip
+def test_lines_of_rollouts_name_the_problem_and_its_sample(ids, expected):
+    values = np.zeros((2, 6), np.float32)
+    scores = Scores(student_logprob_BT=values, student_entropy_BT=values)
+    lines = rows.as_lines(1, ROLLOUT, scores, values, count=2, decode=str, ids=ids)
+    assert [(line["id"], line["sample"]) for line in lines] == expected
+
+
+@pytest.mark.parametrize(
+    ("grade", "expected"),
+    [
+        (Grade.CORRECT, ("correct", True)), (Grade.WRONG, ("wrong", False)),
+        (Grade.UNPARSED, ("unparsed", False)), (Grade.TIMEOUT, ("timeout", None)),
+        (None, (None, None)),
+    ],
+)  # fmt: skip
+def test_a_rollout_is_right_or_wrong_only_where_a_grade_tells(grade, expected):
+    values = np.zeros((2, 6), np.float32)
+    scores = Scores(student_logprob_BT=values, student_entropy_BT=values)
+    (line,) = rows.as_lines(
+        1, ROLLOUT, scores, values, count=1, decode=str, ids=["a"], grades=[grade] * 2
+    )
+    assert (line["grade"], line["correct"]) == expected

@@ -39,7 +39,7 @@ def test_run_writes_what_the_design_promises(straight):
     rows = lines(workdir, "metrics.jsonl")
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
     promised = {
-        "loss": "total opd sft reference_kl", "optim": "grad_norm learning_rate",
+        "loss": "total opd sft reference_kl", "optim": "grad_norm learning_rate updates",
         "rollout": "truncation_rate repetition_rate length_mean length_max tokens "
                    "sampler_logprob_gap_max sampler_logprob_gap_mean",
         "score": "advantage_mean student_logprob_mean teacher_logprob_mean reverse_kl "
@@ -105,12 +105,14 @@ def test_what_is_not_correct_counts_as_wrong(rule):
     mask_BT = rollout.response_mask_BT
     advantage_BT = scores.teacher_logprob_BT - scores.student_logprob_BT
     reward_B = [advantage_BT[i][mask_BT[i]].mean() for i in range(4)]
-    assert row["rollout/accuracy"] == 0.25
+    assert (row["rollout/graded"], row["rollout/grading_timeouts"]) == (3.0, 1.0)
+    assert row["rollout/accuracy"] == pytest.approx(1 / 3)  # a time-out is neither right nor wrong
     assert row["score/reward_right"] == pytest.approx(reward_B[0], rel=1e-5)
-    assert row["score/reward_wrong"] == pytest.approx(np.mean(reward_B[1:]), rel=1e-5)
+    assert row["score/reward_wrong"] == pytest.approx(np.mean(reward_B[1:3]), rel=1e-5)
     assert 0 < row["score/repeated_token_fraction"] < 1
     ungraded = bench_metrics.measure(collector, rollout, scores, None)
-    new = {"rollout/accuracy", "score/reward_right", "score/reward_wrong", "score/reward_auroc"}
+    new = {"rollout/accuracy", "rollout/graded", "rollout/grading_timeouts"}
+    new |= {"score/reward_right", "score/reward_wrong", "score/reward_auroc"}
     assert row.keys() - ungraded.keys() == new
 
 

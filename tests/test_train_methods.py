@@ -1,6 +1,8 @@
 """What the methods make of whole runs: terms, teachers, updates."""
 
 import dataclasses
+import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -127,7 +129,7 @@ def test_grpo_has_no_teacher_and_learns_from_grades(folders, tmp_path, monkeypat
     assert sample["correct"] is False
     assert "teacher_logprob" not in sample
     every_other = [Grade.CORRECT, Grade.WRONG] * 4
-    monkeypatch.setattr(Grader, "grade", lambda self, pairs: every_other)
+    monkeypatch.setattr(Grader, "grade", lambda self, pairs, **how: every_other)
     train.run(config, str(tmp_path / "half"), command=[])
     row = lines(tmp_path / "half", "metrics.jsonl")[1]
     assert row["rollout/accuracy"] == 0.5
@@ -136,6 +138,48 @@ def test_grpo_has_no_teacher_and_learns_from_grades(folders, tmp_path, monkeypat
     np.testing.assert_allclose(row["loss/opd"], 0.0, atol=1e-5)
     signs = [np.sign(line["advantage"][0]) for line in lines(tmp_path / "half", "rollouts.jsonl")]
     assert signs == [1.0, 1.0]
+
+
+def test_a_rollout_whose_grading_timed_out_is_not_compared_with_others(
+    folders, tmp_path, monkeypatch
+):
+    """Its reward is unknown, not 0: the clock must not say what is learnt."""
+    config = small(folders, "opd")
+    config.steps, config.eval.data, config.teacher.path = 1, "", ""
+    config.loss.teacher_coef, config.loss.group_coef, config.log.rollouts = 0.0, 1.0, 8
+    timed_out = [Grade.CORRECT, Grade.TIMEOUT, Grade.WRONG, Grade.TIMEOUT] * 2
+    monkeypatch.setattr(Grader, "grade", lambda self, pairs, **how: timed_out)
+    train.run(config, str(tmp_path / "run"), command=[])
+    row = lines(tmp_path / "run", "metrics.jsonl")[1]
+    assert (row["rollout/graded"], row["rollout/grading_timeouts"]) == (4.0, 4.0)
+    assert row["rollout/accuracy"] == 0.5
+    assert row["optim/grad_norm"] == 0.0  # nobody is left to compare with: all advantages are 0
+    samples = lines(tmp_path / "run", "rollouts.jsonl")
+    assert [sample["correct"] for sample in samples] == [True, None, False, None] * 2
+    assert {x for sample in samples for x in sample["advantage"]} == {0.0}
+
+
+def test_a_problem_without_an_answer_takes_no_grade_from_the_others(folders, tmp_path):
+    config = small(folders, "opd")
+    file = pathlib.Path(questions(tmp_path, 4, answer="7"))
+    _, *others = file.read_text().splitlines()
+    file.write_text("\n".join([json.dumps({"problem": "Which?", "id": "open"}), *others]) + "\n")
+    config.data.train, config.data.shuffle, config.log.rollouts = str(file), False, 8
+    config.steps = 1
+    config.eval.data, config.eval.match = str(file), "[0-9]"
+    table = train.run(config, str(tmp_path / "run"), command=[]).table
+    row = lines(tmp_path / "run", "metrics.jsonl")[1]
+    assert row["rollout/graded"] == 6.0
+    assert row["rollout/accuracy"] == row["rollout/grading_timeouts"] == 0.0
+    assert "score/reward_wrong" in row
+    samples = lines(tmp_path / "run", "rollouts.jsonl")
+    assert [sample["correct"] for sample in samples] == [None, None, *[False] * 6]
+    assert [sample["sample"] for sample in samples] == [0, 1] * 4
+    names = [sample["id"] for sample in samples]
+    assert names[:2] == ["open", "open"]
+    assert names[2::2] == names[3::2]
+    assert len(set(names)) == 4
+    assert table["student after"]["accuracy"] == 0.0  # of the three that have an answer
 
 
 def test_gradients_of_the_terms_are_logged_now_and_then(folders, tmp_path):

@@ -92,15 +92,11 @@ def _report(
     k = section.samples
     answers = [problem for problem in problems for _ in range(k)]
     texts = [tokenizer.decode(sampled.response(i)) for i in range(len(answers))]
-    graded = all(problem.answer for problem in problems)
-    grades = (
-        grader.grade(
-            ((text, p.answer) for text, p in zip(texts, answers, strict=True)),
-            fallbacks=tuple(section.fallbacks),
-        )
-        if graded
-        else [None] * len(texts)
+    grades = grader.grade_answered(
+        ((text, p.answer) for text, p in zip(texts, answers, strict=True)),
+        fallbacks=tuple(section.fallbacks),
     )
+    graded = [grade for grade in grades if grade is not None]  # k of each problem with an answer
     flagged = metrics.flagged(
         texts,
         tail=repetition.repetition_tail,
@@ -113,12 +109,12 @@ def _report(
         "length_mean": float(sampled.response_length_B.mean()),
     }
     if graded:
-        correct_PK = np.array([g is Grade.CORRECT for g in grades]).reshape(-1, k)
+        correct_PK = np.array([g is Grade.CORRECT for g in graded]).reshape(-1, k)
         summary |= {
             "accuracy": statistics.avg_at_k(correct_PK),
             "stderr": statistics.stderr(correct_PK),
-            "unparsed": float(np.mean([g is Grade.UNPARSED for g in grades])),
-            "timeouts": float(np.mean([g is Grade.TIMEOUT for g in grades])),
+            "unparsed": float(np.mean([g is Grade.UNPARSED for g in graded])),
+            "timeouts": float(np.mean([g is Grade.TIMEOUT for g in graded])),
         }
     if section.match:
         summary["matched"] = float(np.mean([bool(re.search(section.match, t)) for t in texts]))

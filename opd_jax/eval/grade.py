@@ -10,12 +10,17 @@ import time
 from collections.abc import Iterable
 from enum import Enum
 from types import TracebackType
+from typing import Any
 
 from opd_jax.errors import GradingError
 from opd_jax.eval.answer import Found, find, same_letters
 from opd_jax.eval.boxed import same_whole_number
 
 _WARM_UP_S = 60.0  # for the imports of a new process; not part of any answer's time
+_PATIENCE = (
+    20.0  # seconds by the clock a second of processor time may take: for a process that sleeps
+)
+_MOST_PROCESSES = 8  # of the default; each has sympy in its memory
 
 
 class Grade(Enum):
@@ -30,12 +35,15 @@ class Grade(Enum):
 class Grader:
     """A few grading processes with a hard time limit an answer; a context manager.
 
-    A process that exceeds the limit is killed and replaced: a bomb costs one time-out, nothing else.
+    A process that exceeds the limit ends and is replaced: a bomb costs one time-out, nothing else.
+    `timeout_s` are seconds of processor time, so that a grade does not depend on what else the
+    machine does. `workers` = 0 starts one process per core, 8 at most.
     """
 
-    def __init__(self, *, workers: int = 2, timeout_s: float = 5.0):
+    def __init__(self, *, workers: int = 0, timeout_s: float = 5.0):
         self.timeout_s, self._closed = timeout_s, False
-        self._workers = [_Worker() for _ in range(workers)]
+        count = workers or min(_cores(), _MOST_PROCESSES)
+        self._workers = [_Worker(timeout_s) for _ in range(count)]
 
     def __enter__(self) -> "Grader":
         return self
@@ -82,7 +90,7 @@ class Grader:
                 busy = [key.data for key in selector.get_map().values()]
                 ready = {key.data for key, _ in selector.select(timeout=0.1)}
                 for worker in busy:
-                    limit = self.timeout_s if worker.warm else _WARM_UP_S
+                    limit = _PATIENCE * self.timeout_s if worker.warm else _WARM_UP_S
                     if worker not in ready and time.monotonic() - worker.started <= limit:
                         continue
                     line = worker.stdout.readline() if worker in ready else ""
@@ -107,6 +115,24 @@ class Grader:
                         selector.register(worker.stdout, selectors.EVENT_READ, worker)
         return grades
 
+    def grade_answered(
+        self, pairs: Iterable[tuple[str, str]], *, fallbacks: tuple[str, ...] = ()
+    ) -> list[Grade | None]:
+        """`grade` of the pairs that have a gold answer; None for those whose gold answer is ""."""
+        pairs = list(pairs)
+        grades = iter(self.grade([pair for pair in pairs if pair[1]], fallbacks=fallbacks))
+        return [next(grades) if gold else None for _, gold in pairs]
+
+
+def make_grader(section: Any) -> Grader:
+    """The grader of the config section `grading`."""
+    return Grader(workers=section.processes, timeout_s=section.seconds)
+
+
+def decided(grade: Grade | None) -> bool:
+    """Whether a grade says something about the answer: TIMEOUT is about the machine."""
+    return grade is not None and grade is not Grade.TIMEOUT
+
 
 def grade(answer_text: str, gold: str) -> Grade:
     """Grade one answer in a process of its own; for many, use `Grader`."""
@@ -126,6 +152,12 @@ def _at_once(answer: Found | None, gold: str) -> Grade | None:
     return None if same is None else Grade.CORRECT if same else Grade.WRONG
 
 
+def _cores() -> int:
+    """Cores that this process may use."""
+    own = getattr(os, "sched_getaffinity", None)  # Linux
+    return len(own(0)) if own else os.cpu_count() or 1
+
+
 def _request(answer: Found, gold: str, rule: str) -> dict:
     return {"answer": answer.text, "free": answer.free, "gold": gold, "rule": rule}
 
@@ -133,13 +165,14 @@ def _request(answer: Found, gold: str, rule: str) -> dict:
 class _Worker:
     """One grading process and the answer it is at work on."""
 
-    def __init__(self) -> None:
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
         self._spawn()
 
     def _spawn(self) -> None:
         self.warm = False  # true once its first grade, of a trivial answer, is there
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "opd_jax.eval.grading_worker"],
+            [sys.executable, "-m", "opd_jax.eval.grading_worker", f"{self._timeout_s}"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

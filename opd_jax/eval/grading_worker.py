@@ -1,9 +1,9 @@
 """The process that runs math-verify: one JSON line in, one grade name out.
 
 Answers come from models and files, and math-verify evaluates what they say: a tower of powers can
-take forever or eat the memory. So it runs here, under a memory limit, and the parent
-(`grade.Grader`) kills it when an answer takes too long. A parent that was killed cannot: an alarm
-ends the process then. Kept free of JAX: it starts in a second.
+take forever or eat the memory. So it runs here, under a memory limit and a limit of processor time
+an answer, which ends the process. The parent (`grade.Grader`) kills one that sleeps; where the parent
+was killed, an alarm does. Kept free of JAX: it starts in a second.
 """
 
 import contextlib
@@ -140,7 +140,8 @@ def _parse(expression: str) -> list[Any]:
 
 
 def main() -> None:
-    """Serve until standard input closes."""
+    """Serve until standard input closes; the argument is the limit of an answer, in CPU seconds."""
+    limit = float(sys.argv[1]) if len(sys.argv) > 1 else 5.0
     with contextlib.suppress(
         ValueError, OSError
     ):  # macOS has no such limit; the time limit remains
@@ -150,16 +151,20 @@ def main() -> None:
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
     grades, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints is no grade
-    for line in sys.stdin:
+    for count, line in enumerate(sys.stdin):
         request = json.loads(line)
         signal.alarm(
             _ALONE_S
         )  # its default ends the process, also in the midst of one long operation
+        # Also ends the process, but counts processor time: a busy machine does not use it up. The first
+        # answer has no limit: it is the parent's, and pays for the parser's tables.
+        signal.setitimer(signal.ITIMER_PROF, limit if count else 0)
         try:
             found = Found(request["answer"], request["free"])
             outcome = compare(found, request["gold"], request["rule"])
         except (Exception, RecursionError, MemoryError):  # whatever sympy makes of a hostile answer
             outcome = "UNPARSED"
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.alarm(0)
         print(outcome, file=grades, flush=True)
 

@@ -28,7 +28,7 @@ from opd_jax.eval import protocol, results
 from opd_jax.eval.answer import find, letters
 from opd_jax.eval.answer_file import AnswerFile
 from opd_jax.eval.benchmarks import Benchmark, load, parse
-from opd_jax.eval.grade import Grader
+from opd_jax.eval.grade import Grader, make_grader
 from opd_jax.eval.model import Subject, open_subject
 from opd_jax.fitting import unknown_id
 from opd_jax.keys import Stream, key_for
@@ -244,7 +244,7 @@ class _Evaluation:
     def all(self, tasks: Sequence[Task]) -> dict[str, Any]:
         """Every benchmark, then the files that say how it went."""
         found = {}
-        with Grader() as grader:
+        with make_grader(self.config.grading) as grader:
             for task in tasks:
                 rows = self.one(task, grader)
                 found[task.benchmark.name] = results.summary(rows, task.samples)

@@ -32,17 +32,31 @@ def discounted(*, reward_BT: jax.Array, discount: float) -> jax.Array:
     return return_TB.T
 
 
-def group_advantage(*, reward_B: jax.Array, group: int, normalise: bool) -> jax.Array:
+def group_advantage(
+    *, reward_B: jax.Array, group: int, normalise: bool, counted_B: jax.Array | None = None
+) -> jax.Array:
     """(r_i - mean r) / (std r + 1e-6) over the `group` rollouts of a prompt, which stand together. [B].
 
     GRPO (2402.03300), Eq. (1) of 2604.08527; `normalise` = False leaves the division out: Dr.GRPO
-    (2503.20783). The standard deviation is the unbiased one, as in verl. Equal rewards give 0.
+    (2503.20783). The standard deviation is the unbiased one, as in verl. A constant.
+
+    Mean and deviation are taken over the rollouts in `counted_B` (bool [B]; None = all); the others
+    get 0, as does every rollout of a group in which fewer than two count. Rewards are measured from
+    the least of their group, so equal ones give exactly 0, whatever their mean would round to.
     """
-    reward_PG = reward_B.reshape(-1, group)
-    centred_PG = reward_PG - jnp.mean(reward_PG, axis=1, keepdims=True)
+    counted_B = jnp.ones(reward_B.shape, bool) if counted_B is None else counted_B
+    reward_PG, counted_PG = reward_B.reshape(-1, group), counted_B.reshape(-1, group)
+    count_P1 = jnp.sum(counted_PG, axis=1, keepdims=True, dtype=reward_B.dtype)
+
+    def mean(x_PG: jax.Array, count_P1: jax.Array) -> jax.Array:
+        return jnp.sum(x_PG, axis=1, keepdims=True) / jnp.maximum(count_P1, 1.0)
+
+    least_P1 = jnp.min(reward_PG, axis=1, keepdims=True, where=counted_PG, initial=jnp.inf)
+    above_PG = jnp.where(counted_PG, reward_PG - least_P1, 0.0)
+    centred_PG = jnp.where(counted_PG, above_PG - mean(above_PG, count_P1), 0.0)
     if normalise:
-        centred_PG = centred_PG / (jnp.std(reward_PG, axis=1, ddof=1, keepdims=True) + 1e-6)
-    return centred_PG.reshape(-1)
+        centred_PG /= jnp.sqrt(mean(centred_PG**2, count_P1 - 1.0)) + 1e-6
+    return jax.lax.stop_gradient(centred_PG.reshape(-1))
 
 
 def truncated_importance(

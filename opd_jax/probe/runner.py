@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from opd_jax import config as configuration
 from opd_jax import display, workdir
 from opd_jax.errors import ConfigError, WorkdirError
-from opd_jax.eval.grade import Grader
+from opd_jax.eval.grade import make_grader
 from opd_jax.probe import continuation, pair
 from opd_jax.probe.plan import Plan, config_of_run, load_student, make_plan
 
@@ -65,7 +65,7 @@ def run(
     ):
         progress.say(line)
     student, step = load_student(plan)
-    with Grader() as grader:
+    with make_grader(plan.config.grading) as grader:
         probe = {"pair": pair.probe, "continuation": continuation.probe}[name]
         found, shown = probe(plan, student, grader, progress)
     report = {

@@ -173,10 +173,7 @@ def read(
         for problem, ids in zip(which, whole, strict=True)
     ]
     golds = [plan.problems[problem].answer for problem in which]
-    asked = [i for i, gold in enumerate(golds) if gold]
-    grades: list[Grade | None] = [None] * len(texts)
-    for i, given in zip(asked, grader.grade((texts[i], golds[i]) for i in asked), strict=True):
-        grades[i] = given
+    grades = grader.grade_answered(zip(texts, golds, strict=True))
     cut = metrics.truncated(written.outcome_B).tolist()
     section = plan.config.metrics
     looping = metrics.flagged(

@@ -185,6 +185,7 @@ def _shades() -> str:
 def _sample(sample: Sample) -> str:
     told = [
         f"step {sample.step}",
+        *([f"problem {sample.id}, sample {sample.number}"] if sample.id else []),
         _OUTCOMES.get(sample.outcome, sample.outcome),
         _plural(sample.length, "token"),
     ]

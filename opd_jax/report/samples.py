@@ -36,9 +36,14 @@ class Token:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One rollout. `tokens` leaves out `skipped` tokens after the first `HEAD`."""
+    """One rollout. `tokens` leaves out `skipped` tokens after the first `HEAD`.
+
+    `id` names its problem and `number` says which sample of the problem it is; "" and 0 where a file
+    does not say so.
+    """
 
     step: int
+    id: str
     number: int
     prompt: str
     outcome: str
@@ -149,9 +154,10 @@ def _sample(row: dict[str, Any], run: Run, decode: Decode | None) -> Sample | No
     tokens = [
         Token(texts[i], bool(repeated[i]), *(scores[name][i] for name in _SCORES)) for i in shown
     ]
-    number = row.get("id")
+    name, number = row.get("id"), row.get("sample")
     return Sample(
         step=row["step"],
+        id=name if isinstance(name, str) else "",
         number=number if type(number) is int else 0,
         prompt=str(row.get("prompt", "")),
         outcome=outcome,

@@ -1,5 +1,6 @@
 """Answers of every kind, and answers that attack: each costs itself and nothing else."""
 
+import importlib
 import os
 import random
 import signal
@@ -10,10 +11,13 @@ import time
 
 import pytest
 
+from opd_jax.config import default
 from opd_jax.errors import GradingError
 from opd_jax.eval import Grade, Grader, grading_worker
 from opd_jax.eval.boxed import boxed_answer, last_boxed, same_whole_number
+from opd_jax.eval.grade import make_grader
 
+grading = importlib.import_module("opd_jax.eval.grade")  # the package has a function of that name
 CORRECT, WRONG, UNPARSED, TIMEOUT = Grade
 BOMB = (r"\boxed{9^{9^{9^9}}}", "3")  # math-verify evaluates it: a number of 10^(10^8) digits
 RIGHT = (r"so it is \boxed{3.0}", "3")  # not plainly a whole number: a process has to say
@@ -143,6 +147,44 @@ def test_a_bomb_costs_one_time_out_and_nothing_else(grader):
     start = time.monotonic()
     assert grader.grade([BOMB, RIGHT]) == [TIMEOUT, CORRECT]
     assert time.monotonic() - start < TIMEOUT_S + 20
+
+
+def test_a_busy_machine_gives_the_grades_of_an_idle_one():
+    """The limit is of processor time: a process that waits for a core does not use it up."""
+    with Grader(workers=1, timeout_s=0.5) as grader:
+        assert grader.grade([RIGHT]) == [CORRECT]
+        pid = grader._workers[0].process.pid
+        os.kill(pid, signal.SIGSTOP)  # others have the core, for three times the limit
+        threading.Timer(1.5, os.kill, (pid, signal.SIGCONT)).start()
+        start = time.monotonic()
+        assert grader.grade([(r"\boxed{5.0}", "5")]) == [CORRECT]
+        assert time.monotonic() - start > 1.0
+        assert grader._workers[0].process.pid == pid
+        assert grader.grade([BOMB]) == [TIMEOUT]
+
+
+def test_a_process_that_sleeps_is_given_up(monkeypatch):
+    monkeypatch.setattr(grading, "_PATIENCE", 2.0)
+    with Grader(workers=1, timeout_s=0.5) as grader:
+        assert grader.grade([RIGHT]) == [CORRECT]
+        os.kill(grader._workers[0].process.pid, signal.SIGSTOP)
+        assert grader.grade([(r"\boxed{5.0}", "5"), RIGHT]) == [TIMEOUT, CORRECT]
+
+
+@pytest.mark.parametrize(
+    ("cores", "asked", "count"), [(1, 0, 1), (3, 0, 3), (64, 0, 8), (64, 2, 2)]
+)
+def test_as_many_processes_as_cores_unless_a_number_is_asked_for(monkeypatch, cores, asked, count):
+    monkeypatch.setattr(grading, "_cores", lambda: cores)
+    monkeypatch.setattr(grading, "_Worker", lambda timeout_s: timeout_s)
+    section = default().grading
+    section.processes, section.seconds = asked, 2.5
+    assert make_grader(section)._workers == [2.5] * count
+
+
+def test_what_has_no_gold_answer_has_no_grade(grader):
+    given = [(r"\boxed{3}", "3"), (r"\boxed{3}", ""), ("", "3"), (r"\boxed{4}", "3")]
+    assert grader.grade_answered(iter(given)) == [CORRECT, None, UNPARSED, WRONG]
 
 
 def test_a_process_killed_from_outside_is_replaced(grader):

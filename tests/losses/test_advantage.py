@@ -73,6 +73,41 @@ def test_groups_do_not_mix():
     np.testing.assert_allclose(by_two, [0.5, -0.5, 0.0, 0.0])
 
 
+@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize(("reward", "group"), [(0.1, 16), (-0.7, 16), (0.1, 3), (0.3, 5)])
+def test_equal_rewards_give_exactly_zero(reward, group, normalise):
+    """Their mean rounds to another number: -0.0147 each for sixteen of 0.1, once divided by 1e-6."""
+    got = losses.group_advantage(
+        reward_B=jnp.full(2 * group, reward), group=group, normalise=normalise
+    )
+    np.testing.assert_array_equal(got, np.zeros(2 * group))
+
+
+def test_rollouts_that_are_left_out_change_nothing_of_their_group():
+    counted = jnp.array(
+        [True, False, True, True, True, False, False, False, False, False, True, True]
+    )
+    reward = jnp.array([1.0, jnp.nan, 0, 0, 1, 0, 0, 0, jnp.inf, 0, 0.1, 0.1])
+    # Group 0: mean 1/3, unbiased deviation sqrt((4 + 1 + 1) / 9 / 2) = 1/sqrt 3. Group 1 has one that
+    # counts, and in group 2 those that count are equal.
+    by_hand = np.array([2.0, 0, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0])
+    for normalise, scale in ((True, 1 / np.sqrt(3)), (False, 1 / 3)):
+        got = losses.group_advantage(
+            reward_B=reward, group=4, normalise=normalise, counted_B=counted
+        )
+        np.testing.assert_allclose(got, by_hand * scale, rtol=1e-5)
+    nobody = jnp.zeros(12, bool)
+    got = losses.group_advantage(reward_B=reward, group=4, normalise=True, counted_B=nobody)
+    np.testing.assert_array_equal(got, np.zeros(12))
+
+
+def test_group_advantage_is_a_constant():
+    gradient = jax.grad(lambda r: losses.group_advantage(reward_B=r, group=2, normalise=True)[0])(
+        jnp.array([1.0, 0.0])
+    )
+    np.testing.assert_array_equal(gradient, np.zeros(2))
+
+
 # truncated_importance
 
 

@@ -90,14 +90,14 @@ def test_a_long_response_is_shown_at_both_ends(tmp_path):
 
 
 def test_samples_are_from_all_of_the_run_and_from_the_onset(tmp_path):
-    lines = [rollout(step, id=i) for step in range(1, 61) for i in range(2)]
+    lines = [rollout(step, sample=i) for step in range(1, 61) for i in range(2)]
     run = read(make(tmp_path / "run", collapsing(60), rollouts=lines))
     shown, _ = rollouts(run, 6)
     steps = [sample.step for sample in shown]
     assert len(steps) == 6
     assert steps == sorted(set(steps))
     assert {1, 60, run.verdict.onset, run.verdict.alarm} <= set(steps)
-    assert {sample.number for sample in shown} == {0}
+    assert {(sample.id, sample.number) for sample in shown} == {("a-1", 0)}
 
 
 def test_lines_that_are_not_as_they_should_be(tmp_path):
@@ -110,11 +110,12 @@ def test_lines_that_are_not_as_they_should_be(tmp_path):
     found, notes = rollouts(read(folder), 5)
     assert found == []
     assert "not as train.py writes them" in notes[0]
-    odd = rollout(4, advantage=["x", None], outcome=7, correct="yes", prompt=None, id="a")
+    odd = rollout(4, advantage=["x", None], outcome=7, correct="yes", prompt=None, id=7, sample="x")
     with (folder / "rollouts.jsonl").open("a") as file:
         file.write(json.dumps(odd) + "\n" + '{"step": 5, "id"')
     (sample,), _ = rollouts(read(folder), 5)
-    assert (sample.step, sample.outcome, sample.correct, sample.number) == (4, "unknown", None, 0)
+    assert (sample.step, sample.outcome, sample.correct) == (4, "unknown", None)
+    assert (sample.id, sample.number) == ("", 0)
     assert [token.advantage for token in sample.tokens] == [None] * 4
 
 

@@ -80,8 +80,9 @@ def row(step: int, *, truncated: float, repetitive: float) -> dict[str, float]:
 def rollout(step: int, **changes: Any) -> dict[str, Any]:
     """A line of rollouts.jsonl: four tokens, of which the third was not scored."""
     line = {
-        "step": step, "id": 0, "prompt": "What is 1+1?", "response": "1+1=",
-        "prompt_ids": [7], "response_ids": [49, 43, 49, 61], "outcome": "budget", "correct": False,
+        "step": step, "id": "a-1", "sample": 0, "prompt": "What is 1+1?", "response": "1+1=",
+        "prompt_ids": [7], "response_ids": [49, 43, 49, 61], "outcome": "budget", "grade": "wrong",
+        "correct": False,
         "sampler_logprob": [-0.1, -0.2, -0.3, -0.4], "student_logprob": [-0.1, -0.2, None, -0.4],
         "teacher_logprob": [-0.1, -4.2, None, 0.0], "advantage": [0.0, -4.0, None, 0.4],
     }  # fmt: skip

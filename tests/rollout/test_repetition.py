@@ -166,5 +166,5 @@ def test_repetition_is_not_truncation_and_is_written_by_its_name(free):
     assert metrics.truncated(few.outcome_B).tolist() == [False, True, False]
     nothing = np.zeros(few.tokens_BT.shape, np.float32)
     scores = Scores(student_logprob_BT=nothing, student_entropy_BT=nothing)
-    lines = rows.as_lines(1, few, scores, nothing, count=3, decode=str)
+    lines = rows.as_lines(1, few, scores, nothing, count=3, decode=str, ids=["a"])
     assert [line["outcome"] for line in lines] == ["eos", "budget", "repetition"]

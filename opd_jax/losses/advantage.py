@@ -28,6 +28,7 @@ def discounted(*, reward_BT: jax.Array, discount: float) -> jax.Array:
     def step(later_B: jax.Array, reward_B: jax.Array) -> tuple[jax.Array, jax.Array]:
         return (now_B := reward_B + discount * later_B), now_B
 
+    reward_BT = jax.lax.stop_gradient(reward_BT)
     _, return_TB = jax.lax.scan(step, jnp.zeros_like(reward_BT[:, 0]), reward_BT.T, reverse=True)
     return return_TB.T
 
@@ -42,7 +43,7 @@ def group_advantage(*, reward_B: jax.Array, group: int, normalise: bool) -> jax.
     centred_PG = reward_PG - jnp.mean(reward_PG, axis=1, keepdims=True)
     if normalise:
         centred_PG = centred_PG / (jnp.std(reward_PG, axis=1, ddof=1, keepdims=True) + 1e-6)
-    return centred_PG.reshape(-1)
+    return jax.lax.stop_gradient(centred_PG.reshape(-1))
 
 
 def truncated_importance(
@@ -55,7 +56,8 @@ def truncated_importance(
     the surrogate is linear in it.
     """
     check_shapes(logprob_BT=logprob_BT, sampler_logprob_BT=sampler_logprob_BT)
-    return jnp.minimum(jnp.exp(logprob_BT - sampler_logprob_BT), cap)
+    ratio_BT = jnp.exp(logprob_BT - sampler_logprob_BT)
+    return jax.lax.stop_gradient(jnp.minimum(ratio_BT, cap))
 
 
 def support_advantage(

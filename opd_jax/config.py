@@ -116,6 +116,7 @@ def default() -> ConfigDict:
     loss.lambda_gold = 0.0  # weight of the supervised loss on golden solutions
     loss.beta_kl = 0.0  # weight of KL(student || reference) on visited prefixes
     loss.kl_estimator = "full"  # full | k1 | k2 | k3
+    loss.kl_clamp = 10.0  # bound of k3, a token: beyond it no gradient (verl: 10); 0 = none
     loss.aggregation = "sequence"  # of rollouts: mean over responses of their means | token
     #                                | constant: sum over tokens / (responses * budget), Dr.GRPO
     loss.gold_aggregation = "token"  # of golden solutions: token | sequence

@@ -149,7 +149,7 @@ def default() -> ConfigDict:
 
     checkpoint = config.checkpoint = ConfigDict()
     checkpoint.every = 50  # steps; 0 = only at the end
-    checkpoint.keep = 2
+    checkpoint.keep = 2  # of these; one that an early end made stays until a newer one is complete
     checkpoint.grace_seconds = 300.0  # after SIGTERM or SIGINT, for the step in hand and saving
     checkpoint.deadline_minutes = (
         0.0  # from its start, by which a run has saved and ended; 0 = none

@@ -246,12 +246,15 @@ class _Run:
         """Begin a checkpoint; the lines before it are on the disk first."""
         self.log.sync()
         self.samples.sync()
-        told = guard.to_json(self.guard)
+        told, every = guard.to_json(self.guard), self.config.checkpoint.every
         beside: dict[str, Any] = {"numerics": numerics.to_json(self.stepper.numerics)}
         if pending is not None:
             beside["pending"] = pending
         with stage("checkpoint"):
-            self.saved.save(step, self.stepper.state, self.batches, told, beside=beside)
+            self.saved.save(
+                step, self.stepper.state, self.batches, told, beside=beside,
+                scheduled=not every or step % every == 0,
+            )  # fmt: skip
 
     def _end_early(
         self, step: int, row: Summary, sampled: list[dict], asked: str, *, due: bool

@@ -299,7 +299,9 @@ def _reference_kl(
     if terms.kl_estimator == "full":
         return losses.exact_kl(p_logprob_BTV=student_CV[None], q_logprob_BTV=reference_CV[None])[0]
     k3 = partial(losses.kl_k3, clamp=terms.kl_clamp or float("inf"))
-    sampled = {"k1": losses.kl_k1, "k2": losses.kl_k2, "k3": k3}[terms.kl_estimator]
+    estimators: dict[str, Callable[..., jax.Array]]
+    estimators = {"k1": losses.kl_k1, "k2": losses.kl_k2, "k3": k3}
+    sampled = estimators[terms.kl_estimator]
     reference_C = jnp.where(counts_C, scoring.take(reference_CV, token_C), 0.0)
     return sampled(logprob_BT=logprob_C, reference_logprob_BT=reference_C)
 

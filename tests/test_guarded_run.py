@@ -113,7 +113,7 @@ def test_the_best_of_a_discarded_trajectory_is_discarded(folders, tmp_path, monk
     """Step 2 is the best until the run goes back to step 1; then step 1 is, and stays so."""
     values = {0: [50.0], 1: [40.0], 2: [10.0, 60.0], 3: [70.0], 4: [80.0]}
 
-    def evaluate(*_, out, protocol, **__):
+    def evaluate(*_, out, protocol=None, **__):
         summary = {"truncation_rate": 0.0, "repetition_rate": 0.0}
         summary["length_mean"] = values[int(out.parent.name)].pop(0)
         out.parent.mkdir(parents=True)

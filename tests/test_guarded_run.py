@@ -116,7 +116,7 @@ def test_the_best_of_a_discarded_trajectory_is_discarded(folders, tmp_path, monk
     def evaluate(*_, out, protocol=None, **__):
         summary = {"truncation_rate": 0.0, "repetition_rate": 0.0}
         summary["length_mean"] = values[int(out.parent.name)].pop(0)
-        out.parent.mkdir(parents=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
         whole.write_json(out.with_suffix(".json"), summary | {"protocol": protocol})
         return summary
 

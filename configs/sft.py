@@ -18,6 +18,9 @@ def get_config(recipe: str | None = None) -> ConfigDict:
     config.data.teacher_prompt_template = config.data.teacher_system_prompt = "same"
     config.loss.pg_weight = 0.0
     config.loss.lambda_gold = 1.0
+    config.loss.aggregation = (
+        "sequence"  # the default: it applies to rollouts, of which there are none
+    )
     config.eval.teacher = False
     _RECIPES[(recipe or "tiny").partition(",")[0]](config)
     return config

@@ -8,8 +8,8 @@ that was sampled. Other published forms, by `--config.loss....`:
     support=student form=stop_gradient                        2605.11182, "notail_sg", k = 20
     support=student form=tail                                 2605.11182, "full_vocab_topk", k = 20
     support=intersection form=renormalised                    2605.11182, "intersect_sg_norm", k = 20
-    support=student pg_weight=1 advantage=support divergence_weight=0    2604.13016, "top-k", k = 16
-    support=full form=raw                                     the whole vocabulary, exact
+    support=student pg_weight=1 advantage=support divergence_weight=0 form=raw    2604.13016, "top-k", k = 16
+    support=full form=raw top_k=16                            the whole vocabulary, exact; top_k as by default
 
 docs/objectives.md has every field, its equation, function and test.
 """

@@ -7,10 +7,11 @@ launch/evaluate.py take it for one; best.json says which step it is and how good
 import json
 import math
 import pathlib
+import shutil
 from collections.abc import Callable
 from typing import Any
 
-from opd_jax import processes, whole
+from opd_jax import intact, processes, whole
 from opd_jax.checkpoint import Checkpoints
 from opd_jax.errors import ConfigError
 
@@ -30,11 +31,17 @@ class Best:
         return found if found and found["metric"] == self._metric else None
 
     def offer(
-        self, step: int, summary: dict[str, float], save: Callable[[Checkpoints], None]
+        self,
+        step: int,
+        summary: dict[str, float],
+        save: Callable[[Checkpoints], None],
+        *,
+        comparable: Callable[[int], bool] = lambda _: True,
     ) -> bool:
         """Keep `step` if it is better than what is kept; `save` writes it. Equal is not better.
 
-        Raises ConfigError where the evaluation did not measure the metric.
+        `comparable`: whether the evaluation of a step was made as this one was. What is kept by another
+        is replaced, whatever its value. Raises ConfigError where the evaluation did not measure the metric.
         """
         if self._metric not in summary:
             raise ConfigError(
@@ -44,6 +51,8 @@ class Best:
         value, kept = summary[self._metric], processes.from_first(lambda: self.record)
         if math.isnan(value):
             return False
+        if kept is not None and not comparable(kept["step"]):
+            kept = None
         if kept is not None and (value <= kept["value"] if self._more else value >= kept["value"]):
             return False
         self._folder.mkdir(exist_ok=True)
@@ -57,3 +66,20 @@ class Best:
             found = {"step": step, "metric": self._metric, "value": value}
             whole.write_json(self._folder / "best.json", found)  # after what it speaks of
         return True
+
+
+def forget_after(workdir: pathlib.Path, step: int) -> None:
+    """Remove best/ where it keeps a step after `step`: the trajectory that led to it is discarded."""
+    folder = workdir / "best"
+
+    def newest() -> int:
+        file = folder / "best.json"
+        found = json.loads(file.read_text(encoding="utf-8"))["step"] if file.exists() else -1
+        return max(found, *intact.steps(folder / "checkpoints"), -1)
+
+    if processes.from_first(newest) <= step:
+        return
+    if processes.first():
+        (folder / "best.json").unlink(missing_ok=True)  # first: it speaks of the rest
+        shutil.rmtree(folder)
+    processes.agree({})

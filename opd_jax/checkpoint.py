@@ -22,12 +22,15 @@ from opd_jax import intact, processes
 from opd_jax.errors import OpdError, WorkdirError
 from opd_jax.types import TrainState
 
+_UNSCHEDULED = "unscheduled"  # an empty file in a checkpoint that does not count for `keep`
+
 
 class Checkpoints:
     """The `checkpoints/` folder of a workdir; a context manager that waits for writes to finish.
 
-    A checkpoint is there when it is complete, its manifest (intact.py) in it. The newest `keep` stay;
-    an older one goes only when a newer one has become complete.
+    A checkpoint is there when it is complete, its manifest (intact.py) in it. The newest `keep` of
+    the scheduled ones stay, and the newest of all: one that an early end made does not count, and goes
+    when a newer one is complete. So an old one that a rollback needs outlives any number of restarts.
     """
 
     def __init__(self, workdir: pathlib.Path, *, keep: int):
@@ -35,6 +38,7 @@ class Checkpoints:
         self._folder = (workdir / "checkpoints").absolute()
         if processes.first():
             intact.clear(self._folder)
+        self._unscheduled: set[int] = set(processes.from_first(self._marked))
         options = ocp.CheckpointManagerOptions(
             enable_async_checkpointing=True,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
@@ -68,12 +72,20 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(
-        self, step: int, state: TrainState, data: Any, guard: str, *, beside: Any = None
+        self,
+        step: int,
+        state: TrainState,
+        data: Any,
+        guard: str,
+        *,
+        beside: Any = None,
+        scheduled: bool = True,
     ) -> None:
         """Write `step` in the background; the iterator's state is taken now.
 
-        `beside`: whatever else, a dict that JSON holds. Raises WorkdirError where this or the one
-        before cannot be written: those that were complete before stay.
+        `beside`: whatever else, a dict that JSON holds. `scheduled`: whether it counts for `keep`.
+        Raises WorkdirError where this or the one before cannot be written: those that were complete
+        before stay.
         """
         if step == self.latest:
             return
@@ -81,6 +93,8 @@ class Checkpoints:
         size = bytes_of(state)
         intact.require_room(self._workdir, size, 1, what=f"checkpoint {step}")
         self._writing = step
+        if not scheduled:
+            self._unscheduled.add(step)
         with self._told():
             self._manager.save(
                 step,
@@ -92,9 +106,12 @@ class Checkpoints:
             )
 
     def wait(self) -> None:
-        """Until what was begun is complete; then all but the newest `keep` are removed."""
+        """Wait until what was begun is complete; then remove what does not stay."""
         self._settle()
-        self._remove(self.steps[: -self._keep])
+        steps = self.steps
+        scheduled = [step for step in steps if step not in self._unscheduled]
+        stay = {*scheduled[-self._keep :], *steps[-1:]}
+        self._remove([step for step in steps if step not in stay])
 
     def delete_after(self, step: int) -> None:
         """Remove what is newer than `step`."""
@@ -113,12 +130,23 @@ class Checkpoints:
             for step in reversed(steps):  # the newest first: what is left is always the oldest
                 intact.remove(self._folder, step)
         processes.agree({})
+        self._unscheduled -= set(steps)
         self._manager.reload()
+
+    def _marked(self) -> list[int]:
+        """Steps of checkpoints that say of themselves that they were not scheduled."""
+        return [
+            step
+            for step in intact.steps(self._folder)
+            if (self._folder / str(step) / _UNSCHEDULED).exists()
+        ]
 
     def _seal(self) -> None:
         """Called when all is written and before it gets its name; in a thread of Orbax's."""
         if processes.first():
             for folder in intact.unfinished(self._folder, self._writing):
+                if self._writing in self._unscheduled:
+                    (folder / _UNSCHEDULED).touch()
                 intact.seal(folder)
 
     @contextlib.contextmanager

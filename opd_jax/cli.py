@@ -112,7 +112,7 @@ def _guarded(run: Callable[..., None], *, stops: bool) -> None:
     if stops:
         run = functools.partial(run, stop=signals.listen())
     try:
-        several = "coordinator" in FLAGS and _one_of_several()
+        several = _one_of_several()
         if several:
             _connect()
         _keep_programs()
@@ -140,6 +140,9 @@ def _unraisable(given: Any) -> None:
 def _one_of_several() -> bool:
     from opd_jax import processes  # JAX starts only after the flags are known to be right
 
+    if "coordinator" not in FLAGS:
+        processes.require_alone()
+        return False
     return processes.asked(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
 
 

@@ -122,6 +122,7 @@ def default() -> ConfigDict:
     loss.lambda_gold = 0.0  # weight of the supervised loss on golden solutions
     loss.beta_kl = 0.0  # weight of KL(student || reference) on visited prefixes
     loss.kl_estimator = "full"  # full | k1 | k2 | k3
+    loss.kl_clamp = 10.0  # bound of k3, a token: beyond it no gradient (verl: 10); 0 = none
     loss.aggregation = "sequence"  # of rollouts: mean over responses of their means | token
     #                                | constant: sum over tokens / (responses * budget), Dr.GRPO
     loss.gold_aggregation = "token"  # of golden solutions: token | sequence
@@ -154,7 +155,7 @@ def default() -> ConfigDict:
 
     checkpoint = config.checkpoint = ConfigDict()
     checkpoint.every = 50  # steps; 0 = only at the end
-    checkpoint.keep = 2
+    checkpoint.keep = 2  # of these; one that an early end made stays until a newer one is complete
     checkpoint.grace_seconds = 300.0  # after SIGTERM or SIGINT, for the step in hand and saving
     checkpoint.deadline_minutes = (
         0.0  # from its start, by which a run has saved and ended; 0 = none

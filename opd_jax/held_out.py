@@ -1,11 +1,14 @@
 """Held-out answers on the way and at the end: measured, kept by the best, told in the closing table."""
 
+import hashlib
 import json
 import pathlib
+import shutil
 from collections.abc import Callable
+from typing import Any
 
 from opd_jax import data, models, processes
-from opd_jax.best import Best
+from opd_jax.best import Best, forget_after
 from opd_jax.checkpoint import Checkpoints
 from opd_jax.eval.evaluate import evaluate
 from opd_jax.eval.grade import Grader
@@ -14,6 +17,10 @@ from opd_jax.profiling import stage
 from opd_jax.rules import BEST
 from opd_jax.setup import Setup
 from opd_jax.stepping import Stepper, Summary
+
+# Fields of the section `eval`, and the beginning of those of `metrics`, that change answers or figures.
+_TOUCHES = ("samples", "temperature", "top_p", "top_k", "match", "fallbacks")
+_REPETITION = "repetition_"
 
 
 class HeldOut:
@@ -65,6 +72,7 @@ class HeldOut:
                 vocabulary=ids.vocabulary,
                 drawn_V=None if ids.drawn.all() else ids.drawn,
                 grader=self.grader,
+                protocol=self.protocol(),
                 out=self.folder / "eval" / str(step) / f"{self.name}.jsonl",
                 mesh=setup.mesh,
             )
@@ -73,7 +81,21 @@ class HeldOut:
         """The checkpoint with the best `eval.best` so far lies in best/; `save` writes one."""
         metric = self.config.eval.best
         if metric:
-            Best(self.folder, metric=metric, more=BEST[metric]).offer(step, summary, save)
+            Best(self.folder, metric=metric, more=BEST[metric]).offer(
+                step, summary, save, comparable=lambda kept: self.summary(kept) is not None
+            )
+
+    def go_back(self, step: int) -> None:
+        """Forget the best checkpoint, and set aside the answers, of steps after `step`."""
+        forget_after(self.folder, step)
+        if not processes.first():
+            return
+        aside = self.folder / "eval.rolled_back"
+        for answers in self.folder.glob("eval/[0-9]*"):
+            if int(answers.name) > step:
+                aside.mkdir(exist_ok=True)
+                shutil.rmtree(aside / answers.name, ignore_errors=True)
+                answers.rename(aside / answers.name)
 
     def table(self, last: int) -> dict[str, Summary]:
         """The rows of the closing table. What an earlier part of the run did not measure is measured
@@ -87,10 +109,35 @@ class HeldOut:
         return table
 
     def summary(self, step: int) -> Summary | None:
-        """The summary of an evaluation already made, maybe before a resume; None without one."""
+        """The summary of an evaluation already made, maybe before a resume.
+
+        None without one, and where it was made by another protocol: the two cannot be compared.
+        """
         file = self.folder / "eval" / str(step) / f"{self.name}.json"
-        return processes.from_first(
-            lambda: json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+        def read() -> Summary | None:
+            found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+            return found if found.pop("protocol", None) == self.protocol() else None
+
+        return processes.from_first(read)
+
+    def protocol(self) -> dict[str, Any]:
+        """Everything that the student's figures depend on beside its weights, as JSON holds it."""
+        setup, config = self.setup, self.config
+        asked = [
+            [problem.id, list(map(int, prompt)), problem.answer]
+            for problem, prompt in zip(setup.held_out, setup.prompts, strict=True)
+        ]
+        fields = {name: config.eval[name] for name in _TOUCHES}
+        fields["max_response_tokens"] = (
+            config.eval.max_response_tokens or config.rollout.max_response_tokens
+        )
+        repetition = {
+            name: config.metrics[name] for name in config.metrics if name.startswith(_REPETITION)
+        }
+        problems = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+        return json.loads(
+            json.dumps({"seed": config.seed, "problems": problems} | fields | repetition)
         )
 
     def keys(self, summary: Summary) -> Summary:

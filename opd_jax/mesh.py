@@ -147,7 +147,8 @@ class Mesh:
     ) -> Callable:
         """`function` on every replica by itself. Inside a jitted function.
 
-        `given`, `made`: ROWS, WHOLE, APART or SUMS, for each argument and result.
+        `given`: ROWS, WHOLE, APART or SUMS, for each argument. `made`: the same for each result, but
+        not WHOLE; a result of SUMS has the tree of the one argument of SUMS.
         """
         if self.devices is None:
             return function
@@ -161,14 +162,14 @@ class Mesh:
             return tuple(_as_entry(x) if k in (APART, SUMS) else x for x, k in kinds)
 
         def call(*args: Any) -> Any:
-            specs = {ROWS: P(REPLICAS), APART: P(REPLICAS)}
-            asked = []
-            for x, kind in zip(args, given, strict=True):
-                if kind in (WHOLE, SUMS):
-                    specs[kind] = manual_specs(x, apart=kind == SUMS)
-                asked.append(specs[kind])
-            results = specs[made] if isinstance(made, str) else tuple(specs[kind] for kind in made)
-            return self._apart_from_each_other(own, tuple(asked), results)(*args)
+            asked = tuple(_spec(x, kind) for x, kind in zip(args, given, strict=True))
+            kinds = (made,) if isinstance(made, str) else made
+            assert WHOLE not in kinds, "nothing says that the replicas' results are equal"
+            sums = [spec for spec, kind in zip(asked, given, strict=True) if kind == SUMS]
+            assert SUMS not in kinds or len(sums) == 1, "a result of SUMS has one argument's tree"
+            specs = tuple(sums[0] if kind == SUMS else P(REPLICAS) for kind in kinds)
+            results = specs[0] if isinstance(made, str) else specs
+            return self._apart_from_each_other(own, asked, results)(*args)
 
         return call
 
@@ -291,6 +292,11 @@ def make_mesh(section: Any, devices: Sequence[jax.Device] | None = None) -> Mesh
     types = (AxisType.Auto,) * len(AXES)
     sharded = tuple(role for role in ROLES if section[role] == "sharded")
     return Mesh(jax.make_mesh(shape, AXES, axis_types=types, devices=devices), sharded)
+
+
+def _spec(x: Any, kind: str) -> Any:
+    """The partitioning of an argument of `Mesh.each`."""
+    return manual_specs(x, apart=kind == SUMS) if kind in (WHOLE, SUMS) else P(REPLICAS)
 
 
 def _first(tree: Tree) -> Tree:

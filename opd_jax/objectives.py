@@ -8,6 +8,7 @@ A method is a set of numbers. A term whose weight is 0 is not traced: no forward
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -55,6 +56,7 @@ class Terms:
     lambda_gold: float = 0.0
     beta_kl: float = 0.0
     kl_estimator: str = "full"
+    kl_clamp: float = 10.0
     raised: tuple[str, ...] = ()
 
     @property
@@ -150,7 +152,7 @@ def make_rollout_loss(
             out["divergence"] = _divergence(terms, student_CV, other.get("teacher"), given)
         if "reference_kl" in names:
             out["reference_kl"] = _reference_kl(
-                terms.kl_estimator, student_CV, other["reference"], logprob_C, token_C, counts
+                terms, student_CV, other["reference"], logprob_C, token_C, counts
             )
         return out
 
@@ -291,17 +293,20 @@ def _divergence(
 
 
 def _reference_kl(
-    estimator: str,
+    terms: Terms,
     student_CV: jax.Array,
     reference_CV: jax.Array,
     logprob_C: jax.Array,
     token_C: jax.Array,
     counts_C: jax.Array,
 ) -> jax.Array:
-    """KL(student || reference) of a chunk of tokens by the named estimator. [C]; 0 where none counts."""
-    if estimator == "full":
+    """KL(student || reference) of a chunk of tokens by `kl_estimator`. [C]; 0 where no token counts."""
+    if terms.kl_estimator == "full":
         return losses.exact_kl(p_logprob_BTV=student_CV[None], q_logprob_BTV=reference_CV[None])[0]
-    sampled = {"k1": losses.kl_k1, "k2": losses.kl_k2, "k3": losses.kl_k3}[estimator]
+    k3 = partial(losses.kl_k3, clamp=terms.kl_clamp or float("inf"))
+    estimators: dict[str, Callable[..., jax.Array]]
+    estimators = {"k1": losses.kl_k1, "k2": losses.kl_k2, "k3": k3}
+    sampled = estimators[terms.kl_estimator]
     reference_C = jnp.where(counts_C, scoring.take(reference_CV, token_C), 0.0)
     return sampled(logprob_BT=logprob_C, reference_logprob_BT=reference_C)
 

@@ -32,6 +32,8 @@ LOST = (
 _TELL_S = 3600  # one may grade a benchmark, or read a model from the hub; a lost one shows by its heartbeat
 _SUPERVISED = "OPD_JAX_SUPERVISED"
 _TOLD = "opd_jax/heard"
+# Of SLURM, Open MPI, MPICH or Intel MPI, MVAPICH: how many tasks there are. JAX connects the first two's.
+_LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 _turns = itertools.count()
 
 
@@ -43,7 +45,15 @@ def asked(coordinator: str | None, count: int | None, index: int | None) -> bool
     given = {"--coordinator": coordinator, "--num_processes": count, "--process_id": index}
     missing = [name for name, value in given.items() if value is None]
     if len(missing) == len(given):
-        return _launched() > 1
+        if _launched() > 1:
+            return True
+        name, tasks = _tasks()
+        if tasks > 1:
+            raise ConfigError(
+                f"{name}={tasks}: the tasks of this launcher do not find each other; start them with srun "
+                f"or Open MPI, or give each --coordinator=HOST:PORT --num_processes={tasks} --process_id=I"
+            )
+        return False
     if missing:
         raise ConfigError(
             f"{' and '.join(missing)} missing, wanted all of --coordinator=HOST:PORT "
@@ -64,6 +74,20 @@ def asked(coordinator: str | None, count: int | None, index: int | None) -> bool
             "processes from 0"
         )
     return count > 1
+
+
+def require_alone() -> None:
+    """Refuse to run one command several times at once: for entry points that are one process.
+
+    Raises ConfigError in every task of a launcher that has started more than one.
+    """
+    name, tasks = _tasks()
+    if tasks > 1:
+        raise ConfigError(
+            f"{name}={tasks}: the launcher has started this command {tasks} times, and each would do all of "
+            "the work; it is one process that takes all devices of its machine: start one task (srun "
+            f"--ntasks=1, mpirun -n 1), or unset {name} where each task has a --workdir of its own"
+        )
 
 
 def start(coordinator: str | None, count: int | None, index: int | None) -> None:
@@ -236,11 +260,19 @@ def _await(coordinator: str) -> None:
 
 def _launched() -> int:
     """How many processes SLURM, MPI or Kubernetes started; 1 where none did."""
-    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
+    for name in _LAUNCHERS[:2]:
         if os.environ.get(name, "").isdigit():
             return int(os.environ[name])
     # An indexed job of Kubernetes; how many there are JAX asks of the cluster.
     return 2 if {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= os.environ.keys() else 1
+
+
+def _tasks() -> tuple[str, int]:
+    """The variable in which a launcher says that it started several tasks, and how many; else ("", 1)."""
+    for name in _LAUNCHERS:
+        if os.environ.get(name, "").isdigit() and int(os.environ[name]) > 1:
+            return name, int(os.environ[name])
+    return "", 1
 
 
 def _local_devices() -> list[int] | None:

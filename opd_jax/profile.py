@@ -177,7 +177,7 @@ def operation_table(found: Trace, scopes: Mapping[str, Mapping[str, str]]) -> st
     """The operations that took most."""
     rows = [["program", "operation", "scope", "times", "s a step"]]
     for one in found.operations[:_TOP]:
-        scope = scopes.get(one.program, {}).get(one.name, "-")
+        scope = trace.scope_of(one, scopes)
         seconds = f"{one.seconds / found.count:.4f}"
         rows.append([one.program, one.name[:40], scope, str(one.count // found.count), seconds])
     return _columns(rows)

@@ -20,6 +20,7 @@ from opd_jax.models.remat import POLICIES
 from opd_jax.placement import ROLES
 from opd_jax.repetition import RULES
 from opd_jax.supports import SUPPORTS
+from opd_jax.unused import unused
 
 DTYPES = ("auto", "float32", "bfloat16")
 # Metrics by which a best checkpoint is kept; True where more is better.
@@ -52,6 +53,7 @@ def validate(config: ConfigDict) -> None:
                   "rollout.temperature", "eval.temperature", "log.rollouts", "log.gradients", "seed",
                   "loss.clip_high", "loss.divergence_weight", "loss.teacher_coef", "loss.group_coef",
                   "loss.advantage_clamp", "loss.dual_clip", "loss.importance_cap", "data.epochs",
+                  "loss.kl_clamp",
                   "student.rope_theta", "student.max_position",
                   "teacher.rope_theta", "teacher.max_position", "reference.rope_theta",
                   "reference.max_position", "sample.problems", "sample.slots",
@@ -270,24 +272,11 @@ def _check_loss(config: ConfigDict) -> None:
             "--config.loss.support=student, or --config.loss.pg_weight=0 "
             "--config.loss.divergence_weight=1 for the whole vocabulary"
         )
-    if on_support and (loss.discount or loss.advantage_clamp):
-        raise ConfigError(
-            "loss.discount and loss.advantage_clamp are for the sampled token's advantage, got "
-            "loss.advantage=support; set both to 0"
-        )
-    if not on_support and not loss.divergence_weight:
-        for field in ("support", "form", "direction", "top_k"):
-            if loss[field] != (usual := default().loss[field]):
-                raise ConfigError(
-                    f"loss.{field}={loss[field]} is of a divergence or an advantage over a support, and "
-                    "this loss has neither; set --config.loss.divergence_weight=1 "
-                    f"--config.loss.pg_weight=0, or leave it at {usual}"
-                )
-    if loss.support == "full" and loss.form != "raw":
-        raise ConfigError(
-            f"loss.form={loss.form} is for a support of top_k ids, got loss.support=full, over which "
-            "all forms agree; set --config.loss.form=raw or --config.loss.support=student"
-        )
+    for field, (why, change) in unused(config).items():
+        if loss[field] != (usual := default().loss[field]):
+            raise ConfigError(
+                f"loss.{field}={loss[field]} has no effect: {why}; leave it at {usual}, or set {change}"
+            )
     if loss.form == "stop_gradient" and loss.direction != "reverse":
         raise ConfigError(
             f"loss.form=stop_gradient with loss.direction={loss.direction}, wanted reverse: elsewhere "

@@ -12,12 +12,18 @@ from opd_jax.errors import WorkdirError
 from opd_jax.profiling import STAGES, STEP
 
 _NS = 1e-9
-# Programs by the stage they belong to; others are the host's helpers.
+# Programs by the stage they belong to; others are the host's helpers. The update's include the sums over
+# replicas (gradients, loss) and the gathering of the compute weights that it has changed. Several
+# processes read results by `_replicated`: mostly each chunk of decoding.
 PROGRAMS = {
     "jit_unstack": "rollout", "jit_empty": "rollout", "jit_prefill": "rollout",
-    "jit_decode_chunk": "rollout", "jit_score_part": "score", "jit_add_gradient": "update",
-    "jit_apply": "update", "jit__zeros_like": "update",
+    "jit_decode_chunk": "rollout", "jit__replicated": "rollout", "jit_score_part": "score",
+    "jit_discounted": "rows", "jit_add_gradient": "update", "jit_apply": "update",
+    "jit__zeros_like": "update", "jit__summed": "update", "jit__total": "update",
+    "jit__compute": "update", "jit__norm": "update", "jit__cosine": "update",
 }  # fmt: skip
+COMMUNICATION = "communication"  # the scope of operations between devices, wherever they come from
+_COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "reduce-scatter", "collective-")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,9 +145,16 @@ def by_scope(
     """The device's seconds by (stage, scope). `scopes`: of each program, the scope of each operation."""
     out: dict[tuple[str, str], float] = defaultdict(float)
     for one in operations:
-        scope = scopes.get(one.program, {}).get(one.name, "-")
+        scope = scope_of(one, scopes)
         out[PROGRAMS.get(one.program, "other"), scope] += one.seconds
     return dict(sorted(out.items(), key=lambda item: -item[1]))
+
+
+def scope_of(one: Operation, scopes: Mapping[str, Mapping[str, str]]) -> str:
+    """Return the scope of an operation: `COMMUNICATION`, that of its program's text, or "-"."""
+    if one.name.replace("_", "-").startswith(_COLLECTIVES):
+        return COMMUNICATION
+    return scopes.get(one.program, {}).get(one.name, "-")
 
 
 # What a scope is called in the table, by the first of these that an operation's name holds.

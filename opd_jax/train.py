@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from opd_jax import (
     ahead,
+    best,
     checkpoint,
     data,
     display,
@@ -85,9 +86,11 @@ def run(
             f"steps={config.steps}, but the workdir {str(folder)!r} is at step {first}; "
             f"set --config.steps={first} or more, or give a new --workdir"
         )
-    if first is not None and processes.first():
-        for line in _schedule_moved(folder, config):
-            print(line, flush=True)
+    moved = processes.from_first(
+        lambda: [] if first is None else _schedule_moved(folder, config),
+    )
+    if processes.first():
+        print(*moved, sep="\n", end="\n" * bool(moved), flush=True)
     require(config.log)
     plan = planning.of_run(setup)
     if processes.first():
@@ -102,6 +105,8 @@ def run(
         if processes.first():
             workdir.create(folder, config, command, changes=changes)
             planning.write(plan, folder)
+        if changes or moved:  # what comes after the checkpoint will be another trajectory
+            best.forget_after(folder, first or 0)
         with (
             make_grader(config.grading) as grader,
             checkpoint.Checkpoints(folder, keep=config.checkpoint.keep) as saved,
@@ -145,6 +150,8 @@ class _Run:
             point = resume.point(folder, saved)
             self.first, self.guard, self.pending = point.step, point.guard, point.pending
             self.stepper.numerics = point.numerics
+            if self.first < newest:  # a rollback was cut short
+                self.held_out.go_back(self.first)
             saved.delete_after(self.first)
             self.stepper.state = saved.restore(self.first, self.like, self.batches)
             kept = newest - (self.pending is not None)
@@ -203,6 +210,8 @@ class _Run:
                 self._log(step, row, sampled)
                 step = self._go_back(response.restore)
                 last = response.stop
+                if last:  # the line of the alarm's own step is set aside, and no later one comes
+                    self.log.amend({"step": step} | response.event)
                 continue
             last = response.stop or step == config.steps
             due = bool(last or (config.eval.every and step % config.eval.every == 0))
@@ -215,6 +224,11 @@ class _Run:
                 self._save(step)
         tracer.stop()
         table = self.held_out.table(step) if self.held_out else {}
+        if table and "student before" not in table:
+            progress.say(
+                "note: the student before training is left out of the table: it was not evaluated, or with "
+                "other held-out problems or settings of eval"
+            )
         if table:
             progress.say(f"\n{display.table(table)}\n")
         self.saved.wait()  # what cannot be written is said before all is said to be
@@ -235,6 +249,11 @@ class _Run:
         """The `eval/*` keys of the student as it is now; said, and kept if it is the best."""
         summary = self.held_out.evaluate(step)
         self.progress.say(f"step {step}: {display.headline(summary)}")
+        self._keep_best(step, summary)
+        return self.held_out.keys(summary)
+
+    def _keep_best(self, step: int, summary: Summary) -> None:
+        """Keep the state as it is now, of `step`, if it is the best by `summary`."""
         self.held_out.keep_best(
             step,
             summary,
@@ -242,18 +261,20 @@ class _Run:
                 step, self.stepper.state, self.batches, guard.to_json(self.guard)
             ),
         )
-        return self.held_out.keys(summary)
 
     def _save(self, step: int, pending: resume.Pending | None = None) -> None:
         """Begin a checkpoint; the lines before it are on the disk first."""
         self.log.sync()
         self.samples.sync()
-        told = guard.to_json(self.guard)
+        told, every = guard.to_json(self.guard), self.config.checkpoint.every
         beside: dict[str, Any] = {"numerics": numerics.to_json(self.stepper.numerics)}
         if pending is not None:
             beside["pending"] = pending
         with stage("checkpoint"):
-            self.saved.save(step, self.stepper.state, self.batches, told, beside=beside)
+            self.saved.save(
+                step, self.stepper.state, self.batches, told, beside=beside,
+                scheduled=not every or step % every == 0,
+            )  # fmt: skip
 
     def _end_early(
         self, step: int, row: Summary, sampled: list[dict], asked: str, *, due: bool
@@ -285,11 +306,14 @@ class _Run:
     def _go_back(self, step: int) -> int:
         """To the checkpoint of `step`, with the guards as they are now; later lines are set aside."""
         resume.note_rollback(self.folder, step, self.guard)
+        self.held_out.go_back(step)
         self.saved.delete_after(step)
         del self.stepper.state  # makes room for the one that is read
         self.stepper.state = self.saved.restore(step, self.like, self.batches)
         self.log.go_back(step)
         self.samples.go_back(step)
+        if summary := self.held_out.summary(step):
+            self._keep_best(step, summary)  # where a discarded step has taken its place
         return step
 
     def _weights(self) -> dict[str, float]:

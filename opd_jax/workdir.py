@@ -186,6 +186,15 @@ class Lines:
         self._file.write(_line(row))
         self._file.flush()
 
+    def amend(self, row: dict[str, Any]) -> None:
+        """Add keys to the last line where it has the same step, else append a line."""
+        last = b"".join(self._path.read_bytes().splitlines(keepends=True)[-1:])
+        there = json.loads(last) if last else {"step": None}
+        if there["step"] == row["step"]:
+            _cut(self._path, self._path.stat().st_size - len(last))
+            row = there | row
+        self.write(row)
+
     def sync(self) -> None:
         """Until all lines are on the disk itself."""
         os.fsync(self._file.fileno())
@@ -209,6 +218,9 @@ class NoLines:
     """In the place of `Lines` in a process that writes nothing."""
 
     def write(self, row: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def amend(self, row: dict[str, Any]) -> None:
         """Nothing."""
 
     def sync(self) -> None:

@@ -23,6 +23,7 @@ from opd_jax import (
     objectives,
     scoring,
     setup,
+    trace,
     train,
     update,
 )
@@ -394,6 +395,21 @@ def test_a_bit_that_differs_between_copies_is_found(params):
     named = r"1 part .*\['query'\]\['kernel'\]\[0:2, 0:32, 16:32\]: 1, 3, 7 against 5;"
     with pytest.raises(CopiesError, match=named):
         copies.require_equal({"state": state}, when="after step 3")
+
+
+@pytest.mark.slow
+def test_a_trace_of_several_devices_has_no_other_stage(folders, tmp_path):
+    """The sums over replicas and the gathering of weights belong to the update."""
+    config = small(folders)
+    config.steps, config.eval.data, config.checkpoint.every = 2, "", 0
+    config.mesh.update({"data": 2, "fsdp": 4, "student": "sharded"})
+    config.profile.start_step, config.profile.steps, config.log.gradients = 2, 1, 2
+    train.run(config, str(tmp_path / "run"), command=[])
+    found = trace.read(trace.newest(tmp_path / "run" / "profile")).operations
+    assert {"jit__summed", "jit__compute", "jit__total"} <= {one.program for one in found}
+    stages = trace.by_stage(found)
+    assert stages["other"] < 0.01 * sum(stages.values())
+    assert trace.by_scope(found, {})["update", trace.COMMUNICATION] > 0
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from opd_jax import ahead, train
+from opd_jax import ahead, trace, train
 from tests.small_run import small
 
 PROGRAMS = {
@@ -22,6 +22,12 @@ PROGRAMS = {
 }
 if jax.device_count() > 1:  # test_mesh.py runs this file on eight
     PROGRAMS |= {"_summed", "_compute"}
+
+
+def test_every_program_of_a_step_has_a_stage():
+    """Also those of several devices, wherever this runs."""
+    names = PROGRAMS | {"_summed", "_compute", "_total", "_norm", "_cosine"}
+    assert {f"jit_{name}" for name in names} <= trace.PROGRAMS.keys()
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from opd_jax import checkpoint, data, train
-from opd_jax.best import Best
+from opd_jax.best import Best, forget_after
 from opd_jax.errors import ConfigError
 from opd_jax.export import export
 from opd_jax.types import TrainState
@@ -44,6 +44,27 @@ def test_what_is_kept(tmp_path):
         Best(tmp_path / "a", metric="accuracy", more=True).offer(
             9, {"length_mean": 1.0}, Saved()(9)
         )
+
+
+def test_what_another_protocol_measured_is_replaced(tmp_path):
+    """A kept value counts only where it was measured as the new one was."""
+    (tmp_path / "config.json").write_text("{}")
+    saved, best = Saved(), Best(tmp_path, metric="accuracy", more=True)
+    best.offer(1, {"accuracy": 0.9}, saved(1))
+    best.offer(2, {"accuracy": 0.4}, saved(2), comparable=lambda step: step != 1)
+    best.offer(3, {"accuracy": 0.3}, saved(3), comparable=lambda step: step != 1)
+    assert saved.steps == [1, 2]
+    assert best.record == {"step": 2, "metric": "accuracy", "value": 0.4}
+
+
+def test_only_later_steps_are_forgotten(tmp_path):
+    forget_after(tmp_path, 0)  # nothing is kept
+    offered(tmp_path, [0.2, 0.5])
+    forget_after(tmp_path, 1)
+    assert Best(tmp_path, metric="accuracy", more=True).record["step"] == 1
+    (tmp_path / "best/checkpoints/3").mkdir(parents=True)  # written, and not yet told of
+    forget_after(tmp_path, 2)
+    assert not (tmp_path / "best").exists()
 
 
 def test_a_step_that_comes_again_after_a_rollback_is_written_again(tmp_path):

@@ -1,11 +1,12 @@
 """Runs that the guard interferes with: an alarm at a step of the test's choice, and what the run does."""
 
+import json
 from functools import partial
 
 import numpy as np
 import pytest
 
-from opd_jax import checkpoint, guard, train
+from opd_jax import checkpoint, guard, held_out, train, whole
 from tests.small_run import lines, small, without_times
 
 
@@ -90,6 +91,48 @@ def test_rollback_goes_on_from_before_the_onset_strengthened(folders, tmp_path, 
     assert rows[2]["loss/reference_kl"] > 0
     assert {row["step"] for row in lines(tmp_path / "run", "rollouts.jsonl")} == {1, 2, 3, 4}
     assert result.state.step == straight.state.step == 4
+
+
+def test_a_run_that_ends_after_its_last_rollback_says_so(folders, tmp_path, monkeypatch):
+    """The line of the alarm's step is set aside; the reason is also where the run stands."""
+    alarm_at(monkeypatch, 3, 4, onset=2)
+    config = config_with(folders, "rollback")
+    config.guard.max_rollbacks = 1
+    result = train.run(config, str(tmp_path / "run"), command=[])
+    assert result.state.step == 1
+    rows = lines(tmp_path / "run", "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1]
+    assert "loss/opd" in rows[-1]
+    assert (
+        rows[-1].items() >= {"guard/stopped": 1.0, "guard/alarm": 1.0, "guard/onset": 2.0}.items()
+    )
+    assert lines(tmp_path / "run", "metrics.rolled_back.jsonl")[-1]["guard/stopped"] == 1.0
+
+
+def test_the_best_of_a_discarded_trajectory_is_discarded(folders, tmp_path, monkeypatch):
+    """Step 2 is the best until the run goes back to step 1; then step 1 is, and stays so."""
+    values = {0: [50.0], 1: [40.0], 2: [10.0, 60.0], 3: [70.0], 4: [80.0]}
+
+    def evaluate(*_, out, protocol=None, **__):
+        summary = {"truncation_rate": 0.0, "repetition_rate": 0.0}
+        summary["length_mean"] = values[int(out.parent.name)].pop(0)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        whole.write_json(out.with_suffix(".json"), summary | {"protocol": protocol})
+        return summary
+
+    monkeypatch.setattr(held_out, "evaluate", evaluate)
+    alarm_at(monkeypatch, 3, onset=2)
+    config = config_with(folders, "rollback")
+    config.eval.data, config.eval.every, config.eval.teacher = "tiny:test", 1, False
+    config.eval.best = "length_mean"
+    train.run(config, str(tmp_path / "run"), command=[])
+    assert all(not left for left in values.values())
+    record = json.loads((tmp_path / "run/best/best.json").read_text())
+    assert record == {"step": 1, "metric": "length_mean", "value": 40.0}
+    assert checkpoint.latest_step(tmp_path / "run" / "best") == 1
+    aside = json.loads((tmp_path / "run/eval.rolled_back/2/tiny.json").read_text())
+    assert aside["length_mean"] == 10.0
+    assert json.loads((tmp_path / "run/eval/2/tiny.json").read_text())["length_mean"] == 60.0
 
 
 def test_a_rollback_that_was_cut_short_is_finished(folders, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ LAYER = {
     "placement": 1, "mesh": 2, "processes": 1, "profiling": 0, "trace": 1,
     "shapes": 1, "batching": 1, "repetition": 1, "right_wrong": 1, "eval.answer": 1,
     "eval.answer_file": 1, "eval.grading_worker": 2,
-    "guard": 2, "losses": 2, "models": 2, "data": 2, "checkpoint": 3, "eval.grade": 2,
+    "guard": 2, "unused": 3, "losses": 2, "models": 2, "data": 2, "checkpoint": 3, "eval.grade": 2,
     "eval.benchmarks": 3, "config": 3, "metrics": 3, "scoring": 3, "rollout": 3,
     "objectives": 4, "rules": 4, "workdir": 4, "fitting": 4, "cli": 4, "eval.evaluate": 4,
     "eval.results": 4, "best": 4, "comparison": 5,

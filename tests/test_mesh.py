@@ -7,7 +7,10 @@ import sys
 from functools import partial
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import AxisType
 from ml_collections import ConfigDict
 
 from opd_jax import config as configuration
@@ -74,6 +77,41 @@ def test_one_device_is_no_mesh():
 
 
 @pytest.mark.short
+def one_device_with_axes() -> mesh.Mesh:
+    types = (AxisType.Auto,) * len(mesh.AXES)
+    return mesh.Mesh(jax.make_mesh((1, 1, 1), mesh.AXES, axis_types=types))
+
+
+def test_arguments_of_one_kind_have_partitionings_of_their_own():
+    """Two trees of other structures and ranks, both WHOLE, beside the one argument of SUMS."""
+
+    def function(matrix, tree, rows, sums):
+        return rows * matrix.sum() + tree["bias"].sum(), {"w": sums["w"] + 1.0}
+
+    each = one_device_with_axes().each(
+        function, (mesh.WHOLE, mesh.WHOLE, mesh.ROWS, mesh.SUMS), (mesh.ROWS, mesh.SUMS)
+    )
+    given = (jnp.ones((2, 3)), {"bias": jnp.ones(4)}, jnp.ones((5, 1)), {"w": jnp.zeros((1, 2))})
+    rows, sums = jax.jit(each)(*given)
+    np.testing.assert_array_equal(rows, np.full((5, 1), 10.0))
+    np.testing.assert_array_equal(sums["w"], np.ones((1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("given", "made"),
+    [
+        ((mesh.WHOLE, mesh.WHOLE), mesh.WHOLE),
+        ((mesh.SUMS, mesh.SUMS), (mesh.SUMS, mesh.SUMS)),
+        ((mesh.ROWS, mesh.WHOLE), mesh.SUMS),
+    ],
+)
+def test_a_result_whose_partitioning_is_not_clear_is_refused(given, made):
+    """It would get that of whichever argument of its kind came last."""
+    each = one_device_with_axes().each(lambda a, b: a, given, made)
+    with pytest.raises(AssertionError):
+        jax.jit(each)(jnp.ones((1, 2)), {"w": jnp.ones((1, 2, 3))})
+
+
 def test_heads_that_do_not_divide_are_refused():
     sizes = {"data": 1, "fsdp": 1, "tensor": 4}
     check = partial(placement.check, sizes=sizes, sharded=False)

@@ -231,13 +231,46 @@ def test_flags_that_cannot_be_are_refused(given, says):
     ],
 )
 def test_launchers_are_found(monkeypatch, env, several):
-    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "JOB_COMPLETION_INDEX"):
+    for name in (*processes._LAUNCHERS, "JOB_COMPLETION_INDEX"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     assert processes.asked(None, None, None) is several
     assert processes.asked("host:1", 1, 0) is False
+
+
+@pytest.mark.short
+def test_tasks_that_do_not_find_each_other_are_refused(monkeypatch):
+    """Else each would be a whole run in one workdir."""
+    for name in processes._LAUNCHERS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PMI_SIZE", "4")
+    with pytest.raises(ConfigError, match=r"PMI_SIZE=4: .*--num_processes=4"):
+        processes.asked(None, None, None)
+    assert processes.asked("host:1", 4, 0)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")  # srun --mpi=pmi2
+    assert processes.asked(None, None, None)
+
+
+@pytest.mark.short
+@pytest.mark.parametrize(
+    ("entry", "name"),
+    [("evaluate", name) for name in processes._LAUNCHERS] + [("plan", "SLURM_STEP_NUM_TASKS")],
+)
+def test_entry_points_of_one_process_refuse_several_tasks(monkeypatch, entry, name, tmp_path):
+    for other in processes._LAUNCHERS:
+        monkeypatch.delenv(other, raising=False)
+    evaluation = ["--model=opd_jax/tiny/student", f"--workdir={tmp_path / 'evaluation'}"]
+    given = evaluation if entry == "evaluate" else []
+    done = subprocess.run(
+        [sys.executable, f"launch/{entry}.py", *given],
+        cwd=ROOT, env=os.environ | {name: "2"}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert f"error: {name}=2: the launcher has started this command 2 times" in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.short

@@ -56,6 +56,19 @@ def test_programs_belong_to_stages():
     }  # fmt: skip
 
 
+def test_communication_is_a_scope_of_its_own_wherever_it_happens():
+    names = ["all-gather.13", "reduce_scatter.109", "all-reduce-start", "collective-permute.2"]
+    moved = [Operation("jit_add_gradient", name, 1, 1.0) for name in names]
+    moved += [
+        Operation("jit__summed", "reduce_scatter.1", 1, 1.0),
+        Operation("jit__compute", "all_gather", 1, 1.0),
+    ]
+    scopes = {"jit_add_gradient": {"all-gather.13": "mlp"}}
+    assert trace.by_scope(moved, scopes) == {("update", "communication"): 6.0}
+    assert trace.by_stage(moved) == {"update": 6.0}
+    assert trace.scope_of(Operation("jit_f", "reduce.1", 1, 1.0), {}) == "-"
+
+
 def test_scopes_come_from_the_compiled_text():
     hlo = (
         'ROOT %dot.3 = f32[2]{0} dot(%a, %b), metadata={op_name="jit(f)/while/body/Layer/mlp/up/dot"}\n'

@@ -172,6 +172,23 @@ def test_answers_to_held_out_problems_have_a_budget_of_their_own(folders, tmp_pa
         make_setup(config)
 
 
+def test_a_closing_table_has_one_protocol(folders, tmp_path, capsys):
+    """Resumed with other settings of eval: the row of before is left out, that of after measured anew."""
+    config = small(folders, "opd")
+    config.steps, config.eval.teacher, config.eval.best = 2, False, "length_mean"
+    train.run(config, str(tmp_path / "run"), command=[])
+    assert "is left out of the table" not in capsys.readouterr().out
+    config.eval.max_response_tokens = 30
+    resumed = train.run(config, str(tmp_path / "run"), command=[])  # nothing is left but the table
+    assert list(resumed.table) == ["student after"]
+    assert resumed.table["student after"]["length_mean"] <= 30
+    assert "the student before training is left out of the table" in capsys.readouterr().out
+    again = train.run(config, str(tmp_path / "run"), command=[])
+    assert again.table == resumed.table
+    config.eval.every = 1  # says when, not how
+    assert train.run(config, str(tmp_path / "run"), command=[]).table == resumed.table
+
+
 def test_a_run_without_held_out_data_measures_none(folders, tmp_path, capsys):
     config = small(folders, "sft")
     config.eval.data = ""

@@ -35,13 +35,15 @@ def evaluate(
     drawn_V: np.ndarray | None = None,
     grader: Grader,
     out: pathlib.Path,
+    protocol: dict[str, Any] | None = None,
     mesh: Mesh = ONE,
 ) -> dict[str, float]:
     """avg@k of a model on problems, with everything needed to look behind it.
 
     `section`, `rollout`, `repetition` are the config sections eval, rollout and metrics. Writes one
     line an answer to `out` (JSONL: id, prompt, answer, gold, grade, outcome, length) and the summary
-    beside it (`out` with .json). Answers are drawn from `key`, so evaluation leaves training alone.
+    beside it (`out` with .json), together with `protocol`: how the answers were made. Answers are
+    drawn from `key`, so evaluation leaves training alone.
 
     Returns truncation_rate, repetition_rate, length_mean; where every problem has a gold answer
     accuracy (mean over problems of the mean over samples), stderr (over problems), unparsed and
@@ -74,6 +76,7 @@ def evaluate(
             repetition=repetition,
             grader=grader,
             out=out,
+            protocol=protocol or {},
         )
     )
 
@@ -87,6 +90,7 @@ def _report(
     repetition: Any,
     grader: Grader,
     out: pathlib.Path,
+    protocol: dict[str, Any],
 ) -> dict[str, float]:
     """Grade, write down, summarise."""
     k = section.samples
@@ -132,5 +136,6 @@ def _report(
                 "repetitive": flagged[i],
             }
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    whole.write_json(out.with_suffix(".json"), summary, indent=2)  # last: it says that all is there
+    told = summary | {"protocol": protocol}
+    whole.write_json(out.with_suffix(".json"), told, indent=2)  # last: it says that all is there
     return summary

@@ -28,6 +28,7 @@ def discounted(*, reward_BT: jax.Array, discount: float) -> jax.Array:
     def step(later_B: jax.Array, reward_B: jax.Array) -> tuple[jax.Array, jax.Array]:
         return (now_B := reward_B + discount * later_B), now_B
 
+    reward_BT = jax.lax.stop_gradient(reward_BT)
     _, return_TB = jax.lax.scan(step, jnp.zeros_like(reward_BT[:, 0]), reward_BT.T, reverse=True)
     return return_TB.T
 
@@ -69,7 +70,8 @@ def truncated_importance(
     the surrogate is linear in it.
     """
     check_shapes(logprob_BT=logprob_BT, sampler_logprob_BT=sampler_logprob_BT)
-    return jnp.minimum(jnp.exp(logprob_BT - sampler_logprob_BT), cap)
+    ratio_BT = jnp.exp(logprob_BT - sampler_logprob_BT)
+    return jax.lax.stop_gradient(jnp.minimum(ratio_BT, cap))
 
 
 def support_advantage(

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from opd_jax.shapes import check_shapes
 
 ESTIMATORS = ("full", "k1", "k2", "k3")
+_LARGEST = 80.0  # exponent up to which exp is taken: float32 overflows at 88.7
 
 
 def clipped_surrogate(
@@ -22,16 +23,20 @@ def clipped_surrogate(
     Eq. (1) with the token-level advantage. With one update per rollout rho = 1 and the clip never
     acts; the gradient is then -A_t grad log p(y_t|s_t), Eq. (3). `dual_clip` = c > 1 bounds the loss
     of a token with A_t < 0 to -c A_t, however large its ratio (1912.09729; verl's default is 3).
+
+    Computed as -A_t clip(rho_t, low_t, high_t): the bounds are 0 and 1 + high where A_t >= 0, and
+    1 - low and c where A_t < 0. Logarithms are clipped, so a ratio beyond its bound is never computed:
+    value and gradient are finite for any finite log-probs.
     """
     check_shapes(
         logprob_BT=logprob_BT, sampler_logprob_BT=sampler_logprob_BT, advantage_BT=advantage_BT
     )
     advantage_BT = jax.lax.stop_gradient(advantage_BT)
-    ratio_BT = jnp.exp(logprob_BT - jax.lax.stop_gradient(sampler_logprob_BT))
-    clipped_BT = jnp.clip(ratio_BT, 1.0 - clip_low, 1.0 + clip_high)
-    loss_BT = -jnp.minimum(ratio_BT * advantage_BT, clipped_BT * advantage_BT)
-    most_BT = jnp.where(advantage_BT < 0, -dual_clip * advantage_BT, jnp.inf)
-    return jnp.minimum(loss_BT, most_BT)
+    log_ratio_BT = logprob_BT - jax.lax.stop_gradient(sampler_logprob_BT)
+    negative_BT = advantage_BT < 0
+    low_BT = jnp.where(negative_BT, jnp.log1p(-clip_low), -jnp.inf)
+    high_BT = jnp.where(negative_BT, jnp.log(dual_clip), jnp.log1p(clip_high))
+    return -advantage_BT * _exp(jnp.clip(log_ratio_BT, low_BT, high_BT))
 
 
 def sft_nll(*, logprob_BT: jax.Array) -> jax.Array:
@@ -55,10 +60,18 @@ def kl_k2(*, logprob_BT: jax.Array, reference_logprob_BT: jax.Array) -> jax.Arra
     return 0.5 * kl_k1(logprob_BT=logprob_BT, reference_logprob_BT=reference_logprob_BT) ** 2
 
 
-def kl_k3(*, logprob_BT: jax.Array, reference_logprob_BT: jax.Array) -> jax.Array:
-    """exp(-d) - 1 + d, d = log p(y_t) - log ref(y_t): unbiased for KL(p || ref), never negative. [B, T]."""
+def kl_k3(
+    *, logprob_BT: jax.Array, reference_logprob_BT: jax.Array, clamp: float = float("inf")
+) -> jax.Array:
+    """exp(-d) - 1 + d, d = log p(y_t) - log ref(y_t): unbiased for KL(p || ref), never negative. [B, T].
+
+    Its gradient (1 - ref / p) grad log p is in expectation over samples of p that of KL(ref || p), the
+    forward KL, not that of the value. It is not bounded: a sampled token that the reference finds
+    likely and the student does not has ref / p = exp(-d). `clamp` bounds the value, as verl does at 10;
+    a token beyond it has no gradient.
+    """
     d_BT = kl_k1(logprob_BT=logprob_BT, reference_logprob_BT=reference_logprob_BT)
-    return jnp.exp(-d_BT) - 1.0 + d_BT
+    return jnp.minimum(_exp(-d_BT) - 1.0 + d_BT, clamp)
 
 
 def entropy(*, logprob_BTV: jax.Array) -> jax.Array:
@@ -66,3 +79,9 @@ def entropy(*, logprob_BTV: jax.Array) -> jax.Array:
     possible = logprob_BTV > -jnp.inf
     log_p = jnp.where(possible, logprob_BTV, 0.0)
     return -jnp.sum(jnp.where(possible, jnp.exp(log_p) * log_p, 0.0), axis=-1)
+
+
+def _exp(x: jax.Array) -> jax.Array:
+    """e^x; beyond `_LARGEST` its tangent there, so that value and gradient are finite."""
+    inside = jnp.minimum(x, _LARGEST)
+    return jnp.exp(inside) * (1.0 + (x - inside))

@@ -69,6 +69,32 @@ def test_dual_clip_by_hand(p, p_old, advantage, loss, gradient):
     np.testing.assert_allclose(slope, [[gradient]], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize(
+    ("advantage", "dual_clip", "loss", "gradient"),
+    [
+        (2.0, np.inf, -2.6, 0.0),  # clipped at 1.3
+        (-2.0, 3.0, 6.0, 0.0),  # clipped at 3
+        (0.0, np.inf, 0.0, 0.0),
+        # Nothing bounds it: 2 rho, with the tangent of exp at 80; 2 e^80 (1 + 119 - 80).
+        (-2.0, np.inf, 80 * np.exp(80.0), 2 * np.exp(80.0)),
+    ],
+)
+def test_a_ratio_that_overflows_has_a_finite_gradient(advantage, dual_clip, loss, gradient):
+    """rho = e^119, beyond float32."""
+
+    def value(logits):
+        return losses.clipped_surrogate(
+            logprob_BT=jax.nn.log_softmax(logits)[None, None, 0],
+            sampler_logprob_BT=row([-120.0]), advantage_BT=row([advantage]),
+            clip_low=0.2, clip_high=0.3, dual_clip=dual_clip,
+        )[0, 0]  # fmt: skip
+
+    got, slope = jax.value_and_grad(value)(jnp.log(jnp.exp(-1.0) * jnp.array([1.0, np.e - 1])))
+    np.testing.assert_allclose(got, loss, rtol=1e-4)
+    scale = 1 - np.exp(-1.0)  # d log p(y) / d logits = (1 - p, -(1 - p)) of two ids
+    np.testing.assert_allclose(slope, [gradient * scale, -gradient * scale], rtol=1e-4)
+
+
 def test_surrogate_at_ratio_one_has_the_policy_gradient(logits):
     student, _ = logits
     token, advantage = np.array([2, 0, 6, 2]), np.array([1.5, -0.7, 0.0, -2.0])
@@ -165,6 +191,41 @@ def test_sampled_kl_in_expectation(logits):
     np.testing.assert_allclose(k1_gradient, 0.0, atol=1e-6)
     np.testing.assert_allclose(k2_gradient, exact_gradient, atol=1e-6)
     assert np.max(np.abs(exact_gradient)) > 0.1  # so the comparison says something
+
+
+def test_the_gradient_of_k3_is_that_of_the_forward_kl(logits):
+    """In expectation over samples of p: (1 - ref / p) grad log p sums to the gradient of KL(ref || p)."""
+    student, other = (jnp.asarray(x, jnp.float32) for x in logits)
+
+    def forward(x):
+        p, ref = (jax.nn.log_softmax(y)[None] for y in (x, other))
+        return jnp.sum(losses.forward_kl(p_logprob_BTV=p, q_logprob_BTV=ref))
+
+    gradient = jax.grad(lambda x: expected_sampled_kl("k3", x, other))(student)
+    np.testing.assert_allclose(gradient, jax.grad(forward)(student), atol=1e-6)
+    reverse = jax.grad(lambda x: expected_sampled_kl("k2", x, other))(student)
+    assert np.max(np.abs(gradient - reverse)) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("logprob", "clamp", "value", "gradient"),
+    [
+        (-15.0, np.inf, 3.2690e6, -3.2690e6),  # e^15 - 16, 1 - e^15
+        (-15.0, 10.0, 10.0, 0.0),
+        (-2.0, 10.0, 4.389056, -6.389056),  # e^2 - 3, 1 - e^2
+        (-300.0, 10.0, 10.0, 0.0),
+        (-120.0, np.inf, 41 * np.exp(80.0), -np.exp(80.0)),  # the tangent of exp at 80
+    ],
+)
+def test_the_clamp_of_k3(logprob, clamp, value, gradient):
+    """A sampled token under a reference that is sure of it (log-prob 0)."""
+
+    def kl(x):
+        return losses.kl_k3(logprob_BT=x, reference_logprob_BT=row([0.0]), clamp=clamp)[0, 0]
+
+    got, slope = jax.value_and_grad(kl)(row([logprob]))
+    np.testing.assert_allclose(got, value, rtol=1e-4)
+    np.testing.assert_allclose(slope, [[gradient]], rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", SAMPLED)

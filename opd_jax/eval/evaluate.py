@@ -127,7 +127,7 @@ def _report(
         for i, (problem, text, grade) in enumerate(zip(answers, texts, grades, strict=True)):
             row = {
                 "id": problem.id,
-                "prompt": problem.prompt,
+                "prompt": problem.question,
                 "answer": text,
                 "gold": problem.answer,
                 "grade": grade.value if grade else None,

@@ -52,6 +52,7 @@ class Task:
     skipped: dict[str, int]
     texts: list[str]
     prompts: list[list[int]]
+    columns: str = ""
 
     @property
     def total(self) -> int:
@@ -102,7 +103,8 @@ def run(
     for task in tasks:
         left = sum(task.skipped.values())
         print(f"{task.benchmark.title}: {len(task.problems)} problems x {task.samples} answers from "
-              f"{task.file}" + (f"; {left} rows left out" if left else ""), flush=True)  # fmt: skip
+              f"{task.file}" + f"; {task.columns}" * bool(task.columns)
+              + f"; {left} rows left out" * bool(left), flush=True)  # fmt: skip
     _write(out / "evaluation.json", json.dumps(header, indent=2, ensure_ascii=False))
     _write(out / "config.json", configuration.to_json(config))
     _write(out / "run.json", json.dumps(workdir.provenance(command), indent=2))
@@ -131,9 +133,14 @@ def make_tasks(config: ConfigDict, subject: Subject) -> list[Task]:
                 "same answer every time; set --config.eval.samples=1 or a temperature above 0"
             )
         turns = [style.turns(problem) for problem in problems]
-        texts = [subject.tokenizer.render(text, system=system) for text, system in turns]
+        texts = [
+            subject.tokenizer.render(text, system=system, history=history)
+            for text, system, history in turns
+        ]
         prompts = subject.tokenizer.chats(turns)
-        task = Task(benchmark, file, samples, problems, loaded.skipped, texts, prompts)
+        task = Task(
+            benchmark, file, samples, problems, loaded.skipped, texts, prompts, loaded.columns
+        )
         _check_lengths(task, config, subject)
         tasks.append(task)
     return tasks

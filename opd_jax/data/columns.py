@@ -93,10 +93,10 @@ def read_problem(
             reason,
         )
 
-    read = functools.partial(
+    ask = functools.partial(
         read_question, alone=bool(columns.problem), answered=(*SOLUTION, columns.solution)
     )
-    question, taken_problem = part("problem", PROBLEM, read, True)
+    question, taken_problem = part("problem", PROBLEM, ask, True)
     taken_problem = " + ".join(name or taken_problem for name in question.parts)
     # One column may hold two parts: GSM8K's answer the solution too, a solution's box the answer.
     read_solution = functools.partial(_solution, named=bool(columns.solution))

@@ -168,7 +168,7 @@ def make_plan(config: ConfigDict) -> Plan:
 
 def sample_batch(
     plan: Plan, number: int, params: models.Params, grader: Grader
-) -> tuple[Batch, list[dict[str, str]]]:
+) -> tuple[Batch, list[dict[str, Any]]]:
     """Sample, grade and filter batch `number` of the problems; returns it and the rows to write."""
     section, repetition = plan.config.sample, plan.config.metrics
     first = number * section.batch
@@ -238,14 +238,10 @@ def fate(text: str, *, truncated: bool, grade: Grade | None, section: Any, repet
     return Fate.KEPT
 
 
-def row(problem: data.Problem, solution: str, number: int, samples: int) -> dict[str, str]:
+def row(problem: data.Problem, solution: str, number: int, samples: int) -> dict[str, Any]:
     """A row of the file, as data.open_problems reads it; one of several `samples` has a `#number`."""
-    return {
-        "id": problem.id if samples == 1 else f"{problem.id}#{number}",
-        "problem": problem.prompt,
-        "solution": solution,
-        "answer": problem.answer,
-    } | ({"system": problem.system} if problem.system else {})
+    name = problem.id if samples == 1 else f"{problem.id}#{number}"
+    return dataclasses.replace(problem, id=name, solution=solution).row()
 
 
 def summary(batches: Sequence[Batch], plan: Plan) -> dict[str, Any]:
@@ -331,8 +327,9 @@ def _sha256(
     digest = hashlib.sha256()
     for i in range(count):
         problem = problems[i]
-        text, system = style.turns(problem)
-        shown = [problem.id, tokenizer.render(text, system=system), problem.answer]
+        text, system, history = style.turns(problem)
+        prompt = tokenizer.render(text, system=system, history=history)
+        shown = [problem.id, prompt, problem.answer]
         digest.update(json.dumps(shown).encode())
     return digest.hexdigest()
 

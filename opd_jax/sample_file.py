@@ -47,7 +47,7 @@ class Partial:
             self._file.close()
             raise
 
-    def append(self, batch: dict[str, Any], rows: list[dict[str, str]]) -> None:
+    def append(self, batch: dict[str, Any], rows: list[dict[str, Any]]) -> None:
         """Add a batch: what is said of it, and its rows. On disk when this returns."""
         with _writing(self.file):
             self._file.write(_line({"batch": batch, "rows": rows}))

@@ -224,13 +224,19 @@ def with_ends(model: models.ModelConfig, tokenizer: data.Tokenizer) -> models.Mo
 
 
 def _same_prompts(student: data.Tokenizer, teacher: data.Tokenizer) -> bool:
-    """Whether both templates make the same ids of the same turns."""
-    if student.chat("?") != teacher.chat("?"):
-        return False
-    try:
-        return student.chat("?", system="?") == teacher.chat("?", system="?")
-    except ModelError:  # a template without system turns: such a prompt is refused when it comes
-        return student.has_template == teacher.has_template
+    """Whether both templates make the same ids of the same turns, or refuse the same turns."""
+
+    def ids(tokenizer: data.Tokenizer, **turns: Any) -> list[int] | None:
+        try:
+            return tokenizer.chat("?", **turns)
+        except (
+            ModelError
+        ):  # a template without system turns: such a prompt is refused when it comes
+            return None
+
+    earlier = (("user", "?"), ("assistant", "?"))
+    every: list[dict[str, Any]] = [{}, {"system": "?"}, {"history": earlier}]
+    return all(ids(student, **turns) == ids(teacher, **turns) for turns in every)
 
 
 def make_terms(config: ConfigDict) -> objectives.Terms:

@@ -225,7 +225,8 @@ def test_answers_that_miss_are_dropped_and_problems_without_one_are_kept(tmp_pat
         for i, answer in enumerate(given)
     ]
     system = {"role": "system", "content": "Solve it."}
-    lines[2]["problem"] = [system, {"role": "user", "content": problem.prompt}]
+    earlier = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    lines[2]["problem"] = [system, *earlier, {"role": "user", "content": problem.prompt}]
     source.write_text("".join(json.dumps(line) + "\n" for line in lines))
     config = small(data__train=str(source), sample__samples=2, sample__problems=0)
     config.rollout.max_prompt_tokens = 60
@@ -258,6 +259,7 @@ def test_answers_that_miss_are_dropped_and_problems_without_one_are_kept(tmp_pat
     assert [p.system for p in read] == ["", "", "Solve it.", "Solve it."]
     assert [p.solution for p in read] == [texts[True]] * 2 + [texts[False]] * 2
     assert {p.prompt for p in read} == {problem.prompt}
+    assert [p.history for p in read] == [()] * 2 + [(("user", "?"), ("assistant", "!"))] * 2
 
 
 @pytest.mark.short

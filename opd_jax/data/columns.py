@@ -1,53 +1,52 @@
 r"""From a row of a file to a `Problem`: which column is the problem, the solution, the answer, the id.
 
 A column is named by the config (`data.columns.answer=reward_model.ground_truth`) or found under the
-names that people use; docs/data.md lists the shapes. Everything becomes text: numbers too (142.0 is
-"142"), and GSM8K's "... #### 72" becomes a solution that ends in \boxed{72} and the answer "72".
+names that people use; docs/data.md lists the shapes. Everything becomes text (cells.py); a question
+may stand in several columns (question.py).
 """
 
+import collections
 import dataclasses
-import decimal
-import math
+import functools
 import pathlib
 import re
+from collections.abc import Mapping
 from typing import Any
 
+from opd_jax.data import cells
+from opd_jax.data.cells import THOUGHTS, Unusable
 from opd_jax.data.files import Row, RowError, place
 from opd_jax.data.problem import Problem
-from opd_jax.eval.boxed import last_boxed
+from opd_jax.data.question import read_question
 
 # In the order in which they are looked for; the first that holds something is taken.
 PROBLEM = ("problem", "question", "prompt", "query", "instruction", "messages", "conversations")
 # Of `target` only a chat is a solution (LUFFY); elsewhere the word means the answer.
-SOLUTION = ("target.0.content", "generations", "solution", "response", "completion", "output",
+SOLUTION = ("target", "generations", "solution", "response", "completion", "output",
             "messages", "conversations")  # fmt: skip
 ANSWER = ("answer", "final_answer", "reward_model.ground_truth", "ground_truth", "expected_answer",
           "gold_answer")  # fmt: skip
 ID = ("id", "unique_id", "uuid", "problem_id", "idx", "extra_info.index", "index")
 UNFINISHED, WRONG = "no finished generation", "no correct generation"
-
-_GSM8K = re.compile(r"\s*####\s*(-?\$?[\d,]*\.?\d+)\s*$")
-_CALCULATOR = re.compile(r"<<[^<>]*>>")
-_ROLES = {"human": "user", "gpt": "assistant"}  # of ShareGPT's {"from": ..., "value": ...}
+_WITH_THOUGHTS = ("solution", "response", "completion", "output", "answer")
+_MARKS = ("is_reasoning_complete", "correctness_math_verify")  # of OpenR1's generations
+_SHOWN = 12  # names of columns in a line
 _MISSING = object()
+
+Counts = dict[str, collections.Counter[str]]  # what `count` has seen; JSON can hold it
 
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """The column (a dotted path) of each part of a problem; "" = found by its name, or absent."""
+    """The column (a dotted path) of each part of a problem; "" = found by its name, or absent.
+
+    `read_problem` returns a part that was taken from several as `context + question`.
+    """
 
     problem: str = ""
     solution: str = ""
     answer: str = ""
     id: str = ""
-
-
-class _Unusable(Exception):
-    """Why a column does not hold what was looked for, and the reason to count it under."""
-
-    def __init__(self, text: str, reason: str = ""):
-        super().__init__(text)
-        self.reason = reason
 
 
 def read_problem(
@@ -76,8 +75,8 @@ def read_problem(
             if value is _MISSING or (value is None and not chosen):
                 continue
             try:
-                return read(value, row), column
-            except _Unusable as error:
+                return read(value, row, column), column
+            except Unusable as error:
                 tried.append((column, error))
                 if error.reason:  # found out to be wrong; another column is no substitute
                     break
@@ -94,32 +93,35 @@ def read_problem(
             reason,
         )
 
-    (prompt, system), taken_problem = part("problem", PROBLEM, _prompt, True)
+    ask = functools.partial(
+        read_question, alone=bool(columns.problem), answered=(*SOLUTION, columns.solution)
+    )
+    question, taken_problem = part("problem", PROBLEM, ask, True)
+    taken_problem = " + ".join(name or taken_problem for name in question.parts)
     # One column may hold two parts: GSM8K's answer the solution too, a solution's box the answer.
-    solution, taken_solution = part("solution", SOLUTION, _solution, False)
-    answer, taken_answer = part("answer", ANSWER, _answer, False)
+    read_solution = functools.partial(_solution, named=bool(columns.solution))
+    solution, taken_solution = part("solution", SOLUTION, read_solution, False)
+    read = functools.partial(_answer, choices=question.choices and not columns.answer)
+    answer, taken_answer = part("answer", ANSWER, read, False)
     if solution is None and answer is not None:
-        text = reach(row, taken_answer)
-        if isinstance(text, str) and _GSM8K.search(text):
-            solution, taken_solution = _boxed_gsm8k(text), taken_answer
-    if answer is None and solution is not None and (box := last_boxed(solution)) is not None:
-        answer, taken_answer = box.strip() or None, taken_solution if box.strip() else ""
-    if need_solution and solution is None:
-        part("solution", SOLUTION, _solution, True)
+        solution = _before_mark(reach(row, taken_answer))
+        taken_solution = taken_answer if solution else ""
+    if answer is None and solution and (box := cells.boxed(solution)):
+        answer, taken_answer = box, taken_solution
+    if solution and not columns.solution and taken_solution in _WITH_THOUGHTS:
+        solution, taken_solution = _with_thoughts(solution, row, taken_solution)
+    if need_solution and not solution:
+        part("solution", SOLUTION, read_solution, True)
     if need_answer and answer is None:
-        part("answer", ANSWER, _answer, True)
-    name, taken_id = part("id", ID, _scalar, False)
-    if not system:  # as prepare_data writes it
-        try:
-            system = _text(row.get("system"))
-        except _Unusable:
-            system = ""
+        part("answer", ANSWER, read, True)
+    name, taken_id = part("id", ID, lambda value, *_: cells.scalar(value), False)
     problem = Problem(
         id=name or f"{pathlib.Path(path).name.split('.')[0]}-{number}",
-        prompt=prompt,
+        prompt=question.prompt,
         solution=solution or "",
         answer=answer or "",
-        system=system,
+        system=question.system,
+        history=question.history,
     )
     return problem, Columns(taken_problem, taken_solution, taken_answer, taken_id)
 
@@ -141,44 +143,62 @@ def reach(row: Row, column: str) -> Any:
     return value
 
 
-def _prompt(value: Any, row: Row) -> tuple[str, str]:
-    """(problem, system) of a text or a chat."""
-    if isinstance(value, str):
-        return _text(value), ""
-    turns = _chat(value)
-    users = [text for role, text in turns if role == "user"]
-    if not users:
-        raise _Unusable("has no user turn")
-    systems = [text for role, text in turns if role == "system"]
-    return _text(users[-1]), _unicode(systems[0]) if systems else ""
+def count(counts: Counts, row: Row, problem: Problem, taken: Columns) -> None:
+    """Add a row to `counts`: what its problem was taken from, what was not read, earlier turns."""
+    paths = {path for part in dataclasses.astuple(taken) for path in part.split(" + ")}
+    known = paths | {path.split(".")[0] for path in paths}
+    known |= set(_MARKS) if "generations" in known else set()
+    found = {part: [column] for part, column in dataclasses.asdict(taken).items()} | {
+        "not read": [name for name in row if name not in known and cells.holds(row[name])],
+        "earlier turns": ["rows"] * bool(problem.history),
+    }
+    for kind, names in found.items():
+        counts.setdefault(kind, collections.Counter()).update(names)
 
 
-def _solution(value: Any, row: Row) -> str:
+def describe(counts: Mapping[str, Mapping[str, int]]) -> str:
+    """`problem from question, answer from answer; 12 with earlier turns; not read: level`."""
+    taken = [
+        f"{part} from {_ranked(counts[part])}"
+        for part in ("problem", "solution", "answer", "id")
+        if any(counts.get(part, ()))
+    ]
+    phrases = [", ".join(taken)] if taken else []
+    if turns := counts.get("earlier turns"):
+        phrases.append(f"{turns['rows']} with earlier turns")
+    if names := sorted(counts.get("not read", ())):
+        phrases.append(f"not read: {_listed(names, _SHOWN)}")
+    return "; ".join(phrases)
+
+
+def _ranked(counts: Mapping[str, int]) -> str:
+    """`answer`, or `answer (90) | none (10)` where rows differ."""
+    if len(counts) == 1:
+        return next(iter(counts))
+    ranked = sorted(counts.items(), key=lambda item: -item[1])
+    return " | ".join(f"{column or 'none'} ({n})" for column, n in ranked)
+
+
+def _solution(value: Any, row: Row, column: str, *, named: bool) -> str:
     if value is row.get("generations"):
         return _generation(value, row)
-    if isinstance(value, str):
-        text = _text(value)
-        return _boxed_gsm8k(text) if _GSM8K.search(text) else text
-    if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
-        return _text(value[0])  # several ways to solve it: the first
-    turns = _chat(value)
-    if not turns or turns[-1][0] != "assistant":
-        raise _Unusable("does not end in an assistant turn")
-    return _text(turns[-1][1])
+    if column == "target" and not named:
+        cells.chat(value)
+    return cells.solution(value)
 
 
 def _generation(value: Any, row: Row) -> str:
     """OpenR1-Math: the first generation that is finished and that math-verify found correct."""
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-        raise _Unusable("is not a list of texts")
+        raise Unusable("is not a list of texts")
     finished = _flags(row, "is_reasoning_complete", len(value))
     correct = _flags(row, "correctness_math_verify", len(value))
     for text, *marks in zip(value, finished, correct, strict=True):
         if all(marks) and text.strip():
-            return _text(text)
+            return cells.golden(cells.text(text))
     if not any(finished):
-        raise _Unusable("has no generation that is_reasoning_complete", UNFINISHED)
-    raise _Unusable("has no finished generation with correctness_math_verify", WRONG)
+        raise Unusable("has no generation that is_reasoning_complete", UNFINISHED)
+    raise Unusable("has no finished generation with correctness_math_verify", WRONG)
 
 
 def _flags(row: Row, column: str, count: int) -> list[bool]:
@@ -186,91 +206,46 @@ def _flags(row: Row, column: str, count: int) -> list[bool]:
     if marks is None:  # not checked by anybody: the caller may (prepare_data grades)
         return [True] * count
     if not isinstance(marks, list) or len(marks) != count:
-        raise _Unusable(
+        raise Unusable(
             f"has {count} generations, but {column} does not have as many marks", "no solution"
         )
     return [mark is True for mark in marks]
 
 
-def _answer(value: Any, row: Row) -> str:
-    if isinstance(value, list):  # OlympiadBench: several answers are all wanted
-        if not value:
-            raise _Unusable("is an empty list")
-        return ", ".join(_scalar(item, row) for item in value)
-    text = _scalar(value, row)
-    if match := _GSM8K.search(text):
-        return _number(match)
-    return text
+def _with_thoughts(solution: str, row: Row, column: str) -> tuple[str, str]:
+    """A solution behind the thoughts that stand in a column of their own, and the columns of both."""
+    for name in THOUGHTS:
+        whole = cells.with_thoughts(row.get(name), solution)
+        if whole != solution:
+            return whole, f"{name} + {column}"
+    return solution, column
 
 
-def _scalar(value: Any, row: Row) -> str:
-    """Text of a text or a number; 142.0 is "142"."""
-    if isinstance(value, str):
-        return _text(value).strip()
-    if isinstance(value, int) and not isinstance(value, bool):
-        try:
-            return str(value)
-        except ValueError:  # more digits than Python writes
-            raise _Unusable("is a number of too many digits") from None
-    if isinstance(value, float | decimal.Decimal):
-        if not math.isfinite(value):
-            raise _Unusable(f"is {value}")
-        return str(int(value)) if value == int(value) else str(value)
-    raise _Unusable(f"is {_kind(value)}")
+def _answer(value: Any, row: Row, column: str, *, choices: bool) -> str:
+    if choices and isinstance(value, int) and not isinstance(value, bool):
+        raise Unusable(
+            "is a number beside choices: the place of one, or its text (a named column is taken as it "
+            "stands)",
+            "no answer",
+        )
+    return cells.answer(value)
 
 
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise _Unusable(f"is {_kind(value)}")
-    if not value.strip():
-        raise _Unusable("is empty")
-    return _unicode(value)
-
-
-def _unicode(text: str) -> str:
+def _before_mark(value: Any) -> str | None:
+    """The solution in GSM8K's answer, None where there is none."""
+    if not isinstance(value, str) or cells.marked(value) is None:
+        return None
     try:
-        text.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
-        raise _Unusable("is not valid Unicode") from None
-    return text
-
-
-def _chat(value: Any) -> list[tuple[str, str]]:
-    """(role, text) of every turn of [{"role": ..., "content": ...}, ...]."""
-    if not isinstance(value, list):
-        raise _Unusable(f"is {_kind(value)}")
-    turns = []
-    for turn in value:
-        if not isinstance(turn, dict):
-            raise _Unusable("is a list, but not of chat turns")
-        role = turn.get("role", turn.get("from"))
-        text = turn.get("content", turn.get("value"))
-        if not isinstance(role, str) or not isinstance(text, str):
-            raise _Unusable("has a chat turn without role and content")
-        turns.append((_ROLES.get(role, role), text))
-    return turns
-
-
-def _boxed_gsm8k(text: str) -> str:
-    r"""GSM8K's solution: calculator marks removed, "#### 1,000" as a last line \boxed{1000}."""
-    match = _GSM8K.search(text)
-    assert match is not None  # callers have looked
-    steps = _CALCULATOR.sub("", text[: match.start()]).rstrip()
-    return f"{steps}\n\\boxed{{{_number(match)}}}"
-
-
-def _number(match: re.Match[str]) -> str:
-    return match[1].replace(",", "").replace("$", "")
-
-
-def _kind(value: Any) -> str:
-    kind = type(value).__name__
-    return {"NoneType": "null", "dict": "an object", "list": "a list", "str": "text"}.get(
-        kind, kind
-    )
+        return cells.golden(value)
+    except Unusable:  # nothing but the answer
+        return None
 
 
 def _names(row: Row) -> str:
-    # Whatever a file calls its columns, an error is one line that can be printed.
-    names = sorted(" ".join(str(n).encode(errors="replace").decode().split()) for n in row)
-    return (", ".join(names[:20]) + (", ..." if len(names) > 20 else "")) or "no columns"
+    return _listed(sorted(row), 20) or "no columns"
+
+
+def _listed(names: list[str], most: int) -> str:
+    # Whatever a file calls its columns, it is one line that can be printed.
+    shown = [" ".join(str(n).encode(errors="replace").decode().split()) for n in names[:most]]
+    return ", ".join(shown) + (", ..." if len(names) > most else "")

@@ -6,6 +6,7 @@ cannot. Both texts name the file; a row is named by its line (JSONL) or its numb
 
 import array
 import collections
+import decimal
 import gzip
 import json
 import os
@@ -246,7 +247,8 @@ def _parsed(path: str, line: int, data: bytes) -> Row | RowError:
     where = place(path, line)
     try:
         # A byte order mark may open a file; json refuses it.
-        item = json.loads(data.decode("utf-8-sig" if line == 1 else "utf-8"))
+        text = data.decode("utf-8-sig" if line == 1 else "utf-8")
+        item = json.loads(text, parse_float=decimal.Decimal)  # with every digit
     except UnicodeDecodeError as error:
         return RowError(
             f"{where}: byte {error.start + 1} is not UTF-8; save the file as UTF-8", "not UTF-8"
@@ -277,7 +279,8 @@ def _object(path: str, number: int, item: Any) -> Row | RowError:
 
 def _json_list(path: str) -> list[Any]:
     try:
-        items = json.loads(pathlib.Path(path).read_bytes().decode("utf-8-sig"))
+        text = pathlib.Path(path).read_bytes().decode("utf-8-sig")
+        items = json.loads(text, parse_float=decimal.Decimal)
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path}: byte {error.start + 1} is not UTF-8; save the file as UTF-8"

@@ -6,7 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from opd_jax.data.columns import UNFINISHED, WRONG, read_problem
+from opd_jax.data.columns import UNFINISHED, WRONG, Counts, count, read_problem
 from opd_jax.data.decontaminate import Benchmarks
 from opd_jax.data.files import Row, RowError
 from opd_jax.data.loader import PromptStyle
@@ -33,6 +33,7 @@ def judge(
     problems: dict[int, Problem] = {}
     hits: dict[str, set[int]] = {method: set() for method in benchmarks.methods}
     rows_hit: collections.Counter[str] = collections.Counter()
+    counts: Counts = {}
 
     def drop(place: int, reason: str, **more: Any) -> None:
         path, number, _ = block[place]
@@ -44,10 +45,11 @@ def judge(
         try:
             if isinstance(row, RowError):
                 raise row
-            problems[place], _ = read_problem(
+            problems[place], found = read_problem(
                 row, path=path, number=number, columns=config.data.columns,
                 need_solution=keep.solution, need_answer=keep.answer,
             )  # fmt: skip
+            count(counts, row, problems[place], found)
         except RowError as error:
             unreadable = isinstance(row, RowError) or error.reason == "no problem"
             if config.data.bad_rows == "refuse" and unreadable:
@@ -66,7 +68,7 @@ def judge(
                 drop(place, "too long", detail=f"{length} tokens")
     places = list(problems)
     for place, matches in zip(
-        places, benchmarks.find([problems[i].prompt for i in places]), strict=True
+        places, benchmarks.find([problems[i].question for i in places]), strict=True
     ):
         if not matches:
             continue
@@ -76,22 +78,26 @@ def judge(
         # A row counts once for each method, each benchmark, and each benchmark by any method.
         rows_hit.update({f"{b.benchmark} {match.method}" for b, match in of})
         rows_hit.update({f"{b.benchmark} any" for b, _ in of} | {f"any {m.method}" for _, m in of})
-        drop(place, "contaminated", problem=problems[place].prompt, matches=[
+        drop(place, "contaminated", problem=problems[place].question, matches=[
             {"benchmark": b.benchmark, "id": b.id, "line": b.number, "method": match.method,
              "score": match.score, "problem": b.prompt} for b, match in of
         ])  # fmt: skip
     if not keep.duplicates:
         for place in list(problems):
-            key = problem_key(problems[place].prompt)
+            key = problem_key(problems[place].question)
             if key in seen:
                 drop(place, "duplicate")
             seen.add(key)
-    kept = [_kept(problem, *block[place][:2]) for place, problem in problems.items()]
+    kept = [
+        problem.row() | {"source": block[place][0], "line": block[place][1]}
+        for place, problem in problems.items()
+    ]
     return {
         "read": len(block),
         "reasons": collections.Counter(line["reason"] for line in dropped.values()),
         "hits": {method: sorted(places) for method, places in hits.items()},
         "rows_hit": dict(sorted(rows_hit.items())),
+        "columns": counts,
         "rows": {"kept": kept, "dropped": [dropped[place] for place in sorted(dropped)]},
     }
 
@@ -106,14 +112,14 @@ def problem_key(problem: str, seed: int | None = None) -> int:
     return int.from_bytes(hashlib.blake2b(data.encode(), digest_size=8).digest(), "big")
 
 
+def row_key(row: dict[str, Any], seed: int | None = None) -> int:
+    """`problem_key` of a kept row."""
+    earlier = [turn["content"] for turn in row.get("history", ())]
+    return problem_key("\n".join([*earlier, row["problem"]]), seed)
+
+
 def _vouched(row: Row | RowError, columns: Any) -> bool:
     """Whether somebody ran math-verify on the solution already; read_problem has followed the marks."""
     if not isinstance(row, dict) or columns.solution not in ("", "generations"):
         return False
     return isinstance(row.get("correctness_math_verify"), list) and "generations" in row
-
-
-def _kept(problem: Problem, path: str, number: int) -> dict[str, Any]:
-    row = {"id": problem.id, "problem": problem.prompt, "solution": problem.solution,
-           "answer": problem.answer, "source": path, "line": number}  # fmt: skip
-    return row | ({"system": problem.system} if problem.system else {})

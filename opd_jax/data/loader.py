@@ -8,7 +8,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from opd_jax.data.problem import Problem
+from opd_jax.data.problem import History, Problem
 from opd_jax.data.seam import golden_ids
 from opd_jax.data.tokenizer import Tokenizer
 from opd_jax.errors import DataError
@@ -19,25 +19,28 @@ class PromptStyle:
     """How a problem is put to a model.
 
     Attributes:
-      template: text of the user's turn; {problem}, {answer} and {solution} are filled in.
+      template: text of the last user's turn; {problem}, {answer} and {solution} are filled in.
       system: text of the system's turn; "" for the problem's own, if it has one, "none" for none.
     """
 
     template: str = "{problem}"
     system: str = ""
 
-    def turns(self, problem: Problem) -> tuple[str, str]:
-        """The texts of the user's and the system's turn."""
+    def turns(self, problem: Problem) -> tuple[str, str, History]:
+        """The texts of the last user's and of the system's turn, and the turns between them."""
         fields = {
             "problem": problem.prompt, "answer": problem.answer, "solution": problem.solution,
         }  # fmt: skip
         text = re.sub(r"\{(problem|answer|solution)\}", lambda m: fields[m[1]], self.template)
-        return text, "" if self.system == "none" else self.system or problem.system
+        system = "" if self.system == "none" else self.system or problem.system
+        return text, system, problem.history
 
     def texts(self, problems: Sequence[Problem], tokenizer: Tokenizer) -> list[str]:
         """Rendered prompt of each problem, through the tokenizer's chat template."""
-        turns = map(self.turns, problems)
-        return [tokenizer.render(text, system=system) for text, system in turns]
+        return [
+            tokenizer.render(text, system=system, history=history)
+            for text, system, history in map(self.turns, problems)
+        ]
 
     def prompts(self, problems: Sequence[Problem], tokenizer: Tokenizer) -> list[list[int]]:
         """Prompt ids of each problem, through the tokenizer's chat template."""

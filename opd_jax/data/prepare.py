@@ -20,9 +20,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from opd_jax.config import flatten
+from opd_jax.data.columns import Counts, describe
 from opd_jax.data.decontaminate import Benchmarks, Encoder, load_encoder, read_benchmarks
 from opd_jax.data.files import Row, RowError, stream
-from opd_jax.data.judge import judge, problem_key
+from opd_jax.data.judge import judge, row_key
 from opd_jax.data.prepare_config import validate
 from opd_jax.data.tokenizer import Tokenizer
 from opd_jax.errors import DataError, WorkdirError
@@ -76,6 +77,7 @@ def table(report: dict[str, Any]) -> str:
             for method, hits in found["found"].items()
         ]
         text.append(f"{name} ({found['problems']} problems): {', '.join(parts)}")
+    text.append(f"columns: {report['columns']}")
     return "\n".join([*text, *(f"note: {note}" for note in report["notes"])])
 
 
@@ -159,7 +161,7 @@ def _work(
                 say(f"{len(markers) * config.block - config.block + len(block):,} rows")
             elif not config.filter.duplicates:
                 kept = _lines(name.with_suffix(".kept.jsonl"))
-                seen.update(problem_key(row["problem"]) for row in kept)
+                seen.update(map(row_key, kept))
     finally:
         if grader:
             grader.close()
@@ -183,7 +185,10 @@ def _assemble(
     reasons: collections.Counter[str] = collections.Counter()
     rows_hit: collections.Counter[str] = collections.Counter()
     hits: dict[str, set[int]] = {method: set() for method in benchmarks.methods}
+    columns: Counts = collections.defaultdict(collections.Counter)
     for count in counts:
+        for kind, names in count["columns"].items():
+            columns[kind].update(names)
         reasons.update(count["reasons"])
         rows_hit.update(count["rows_hit"])
         for method, places in count["hits"].items():
@@ -193,11 +198,7 @@ def _assemble(
         (line for m in markers for line in _text_lines(m.with_suffix(".dropped.jsonl"))),
     )
     keys = np.fromiter(
-        (
-            problem_key(row["problem"], config.seed)
-            for m in markers
-            for row in _lines(_kept_file(m))
-        ),
+        (row_key(row, config.seed) for m in markers for row in _lines(_kept_file(m))),
         np.uint64,
     )
     if not len(keys):
@@ -231,6 +232,7 @@ def _assemble(
         "sft": int(sft.sum()),
         "opd": int(opd.sum()),
         "left over": int((~sft & ~opd).sum()),
+        "columns": describe(columns),
         "contaminated rows": {m: rows_hit[f"any {m}"] for m in benchmarks.methods},
         "contamination": contamination,
         "notes": _notes(config, sft, opd, benchmarks),

@@ -1,6 +1,9 @@
 """What a problem is, wherever it comes from."""
 
 import dataclasses
+from typing import Any
+
+History = tuple[tuple[str, str], ...]  # (role, text) of turns, in order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -8,7 +11,8 @@ class Problem:
     """One problem: `prompt` text, `solution` (golden) text, `answer`, and a stable `id`.
 
     `solution` and `answer` are "" where the source has none; `system` is the text of a system turn
-    that the source prescribes for this problem, "" where it prescribes none.
+    that the source prescribes for this problem, "" where it prescribes none. `history` holds (role,
+    text) of the turns between the two: user's and assistant's.
     """
 
     id: str
@@ -16,3 +20,20 @@ class Problem:
     solution: str
     answer: str
     system: str = ""
+    history: History = ()
+
+    @property
+    def question(self) -> str:
+        """The text of all turns but the system's: what makes two problems one."""
+        return "\n".join([*(text for _, text in self.history), self.prompt])
+
+    def row(self) -> dict[str, Any]:
+        """The row of a file that `data.open_problems` reads as this problem."""
+        row: dict[str, Any] = {
+            "id": self.id, "problem": self.prompt, "solution": self.solution, "answer": self.answer,
+        }  # fmt: skip
+        if self.system:
+            row["system"] = self.system
+        if self.history:
+            row["history"] = [{"role": role, "content": text} for role, text in self.history]
+        return row

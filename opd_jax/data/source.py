@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from opd_jax.data import tiny
-from opd_jax.data.columns import Columns, read_problem
+from opd_jax.data.columns import Columns, Counts, count, describe, read_problem
 from opd_jax.data.files import EXTENSIONS, RowError, open_rows, stream
 from opd_jax.data.problem import Problem
 from opd_jax.errors import ConfigError, DataError
@@ -20,8 +20,8 @@ BAD_ROWS = ("refuse", "skip")
 class Problems(Sequence[Problem]):
     """Problems by index, read when they are asked for. Made by `open_problems`.
 
-    `name` is what the config named, `skipped` counts the rows that are left out by reason;
-    `generated` problems are made by rule and all alike.
+    `name` is what the config named, `skipped` counts the rows that are left out by reason, `columns`
+    says what they were taken from; `generated` problems are made by rule and all alike.
     """
 
     def __init__(
@@ -31,14 +31,14 @@ class Problems(Sequence[Problem]):
         kept: np.ndarray,
         *,
         skipped: dict[str, int],
-        columns: dict[str, str],
+        columns: str,
     ):
         self.name = name
         self.generated = name.startswith("tiny:")
         self.skipped = skipped
+        self.columns = columns
         self._read = read
         self._kept = kept  # index of a problem -> index of its row
-        self._columns = columns
         if not len(kept):
             raise DataError(
                 f"{name} has no problem that can be used: {_counts(skipped)}; name another file, or "
@@ -68,16 +68,16 @@ class Problems(Sequence[Problem]):
             self._read,
             self._kept[~dropped],
             skipped=dict(skipped),
-            columns=self._columns,
+            columns=self.columns,
         )
 
     def describe(self) -> str:
-        """One line: how many problems, which columns they were taken from, what was left out."""
+        """One line: how many problems, which columns they were taken from and which were not read,
+        how many have earlier turns, what was left out."""
         rows = len(self) + sum(self.skipped.values())
         text = f"{self.name}: {len(self)} problems of {rows} rows"
-        taken = [f"{part} from {column}" for part, column in self._columns.items() if column]
-        if taken:
-            text += "; " + ", ".join(taken)
+        if self.columns:
+            text += f"; {self.columns}"
         if self.skipped:
             text += f"; left out: {_counts(self.skipped)}"
         return text
@@ -107,7 +107,7 @@ def open_problems(
             lambda index: tiny.problem(split, index),
             np.arange(size),
             skipped={},
-            columns={},
+            columns="",
         )
     if bad_rows not in BAD_ROWS:
         raise ConfigError(
@@ -118,14 +118,12 @@ def open_problems(
     rows = open_rows(name)
     kept = np.zeros(len(rows), bool)
     skipped: collections.Counter[str] = collections.Counter()
-    taken: dict[str, collections.Counter[str]] = {
-        part: collections.Counter() for part in ("problem", "solution", "answer", "id")
-    }
+    counts: Counts = {}
     for index, (number, row) in enumerate(stream(name)):
         try:
             if isinstance(row, RowError):
                 raise row
-            _, found = read_problem(row, path=name, number=number, **needs)
+            problem, found = read_problem(row, path=name, number=number, **needs)
         except RowError as error:
             if bad_rows == "refuse":
                 raise DataError(
@@ -134,8 +132,7 @@ def open_problems(
             skipped[error.reason] += 1
             continue
         kept[index] = True
-        for part, counts in taken.items():
-            counts[getattr(found, part)] += 1
+        count(counts, row, problem, found)
 
     def read(index: int) -> Problem:
         return read_problem(rows[index], path=name, number=rows.number(index), **needs)[0]
@@ -145,7 +142,7 @@ def open_problems(
         read,
         np.flatnonzero(kept),
         skipped=dict(skipped),
-        columns={part: _columns(counts) for part, counts in taken.items()},
+        columns=describe(counts),
     )
 
 
@@ -167,13 +164,6 @@ def _is_file(name: str) -> bool:
     if not name or name.startswith("tiny:"):
         return False
     return bool(path.suffix or "/" in name or path.exists())
-
-
-def _columns(counts: collections.Counter[str]) -> str:
-    """`answer`, or `answer (90), final_answer (10)` where rows differ."""
-    if len(counts) == 1:
-        return next(iter(counts))
-    return " | ".join(f"{column or 'none'} ({n})" for column, n in counts.most_common())
 
 
 def _counts(skipped: dict[str, int]) -> str:

@@ -16,6 +16,7 @@ os.environ.setdefault(
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from opd_jax.data.problem import History
 from opd_jax.errors import ModelError
 
 # Of strftime; the time of day is 00:00:00.
@@ -77,11 +78,14 @@ class Tokenizer:
         """Whether plain prompts get a beginning token that tokenizer.json does not add."""
         return not self.has_template and self._begin is not None
 
-    def render(self, text: str, *, system: str = "", reply: str | None = None) -> str:
-        """The text of a prompt: an optional system turn and a user's turn, ready for the answer.
+    def render(
+        self, text: str, *, system: str = "", history: History = (), reply: str | None = None
+    ) -> str:
+        """The text of a prompt: an optional system turn, earlier turns, and a user's turn, ready for
+        the answer.
 
         With `reply`, the text of the closed conversation instead. Without a chat template the prompt
-        is the text itself (a base model), and a system turn has no place in it.
+        is the text itself (a base model), and no other turn has a place in it.
 
         Raises ModelError where the template is missing but needed, or refuses the turns.
         """
@@ -92,8 +96,15 @@ class Tokenizer:
                     "prompt; name a Jinja file by --config.student.chat_template or "
                     "--config.teacher.chat_template, or drop it: --config.data.system_prompt=none"
                 )
+            if history:
+                raise ModelError(
+                    f"{self.path}: the tokenizer has no chat template, wanted one for a problem with "
+                    f"{len(history)} earlier turns; name a Jinja file by "
+                    "--config.student.chat_template or --config.teacher.chat_template"
+                )
             return text + (reply or "")
         messages = [{"role": "system", "content": system}] if system else []
+        messages += [{"role": role, "content": earlier} for role, earlier in history]
         messages.append({"role": "user", "content": text})
         if reply is not None:
             messages.append({"role": "assistant", "content": reply})
@@ -110,8 +121,10 @@ class Tokenizer:
             )
         except Exception as error:  # jinja's own, and whatever a template raises
             reason = (str(error).splitlines() or [type(error).__name__])[0]
+            earlier = any(message["role"] == "assistant" for message in messages[:-1])
+            turns = f"a {messages[0]['role']} turn" + " and earlier turns" * earlier
             raise ModelError(
-                f"{self.path}: its chat template cannot render a {messages[0]['role']} turn "
+                f"{self.path}: its chat template cannot render {turns} "
                 f"({reason}); correct its chat_template.jinja, or "
                 "name another: --config.student.chat_template or --config.teacher.chat_template"
             ) from None
@@ -125,13 +138,15 @@ class Tokenizer:
         filters = "".join(f"|replace('{d}', '{self.day.strftime(d)}')" for d in _DIRECTIVES)
         return f"{{% macro strftime_now(format) %}}{{{{ format{filters} }}}}{{% endmacro %}}\n{template}"
 
-    def chat(self, text: str, *, system: str = "") -> list[int]:
+    def chat(self, text: str, *, system: str = "", history: History = ()) -> list[int]:
         """Ids of a prompt; see `render`."""
-        return self.chats([(text, system)])[0]
+        return self.chats([(text, system, history)])[0]
 
-    def chats(self, prompts: list[tuple[str, str]]) -> list[list[int]]:
-        """Ids of many prompts, given as (text, system); see `prompt_ids`."""
-        return self.prompt_ids([self.render(text, system=system) for text, system in prompts])
+    def chats(self, prompts: list[tuple[str, str, History]]) -> list[list[int]]:
+        """Ids of many prompts, given as (text, system, history); see `prompt_ids`."""
+        return self.prompt_ids(
+            [self.render(text, system=s, history=earlier) for text, s, earlier in prompts]
+        )
 
     def prompt_ids(self, rendered: list[str]) -> list[list[int]]:
         """Ids of prompts that are rendered already; fast tokenizers use every core.

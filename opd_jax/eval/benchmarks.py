@@ -78,12 +78,13 @@ PAPER = ("math500", "minerva", "olympiad", "amc", "aime24", "aime25")
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """Problems of a benchmark, and how many rows were left out for what."""
+    """Problems of a benchmark, what they were taken from, and how many rows were left out for what."""
 
     benchmark: Benchmark
     file: str
     problems: list[data.Problem]
     skipped: dict[str, int]
+    columns: str = ""
 
 
 def parse(text: str) -> list[tuple[Benchmark, str]]:
@@ -158,7 +159,7 @@ def load(
         if skipped:
             raise DataError(f"{file}: rows of several benchmarks cannot be left out; correct them")
         once = {
-            opened[i].prompt: i
+            opened[i].question: i
             for i in reversed(range(len(opened)))
             if labels[i] == benchmark.label
         }
@@ -172,7 +173,7 @@ def load(
             f"({benchmark.source}); name the right file, or take it as it is: "
             "--config.eval.any_size=true"
         )
-    return Loaded(benchmark, file, problems, skipped)
+    return Loaded(benchmark, file, problems, skipped, opened.columns)
 
 
 def _labels(file: str) -> list[str]:

@@ -127,7 +127,7 @@ def _report(
         for i, (problem, grade) in enumerate(zip(answers, grades, strict=True)):
             row = {
                 "id": problem.id,
-                "prompt": problem.prompt,
+                "prompt": problem.question,
                 "answer": data.response_text(tokenizer, sampled.prompt(i), sampled.response(i)),
                 "gold": problem.answer,
                 "grade": grade.value if grade else None,

@@ -53,6 +53,7 @@ class Task:
     skipped: dict[str, int]
     texts: list[str]
     prompts: list[list[int]]
+    columns: str = ""
 
     @property
     def total(self) -> int:
@@ -107,7 +108,8 @@ def run(
     for task in tasks:
         left = sum(task.skipped.values())
         print(f"{task.benchmark.title}: {len(task.problems)} problems x {task.samples} answers from "
-              f"{task.file}" + (f"; {left} rows left out" if left else ""), flush=True)  # fmt: skip
+              f"{task.file}" + f"; {task.columns}" * bool(task.columns)
+              + f"; {left} rows left out" * bool(left), flush=True)  # fmt: skip
     _write(out / "evaluation.json", json.dumps(header, indent=2, ensure_ascii=False))
     _write(out / "config.json", configuration.to_json(config))
     _write(out / "run.json", json.dumps(workdir.provenance(command), indent=2))
@@ -137,7 +139,9 @@ def make_tasks(config: ConfigDict, subject: Subject) -> list[Task]:
             )
         texts = style.texts(problems, subject.tokenizer)
         prompts = subject.tokenizer.prompt_ids(texts)
-        task = Task(benchmark, file, samples, problems, loaded.skipped, texts, prompts)
+        task = Task(
+            benchmark, file, samples, problems, loaded.skipped, texts, prompts, loaded.columns
+        )
         _check_lengths(task, config, subject)
         tasks.append(task)
     return tasks

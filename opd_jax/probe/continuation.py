@@ -171,7 +171,7 @@ def _records(
     for i, problem in enumerate(plan.problems):
         record = {
             "id": problem.id,
-            "problem": problem.prompt,
+            "problem": problem.question,
             "gold": problem.answer,
             "rollout": first[i].as_json(),
         }

@@ -249,7 +249,7 @@ def _report(
     records = [
         {
             "id": problem.id,
-            "problem": problem.prompt,
+            "problem": problem.question,
             "gold": problem.answer,
             "student": answers[i].as_json(),
         }

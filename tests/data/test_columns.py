@@ -4,7 +4,7 @@ import decimal
 
 import pytest
 
-from opd_jax.data.columns import UNFINISHED, WRONG, Columns, reach, read_problem
+from opd_jax.data.columns import UNFINISHED, WRONG, Columns, Counts, count, reach, read_problem
 from opd_jax.data.files import RowError
 from opd_jax.data.problem import Problem
 
@@ -211,3 +211,69 @@ def test_errors_name_the_line_the_field_and_the_fix(row, needs, says):
 def test_many_columns_are_not_all_listed():
     error = refused({f"c{i:03}": 0 for i in range(50)})
     assert "c019, ...; set" in str(error)
+
+
+# a question in several columns, and the turns before it
+
+
+def chat(*turns: tuple[str, str]) -> list[dict[str, str]]:
+    return [{"role": role, "content": text} for role, text in turns]
+
+
+EARLIER = (("user", "1+1?"), ("assistant", "2"))
+LAST = ("user", "And 3?")
+
+
+def test_columns_that_are_named_are_taken_alone():
+    row = {"question": "How old?", "context": "Tom is 7.", "image": "x.png", "A": "7", "B": "8"}
+    row |= {"solution": "It is 7.", "reasoning": "Tom says so."}
+    problem, columns = taken(row, columns=Columns(problem="question", solution="solution"))
+    assert (problem.prompt, problem.solution) == ("How old?", "It is 7.")
+    counts: Counts = {}
+    count(counts, row, problem, columns)
+    assert sorted(counts["not read"]) == ["A", "B", "context", "image", "reasoning"]
+    del row["image"]
+    problem, columns = taken(row)
+    assert problem.prompt == "Tom is 7.\n\nHow old?\n\nA. 7\nB. 8"
+    assert problem.solution == "<think>\nTom says so.\n</think>\n\nIt is 7."
+    assert columns.problem == "context + question + A + B"
+    assert columns.solution == "reasoning + solution"
+
+
+def test_earlier_turns_are_kept_whichever_column_they_stand_in():
+    wanted = Problem("rows-3", "And 3?", "", "", "think", EARLIER)
+    system = ("system", "think")
+    assert read({"prompt": chat(system, *EARLIER, LAST)}) == wanted
+    assert read({"problem": "And 3?", "history": chat(*EARLIER), "system": "think"}) == wanted
+    assert read({"problem": "And 3?", "history": [["1+1?", "2"]], "system": "think"}) == wanted
+    named = Columns(problem="p")  # what is named is the question; turns are kept
+    assert read({"p": "And 3?", "history": chat(system, *EARLIER)}, columns=named) == wanted
+    assert read({"problem": "And 3?", "history": "of Rome"}).history == ()  # a topic
+
+
+def test_a_problem_is_read_back_from_its_row():
+    problem = Problem("x", "And 3?", "5", "5", "think", EARLIER)
+    assert read(problem.row()) == problem
+
+
+def test_a_chat_may_end_in_its_solution_alone():
+    turns = chat(*EARLIER, LAST, ("assistant", "5"))
+    assert "ends in an assistant turn" in str(refused({"prompt": turns}))
+    both = Columns(problem="prompt", solution="prompt")
+    assert read({"prompt": turns}, columns=both).solution == "5"
+    assert read({"prompt": turns}, columns=Columns(problem="prompt")).history == EARLIER
+
+
+def test_a_number_beside_choices_has_to_be_named():
+    row = {"question": "1+1?", "choices": ["1", "2"], "answer": 1}
+    error = refused(row, need_answer=True)
+    assert "is a number beside choices" in str(error)
+    assert read(row, columns=Columns(answer="answer")).answer == "1"
+    assert read(row | {"choices": []}).answer == "1"
+
+
+def test_a_placeholder_in_a_named_column_is_no_answer():
+    row = {"problem": "?", "a": "notfound"}
+    error = refused(row, columns=Columns(answer="a"), need_answer=True)
+    assert "column 'a' is the placeholder 'notfound'" in str(error)
+    assert error.reason == "no answer"

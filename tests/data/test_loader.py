@@ -113,21 +113,21 @@ PROBLEM = data.Problem(
 
 def test_a_style_fills_in_problem_answer_and_solution_once():
     style = data.PromptStyle("<{problem}|{answer}|{solution}> in \\boxed{}")
-    assert style.turns(PROBLEM) == ("<2+{answer}?|4|so {problem}> in \\boxed{}", "row's")
+    assert style.turns(PROBLEM) == ("<2+{answer}?|4|so {problem}> in \\boxed{}", "row's", ())
 
 
 def test_the_systems_turn_of_the_config_replaces_that_of_the_row():
-    assert data.PromptStyle(system="ours").turns(PROBLEM) == ("2+{answer}?", "ours")
+    assert data.PromptStyle(system="ours").turns(PROBLEM) == ("2+{answer}?", "ours", ())
 
 
 def test_none_drops_the_systems_turn_of_the_row():
-    assert data.PromptStyle(system="none").turns(PROBLEM) == ("2+{answer}?", "")
+    assert data.PromptStyle(system="none").turns(PROBLEM) == ("2+{answer}?", "", ())
 
 
 def test_prompts_go_through_the_chat_template():
-    def chats(prompts: list[tuple[str, str]]) -> list[list[int]]:
+    def chats(prompts: list[tuple[str, str, tuple]]) -> list[list[int]]:
         """Stands in for the tokenizer's: a token a letter."""
-        return [[ord(letter) for letter in f"{system}:{text}"] for text, system in prompts]
+        return [[ord(letter) for letter in f"{system}:{text}"] for text, system, _ in prompts]
 
     tokenizer = types.SimpleNamespace(chats=chats)
     ids = data.PromptStyle("<{problem}>", "s").prompts([PROBLEM, PROBLEM], tokenizer)

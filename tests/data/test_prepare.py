@@ -203,6 +203,33 @@ def test_several_files_and_patterns(tmp_path):
         done(tmp_path / "none", config("/nowhere/a.json"))
 
 
+def test_earlier_turns_are_compared_and_kept(tmp_path, bench):
+    def turns(*texts: str) -> list[dict]:
+        roles = ("user", "assistant", "user")
+        return [{"role": r, "content": text} for r, text in zip(roles, texts, strict=True)]
+
+    rows = [
+        row("x") | {"problem": turns("1+1?", "2", "And 3?")},
+        row("x") | {"problem": turns("2+2?", "4", "And 3?")},  # another question of the same end
+        row("x") | {"problem": turns("2+2?", "4", "And 3?")},
+        row("x") | {"problem": turns(LONG, "4", "And 3?")},  # a benchmark's problem, asked before
+        row("And 3?"),
+    ]
+    made = config(write(tmp_path / "raw.jsonl", rows), split__sft=3)
+    made.decontaminate.benchmarks.amc = bench
+    report = done(tmp_path / "out", made)
+    assert report["dropped"] == {"contaminated": 1, "duplicate": 1}
+    assert report["columns"] == (
+        "problem from problem, solution from solution, answer from answer; 4 with earlier turns"
+    )
+    assert f"columns: {report['columns']}" in module.table(report)
+    kept = open_problems(str(tmp_path / "out" / "sft.jsonl"), field="data.train")
+    assert [(p.history[0][1] if p.history else "", p.prompt) for p in kept] == [
+        ("1+1?", "And 3?"), ("2+2?", "And 3?"), ("", "And 3?"),
+    ]  # fmt: skip
+    assert "2 with earlier turns" in kept.describe()
+
+
 # the split
 
 

@@ -76,6 +76,34 @@ def test_bad_rows_are_counted_by_reason(mixed):
     )
 
 
+def test_the_data_line_names_what_is_not_read_and_counts_earlier_turns(tmp_path):
+    turns = [{"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"))]
+    file = rows(
+        tmp_path / "rows.jsonl",
+        {"question": "c", "context": "so", "body": "x", "level": 3, "year": None},
+        {"question": "c", "history": turns},
+        {"question": "c", "history": [], "images": []},
+    )
+    assert opened(file).describe() == (
+        f"{file}: 3 problems of 3 rows; problem from context + question (1) | "
+        "history + question (1) | question (1); 1 with earlier turns; not read: body, level"
+    )
+    file = rows(tmp_path / "wide.jsonl", {"question": "c"} | {f"c{i:02}": 0 for i in range(20)})
+    assert opened(file).describe().endswith("c10, c11, ...")
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".json"])
+def test_numbers_of_json_keep_every_digit(tmp_path, kind):
+    file = tmp_path / f"rows{kind}"
+    numbers = ("1e-07", "6.02e23", "1e5", "12345678901234567891.0", "1e400", "-2.50")
+    lines = [f'{{"problem": "?", "answer": {number}}}' for number in numbers]
+    file.write_text("\n".join(lines) if kind == ".jsonl" else f"[{', '.join(lines)}]")
+    assert [p.answer for p in opened(str(file))] == [
+        r"1 \times 10^{-7}", r"6.02 \times 10^{23}", "100000", "12345678901234567891",
+        r"1 \times 10^{400}", "-2.50",
+    ]  # fmt: skip
+
+
 def test_a_file_with_no_good_row_is_refused(mixed):
     with pytest.raises(
         DataError, match=r"mixed\.jsonl has no problem .*: no problem 4, not JSON 1"

@@ -51,9 +51,33 @@ def test_chat_template(tokenizer):
 
 
 def test_many_prompts_equal_one_by_one(tokenizer):
-    prompts = [("Add 5.", ""), ("Add 6.", "Be brief."), ("é", "")]
-    assert tokenizer.chats(prompts) == [tokenizer.chat(t, system=s) for t, s in prompts]
+    earlier = (("user", "Add 4."), ("assistant", "4"))
+    prompts = [("Add 5.", "", ()), ("Add 6.", "Be brief.", ()), ("é", "", earlier)]
+    one_by_one = [tokenizer.chat(t, system=s, history=h) for t, s, h in prompts]
+    assert tokenizer.chats(prompts) == one_by_one
     assert tokenizer.chats([]) == []
+
+
+EARLIER = (("user", "Add 4."), ("assistant", "4"))
+
+
+def test_earlier_turns_stand_between_the_system_and_the_question(tokenizer):
+    assert tokenizer.render("Add 5.", system="Be brief.", history=EARLIER) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nAdd 4.<|im_end|>\n"
+        "<|im_start|>assistant\n4<|im_end|>\n<|im_start|>user\nAdd 5.<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+
+
+def test_earlier_turns_need_a_template_that_renders_them(folder, tmp_path):
+    plain = data.Tokenizer(folder)
+    plain.hf.chat_template = None
+    with pytest.raises(ModelError, match=r"no chat template, wanted one for .* 2 earlier turns"):
+        plain.chat("Add 5.", history=EARLIER)
+    file = tmp_path / "one_turn.jinja"
+    file.write_text("{% if messages|length > 1 %}{{ raise_exception('one') }}{% endif %}x")
+    with pytest.raises(ModelError, match=r"cannot render a user turn and earlier turns \(one\)"):
+        data.Tokenizer(folder, chat_template=str(file)).chat("Add 5.", history=EARLIER)
 
 
 def test_the_template_tells_how_a_turn_ends(tokenizer):

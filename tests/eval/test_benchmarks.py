@@ -155,6 +155,25 @@ def test_a_file_of_several_benchmarks(tmp_path):
         load(BENCHMARKS["aime25"], file)
 
 
+def test_questions_that_differ_in_earlier_turns_are_two(tmp_path):
+    rows = mixed(1)
+    for i, row in enumerate(rows[:2]):
+        said = (("user", f"{i}+1?"), ("assistant", f"{i + 1}"), ("user", "And 3?"))
+        row["prompt"] = [{"role": role, "content": text} for role, text in said]
+    loaded = load(BENCHMARKS["amc"], write(tmp_path, "x.jsonl", rows), any_size=True)
+    assert [(p.question.split("\n")[0], p.prompt) for p in loaded.problems] == [
+        ("0+1?", "And 3?"), ("1+1?", "And 3?"), ("amc 0?", "amc 0?"),
+    ]  # fmt: skip
+
+
+def test_a_column_that_a_benchmark_does_not_show_is_named(tmp_path):
+    row = {"id": 1, "question": "?", "final_answer": ["1"], "context": "A ball falls."}
+    file = write(tmp_path, "o.jsonl", [row])
+    loaded = load(BENCHMARKS["olympiad"], file, any_size=True)
+    assert loaded.problems[0].prompt == "?"  # as the papers ask it
+    assert loaded.columns.endswith("; not read: context")
+
+
 @needs_data
 @pytest.mark.parametrize("name", FILES)
 def test_published_files(name):

@@ -1,0 +1,166 @@
+"""A problem as a row puts it: one column or several that belong together, and the turns before it.
+
+A question that is found by its usual name is joined with the columns that it needs: `context` and
+`passage` before it, `input` and `choices` behind it. A column that the config names is taken alone.
+Earlier turns and a system turn are kept either way.
+"""
+
+import dataclasses
+import re
+import string
+from collections.abc import Container
+from typing import Any
+
+from opd_jax.data import cells
+from opd_jax.data.cells import Turns, Unusable
+from opd_jax.data.files import Row
+from opd_jax.data.problem import History
+
+BEFORE, BEHIND, CHOICES = ("context", "passage"), ("input",), ("choices", "options")
+HISTORY = "history"
+SYSTEM = ("system", "system_prompt")
+UNSEEN = ("images", "image", "videos", "video", "audios", "audio")  # these models read text
+_LABELLED = re.compile(r"\s*\(?([A-Z])\s*[.):]\s*(.*\S)\s*", re.DOTALL)
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """What a row asks.
+
+    Attributes:
+      prompt: text of the last user turn. history: (role, text) of the turns before it.
+      system: text of the system turn, "" where there is none.
+      parts: the columns that it was taken from, in order; "" is the problem's own.
+      choices: whether it offers answers to choose from.
+    """
+
+    prompt: str
+    system: str
+    history: History
+    parts: tuple[str, ...]
+    choices: bool
+
+
+def read_question(
+    value: Any, row: Row, column: str, *, alone: bool, answered: Container[str]
+) -> Question:
+    """The question of a row whose problem stands in `column` as `value`: a text, or a chat.
+
+    `alone`: columns are not joined. `answered`: columns that may end in an assistant turn, because
+    solutions are read from them. Raises Unusable.
+    """
+    value = cells.chat_of(value)
+    media = [name for name in UNSEEN if isinstance(row.get(name), str | bytes | list | dict)]
+    if not alone and (names := [name for name in media if cells.holds(row[name])]):
+        raise Unusable(
+            f"comes with {names[0]!r}, which a text model cannot see (a named column is taken alone)",
+            "no problem",
+        )
+    parts, choices = [""], False
+    if isinstance(value, str):
+        text = cells.text(value)
+        if not alone:
+            text, parts, choices = _joined(text, row)
+        turns = [("user", text)]
+        earlier = cells.chat_of(row.get(HISTORY))
+        if isinstance(earlier, list) and cells.holds(earlier):
+            turns, parts = [*cells.history(earlier), *turns], [HISTORY, *parts]
+    else:
+        turns = cells.chat(value)
+    if turns and turns[0][0] == "system":
+        (_, system), *turns = turns
+    else:
+        system, where = next(
+            ((row[name], name) for name in SYSTEM if _is_said(row.get(name))), ("", "")
+        )
+        system, parts = cells.unicode(system), [where, *parts] if where else parts
+    last = _last_user(turns)
+    behind = len(turns) - 1 - last
+    if behind > 1:
+        raise Unusable(f"ends in {behind} assistant turns, wanted at most one")
+    if behind and not alone and column not in answered:
+        raise Unusable(
+            "ends in an assistant turn, which a prompt cannot keep (a solution can: name the column as "
+            "that too)"
+        )
+    return Question(cells.text(turns[last][1]), system, tuple(turns[:last]), tuple(parts), choices)
+
+
+def _is_said(system: Any) -> bool:
+    return isinstance(system, str) and bool(system.strip()) and not cells.is_placeholder(system)
+
+
+def _last_user(turns: Turns) -> int:
+    """Where the last user turn stands, in turns without the system's at the beginning."""
+    roles = [role for role, _ in turns]
+    if "system" in roles:
+        raise Unusable("has a system turn behind its first turn")
+    if "user" not in roles:
+        raise Unusable("has no user turn")
+    return len(roles) - 1 - roles[::-1].index("user")
+
+
+def _joined(text: str, row: Row) -> tuple[str, list[str], bool]:
+    """A question with what stands in other columns, the names of all ("" for its own), and whether
+    there are choices."""
+
+    def beside(names: tuple[str, ...]) -> list[tuple[str, str]]:
+        there = [name for name in names if cells.holds(row.get(name)) and row[name] != text]
+        for name in there:
+            if not isinstance(row[name], str):
+                raise Unusable(
+                    f"comes with {name!r}, which is {cells.kind(row[name])}", "no problem"
+                )
+        return [(name, cells.unicode(row[name])) for name in there]
+
+    pieces = [*beside(BEFORE), ("", text), *beside(BEHIND)]
+    names, value = _choices_of(row)
+    if names:
+        choices = _choices(value, names)
+        pieces.append((names, "" if _offers(text, choices) else _lines(choices)))
+    texts = [piece for _, piece in pieces if piece]
+    return "\n\n".join(texts), [name for name, _ in pieces], bool(names)
+
+
+def _choices_of(row: Row) -> tuple[str, Any]:
+    """The columns that hold the answers to choose from, and these: one column, or A, B, C, ..."""
+    for name in CHOICES:
+        if cells.holds(row.get(name)):
+            return name, row[name]
+    letters = [letter for letter in string.ascii_uppercase if cells.holds(row.get(letter))]
+    if letters[:2] == ["A", "B"]:
+        return " + ".join(letters), {letter: row[letter] for letter in letters}
+    return "", None
+
+
+def _choices(value: Any, name: str) -> list[tuple[str, str]]:
+    """(label, text) of each answer to choose from; a text stays as it is, its label ""."""
+    if isinstance(value, str):
+        return [("", cells.unicode(value))]
+    if isinstance(value, dict) and isinstance(value.get("text"), list):  # ARC
+        value = [{"label": a, "text": b} for a, b in zip(value.get("label", ()), value["text"])]  # noqa: B905
+    if isinstance(value, dict):
+        value = [{"label": label, "text": one} for label, one in value.items() if cells.holds(one)]
+    try:
+        if all(isinstance(item, dict) for item in value):
+            return [(str(item["label"]), cells.scalar(item["text"])) for item in value]
+        texts = [cells.scalar(item) for item in value]
+    except (KeyError, TypeError, Unusable):
+        raise Unusable(
+            f"comes with {name!r}, which is no list of texts or labels with texts", "no problem"
+        ) from None
+    labelled = [match for text in texts if (match := _LABELLED.fullmatch(text))]
+    if len(labelled) == len(texts):
+        return [(match[1], match[2]) for match in labelled]
+    return list(zip(string.ascii_uppercase, texts, strict=False))
+
+
+def _lines(choices: list[tuple[str, str]]) -> str:
+    return "\n".join(f"{label}. {text}" if label else text for label, text in choices)
+
+
+def _offers(text: str, choices: list[tuple[str, str]]) -> bool:
+    """Whether a question says its choices itself: every label, with a mark behind it."""
+    return all(
+        label and re.search(rf"(?<![^\W_]){re.escape(label)}\s*[.):]", text) for label, _ in choices
+    ) or any(not label and one in text for label, one in choices)

@@ -81,7 +81,8 @@ def alone(
     """
     ids = np.arange(vocabulary, dtype=np.int32)
     stops = _known(stop_ids, vocabulary)
-    scored, ends, foreign = np.ones(vocabulary, bool), None, ()
+    scored, ends = np.ones(vocabulary, bool), None
+    foreign: tuple[int, ...] = ()
     if stops:
         theirs = _known(reference_ends, vocabulary) or stops
         ends = Ends(stops[0] if end is None else end, stops, reference=theirs)
@@ -146,7 +147,7 @@ def align(
             "student's responses is scored; add it to generation_config.json"
         )
     end = stops[0] if end is None and stops else end
-    ends, foreign = None, ()
+    ends, foreign = None, tuple[int, ...]()
     if own and others:
         theirs_ends = [vocabulary + k for k in range(len(others))] if renumbered else others
         ends = Ends(

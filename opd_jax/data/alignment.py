@@ -134,43 +134,41 @@ def align(
     renumbered = bool((ids != np.arange(vocabulary))[scored].any())
 
     stops = _known(student_ends, vocabulary)
-    own, others = list(stops), list(_known(teacher_ends, known))
+    own, others = stops, _known(teacher_ends, known)
     if not others:  # its config names none: what it writes as the student does ends for it too
-        others = [int(ids[i]) for i in own if scored[i]]
+        others = tuple(int(ids[i]) for i in own if scored[i])
     if special_tokens == "mask":  # ends with two meanings are masked like any other
-        own = [i for i in own if same[i]]
-        others = [j for j in others if j < vocabulary and same[j]]
+        own = tuple(i for i in own if same[i])
+        others = tuple(j for j in others if j < vocabulary and same[j])
     elif own and not others:
         raise ModelError(
             f"{teacher.path}: no eos_token_id in config.json or generation_config.json, and no chat "
             "template that closes a turn, wanted the teacher's end token, by which the end of the "
             "student's responses is scored; add it to generation_config.json"
         )
-    end = stops[0] if end is None and stops else end
-    ends, foreign = None, tuple[int, ...]()
+    ends = None
+    foreign: tuple[int, ...] = ()
+    scored[list(stops)] &= bool(own and others)
     if own and others:
-        theirs_ends = [vocabulary + k for k in range(len(others))] if renumbered else others
         ends = Ends(
-            id=end if end in own else own[0],
-            student=tuple(own),
-            teacher=tuple(theirs_ends),
-            reference=_known(reference_ends, vocabulary) or tuple(own),
+            id=end if end is not None and end in own else own[0],
+            student=own,
+            teacher=tuple(range(vocabulary, vocabulary + len(others))) if renumbered else others,
+            reference=_known(reference_ends, vocabulary) or own,
         )
         read_as_end = np.flatnonzero(scored & np.isin(ids, others)).tolist()
-        foreign = tuple(
-            i for i in _known([*read_as_end, *ends.reference], vocabulary) if i not in stops
-        )
+        foreign = _known([*read_as_end, *ends.reference], vocabulary)
+        foreign = tuple(i for i in foreign if i not in stops)
         scored = _with_one_end(scored, ends, foreign)
         for i in own:
             treatment[i] = "ends a response for the student"
             ids[i] = ids[i] if int(ids[i]) in others else others[0]
-    else:
-        scored[list(stops)] = False
+    ids = np.minimum(ids, known - 1)  # those beyond what the teacher knows are not scored
     head_rows = None
     if renumbered:
-        head_rows = np.concatenate([np.minimum(ids, known - 1), others]).astype(np.int32)
+        head_rows = np.concatenate([ids, others]).astype(np.int32)
     elif teacher_rows < vocabulary:
-        head_rows = np.minimum(ids, known - 1)  # those beyond are not scored
+        head_rows = ids
     differing = tuple(
         Differing(i, mine[i], theirs[i] or "nothing", what)
         for i, what in sorted(treatment.items())

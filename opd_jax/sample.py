@@ -96,7 +96,8 @@ def run(config: ConfigDict, out: str, *, command: list[str]) -> dict[str, Any]:
     if finished is not None and not sample_file.partial_path(file).exists():
         print(f"{file} is finished already", table(finished), sep="\n", flush=True)
         return finished
-    print(f"sampling from {plan.config.teacher.path}", f"data: {plan.problems.describe()}",
+    unread = models.check_weights(plan.config.teacher.path, plan.teacher)
+    print(f"sampling from {plan.config.teacher.path}", *unread, f"data: {plan.problems.describe()}",
           f"problems sampled: {plan.count}", sep="\n", flush=True)  # fmt: skip
     with sample_file.Partial(file, header) as partial:
         done = [Batch(**found) for found in partial.done]

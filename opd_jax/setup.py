@@ -103,6 +103,13 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
     reference_section = config.reference if own else config.student
     reference = architecture(reference_section)
     _check_models(config, terms, student, teacher, reference, alignment)
+    folders = {config.student.path: ("student", student)}
+    if teacher is not None:
+        folders.setdefault(config.teacher.path, ("teacher", teacher))
+    if terms.needs_reference:
+        folders.setdefault(reference_section.path, ("reference", reference))
+    for path, (role, model) in folders.items():
+        notes += [f"{role}: {line}" for line in models.check_weights(path, model)]
     notes += _warnings(terms)
     notes += [
         f"{role}: {config[role].path} is not read, no term of this loss asks it"

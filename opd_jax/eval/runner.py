@@ -98,7 +98,8 @@ def run(
     out = pathlib.Path(folder)
     header = make_header(config, subject, tasks)
     header["benchmarks"] = check_workdir(out, header) | header["benchmarks"]
-    print(f"workdir {out}", f"model {subject.name}: {subject.path}", sep="\n", flush=True)
+    unread = models.check_weights(subject.section.path, subject.config)
+    print(f"workdir {out}", f"model {subject.name}: {subject.path}", *unread, sep="\n", flush=True)
     for task in tasks:
         left = sum(task.skipped.values())
         print(f"{task.benchmark.title}: {len(task.problems)} problems x {task.samples} answers from "

@@ -106,3 +106,19 @@ def test_the_config_is_accepted(page, launcher, arguments, monkeypatch):
         if not config.data.train:
             config.data.train = "tiny:train"  # the reader's own file
         check(config)
+
+
+def test_readme_begins_with_two_commands():
+    """Each block is one line to copy, and .ci/run takes the second out of it."""
+    text = PAGES[0].read_text(encoding="utf-8")
+    first, second = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)[:2]
+    assert text.index(first) < 500
+    for block in (first, second):
+        assert block.count("\n") == 1
+        assert block.startswith("python3 -m venv .venv && .venv/bin/pip install -q ")
+    script = (ROOT / ".ci/run").read_text(encoding="utf-8")
+    extract = re.search(r"^command=\$\((.*)\)$", script, re.MULTILINE)[1]
+    done = subprocess.run(
+        ["bash", "-c", extract], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == second

@@ -20,10 +20,11 @@ from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from opd_jax import config as configuration
-from opd_jax import data, display, fitting, metrics, models, rules, sample_file, workdir
+from opd_jax import data, devices, display, fitting, metrics, models, rules, sample_file, workdir
 from opd_jax import setup as roles
 from opd_jax.errors import ConfigError, DataError, ModelError
 from opd_jax.eval.grade import Grade, Grader
@@ -114,6 +115,7 @@ def run(config: ConfigDict, out: str, *, command: list[str]) -> dict[str, Any]:
 def make_plan(config: ConfigDict) -> Plan:
     """Read and check all but the weights. Raises an OpdError; writes and compiles nothing."""
     rules.validate(config)
+    devices.require_supported(jax.default_backend())
     config = roles.resolved(config, ["teacher"])
     if not config.teacher.path:
         raise ConfigError(

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from opd_jax import data, guard, models, objectives, rules
+from opd_jax import data, devices, guard, models, objectives, rules
 from opd_jax.errors import ConfigError, ModelError
 from opd_jax.fitting import Misfit, prompt_misfit, teacher_misfit, without_misfits
 from opd_jax.mesh import Mesh, make_mesh
@@ -77,6 +77,7 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
     `mesh`: the devices, where that is not for the config to say.
     """
     rules.validate(config)
+    devices.require_supported(jax.default_backend())
     terms = make_terms(config)
     mesh = mesh or make_mesh(config.mesh)
     config = resolved(
@@ -244,7 +245,7 @@ def _warnings(terms: objectives.Terms) -> list[str]:
 
 
 def compute_dtype(name: str) -> jnp.dtype:
-    """The dtype of a role's `dtype` field: auto is bfloat16 on GPU and float32 elsewhere."""
+    """The dtype of a role's `dtype` field: auto is bfloat16 on a GPU and float32 on a CPU."""
     if name == "auto":
         name = "bfloat16" if jax.default_backend() == "gpu" else "float32"
     return jnp.dtype(name)

@@ -4,12 +4,15 @@ import json
 import pathlib
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from opd_jax import data, train
+from opd_jax import data, sample, train
+from opd_jax.bench.runner import Options, run_cases
 from opd_jax.errors import ConfigError, DataError, ModelError, WorkdirError
+from opd_jax.eval.model import open_subject
 from opd_jax.setup import make_setup
 from tests.small_run import questions, small
 
@@ -171,3 +174,21 @@ def test_a_head_that_config_json_calls_tied_is_trained_as_a_head(folders, tmp_pa
     setup = make_setup(config)
     assert not setup.student.tie_embeddings
     assert any("lm_head.weight differs" in note for note in setup.notes)
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        lambda config, folder: train.run(config, str(folder), command=[]),
+        lambda config, folder: sample.make_plan(config),
+        lambda config, folder: open_subject(config.student.path, config, step=None),
+        lambda config, folder: run_cases("cpu", [], Options(out=folder)),
+    ],
+    ids=["train", "sample", "evaluate", "bench"],
+)
+def test_a_tpu_is_refused_in_one_line_by_whatever_computes(start, folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    with pytest.raises(ConfigError, match="tpus are not supported") as raised:
+        start(small(folders), tmp_path / "run")
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "run").exists()

@@ -11,9 +11,9 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from opd_jax import devices, signals
+from opd_jax import aliases, devices, signals
 from opd_jax.config import default as training_fields
-from opd_jax.config import explain, near
+from opd_jax.config import explain, flatten, near, suggest
 from opd_jax.errors import Interrupted, OpdError
 
 FLAGS = flags.FLAGS
@@ -90,7 +90,7 @@ def _parse(
             _ = FLAGS.config.seed  # a file that is missing is reported at first use
     except Exception as error:  # absl's own, or whatever a config file or an override raises
         if isinstance(error, flags.Error) and "--config" not in str(error):
-            _fail(f"{error}; see --help", EXIT_FLAGS)
+            _fail(f"{error}{_meant(error, fields)}; see --help", EXIT_FLAGS)
         _fail(str(explain(error, arguments, fields())), EXIT_USER)
     if names and len(rest) == 1:
         _fail(f"a name is missing, wanted {' or '.join(names)}, then flags; see --help", EXIT_FLAGS)
@@ -101,6 +101,15 @@ def _parse(
     if len(rest) > 1 + bool(names) and not folders:
         _fail(f"got {rest[-1]!r}, wanted flags only; see --help", EXIT_FLAGS)
     return rest
+
+
+def _meant(error: flags.Error, fields: Callable[[], ConfigDict]) -> str:
+    """Of a flag that is not known: the config field that it is, or that others call so."""
+    known = list(flatten(fields().to_dict()))
+    name = getattr(error, "flagname", "").replace("-", "_")
+    if "config" not in FLAGS or name not in {*aliases.FIELDS, *(f.split(".")[-1] for f in known)}:
+        return ""
+    return f"; fields are set by --config.FIELD=VALUE: {suggest(name, known)}"
 
 
 def _guarded(run: Callable[..., None], *, stops: bool) -> None:

@@ -29,13 +29,16 @@ def train(*arguments: str, cwd: pathlib.Path = ROOT) -> subprocess.CompletedProc
         (["--config.student.path=/nowhere"], 1, "model folder '/nowhere' does not exist"),
         (["--config.optim.updates_per_rollout=3"], 1, "--config.rollout.prompts_per_step=18"),
         (["--config.rollout.max_prompt_tokens=5"], 1, "--config.rollout.max_prompt_tokens="),
+        (["--config.optim.lr=1"], 1, "did you mean 'optim.learning_rate'"),
+        (["--config.steps=1", "--config=configs/opd.py"], 1, "put --config=FILE first"),
         (["--wrkdir=x"], 2, "wrkdir"),
+        (["--lr=1"], 2, "--config.FIELD=VALUE: did you mean 'optim.learning_rate'"),
         (["extra"], 2, "extra"),
     ],
 )
 def test_mistakes_are_one_line(arguments, status, says, tmp_path):
     workdir = tmp_path / "run"
-    config = [] if arguments[0].startswith("--config=") else ["--config=configs/stable_opd.py"]
+    config = [] if "--config=" in " ".join(arguments) else ["--config=configs/stable_opd.py"]
     done = train(*config, *arguments, f"--workdir={workdir}")
     assert done.returncode == status, done.stderr
     lines = done.stderr.strip().splitlines()

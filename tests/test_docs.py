@@ -2,11 +2,13 @@
 
 import ast
 import functools
+import importlib.metadata
 import pathlib
 import re
 import shlex
 import subprocess
 import sys
+import tomllib
 
 import pytest
 from absl import flags
@@ -122,3 +124,13 @@ def test_readme_begins_with_two_commands():
         ["bash", "-c", extract], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout == second
+
+
+def test_extras_are_named_as_their_packages_name_them():
+    """pip warns of another spelling, and leaves the extra out."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lists = [project["dependencies"], *project["optional-dependencies"].values()]
+    named = re.findall(r"'([\w-]+)\[([\w-]+)\]", str(lists))
+    assert named
+    for package, extra in named:
+        assert extra in importlib.metadata.metadata(package).get_all("Provides-Extra")

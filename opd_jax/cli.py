@@ -11,18 +11,13 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from opd_jax import aliases, devices, signals
+from opd_jax import aliases, devices, host_memory, signals
 from opd_jax.config import default as training_fields
 from opd_jax.config import explain, flatten, near, suggest
 from opd_jax.errors import Interrupted, OpdError
 
 FLAGS = flags.FLAGS
 EXIT_USER, EXIT_FLAGS = 1, 2
-# As GLIBC_TUNABLES: huge pages, and memory that was freed is kept for the next step.
-ALLOCATOR = (
-    "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:"
-    "glibc.malloc.trim_threshold=1099511627776"
-)
 
 
 def define_config(default: str, *, fields: Callable[[], ConfigDict] = training_fields) -> None:
@@ -70,7 +65,7 @@ def main(
     arguments, of which there must be one. With `stops`, `run` is called with what says whether it is to
     end, `stop`.
     """
-    _set_allocator()
+    host_memory.keep_freed()
     app.run(
         lambda rest: _guarded(functools.partial(run, *rest[1:]), stops=stops),
         flags_parser=functools.partial(_parse, fields=fields, names=names, folders=folders),
@@ -175,18 +170,6 @@ def _fate(error: Exception) -> str:
 
     lost = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error)
     return processes.LOST if lost else f"{type(error).__name__}, see above"
-
-
-def _set_allocator() -> None:
-    """Start again with `ALLOCATOR` as glibc's settings, where GLIBC_TUNABLES says nothing yet.
-
-    On a CPU every step takes and frees gigabytes; getting them from the system anew, in pages of
-    4 KiB, cost a quarter of its time (docs/benchmarks.md). glibc reads the variable only when a
-    process starts; other C libraries ignore it.
-    """
-    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-        os.environ["GLIBC_TUNABLES"] = ALLOCATOR
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _keep_programs() -> None:

@@ -16,7 +16,7 @@ GIB = 2**30
 MEMORY_FRACTION = 0.92
 _FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # new name, old name
 _RECORDED = ("XLA_FLAGS", "JAX_OPTIMIZATION_LEVEL", "CUDA_DEVICE_MAX_CONNECTIONS",
-             "NCCL_NVLS_ENABLE", *_FRACTIONS)  # fmt: skip
+             "NCCL_NVLS_ENABLE", "OPD_JAX_MALLOC", *_FRACTIONS)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

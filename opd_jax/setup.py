@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from opd_jax import data, devices, guard, models, objectives, rules
+from opd_jax import data, devices, guard, host_memory, models, objectives, rules
 from opd_jax.errors import ConfigError, ModelError
 from opd_jax.fitting import Misfit, prompt_misfit, teacher_misfit, without_misfits
 from opd_jax.mesh import Mesh, make_mesh
@@ -121,6 +121,7 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
         if model is not None:
             mesh.check(role, model)
     notes += [mesh.describe()] * (mesh.devices is not None)
+    notes += host_memory.lines()
     if terms.needs_reference and reference.vocab_size < alignment.vocabulary:
         raise ModelError(
             f"{reference_section.path}: the reference has {reference.vocab_size} ids, fewer than the "

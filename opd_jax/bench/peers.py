@@ -14,12 +14,16 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from opd_jax import cli
 from opd_jax.bench.measure import Row
 from opd_jax.bench.runner import Case, Options, run_cases
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 SCRIPTS = REPOSITORY / "launch" / "peers"
+# Huge pages, and memory that was freed is kept for the next call (host_memory.py, of any program).
+ALLOCATOR = (
+    "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:"
+    "glibc.malloc.trim_threshold=1099511627776"
+)
 CHECK_TOLERANCE = 1e-3  # relative; both compute in float32, in other orders
 
 Flags = Mapping[str, str | int | float]
@@ -199,7 +203,7 @@ def difference(theirs: Answer, ours: Answer) -> str:
 def answer(python: str, script: pathlib.Path, flags: Flags, *, timeout_s: float) -> Answer:
     """What a script prints last, as JSON; {"error": its last line of complaint} where it fails."""
     environment = {name: x for name, x in os.environ.items() if name != "PYTHONPATH"}
-    environment.setdefault("GLIBC_TUNABLES", cli.ALLOCATOR)  # for both sides
+    environment.setdefault("GLIBC_TUNABLES", ALLOCATOR)  # for both sides
     if script.name.startswith("ours_"):
         environment["PYTHONPATH"] = str(REPOSITORY)
     command = [python, str(script), *_arguments(flags)]

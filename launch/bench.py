@@ -16,7 +16,10 @@ flags.DEFINE_string(
     "model", "", "suites cpu and peers: folder of a model, in place of the embedded one"
 )
 flags.DEFINE_integer("repeats", 3, "of each case after its first call", lower_bound=1)
-flags.DEFINE_float("budget_s", 440.0, "no case is begun after so many seconds", lower_bound=0.0)
+flags.DEFINE_float(
+    "budget_s", None, "no case is begun after so many seconds; default: what the suite needs",
+    lower_bound=0.0,
+)  # fmt: skip
 for peer in ("torch", "trl", "tunix"):  # each in an environment of its own
     flags.DEFINE_string(f"{peer}_python", "", f"suite peers: the Python that has {peer}")
 flags.DEFINE_string("only", "", "of the cases those whose name begins so")
@@ -29,11 +32,12 @@ def main() -> None:
     from opd_jax.bench.runner import Options
 
     given = cli.FLAGS
+    budgets_s = {"cpu": 440.0, "h200": 440.0, "peers": peers.BUDGET_S}
     options = Options(
         out=pathlib.Path(given.out or f"runs/bench-{given.suite}.json"),
         model=given.model,
         repeats=given.repeats,
-        budget_s=given.budget_s,
+        budget_s=budgets_s[given.suite] if given.budget_s is None else given.budget_s,
         dry=given.dry,
         only=given.only,
     )

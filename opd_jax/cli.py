@@ -11,18 +11,13 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from opd_jax import devices, signals
+from opd_jax import aliases, devices, host_memory, signals
 from opd_jax.config import default as training_fields
-from opd_jax.config import explain, near
+from opd_jax.config import explain, flatten, near, suggest
 from opd_jax.errors import Interrupted, OpdError
 
 FLAGS = flags.FLAGS
 EXIT_USER, EXIT_FLAGS = 1, 2
-# As GLIBC_TUNABLES: huge pages, and memory that was freed is kept for the next step.
-ALLOCATOR = (
-    "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:"
-    "glibc.malloc.trim_threshold=1099511627776"
-)
 
 
 def define_config(default: str, *, fields: Callable[[], ConfigDict] = training_fields) -> None:
@@ -70,7 +65,7 @@ def main(
     arguments, of which there must be one. With `stops`, `run` is called with what says whether it is to
     end, `stop`.
     """
-    _set_allocator()
+    host_memory.keep_freed()
     app.run(
         lambda rest: _guarded(functools.partial(run, *rest[1:]), stops=stops),
         flags_parser=functools.partial(_parse, fields=fields, names=names, folders=folders),
@@ -90,7 +85,7 @@ def _parse(
             _ = FLAGS.config.seed  # a file that is missing is reported at first use
     except Exception as error:  # absl's own, or whatever a config file or an override raises
         if isinstance(error, flags.Error) and "--config" not in str(error):
-            _fail(f"{error}; see --help", EXIT_FLAGS)
+            _fail(f"{error}{_meant(error, fields)}; see --help", EXIT_FLAGS)
         _fail(str(explain(error, arguments, fields())), EXIT_USER)
     if names and len(rest) == 1:
         _fail(f"a name is missing, wanted {' or '.join(names)}, then flags; see --help", EXIT_FLAGS)
@@ -101,6 +96,15 @@ def _parse(
     if len(rest) > 1 + bool(names) and not folders:
         _fail(f"got {rest[-1]!r}, wanted flags only; see --help", EXIT_FLAGS)
     return rest
+
+
+def _meant(error: flags.Error, fields: Callable[[], ConfigDict]) -> str:
+    """Of a flag that is not known: the config field that it is, or that others call so."""
+    known = list(flatten(fields().to_dict()))
+    name = getattr(error, "flagname", "").replace("-", "_")
+    if "config" not in FLAGS or name not in {*aliases.FIELDS, *(f.split(".")[-1] for f in known)}:
+        return ""
+    return f"; fields are set by --config.FIELD=VALUE: {suggest(name, known)}"
 
 
 def _guarded(run: Callable[..., None], *, stops: bool) -> None:
@@ -169,18 +173,6 @@ def _fate(error: Exception) -> str:
 
     lost = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error)
     return processes.LOST if lost else f"{type(error).__name__}, see above"
-
-
-def _set_allocator() -> None:
-    """Start again with `ALLOCATOR` as glibc's settings, where GLIBC_TUNABLES says nothing yet.
-
-    On a CPU every step takes and frees gigabytes; getting them from the system anew, in pages of
-    4 KiB, cost a quarter of its time (docs/benchmarks.md). glibc reads the variable only when a
-    process starts; other C libraries ignore it.
-    """
-    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-        os.environ["GLIBC_TUNABLES"] = ALLOCATOR
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _keep_programs() -> None:

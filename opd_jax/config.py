@@ -12,6 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from opd_jax import aliases
 from opd_jax.errors import ConfigError
 
 
@@ -255,6 +256,22 @@ def near(name: str, known: list[str]) -> str:
     return f"did you mean {match[0]!r}?" if match else f"known: {', '.join(sorted(known))}"
 
 
+def suggest(name: str, known: list[str]) -> str:
+    """The fields among `known` that somebody means by `name`, dotted or not; or the list of all.
+
+    In this order: what other programs call so, what ends so, and what is spelt nearly so.
+    """
+    last = name.rpartition(".")[2].lower().replace("-", "_")
+    ours = aliases.FIELDS.get(last, [])
+    if aliases.WORKDIR in ours:
+        return f"a folder for results is given by the flag {aliases.WORKDIR}=DIR, or --out"
+    meant = [field for field in ours if field in known]
+    meant = meant or [field for field in known if field.rpartition(".")[2] == last]
+    if not meant:
+        return near(name, known)
+    return f"did you mean {' or '.join(repr(field) for field in meant)}?"
+
+
 def explain(
     error: Exception, arguments: list[str], fields: ConfigDict | None = None
 ) -> ConfigError:
@@ -263,10 +280,18 @@ def explain(
     `fields` is the tree that the file starts from; None = the training config's.
     """
     known = flatten((fields or default()).to_dict())
+    config_at = [i for i, x in enumerate(arguments) if re.match(r"--?config(=|$)", x)]
+    for i, argument in enumerate(arguments):
+        if re.match(r"--?config\.", argument) and config_at and i < config_at[-1]:
+            return ConfigError(
+                f"{argument} stands before --config, whose fields it sets; put --config=FILE first"
+            )
     for argument in arguments:
         match = re.match(r"--?config\.([\w.]+)(?:=(.*))?$", argument)
         if match and match[1] not in known:
-            return ConfigError(f"config.{match[1]} is not a field; {near(match[1], list(known))}")
+            return ConfigError(
+                f"config.{match[1]} is not a field; {suggest(match[1], list(known))}"
+            )
         if match and match[2] is not None and not _parses(match[2], known[match[1]]):
             kind = type(known[match[1]]).__name__
             return ConfigError(
@@ -276,6 +301,9 @@ def explain(
     last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
     if "opd_jax.errors." in last:  # raised inside the config file; it comes to us as a traceback
         return ConfigError(last.partition("Error: ")[2])
+    if match := re.search(r"Key \"(\w+)\" does not exist", last):  # set in the config file
+        return ConfigError(f"the config file sets {match[1]!r}, which is not a field; "
+                           f"{suggest(match[1], list(known))}")  # fmt: skip
     return ConfigError(f"--config cannot be read: {last.strip()}")
 
 

@@ -16,7 +16,7 @@ GIB = 2**30
 MEMORY_FRACTION = 0.92
 _FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # new name, old name
 _RECORDED = ("XLA_FLAGS", "JAX_OPTIMIZATION_LEVEL", "CUDA_DEVICE_MAX_CONNECTIONS",
-             "NCCL_NVLS_ENABLE", *_FRACTIONS)  # fmt: skip
+             "NCCL_NVLS_ENABLE", "OPD_JAX_MALLOC", *_FRACTIONS)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +92,19 @@ def find(kind: str) -> Device:
     if device.gpu:
         return device
     return dataclasses.replace(device, memory_gib=free_host_bytes() / GIB)
+
+
+def require_supported(platform: str) -> None:
+    """Refuse a platform of JAX (`jax.default_backend()`) that nothing here is written for, such as TPUs.
+
+    Raises ConfigError: another than cpu and gpu. There models would compute in float32 and attention
+    would hold its weights as one array [B, N, T, T]: 9.5 GB for a row of the paper's lengths.
+    """
+    if platform not in ("cpu", "gpu"):
+        raise ConfigError(
+            f"JAX computes on a {platform} here, wanted an NVIDIA GPU or a CPU: {platform}s are not "
+            "supported (no fused attention, no bfloat16); start on a GPU, or set JAX_PLATFORMS=cpu"
+        )
 
 
 def of_jax(device_kind: str, platform: str) -> Device | None:

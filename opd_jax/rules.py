@@ -12,7 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from opd_jax import guard
-from opd_jax.config import default, flatten, near
+from opd_jax.config import default, flatten, suggest
 from opd_jax.errors import ConfigError
 from opd_jax.eval.answer import FALLBACKS
 from opd_jax.losses import AGGREGATIONS, DIRECTIONS, ESTIMATORS, FORMS, SUPPORT_WEIGHTS
@@ -358,7 +358,10 @@ def _check_metrics(section: ConfigDict) -> None:
 def _check_names(got: dict, known: dict, prefix: str) -> None:
     for name, value in got.items():
         if name not in known:
-            raise ConfigError(f"config.{prefix}{name} is not a field; {near(name, list(known))}")
+            fields = list(flatten(default().to_dict()))
+            raise ConfigError(
+                f"config.{prefix}{name} is not a field; {suggest(f'{prefix}{name}', fields)}"
+            )
         if isinstance(known[name], dict) != isinstance(value, dict):
             raise ConfigError(
                 f"config.{prefix}{name} is {value!r}, wanted the kind of {known[name]!r}"

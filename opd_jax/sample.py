@@ -20,10 +20,11 @@ from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from opd_jax import config as configuration
-from opd_jax import data, display, fitting, metrics, models, rules, sample_file, workdir
+from opd_jax import data, devices, display, fitting, metrics, models, rules, sample_file, workdir
 from opd_jax import setup as roles
 from opd_jax.errors import ConfigError, DataError, ModelError
 from opd_jax.eval.grade import Grade, Grader, make_grader
@@ -98,7 +99,8 @@ def run(config: ConfigDict, out: str, *, command: list[str]) -> dict[str, Any]:
     if finished is not None and not sample_file.partial_path(file).exists():
         print(f"{file} is finished already", table(finished), sep="\n", flush=True)
         return finished
-    print(f"sampling from {plan.config.teacher.path}", f"data: {plan.problems.describe()}",
+    unread = models.check_weights(plan.config.teacher.path, plan.teacher)
+    print(f"sampling from {plan.config.teacher.path}", *unread, f"data: {plan.problems.describe()}",
           f"problems sampled: {plan.count}", *data.prompt_notes("teacher", plan.tokenizer),
           sep="\n", flush=True)  # fmt: skip
     with sample_file.Partial(file, header) as partial:
@@ -116,6 +118,7 @@ def run(config: ConfigDict, out: str, *, command: list[str]) -> dict[str, Any]:
 def make_plan(config: ConfigDict) -> Plan:
     """Read and check all but the weights. Raises an OpdError; writes and compiles nothing."""
     rules.validate(config)
+    devices.require_supported(jax.default_backend())
     config = roles.resolved(config, ["teacher"])
     if not config.teacher.path:
         raise ConfigError(

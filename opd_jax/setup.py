@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from opd_jax import data, guard, models, objectives, rules
+from opd_jax import data, devices, guard, host_memory, models, objectives, rules
 from opd_jax.errors import ConfigError, ModelError
 from opd_jax.fitting import (
     Misfit,
@@ -86,6 +86,7 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
     `mesh`: the devices, where that is not for the config to say.
     """
     rules.validate(config)
+    devices.require_supported(jax.default_backend())
     terms = make_terms(config)
     mesh = mesh or make_mesh(config.mesh)
     config = resolved(
@@ -123,6 +124,13 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
     if tokenizer.prints_date or teacher_tokenizer.prints_date:
         config.data.date = today
     _check_models(config, terms, student, teacher, reference, alignment)
+    folders = {config.student.path: ("student", student)}
+    if teacher is not None:
+        folders.setdefault(config.teacher.path, ("teacher", teacher))
+    if terms.needs_reference:
+        folders.setdefault(reference_section.path, ("reference", reference))
+    for path, (role, model) in folders.items():
+        notes += [f"{role}: {line}" for line in models.check_weights(path, model)]
     notes += _warnings(config, terms)
     notes += [
         f"{role}: {config[role].path} is not read, no term of this loss asks it"
@@ -139,6 +147,7 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
         if model is not None:
             mesh.check(role, model)
     notes += [mesh.describe()] * (mesh.devices is not None)
+    notes += host_memory.lines()
     if terms.needs_reference and reference.vocab_size < alignment.vocabulary:
         raise ModelError(
             f"{reference_section.path}: the reference has {reference.vocab_size} ids, fewer than the "
@@ -276,7 +285,7 @@ def _warnings(config: ConfigDict, terms: objectives.Terms) -> list[str]:
 
 
 def compute_dtype(name: str) -> jnp.dtype:
-    """The dtype of a role's `dtype` field: auto is bfloat16 on GPU and float32 elsewhere."""
+    """The dtype of a role's `dtype` field: auto is bfloat16 on a GPU and float32 on a CPU."""
     if name == "auto":
         name = "bfloat16" if jax.default_backend() == "gpu" else "float32"
     return jnp.dtype(name)

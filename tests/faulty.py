@@ -187,7 +187,6 @@ def assert_same(workdir: pathlib.Path, wanted: dict[str, object]) -> None:
 def main() -> None:
     """The child: the fault, then the arguments of launch/train.py."""
     fault, sys.argv = sys.argv[1], ["launch/train.py", *sys.argv[2:]]
-    os.environ.setdefault("GLIBC_TUNABLES", "")  # no second start of the process
     from launch import train as command
     from opd_jax import cli
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from opd_jax import cli
+from opd_jax import host_memory
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -29,13 +29,16 @@ def train(*arguments: str, cwd: pathlib.Path = ROOT) -> subprocess.CompletedProc
         (["--config.student.path=/nowhere"], 1, "model folder '/nowhere' does not exist"),
         (["--config.optim.updates_per_rollout=3"], 1, "--config.rollout.prompts_per_step=18"),
         (["--config.rollout.max_prompt_tokens=5"], 1, "--config.rollout.max_prompt_tokens="),
+        (["--config.optim.lr=1"], 1, "did you mean 'optim.learning_rate'"),
+        (["--config.steps=1", "--config=configs/opd.py"], 1, "put --config=FILE first"),
         (["--wrkdir=x"], 2, "wrkdir"),
+        (["--lr=1"], 2, "--config.FIELD=VALUE: did you mean 'optim.learning_rate'"),
         (["extra"], 2, "extra"),
     ],
 )
 def test_mistakes_are_one_line(arguments, status, says, tmp_path):
     workdir = tmp_path / "run"
-    config = [] if arguments[0].startswith("--config=") else ["--config=configs/stable_opd.py"]
+    config = [] if "--config=" in " ".join(arguments) else ["--config=configs/stable_opd.py"]
     done = train(*config, *arguments, f"--workdir={workdir}")
     assert done.returncode == status, done.stderr
     lines = done.stderr.strip().splitlines()
@@ -82,23 +85,73 @@ def test_compiled_programs_are_kept_between_runs(told, tmp_path):
     assert [x.name for x in tmp_path.iterdir()] == [told or "opd_jax"]
 
 
+ENTRY = """
+import os, sys
+from opd_jax import cli
+
+def faults():
+    return int(open("/proc/self/stat").read().rpartition(")")[2].split()[7])
+
+def run():
+    for _ in range(2):  # the second round takes what the first gave back
+        before = faults()
+        b"x" * int("100000000")
+    kept = faults() - before < 1000
+    print(os.environ["OPD_JAX_MALLOC"], kept, os.environ.get("GLIBC_TUNABLES"), *sys.argv[1:])
+
+cli.main(run)
+"""
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
-@pytest.mark.parametrize("told", [None, "glibc.malloc.check=0"])
-def test_the_allocator_is_set_unless_told_otherwise(told, tmp_path):
-    """The command starts itself again: once, with the same arguments, in the same process."""
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({}, "keep True None"),
+        ({"OPD_JAX_MALLOC": "system"}, "system False None"),
+        ({"GLIBC_TUNABLES": "glibc.malloc.check=0"}, "system False glibc.malloc.check=0"),
+        ({"JAX_PLATFORMS": "cuda"}, "system False None"),
+        ({"JAX_PLATFORMS": "cuda", "OPD_JAX_MALLOC": "keep"}, "keep True None"),
+    ],
+)
+def test_freed_memory_is_kept_on_a_cpu_in_the_one_process(given, says, tmp_path):
+    """No second start: what runs before `cli.main` runs once, as debuggers and profilers expect."""
     script = tmp_path / "entry.py"
-    script.write_text(
-        "import os, sys\n"
-        "from opd_jax import cli\n"
-        "cli.main(lambda: print(os.getpid(), os.environ['GLIBC_TUNABLES'], *sys.argv[1:]), names=())\n"
-    )
-    env = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
-    env |= {"PYTHONPATH": str(ROOT)} | ({"GLIBC_TUNABLES": told} if told else {})
-    started = subprocess.Popen(
+    script.write_text("print('once')\n" + ENTRY)
+    ours = ("GLIBC_TUNABLES", "OPD_JAX_MALLOC", "JAX_PLATFORMS")
+    env = {k: v for k, v in os.environ.items() if k not in ours} | {"PYTHONPATH": str(ROOT)} | given
+    done = subprocess.run(
         [sys.executable, str(script), "--stderrthreshold=info"],
-        stdout=subprocess.PIPE, text=True, env=env,
+        capture_output=True, text=True, timeout=120, env=env,
     )  # fmt: skip
-    out, _ = started.communicate(timeout=120)
-    assert out.split() == [
-        str(started.pid), told or cli.ALLOCATOR, "--stderrthreshold=info"
-    ]  # fmt: skip
+    assert done.stdout == f"once\n{says} --stderrthreshold=info\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "files", "plugin", "wanted"),
+    [
+        ({}, [], False, True),
+        ({}, ["/dev/nvidiactl"], True, False),
+        ({}, ["/dev/kfd"], True, False),
+        ({}, ["/dev/nvidiactl"], False, True),  # a GPU, and JAX for CPUs
+        ({}, [], True, True),  # JAX for GPUs, and none
+        ({"CUDA_VISIBLE_DEVICES": ""}, ["/dev/nvidiactl"], True, True),
+        ({"CUDA_VISIBLE_DEVICES": "0"}, ["/dev/nvidiactl"], True, False),
+        ({"JAX_PLATFORMS": "cpu"}, ["/dev/nvidiactl"], True, True),
+        ({"JAX_PLATFORMS": "cuda,cpu"}, [], False, False),
+        ({"OPD_JAX_MALLOC": "keep"}, ["/dev/nvidiactl"], True, True),
+        ({"OPD_JAX_MALLOC": "system"}, [], False, False),
+        ({"GLIBC_TUNABLES": "glibc.malloc.arena_max=2"}, [], False, False),
+        ({"GLIBC_TUNABLES": "glibc.cpu.x86_ibt=on"}, [], False, True),
+    ],
+)
+def test_a_cpu_is_known_before_jax_starts(environment, files, plugin, wanted, monkeypatch):
+    monkeypatch.setattr(host_memory.pathlib.Path, "exists", lambda path: str(path) in files)
+    monkeypatch.setattr(host_memory.importlib.util, "find_spec", lambda name: plugin or None)
+    assert host_memory.wanted(environment) == wanted
+
+
+def test_it_is_said_in_one_line_where_it_is_done():
+    assert host_memory.lines({}) == host_memory.lines({"OPD_JAX_MALLOC": "system"}) == []
+    (line,) = host_memory.lines({"OPD_JAX_MALLOC": "keep"})
+    assert "OPD_JAX_MALLOC=system switches that off" in line

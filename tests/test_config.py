@@ -7,8 +7,8 @@ import re
 import pytest
 
 from configs import grpo, opd, opsd, recipes, sft, stable_opd, topk_opd
+from opd_jax import aliases, rules
 from opd_jax import config as configuration
-from opd_jax import rules
 from opd_jax.errors import ConfigError
 from opd_jax.setup import make_terms
 
@@ -157,8 +157,74 @@ def test_unknown_field_names_the_nearest():
     config = stable_opd.get_config()
     with config.unlocked():
         config.rollout.temprature = 1.0
-    with pytest.raises(ConfigError, match="did you mean 'temperature'"):
+    with pytest.raises(ConfigError, match=r"did you mean 'rollout\.temperature'"):
         rules.validate(config)
+
+
+# What people write who come from TRL, verl, OpenRLHF, NeMo-RL, ms-swift or tinker.
+USUAL = {
+    "optim.lr": "'optim.learning_rate'",
+    "lr": "'optim.learning_rate'",
+    "learning-rate": "'optim.learning_rate'",
+    "batch_size": "'rollout.prompts_per_step'",
+    "per_device_train_batch_size": "'rollout.prompts_per_step' or 'optim.microbatch_tokens'",
+    "gradient_accumulation_steps": "'rollout.prompts_per_step' or 'optim.microbatch_tokens'",
+    "rollout.max_new_tokens": "'rollout.max_response_tokens'",
+    "max_completion_length": "'rollout.max_response_tokens'",
+    "kl_coef": "'loss.beta_kl'",
+    "kl_beta": "'loss.beta_kl'",
+    "kl_penalty_coef": "'loss.beta_kl' or 'loss.teacher_coef'",
+    "num_generations": "'rollout.samples_per_prompt'",
+    "actor_rollout_ref.rollout.n": "'rollout.samples_per_prompt'",
+    "epochs": "'data.epochs'",
+    "num_train_epochs": "'data.epochs'",
+    "max_steps": "'steps'",
+    "model": "'student.path'",
+    "student_model": "'student.path'",
+    "teacher": "'teacher.path'",
+    "teacher_model": "'teacher.path'",
+    "model.lr_scheduler_type": "'optim.schedule'",
+    "output_dir": "--workdir=DIR",
+    "optim.temperature": "'eval.temperature' or 'rollout.temperature'",
+    "rollout.temprature": "'rollout.temperature'",
+}
+
+
+@pytest.mark.parametrize("name", USUAL)
+def test_usual_names_lead_to_the_field(name):
+    error = configuration.explain(ValueError("?"), [f"--config.{name.replace('-', '_')}=1"])
+    assert f"{name.replace('-', '_')} is not a field" in str(error)
+    assert USUAL[name] in str(error)
+    assert USUAL[name] in configuration.suggest(name, FIELDS)
+
+
+FIELDS = list(configuration.flatten(configuration.default().to_dict()))
+
+
+def test_aliases_lead_to_fields_and_are_none():
+    known = {*FIELDS, aliases.WORKDIR}
+    assert all(field in known for fields in aliases.FIELDS.values() for field in fields)
+    assert not set(FIELDS) & aliases.FIELDS.keys()
+    assert sum(len(line.split()) for line in aliases._NAMES.values()) == len(aliases.FIELDS)
+
+
+@pytest.mark.parametrize("given", [["--config=FILE"], ["--config", "FILE"]])
+def test_overrides_before_the_config_file(given):
+    error = configuration.explain(ValueError("?"), ["train.py", "--config.steps=1", *given])
+    assert str(error) == (
+        "--config.steps=1 stands before --config, whose fields it sets; put --config=FILE first"
+    )
+
+
+def test_a_wrong_field_in_a_config_file_leads_to_the_right_one():
+    config = opd.get_config()
+    with pytest.raises(AttributeError) as raised:
+        config.optim.lr = 1.0
+    said = str(configuration.explain(raised.value, []))
+    assert (
+        said
+        == "the config file sets 'lr', which is not a field; did you mean 'optim.learning_rate'?"
+    )
 
 
 def test_missing_field_is_named():

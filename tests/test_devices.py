@@ -28,6 +28,14 @@ def test_an_unknown_gpu_has_no_plan():
     assert devices.of_jax("NVIDIA GeForce RTX 4090", "gpu") is None
 
 
+@pytest.mark.parametrize("platform", ["tpu", "METAL", "xpu"])
+def test_platforms_that_nothing_is_written_for_are_refused(platform):
+    with pytest.raises(ConfigError, match=f"a {platform} here, wanted an NVIDIA GPU or a CPU"):
+        devices.require_supported(platform)
+    for supported in ("cpu", "gpu"):
+        devices.require_supported(supported)
+
+
 def test_a_cpu_has_what_is_free():
     cpu = devices.of_jax("cpu", "cpu")
     assert cpu is not None

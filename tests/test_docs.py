@@ -2,11 +2,13 @@
 
 import ast
 import functools
+import importlib.metadata
 import pathlib
 import re
 import shlex
 import subprocess
 import sys
+import tomllib
 
 import pytest
 from absl import flags
@@ -106,3 +108,29 @@ def test_the_config_is_accepted(page, launcher, arguments, monkeypatch):
         if not config.data.train:
             config.data.train = "tiny:train"  # the reader's own file
         check(config)
+
+
+def test_readme_begins_with_two_commands():
+    """Each block is one line to copy, and .ci/run takes the second out of it."""
+    text = PAGES[0].read_text(encoding="utf-8")
+    first, second = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)[:2]
+    assert text.index(first) < 500
+    for block in (first, second):
+        assert block.count("\n") == 1
+        assert block.startswith("python3 -m venv .venv && .venv/bin/pip install -q ")
+    script = (ROOT / ".ci/run").read_text(encoding="utf-8")
+    extract = re.search(r"^command=\$\((.*)\)$", script, re.MULTILINE)[1]
+    done = subprocess.run(
+        ["bash", "-c", extract], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == second
+
+
+def test_extras_are_named_as_their_packages_name_them():
+    """pip warns of another spelling, and leaves the extra out."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lists = [project["dependencies"], *project["optional-dependencies"].values()]
+    named = re.findall(r"'([\w-]+)\[([\w-]+)\]", str(lists))
+    assert named
+    for package, extra in named:
+        assert extra in importlib.metadata.metadata(package).get_all("Provides-Extra")

@@ -8,6 +8,7 @@ import opd_jax
 
 ROOT = pathlib.Path(opd_jax.__file__).parent
 LAYER = {
+    "aliases": 0, "host_memory": 0,
     "signals": 0, "whole": 0, "copies": 2, "intact": 2, "numerics": 6, "resume": 7, "failures": 8,
     "errors": 0, "programs": 0, "keys": 0, "types": 0, "display": 0, "clock": 0,
     "eval.boxed": 0, "eval.statistics": 0, "eval.protocol": 0, "supports": 1,

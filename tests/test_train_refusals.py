@@ -4,12 +4,15 @@ import json
 import pathlib
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from opd_jax import data, train
+from opd_jax import data, sample, train
+from opd_jax.bench.runner import Options, run_cases
 from opd_jax.errors import ConfigError, DataError, ModelError, WorkdirError
+from opd_jax.eval.model import open_subject
 from opd_jax.setup import make_setup
 from tests.small_run import questions, small
 
@@ -139,3 +142,53 @@ def test_workdirs_that_cannot_be_used(folders, tmp_path):
     with pytest.raises(WorkdirError, match="not empty"):
         train.run(small(folders), str(other), command=[])
     assert [f.name for f in other.iterdir()] == ["thesis.tex"]
+
+
+def extra_tensor(folders, tmp_path, name, tensor):
+    """A config whose student's folder holds one more tensor."""
+    shutil.copytree(folders / "student", tmp_path / "student")
+    weights = tmp_path / "student" / "model.safetensors"
+    save_file(load_file(weights) | {name: tensor}, weights)
+    config = small(folders)
+    config.student.path = str(tmp_path / "student")
+    return config
+
+
+def test_weights_that_nothing_reads_are_named_at_the_start(folders, tmp_path):
+    config = extra_tensor(folders, tmp_path, "v_head.weight", np.ones(3, np.float32))
+    assert "student: not read: v_head.weight (outside the decoder)" in make_setup(config).notes
+
+
+def test_weights_that_would_change_the_logits_are_refused_before_anything_is_written(
+    folders, tmp_path
+):
+    config = extra_tensor(folders, tmp_path, "lm_head.bias", np.ones(3, np.float32))
+    with pytest.raises(ModelError, match=r"holds lm_head\.bias"):
+        train.run(config, str(tmp_path / "run"), command=[])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_head_that_config_json_calls_tied_is_trained_as_a_head(folders, tmp_path):
+    embedding = load_file(folders / "student" / "model.safetensors")["model.embed_tokens.weight"]
+    config = extra_tensor(folders, tmp_path, "lm_head.weight", embedding + 1)
+    setup = make_setup(config)
+    assert not setup.student.tie_embeddings
+    assert any("lm_head.weight differs" in note for note in setup.notes)
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        lambda config, folder: train.run(config, str(folder), command=[]),
+        lambda config, folder: sample.make_plan(config),
+        lambda config, folder: open_subject(config.student.path, config, step=None),
+        lambda config, folder: run_cases("cpu", [], Options(out=folder)),
+    ],
+    ids=["train", "sample", "evaluate", "bench"],
+)
+def test_a_tpu_is_refused_in_one_line_by_whatever_computes(start, folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    with pytest.raises(ConfigError, match="tpus are not supported") as raised:
+        start(small(folders), tmp_path / "run")
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "run").exists()

@@ -45,7 +45,8 @@ class Row:
 
     Attributes:
       name, shape: what was run, in words.
-      status: "ok"; "failed": a check beyond its limit; "error": it raised; "not run": no time left.
+      status: "ok"; "failed": a check beyond its limit; "missed": a ratio below the wanted one, which
+        the note has; "error": it raised; "not run": no time left.
       median_s, min_s, max_s, repeats: of the repeats. first_s: of the first call, compilation included.
       tokens_per_s: of the tokens that the name speaks of.
       fraction: least possible seconds (`flops` and `bytes`, at the measured ceilings) / median_s.

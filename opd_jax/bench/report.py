@@ -75,7 +75,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    if row.status != "ok" or row.limit is not None:
+    if row.status not in ("ok", "missed") or row.limit is not None:
         return (row.name, row.shape, row.status, "", "", "", "", "")
     return (
         row.name,

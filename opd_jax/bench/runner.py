@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 
+from opd_jax import devices
 from opd_jax.bench import report
 from opd_jax.bench.measure import Row
 
@@ -46,6 +47,7 @@ class Case:
 
 def run_cases(suite: str, cases: Sequence[Case], options: Options) -> list[Row]:
     """The rows of all cases in order; the file is written anew after each, so a kill loses one."""
+    devices.require_supported(jax.default_backend())
     about, began = report.environment(), time.perf_counter()
     rows: list[Row] = []
     for case in (case for case in cases if case.name.startswith(options.only)):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from opd_jax import checkpoint, data, models
+from opd_jax import checkpoint, data, devices, models
 from opd_jax import setup as roles
 from opd_jax.errors import ConfigError, ModelError
 from opd_jax.mesh import Mesh, make_mesh
@@ -90,8 +90,9 @@ class Subject:
 def open_subject(path: str, config: ConfigDict, *, step: int | None) -> Subject:
     """The model at `path`; `config.student` may override its positions, template and dtype.
 
-    Raises an OpdError: no such model, no checkpoint of that step, no end token, no such mesh.
+    Raises an OpdError: a TPU, no such model, no checkpoint of that step, no end token, no such mesh.
     """
+    devices.require_supported(jax.default_backend())
     section, date = config.student.copy_and_resolve_references(), config.data.date
     folder = pathlib.Path(path)
     if _is_run(folder):

@@ -103,7 +103,8 @@ def run(
     tasks = make_tasks(config, subject)
     header = make_header(config, subject, tasks)
     header["benchmarks"] = check_workdir(out, header) | header["benchmarks"]
-    print(f"workdir {out}", f"model {subject.name}: {subject.path}",
+    unread = models.check_weights(subject.section.path, subject.config)
+    print(f"workdir {out}", f"model {subject.name}: {subject.path}", *unread,
           *data.prompt_notes("student", subject.tokenizer), sep="\n", flush=True)  # fmt: skip
     for task in tasks:
         left = sum(task.skipped.values())

@@ -2,7 +2,7 @@
 
 from opd_jax.models.architecture import ModelConfig
 from opd_jax.models.decoder import Params, forward, with_head_rows
-from opd_jax.models.hf import load, load_config
+from opd_jax.models.hf import check_weights, load, load_config
 from opd_jax.models.hub import locate
 from opd_jax.models.saving import check_free, save
 
@@ -10,6 +10,7 @@ __all__ = [
     "ModelConfig",
     "Params",
     "check_free",
+    "check_weights",
     "forward",
     "load",
     "load_config",

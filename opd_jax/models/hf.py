@@ -13,15 +13,19 @@ import jax
 import numpy as np
 
 from opd_jax.errors import ModelError
-from opd_jax.models import architecture, decoder, layout
+from opd_jax.models import architecture, decoder, inventory, layout
 from opd_jax.models.architecture import ModelConfig
-from opd_jax.models.weights import Tensor, open_tensors, read_json
+from opd_jax.models.layout import EMBEDDING, HEAD
+from opd_jax.models.weights import Tensor, holds_weights, open_tensors, read_json
 
 Index = tuple[slice, ...]
 
 
 def load_config(path: str, *, rope_theta: float = 0.0, max_position: int = 0) -> ModelConfig:
-    """Read and check `config.json` (and the end tokens of `generation_config.json`), no weights.
+    """Read and check `config.json` and the end tokens of `generation_config.json`.
+
+    Of the weights only a head beside tied embeddings is read, where the folder has one: if its numbers
+    differ from the embedding's, the model is untied, whatever config.json says (as in transformers).
 
     `rope_theta` and `max_position` replace the file's values; 0 keeps them. LUFFY's 16k student,
     for one, is Qwen2.5-Math-7B with 40000 and 16384.
@@ -46,7 +50,28 @@ def load_config(path: str, *, rope_theta: float = 0.0, max_position: int = 0) ->
         ids = architecture.eos_ids(value, config.vocab_size, source=str(generation))
         merged = tuple(dict.fromkeys(config.eos_token_ids + ids))
         config = dataclasses.replace(config, eos_token_ids=merged)
+    if config.tie_embeddings and _has_own_head(folder):
+        config = dataclasses.replace(config, tie_embeddings=False)
     return config
+
+
+def check_weights(path: str, config: ModelConfig) -> list[str]:
+    """Check names, shapes and dtypes of a folder's tensors; return lines for the start of a run.
+
+    The lines name the tensors that are not read, and a head that config.json says is tied and is not.
+    A folder that holds no weights yet gives none. Raises ModelError as `load` does before it reads.
+    """
+    if not holds_weights(pathlib.Path(path)):
+        return []
+    lines = []
+    if not config.tie_embeddings and read_json(pathlib.Path(path) / "config.json").get(
+        "tie_word_embeddings"
+    ):
+        lines.append(
+            f"config.json says tie_word_embeddings, and {HEAD} differs from {EMBEDDING}: not tied"
+        )
+    with open_tensors(pathlib.Path(path)) as tensors:
+        return lines + _found(path, config, tensors, decoder.abstract_params(config))[1]
 
 
 def load(
@@ -77,10 +102,7 @@ def load(
     if shardings is None:
         shardings = jax.tree.map(lambda _: None, wanted)
     with open_tensors(pathlib.Path(path)) as tensors:
-        found = jax.tree_util.tree_map_with_path(
-            lambda key_path, leaf: _find(path, tensors, layout.leaf_name(key_path), leaf.shape),
-            wanted,
-        )
+        found, _ = _found(path, config, tensors, wanted)
         dtypes = jax.tree.map(
             lambda parts: parts.dtype if dtype is None else np.dtype(dtype), found
         )
@@ -110,6 +132,29 @@ class _Parts:
         return kinds.pop() if len(kinds) == 1 else np.dtype(np.float32)
 
 
+def _has_own_head(folder: pathlib.Path) -> bool:
+    """False also where a file is missing or broken: whoever reads the weights refuses that."""
+    try:
+        with open_tensors(folder) as tensors:
+            return inventory.has_own_head(tensors)
+    except ModelError:
+        return False
+
+
+def _found(
+    path: str, config: ModelConfig, tensors: dict[str, Tensor], wanted: decoder.Params
+) -> tuple[Any, list[str]]:
+    """The tree `wanted` with the tensors of each leaf, checked; lines about those that no leaf has."""
+    by_name = tensors
+    if config.tie_embeddings and EMBEDDING not in tensors and HEAD in tensors:
+        by_name = tensors | {EMBEDDING: tensors[HEAD]}  # one matrix, stored under its other name
+    found = jax.tree_util.tree_map_with_path(
+        lambda key_path, leaf: _find(path, by_name, layout.leaf_name(key_path), leaf.shape), wanted
+    )
+    names = {tensor.name for parts in jax.tree.leaves(found) for tensor in parts.tensors}
+    return found, inventory.unread(path, config, tensors, names)
+
+
 def _find(path: str, tensors: dict[str, Tensor], name: str, shape: tuple[int, ...]) -> _Parts:
     """The tensors that make up a leaf, checked against the shape that config.json gives it."""
     found = []
@@ -117,10 +162,7 @@ def _find(path: str, tensors: dict[str, Tensor], name: str, shape: tuple[int, ..
     for part in layout.parts(name, shape[0]):
         tensor = tensors.get(part.name)
         if tensor is None:
-            raise ModelError(
-                f"{path}: tensor {part.name} is missing, config.json asks for it; "
-                "download the folder again"
-            )
+            raise inventory.missing(path, part.name, tensors)
         transposed, stacked = part.transposed, part.layer is not None
         got = tensor.shape[::-1] if transposed else tensor.shape
         want = shape[1:] if stacked else shape

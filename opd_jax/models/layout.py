@@ -1,5 +1,6 @@
 """Where each leaf of our parameter tree lies in a Hugging Face checkpoint."""
 
+import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -20,11 +21,13 @@ _LAYER = {
     "up.kernel": ("mlp.up_proj.weight", True),
     "down.kernel": ("mlp.down_proj.weight", True),
 }
-_TOP = {
-    "embed.embedding": "model.embed_tokens.weight",
-    "norm.scale": "model.norm.weight",
-    "head.kernel": "lm_head.weight",
-}
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_TOP = {"embed.embedding": EMBEDDING, "norm.scale": "model.norm.weight", "head.kernel": HEAD}
+
+
+_KNOWN = re.compile(
+    r"model\.layers\.\d+\.(" + "|".join(re.escape(name) for name, _ in _LAYER.values()) + ")"
+)
 
 
 class Part(NamedTuple):
@@ -48,3 +51,8 @@ def parts(leaf: str, layers: int) -> Iterator[Part]:
             yield Part(f"model.layers.{i}.{name}", i, transposed)
     else:
         yield Part(_TOP[leaf], None, False)
+
+
+def is_known(name: str) -> bool:
+    """Whether some model has a tensor of this name, in whatever layer."""
+    return name in _TOP.values() or _KNOWN.fullmatch(name) is not None

@@ -56,11 +56,37 @@ class Tensor:
 
         Raises ModelError: the file ends early, or a number is not finite, before or after.
         """
-        row_shape = self.shape[1:]
-        row_size = math.prod(row_shape)
-        step = max(1, CHUNK // (row_size * self.dtype.itemsize))
         start, stop, _ = index[0].indices(self.shape[0])
-        buffer = np.empty((min(step, stop - start), *row_shape), self.dtype)
+        for first, rows in self._pieces(start, stop, self.dtype.itemsize):
+            piece = rows[:, *index[1:]]
+            target = out[first - start : first - start + len(rows)]
+            with np.errstate(over="ignore", invalid="ignore"):  # said better just below
+                target[...] = piece
+            if not np.isfinite(target).all():
+                raise ModelError(self._not_finite(piece, out.dtype))
+
+    def equals(self, other: "Tensor") -> bool:
+        """Whether both hold the same numbers, whatever their dtypes. Raises ModelError as `dtype` does."""
+        if self.shape != other.shape:
+            return False
+        size = max(self.dtype.itemsize, other.dtype.itemsize)
+        count = math.prod(self.shape[:1])
+        pairs = zip(self._pieces(0, count, size), other._pieces(0, count, size), strict=True)
+        return all(np.array_equal(mine, theirs) for (_, mine), (_, theirs) in pairs)
+
+    def is_zero(self) -> bool:
+        """Whether every number is 0. Raises ModelError as `dtype` does."""
+        pieces = self._pieces(0, math.prod(self.shape[:1]), self.dtype.itemsize)
+        return not any(rows.any() for _, rows in pieces)
+
+    def _pieces(self, start: int, stop: int, itemsize: int) -> Iterator[tuple[int, np.ndarray]]:
+        """(first, rows): rows `start` to `stop` in CHUNK bytes at a time, each lost at the next.
+
+        `itemsize` is what a number counts for: two tensors with the same one are cut alike.
+        """
+        row_size = math.prod(self.shape[1:])
+        step = max(1, CHUNK // max(1, row_size * itemsize))
+        buffer = np.empty((min(step, stop - start), *self.shape[1:]), self.dtype)
         for first in range(start, stop, step):
             rows = buffer[: min(step, stop - first)]
             self.file.seek(self.begin + first * row_size * self.dtype.itemsize)
@@ -69,12 +95,7 @@ class Tensor:
                 raise ModelError(
                     f"{self.path}: ends within {self.name}, while it was read; download it again"
                 )
-            piece = rows[:, *index[1:]]
-            target = out[first - start : first - start + len(rows)]
-            with np.errstate(over="ignore", invalid="ignore"):  # said better just below
-                target[...] = piece
-            if not np.isfinite(target).all():
-                raise ModelError(self._not_finite(piece, out.dtype))
+            yield first, rows
 
     def _not_finite(self, piece: np.ndarray, dtype: np.dtype) -> str:
         if np.isfinite(piece).all():
@@ -83,6 +104,11 @@ class Tensor:
                 "load it as float32 or bfloat16"
             )
         return f"{self.path}: {self.name} holds NaN or infinity; use another checkpoint"
+
+
+def holds_weights(folder: pathlib.Path) -> bool:
+    """Whether there is something for `open_tensors` to open."""
+    return (folder / SINGLE).is_file() or (folder / INDEX).is_file()
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import zlib
 
 import pytest
 
-from opd_jax.bench import peers
+from opd_jax.bench import peers, report
 
 pytestmark = pytest.mark.short
 
@@ -53,9 +53,13 @@ def test_ratio_is_the_peers_median_over_ours():
     assert row.note == "2.40 x, wanted 2.00 x (1.25 to 5.00 over the repeats)"
 
 
-def test_less_than_wanted_is_failed_and_unwanted_is_only_told():
+def test_less_than_wanted_is_said_in_figures_and_unwanted_is_only_told():
     slow, fast = line([3.0]), line([2.0])
-    assert peers.ratio_row(PAIR, slow, fast).status == "failed"
+    row = peers.ratio_row(PAIR, slow, fast)
+    assert row.status == "missed"
+    table = report.table([row])
+    assert "1.50 x, wanted 2.00 x (" in table
+    assert "failed" not in table
     told = peers.ratio_row(dataclasses.replace(PAIR, wanted=None), fast, slow)
     assert told.status == "ok"
     assert told.note.startswith("0.67 x (")
@@ -174,3 +178,17 @@ def test_peers_scripts_do_not_need_this_package():
                 names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
                 names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
                 assert not [name for name in names if name.startswith("opd_jax")], file.name
+
+
+def test_the_budget_fits_the_suite():
+    """By the slower side's seconds a call in docs/benchmarks.md: a first call, which compiles, and 3 more."""
+    seconds = {"batch 8, prompt 64, 128 new": 14, "batch 32, prompt 64, 128 new": 28, "8 x 256": 16,
+               "batch 8, prompt 64, 64 new": 15, "batch 8, prompt 64, 256 new": 44}  # fmt: skip
+    processes = {
+        (pair.shape, side.script, str(side.flags))
+        for pair in peers.pairs()
+        for side in (pair.peer, pair.ours)
+    }
+    start_and_compile = 60
+    needed = sum(4 * seconds[shape] + start_and_compile for shape, _, _ in processes)
+    assert 440 < needed < peers.BUDGET_S

@@ -129,8 +129,8 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
         folders.setdefault(config.teacher.path, ("teacher", teacher))
     if terms.needs_reference:
         folders.setdefault(reference_section.path, ("reference", reference))
-    for path, (role, model) in folders.items():
-        notes += [f"{role}: {line}" for line in models.check_weights(path, model)]
+    for path, (role, of_folder) in folders.items():
+        notes += [f"{role}: {line}" for line in models.check_weights(path, of_folder)]
     notes += _warnings(config, terms)
     notes += [
         f"{role}: {config[role].path} is not read, no term of this loss asks it"

@@ -117,6 +117,27 @@ class Terms:
         return self.divergence_weight != 0 and self.support == "full"
 
 
+def warnings(terms: Terms) -> list[str]:
+    """What the papers found not to work and these terms ask for all the same, a line each."""
+    notes = []
+    if terms.divergence_weight and terms.support != "full":
+        if terms.form == "raw" and terms.direction == "reverse":
+            notes.append(
+                "note: the raw reverse KL over a support pushes all of its ids down, which made runs "
+                "collapse (2603.25562, 2605.11182); loss.form renormalised, tail and stop_gradient do not"
+            )
+        if terms.top_k == 1:
+            notes.append(
+                "note: loss.top_k=1 was the one size that did clearly worse (2604.13016, 6.3)"
+            )
+    if terms.beta_kl and terms.kl_estimator == "k1":
+        notes.append(
+            "note: the gradient of loss.kl_estimator=k1 is 0 in expectation: it measures the KL and "
+            "does not hold the student back; full, k2 and k3 do"
+        )
+    return notes
+
+
 def make_rollout_loss(
     terms: Terms,
     config: ModelConfig,

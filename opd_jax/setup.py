@@ -131,7 +131,7 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
         folders.setdefault(reference_section.path, ("reference", reference))
     for path, (role, of_folder) in folders.items():
         notes += [f"{role}: {line}" for line in models.check_weights(path, of_folder)]
-    notes += _warnings(config, terms)
+    notes += [*objectives.warnings(terms), *_temperatures(config, terms)]
     notes += [
         f"{role}: {config[role].path} is not read, no term of this loss asks it"
         for role, needed in (("teacher", terms.needs_teacher), ("reference", terms.needs_reference))
@@ -256,32 +256,16 @@ def make_terms(config: ConfigDict) -> objectives.Terms:
     return objectives.Terms(**{name: config.loss[name] for name in names}, raised=tuple(raised))
 
 
-def _warnings(config: ConfigDict, terms: objectives.Terms) -> list[str]:
-    """What the papers found not to work and the config asks for all the same."""
-    notes = []
+def _temperatures(config: ConfigDict, terms: objectives.Terms) -> list[str]:
+    """A note where rollouts are not scored at the temperature at which they are drawn."""
     drawn_at, scored_at = config.rollout.temperature, config.scoring.temperature
-    if terms.needs_rollouts and drawn_at not in (0, scored_at):
-        notes.append(
-            f"note: rollouts are drawn at temperature {drawn_at:g} and scored at {scored_at:g}: the "
-            "expectation of the advantage is not the KL of the distribution that samples; "
-            f"--config.scoring.temperature={drawn_at:g} scores what was drawn"
-        )
-    if terms.divergence_weight and terms.support != "full":
-        if terms.form == "raw" and terms.direction == "reverse":
-            notes.append(
-                "note: the raw reverse KL over a support pushes all of its ids down, which made runs "
-                "collapse (2603.25562, 2605.11182); loss.form renormalised, tail and stop_gradient do not"
-            )
-        if terms.top_k == 1:
-            notes.append(
-                "note: loss.top_k=1 was the one size that did clearly worse (2604.13016, 6.3)"
-            )
-    if terms.beta_kl and terms.kl_estimator == "k1":
-        notes.append(
-            "note: the gradient of loss.kl_estimator=k1 is 0 in expectation: it measures the KL and "
-            "does not hold the student back; full, k2 and k3 do"
-        )
-    return notes
+    if not terms.needs_rollouts or drawn_at in (0, scored_at):
+        return []
+    return [
+        f"note: rollouts are drawn at temperature {drawn_at:g} and scored at {scored_at:g}: the "
+        "expectation of the advantage is not the KL of the distribution that samples; "
+        f"--config.scoring.temperature={drawn_at:g} scores what was drawn"
+    ]
 
 
 def compute_dtype(name: str) -> jnp.dtype:

@@ -33,7 +33,10 @@ class Found:
 
 
 def find(text: str, fallbacks: tuple[str, ...] = ()) -> Found | None:
-    r"""The answer of a text: what its last balanced \boxed{} holds, else what a fall-back finds."""
+    r"""The answer of a text: what its last \boxed{} holds, else what a fall-back finds.
+
+    A text that ends inside its last box has no boxed answer (boxed.last_boxed).
+    """
     box = boxed_answer(text)
     if box is not None:
         return Found(box)
@@ -61,6 +64,9 @@ def _after_think(text: str) -> Found | None:
 
 
 def _last_number(text: str) -> Found | None:
+    r"""The last number of a text without any \boxed, which is where Qwen2.5-Math looks for it."""
+    if "\\boxed" in text:
+        return None
     numbers = re.findall(r"-?\d*\.?\d+", text[-_TAIL:].replace(",", ""))
     return Found(numbers[-1]) if numbers else None
 

@@ -31,7 +31,14 @@ def grader():
     [
         (r"\boxed{1} and \boxed{2}", "2"),
         (r"\boxed{\frac{1}{2}} {x}", r"\frac{1}{2}"),
-        (r"\boxed{1} \boxed{\frac{1}{2}", "1"),  # the last one is not balanced
+        (r"\boxed{1} \boxed{\frac{1}{2}", None),  # the text ends inside its last box
+        (r"\boxed{5}, so \boxed{", None),
+        (r"\boxed{5}, so \boxed{5", None),
+        (r"\boxed{5}, so \boxed{\text{five}", None),
+        (r"<think>\boxed{5</think> \boxed{6}", "6"),  # an open box before the last one
+        (r"\boxed{5} and {x", "5"),
+        (r"\boxed{5}, so \boxed", "5"),  # no box was opened
+        (r"\boxed{5}, so \boxe", "5"),
         (r"\boxed{a \boxed{b} c}", "b"),
         (r"\boxed{\boxed{}", ""),
         (r"} {\boxed{7}", "7"),

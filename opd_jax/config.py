@@ -166,6 +166,9 @@ def default() -> ConfigDict:
     evaluation.match = ""  # regular expression; the share of answers it is found in is reported
     # Where answers without a box are looked for: answer_line, after_think, last_number, in this order.
     evaluation.fallbacks = ()
+    # Who decides whether an answer is right, for rewards too: guarded = math-verify under the rules of
+    # docs/evaluation.md, math_verify = its bare verdict.
+    evaluation.grader = "guarded"
     evaluation.max_response_tokens = 0  # 0 = rollout.max_response_tokens
     # sequences decoded at one time; 0 = rollout.slots or 256, or in launch/evaluate.py what fits
     evaluation.slots = 0

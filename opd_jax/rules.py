@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from opd_jax import guard
 from opd_jax.config import default, flatten, near
 from opd_jax.errors import ConfigError
-from opd_jax.eval.answer import FALLBACKS
+from opd_jax.eval.answer import FALLBACKS, GRADERS
 from opd_jax.losses import AGGREGATIONS, DIRECTIONS, ESTIMATORS, FORMS, SUPPORT_WEIGHTS
 from opd_jax.models.remat import POLICIES
 from opd_jax.placement import ROLES
@@ -88,6 +88,7 @@ def validate(config: ConfigDict) -> None:
         ("scoring.special_tokens", ("remap", "mask", "keep")), ("metrics.repeated_tokens", RULES),
         ("guard.action", guard.ACTIONS),
         ("guard.spike_action", ("warn", "skip")), ("eval.best", ("", *BEST)),
+        ("eval.grader", GRADERS),
     ):  # fmt: skip
         _choice(flat, field, choices)
     _check_texts(flat)
@@ -185,6 +186,7 @@ def validate_evaluation(config: ConfigDict) -> None:
     _range(flat, "metrics.repetition_level", 1, 9)
     _choice(flat, "student.dtype", DTYPES)
     _choice(flat, "data.bad_rows", ("refuse", "skip"))
+    _choice(flat, "eval.grader", GRADERS)
     _check_mesh(flat)
     for field in ("data", "match", "best", "every"):
         if config.eval[field] != default().eval[field]:

@@ -335,7 +335,7 @@ def _sample_rest(plan: Plan, partial: sample_file.Partial, done: list[Batch]) ->
         return
     dtype = roles.compute_dtype(plan.config.teacher.dtype)
     _, params = models.load(plan.config.teacher.path, dtype=dtype)
-    with Grader() as grader:
+    with Grader(verdict=plan.config.eval.grader) as grader:
         began = time.perf_counter()
         for number in range(first, total):
             batch, rows = sample_batch(plan, number, params, grader)

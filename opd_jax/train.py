@@ -101,7 +101,7 @@ def run(
             workdir.create(folder, config, command, changes=changes)
             planning.write(plan, folder)
         with (
-            Grader() as grader,
+            Grader(verdict=config.eval.grader) as grader,
             checkpoint.Checkpoints(folder, keep=config.checkpoint.keep) as saved,
         ):
             made = _Run(setup, weights, folder, grader, saved, stop)

@@ -21,6 +21,7 @@ from opd_jax.errors import WorkdirError
 
 # Fields that may differ when a run goes on: they do not touch what is computed.
 _SAFE = ("steps", "data.epochs", "eval.", "checkpoint.", "log.", "mesh.", "profile.")
+_UNSAFE = "eval.grader"  # rewards depend on it
 # NAME=VALUE where the name says so, USER:PASSWORD@ of an address, and tokens by their looks (Hugging
 # Face, W&B, OpenAI, GitHub).
 _SECRET = re.compile(
@@ -58,7 +59,11 @@ def check(path: pathlib.Path, config: ConfigDict, *, accept: bool = False) -> li
     # A field that came later had no other value than its default then.
     old = configuration.flatten(json.loads(configuration.to_json(configuration.default()))) | old
     new = configuration.flatten(json.loads(configuration.to_json(config)))
-    changed = [text for text in differences(old, new) if not text.startswith(_SAFE)]
+    changed = [
+        text
+        for text in differences(old, new)
+        if text.startswith(_UNSAFE) or not text.startswith(_SAFE)
+    ]
     if changed and not accept:
         raise WorkdirError(
             f"workdir {str(path)!r} belongs to another config ({'; '.join(changed)}); "

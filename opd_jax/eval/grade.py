@@ -31,10 +31,11 @@ class Grader:
     """A few grading processes with a hard time limit an answer; a context manager.
 
     A process that exceeds the limit is killed and replaced: a bomb costs one time-out, nothing else.
+    `verdict`, one of answer.GRADERS (config: eval.grader), says who decides whether an answer is right.
     """
 
-    def __init__(self, *, workers: int = 2, timeout_s: float = 5.0):
-        self.timeout_s, self._closed = timeout_s, False
+    def __init__(self, *, workers: int = 2, timeout_s: float = 5.0, verdict: str = "guarded"):
+        self.timeout_s, self.verdict, self._closed = timeout_s, verdict, False
         self._workers = [_Worker() for _ in range(workers)]
 
     def __enter__(self) -> "Grader":
@@ -67,12 +68,12 @@ class Grader:
         answer.RULES, says how answers are compared.
         """
         given = [(find(text, fallbacks), gold) for text, gold in pairs]
-        found = [_at_once(answer, gold) for answer, gold in given]
+        found = [_at_once(answer, gold, self.verdict) for answer, gold in given]
         grades = [grade or Grade.TIMEOUT for grade in found]
         todo: list[tuple[int, dict]] = []
         for i, (answer, gold) in reversed(list(enumerate(given))):
             if found[i] is None and answer is not None:
-                todo.append((i, _request(answer, gold, rule)))
+                todo.append((i, _request(answer, gold, rule, self.verdict)))
         with selectors.DefaultSelector() as selector:
             for worker in self._workers:
                 if todo:
@@ -114,20 +115,22 @@ def grade(answer_text: str, gold: str) -> Grade:
         return grader.grade([(answer_text, gold)])[0]
 
 
-def _at_once(answer: Found | None, gold: str) -> Grade | None:
-    """The grade of what needs no math-verify: no answer, the gold's letters, whole numbers; or None."""
+def _at_once(answer: Found | None, gold: str, verdict: str) -> Grade | None:
+    """Grade of what needs no math-verify: no answer, whole numbers, the gold's letters; else None."""
     if answer is None:
         return Grade.UNPARSED
     if answer.free:
         return None
     same = same_whole_number(answer.text, gold)
-    if same is None and same_letters(answer.text, gold):
+    if same is None and verdict == "guarded" and same_letters(answer.text, gold):
         return Grade.CORRECT
     return None if same is None else Grade.CORRECT if same else Grade.WRONG
 
 
-def _request(answer: Found, gold: str, rule: str) -> dict:
-    return {"answer": answer.text, "free": answer.free, "gold": gold, "rule": rule}
+def _request(answer: Found, gold: str, rule: str, verdict: str = "guarded") -> dict:
+    return {
+        "answer": answer.text, "free": answer.free, "gold": gold, "rule": rule, "grader": verdict,
+    }  # fmt: skip
 
 
 class _Worker:

@@ -38,7 +38,8 @@ _WIDTH = 64  # prompts' rows are a multiple of this wide: benchmarks share compi
 # Fields that answers, or what is counted in them, depend on.
 _TOUCHES = ("seed", "student.", "data.prompt_template", "data.system_prompt", "data.columns.",
             "eval.samples", "eval.temperature", "eval.top_", "eval.problems", "eval.max_response_tokens",
-            "eval.fallbacks", "eval.batch", "eval.any_size", "metrics.repetition_")  # fmt: skip
+            "eval.fallbacks", "eval.grader", "eval.batch", "eval.any_size",
+            "metrics.repetition_")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,7 +237,7 @@ class _Evaluation:
     def all(self, tasks: Sequence[Task]) -> dict[str, Any]:
         """Every benchmark, then the files that say how it went."""
         found = {}
-        with Grader() as grader:
+        with Grader(verdict=self.config.eval.grader) as grader:
             for task in tasks:
                 rows = self.one(task, grader)
                 found[task.benchmark.name] = results.summary(rows, task.samples)

@@ -65,7 +65,7 @@ def run(
     ):
         progress.say(line)
     student, step = load_student(plan)
-    with Grader() as grader:
+    with Grader(verdict=plan.config.eval.grader) as grader:
         probe = {"pair": pair.probe, "continuation": continuation.probe}[name]
         found, shown = probe(plan, student, grader, progress)
     report = {

@@ -121,8 +121,10 @@ ANSWERS = [
     (r"\boxed{0.5}", "1/2", CORRECT),
     (r"\boxed{\frac{1}{2}}", "0.5", CORRECT),
     (r"\boxed{\frac{1}{3}}", "0.5", WRONG),
-    (r"\boxed{(1,2)}", "1<x<2", CORRECT),  # math-verify allows this way round only
-    (r"\boxed{1<x<2}", "(1,2)", WRONG),
+    (r"\boxed{(1,2)}", "1<x<2", CORRECT),
+    (r"\boxed{1<x<2}", "(1,2)", CORRECT),  # math-verify alone allows the other way round only
+    (r"\boxed{5}, no: \boxed{", "5", UNPARSED),  # the text ends inside its last box
+    (r"\boxed{5}, again \boxed{5", "5", UNPARSED),
     (r"\boxed{5}, no: \boxed{6}", "5", WRONG),  # the last box counts
     (r"\boxed{5}, no: \boxed{6}", "6", CORRECT),
     (r"\boxed{6}<|im_end|>", "6", CORRECT),  # an end token after the box does not hide it

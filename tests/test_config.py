@@ -74,6 +74,7 @@ def test_methods_differ_in_numbers_only():
         ("eval.best", "acuracy", "--config.eval.best=accuracy"),
         ("eval.best", "matched", "eval.match=''"),
         ("eval.fallbacks", ("box",), "names among answer_line, after_think, last_number"),
+        ("eval.grader", "math-verify", "wanted one of guarded, math_verify"),
         ("eval.batch", 0, "eval.batch=0"),
         ("optim.learning_rate", float("inf"), "finite"),
         ("optim.schedule", "cosin", "--config.optim.schedule=cosine"),

@@ -10,6 +10,8 @@ import time
 
 import pytest
 
+from opd_jax import config, workdir
+from opd_jax.errors import WorkdirError
 from opd_jax.eval import Grade, Grader, equivalence, grading_worker
 from opd_jax.eval.answer import Found
 from opd_jax.eval.list_rules import bracket, named, sequence
@@ -81,6 +83,18 @@ def test_the_switch_gives_the_bare_verdict():
         assert grader.grade(pairs) == [correct, wrong, correct, correct, correct]
     with Grader(workers=1, verdict="math_verify") as grader:
         assert grader.grade(pairs) == [wrong, correct, wrong, correct, correct]
+
+
+def test_a_run_does_not_change_its_grader(tmp_path):
+    """Rewards depend on it; the other fields of evaluations may change."""
+    started = config.default()
+    (tmp_path / "config.json").write_text(config.to_json(started))
+    started.eval.samples = 3
+    assert workdir.check(tmp_path, started) == []
+    started.eval.grader = "math_verify"
+    with pytest.raises(WorkdirError, match=r"eval\.grader: 'guarded' there, 'math_verify' now"):
+        workdir.check(tmp_path, started)
+    assert len(workdir.check(tmp_path, started, accept=True)) == 1
 
 
 @pytest.mark.parametrize(

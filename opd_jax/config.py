@@ -184,7 +184,10 @@ def default() -> ConfigDict:
     evaluation.batch = 512  # answers sampled, graded and written at one time
     evaluation.backbone = ""  # whose rows of papers stand in the table; empty = by the model's name
 
-    grading = config.grading = ConfigDict()  # math-verify, in processes of its own
+    # Who decides whether an answer is right, for rewards and evaluations, in processes of its own.
+    grading = config.grading = ConfigDict()
+    # guarded: math-verify under the rules of docs/evaluation.md | math_verify: its bare verdict
+    grading.grader = "guarded"
     grading.processes = 0  # 0 = one per core that the run may use, 8 at most
     grading.seconds = 5.0  # limit of processor time per answer; beyond it the grade is TIMEOUT
 

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from opd_jax import guard
 from opd_jax.config import default, flatten, suggest
 from opd_jax.errors import ConfigError
-from opd_jax.eval.answer import FALLBACKS
+from opd_jax.eval.answer import FALLBACKS, GRADERS
 from opd_jax.losses import AGGREGATIONS, DIRECTIONS, ESTIMATORS, FORMS, SUPPORT_WEIGHTS
 from opd_jax.models.remat import POLICIES
 from opd_jax.placement import ROLES
@@ -92,6 +92,7 @@ def validate(config: ConfigDict) -> None:
         ("scoring.special_tokens", ("remap", "mask", "keep")), ("metrics.repeated_tokens", RULES),
         ("guard.action", guard.ACTIONS),
         ("guard.spike_action", ("warn", "skip")), ("eval.best", ("", *BEST)),
+        ("grading.grader", GRADERS),
     ):  # fmt: skip
         _choice(flat, field, choices)
     _check_texts(flat)
@@ -191,6 +192,7 @@ def validate_evaluation(config: ConfigDict) -> None:
     _range(flat, "grading.seconds", 0.1, 30)
     _choice(flat, "student.dtype", DTYPES)
     _choice(flat, "data.bad_rows", ("refuse", "skip"))
+    _choice(flat, "grading.grader", GRADERS)
     _check_mesh(flat)
     for field in ("data", "match", "best", "every"):
         if config.eval[field] != default().eval[field]:

@@ -18,7 +18,7 @@ from opd_jax import workdir
 from opd_jax.errors import WorkdirError
 
 # Fields that samples depend on, and those among them that change none.
-_TOUCHES = ("seed", "teacher.", "data.", "rollout.max_prompt_tokens", "sample.",
+_TOUCHES = ("seed", "teacher.", "data.", "rollout.max_prompt_tokens", "sample.", "grading.grader",
             "metrics.repetition_")  # fmt: skip
 _SAFE = ("sample.slots", "data.shuffle", "data.epochs", "teacher.follow", "teacher.decay")
 

@@ -74,6 +74,7 @@ def test_methods_differ_in_numbers_only():
         ("eval.best", "acuracy", "--config.eval.best=accuracy"),
         ("eval.best", "matched", "eval.match=''"),
         ("eval.fallbacks", ("box",), "names among answer_line, after_think, last_number"),
+        ("grading.grader", "math-verify", "wanted one of guarded, math_verify"),
         ("eval.batch", 0, "eval.batch=0"),
         ("grading.processes", -1, "grading.processes=-1, wanted a whole number, at least 0"),
         ("grading.seconds", 0.0, "grading.seconds=0.0, wanted a number, 0.1 to 30"),

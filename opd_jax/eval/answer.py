@@ -17,6 +17,8 @@ FALLBACKS = ("answer_line", "after_think", "last_number")
 # plain: math-verify's own. units: Minerva, numbers with units and powers of ten, equal within 1e-4 of
 # their size. several: OlympiadBench, lists of answers in any order.
 RULES = ("plain", "units", "several")
+# guarded: math-verify's verdict under the rules of equivalence.py. math_verify: its bare verdict.
+GRADERS = ("guarded", "math_verify")
 RELATIVE = 1e-4  # Qwen2.5-Math, evaluation/grader.py: isclose(reference, prediction, rel_tol=1e-4)
 
 _LINE = re.compile(r"(?i)\banswer[*_]*\s*[:：][*_]*[ \t]*([^\n]+)")
@@ -33,7 +35,10 @@ class Found:
 
 
 def find(text: str, fallbacks: tuple[str, ...] = ()) -> Found | None:
-    r"""The answer of a text: what its last balanced \boxed{} holds, else what a fall-back finds."""
+    r"""The answer of a text: what its last \boxed{} holds, else what a fall-back finds.
+
+    A text that ends inside its last box has no boxed answer (boxed.last_boxed).
+    """
     box = boxed_answer(text)
     if box is not None:
         return Found(box)
@@ -61,11 +66,16 @@ def _after_think(text: str) -> Found | None:
 
 
 def _last_number(text: str) -> Found | None:
+    r"""The last number of a text without any \boxed, which is where Qwen2.5-Math looks for it."""
+    if "\\boxed" in text:
+        return None
     numbers = re.findall(r"-?\d*\.?\d+", text[-_TAIL:].replace(",", ""))
     return Found(numbers[-1]) if numbers else None
 
 
-_SPACE = re.compile(r"\\[,;:!\s]|\\q?quad(?![a-z])|[~\s]|\\left(?![a-z])|\\right(?![a-z])|\$")
+# Blanks between digits stay unless they group thousands: 1 1/2 is not 11/2.
+_BLANK = r"(?<![\d\s])\s+|\s+(?![\d\s])|\s+(?=\d{3}(?!\d))"
+_SPACE = re.compile(rf"\\[,;:!\s]|\\q?quad(?![a-z])|~|{_BLANK}|\\left(?![a-z])|\\right(?![a-z])|\$")
 
 
 def letters(text: str) -> str:

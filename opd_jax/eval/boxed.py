@@ -10,14 +10,21 @@ _LONGEST = 20_000  # characters of an answer expression; longer ones are not ans
 
 
 def last_boxed(text: str) -> str | None:
-    r"""The content of the last balanced \boxed{...}, None where there is none."""
+    r"""The content of the last \boxed{...}; None where there is no box or the last one is not closed.
+
+    An earlier box is not the answer of a text that ends inside another one: what the last box was going
+    to hold is unknown. The papers' graders decide so (docs/evaluation.md).
+    """
     opened: list[int] = []  # where the content of each open box starts, 0 for other braces
-    latest, content = 0, None
+    latest, content = -1, None
     for brace in re.finditer(r"\\boxed\{|[{}]", text):
-        if brace[0] != "}":
-            opened.append(0 if brace[0] == "{" else brace.end())
-        elif opened and (start := opened.pop()) > latest:
-            latest, content = start, text[start : brace.start()]
+        if brace[0] == "{":
+            opened.append(0)
+        elif brace[0] != "}":
+            latest, content = brace.end(), None
+            opened.append(latest)
+        elif opened and opened.pop() == latest:
+            content = text[latest : brace.start()]
     return content
 
 

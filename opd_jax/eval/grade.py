@@ -37,11 +37,12 @@ class Grader:
 
     A process that exceeds the limit ends and is replaced: a bomb costs one time-out, nothing else.
     `timeout_s` are seconds of processor time, so that a grade does not depend on what else the
-    machine does. `workers` = 0 starts one process per core, 8 at most.
+    machine does. `workers` = 0 starts one process per core, 8 at most. `verdict`, one of
+    answer.GRADERS (config: grading.grader), says who decides whether an answer is right.
     """
 
-    def __init__(self, *, workers: int = 0, timeout_s: float = 5.0):
-        self.timeout_s, self._closed = timeout_s, False
+    def __init__(self, *, workers: int = 0, timeout_s: float = 5.0, verdict: str = "guarded"):
+        self.timeout_s, self.verdict, self._closed = timeout_s, verdict, False
         count = workers or min(_cores(), _MOST_PROCESSES)
         self._workers = [_Worker(timeout_s) for _ in range(count)]
 
@@ -75,12 +76,12 @@ class Grader:
         answer.RULES, says how answers are compared.
         """
         given = [(find(text, fallbacks), gold) for text, gold in pairs]
-        found = [_at_once(answer, gold) for answer, gold in given]
+        found = [_at_once(answer, gold, self.verdict) for answer, gold in given]
         grades = [grade or Grade.TIMEOUT for grade in found]
         todo: list[tuple[int, dict]] = []
         for i, (answer, gold) in reversed(list(enumerate(given))):
             if found[i] is None and answer is not None:
-                todo.append((i, _request(answer, gold, rule)))
+                todo.append((i, _request(answer, gold, rule, self.verdict)))
         with selectors.DefaultSelector() as selector:
             for worker in self._workers:
                 if todo:
@@ -126,7 +127,7 @@ class Grader:
 
 def make_grader(section: Any) -> Grader:
     """The grader of the config section `grading`."""
-    return Grader(workers=section.processes, timeout_s=section.seconds)
+    return Grader(workers=section.processes, timeout_s=section.seconds, verdict=section.grader)
 
 
 def decided(grade: Grade | None) -> bool:
@@ -140,14 +141,14 @@ def grade(answer_text: str, gold: str) -> Grade:
         return grader.grade([(answer_text, gold)])[0]
 
 
-def _at_once(answer: Found | None, gold: str) -> Grade | None:
-    """The grade of what needs no math-verify: no answer, the gold's letters, whole numbers; or None."""
+def _at_once(answer: Found | None, gold: str, verdict: str) -> Grade | None:
+    """Grade of what needs no math-verify: no answer, whole numbers, the gold's letters; else None."""
     if answer is None:
         return Grade.UNPARSED
     if answer.free:
         return None
     same = same_whole_number(answer.text, gold)
-    if same is None and same_letters(answer.text, gold):
+    if same is None and verdict == "guarded" and same_letters(answer.text, gold):
         return Grade.CORRECT
     return None if same is None else Grade.CORRECT if same else Grade.WRONG
 
@@ -158,8 +159,10 @@ def _cores() -> int:
     return len(own(0)) if own else os.cpu_count() or 1
 
 
-def _request(answer: Found, gold: str, rule: str) -> dict:
-    return {"answer": answer.text, "free": answer.free, "gold": gold, "rule": rule}
+def _request(answer: Found, gold: str, rule: str, verdict: str = "guarded") -> dict:
+    return {
+        "answer": answer.text, "free": answer.free, "gold": gold, "rule": rule, "grader": verdict,
+    }  # fmt: skip
 
 
 class _Worker:

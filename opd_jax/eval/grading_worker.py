@@ -8,6 +8,7 @@ was killed, an alarm does. Kept free of JAX: it starts in a second.
 
 import contextlib
 import functools
+import itertools
 import json
 import logging
 import re
@@ -15,66 +16,89 @@ import resource
 import signal
 import sys
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 from math_verify import parse, verify
-from sympy import Expr, Float, Symbol, UnevaluatedExpr, nan, oo, zoo
+from sympy import Basic, Expr, Float, Integer, MatrixBase, Symbol, UnevaluatedExpr, nan, oo, zoo
 from sympy.core.function import AppliedUndef
+from sympy.core.relational import Relational
 
-from opd_jax.eval.answer import Found, close, find, letters, number, parts, same_letters
+from opd_jax.eval import equivalence
+from opd_jax.eval.answer import RELATIVE, Found, close, find, number, parts, same_letters
+from opd_jax.eval.list_rules import matched
 
 _MEMORY = 4 * 2**30
 _ALONE_S = 600  # for one answer; far more than the parent ever allows
 _PARTS = 40  # answers of a list that are compared one by one
 
 
-def grade(text: str, gold: str, fallbacks: tuple[str, ...] = (), rule: str = "plain") -> str:
+def grade(
+    text: str,
+    gold: str,
+    fallbacks: tuple[str, ...] = (),
+    rule: str = "plain",
+    grader: str = "guarded",
+) -> str:
     """Grade name of an answer: CORRECT, WRONG, or UNPARSED (no answer, or none math-verify can read)."""
     found = find(text, fallbacks)
-    return "UNPARSED" if found is None else compare(found, gold, rule)
+    return "UNPARSED" if found is None else compare(found, gold, rule, grader)
 
 
-def compare(found: Found, gold: str, rule: str) -> str:
-    """Grade name of an answer that was found. Rules: answer.RULES."""
-    if not found.free and same_letters(found.text, gold):
+def compare(found: Found, gold: str, rule: str, grader: str = "guarded") -> str:
+    """Grade name of an answer that was found. Rules: answer.RULES; graders: answer.GRADERS.
+
+    The grader `math_verify` is the library alone: neither `rule` nor the rules of equivalence.py.
+    """
+    answer, free = found.text, found.free
+    if grader == "math_verify":
+        parsed = _parse(answer, free)
+        return _name(verify(_parse(gold), parsed, timeout_seconds=None)) if parsed else "UNPARSED"
+    if not free and same_letters(answer, gold):
         return "CORRECT"
-    expression, wanted = found.text, gold
-    if rule == "units" and not found.free:
-        expression, wanted = _latex(expression), _latex(wanted)
-        value = number(wanted)
-        if value is not None and (given := _value(expression)) is not None:
-            return "CORRECT" if close(given, value) else "WRONG"
+    if rule == "units" and not free:
+        answer, gold = _latex(answer), _latex(gold)
+        value = number(gold)
+        if value is not None and (given := _value(answer)) is not None:
+            return _name(close(given, value))
     if rule == "several":
-        expression, wanted = expression.replace("$", ""), wanted.replace("$", "")
-        if len(parts(wanted)) > 1 and not found.free:
-            return _several(expression, wanted)
-    answer = parse(expression, parsing_timeout=None) if found.free else _parse(expression)
-    if not answer:
-        return "UNPARSED"
-    return "CORRECT" if _verify(_parse(wanted), answer) else "WRONG"
+        answer, gold = answer.replace("$", ""), gold.replace("$", "")
+        if len(parts(gold)) > 1 and not free:
+            return _several(answer, gold)
+    return _guarded(answer, gold, free)
 
 
-def _several(expression: str, wanted: str) -> str:
-    """Of a list: as many answers as are wanted, each equal to another one of these."""
-    left, given = parts(wanted), parts(expression)
-    if len(given) == len(left) <= _PARTS:
-        for part in given:
-            parsed = _parse(part)
-            same = next((one for one in left if letters(one) == letters(part)), None)
-            same = same or next((one for one in left if _verify(_parse(one), parsed)), None)
-            if same is None:
-                break
-            left.remove(same)
-        if not left:
+def _name(correct: bool) -> str:
+    return "CORRECT" if correct else "WRONG"
+
+
+def _guarded(answer: str, gold: str, free: bool = False) -> str:
+    """Grade name by the rules of equivalence.py and, where they have none, by math-verify."""
+    gold = equivalence.readable(gold)
+    if not free:
+        answer = equivalence.readable(answer)
+        if same_letters(answer, gold):
             return "CORRECT"
-    answer = _parse(expression)
-    if not answer:
+        if (verdict := equivalence.decide(answer, gold, _same)) is not None:
+            return _name(verdict)
+    parsed = _parse(answer, free)
+    if not parsed:
         return "UNPARSED"
-    return (
-        "CORRECT"
-        if len(given) == len(parts(wanted)) and _verify(_parse(wanted), answer)
-        else "WRONG"
-    )
+    correct = _verify(_parse(gold), parsed)
+    return _name(correct and (free or not equivalence.refuted(answer, gold, _same)))
+
+
+def _same(answer: str, gold: str) -> bool:
+    return _guarded(answer, gold) == "CORRECT"
+
+
+def _several(answer: str, gold: str) -> str:
+    """Of a list: as many answers as are wanted, each equal to another one of these."""
+    given, wanted = parts(answer), parts(gold)
+    if len(given) == len(wanted) <= _PARTS and matched(given, wanted, _same):
+        return "CORRECT"
+    grade = _guarded(answer, gold)
+    return "WRONG" if grade == "CORRECT" and len(given) != len(wanted) else grade
 
 
 def _latex(expression: str) -> str:
@@ -102,10 +126,56 @@ def _value(expression: str) -> float | None:
 
 
 def _verify(gold: list[Any], answer: list[Any]) -> bool:
+    """math-verify's verdict, less pairs whose values differ or whose texts it has cut."""
     if _plainly_different(gold, answer):
         return False
     # The order matters: verify(gold, answer) is not symmetric.
-    return verify(gold, answer, timeout_seconds=None)
+    if not verify(gold, answer, timeout_seconds=None):
+        return False
+    if len(gold) == len(answer) == 2:
+        return not _values_differ(gold[0], answer[0])
+    # What cannot be parsed is compared as text, from which a \text{} at the end is cut.
+    return not any(text.count("{") != text.count("}") for text in gold + answer)
+
+
+def _values_differ(gold: Any, answer: Any) -> bool:
+    """Whether numbers in two expressions that math-verify calls equal are more than 1e-4 apart.
+
+    It rounds to six decimals and drops what is small, so that 2^{-98} is 2^{-99}.
+    """
+    values = [sorted(_values(one), key=lambda readings: abs(readings[0])) for one in (gold, answer)]
+    return len(values[0]) == len(values[1]) and not all(map(_near, *values))
+
+
+def _values(expression: Any) -> Iterator[tuple[Expr, ...]]:
+    """Numbers in an expression: itself, or those of its members, bounds, entries and sides.
+
+    Each in its readings: math-verify accepts 9 and 0.09 for 9 %.
+    """
+    if isinstance(expression, MatrixBase):
+        yield from (value for entry in expression.flat() for value in _values(entry))
+    elif isinstance(expression, Expr) and not expression.free_symbols:
+        percent = expression.replace(UnevaluatedExpr, lambda _: Integer(1))
+        readings = [percent] if percent == expression else [percent, percent / 100]
+        yield tuple(reading.evalf(15) for reading in readings)
+    elif isinstance(expression, Relational):
+        if isinstance(expression.lhs, Symbol):  # 2x=6 and x=3 are one equation
+            yield from _values(expression.rhs)
+    elif isinstance(expression, Basic) and not isinstance(expression, Expr):
+        yield from (value for argument in expression.args for value in _values(argument))
+
+
+def _near(ones: tuple[Expr, ...], others: tuple[Expr, ...]) -> bool:
+    """Whether two numbers are within 1e-4 of the larger in one of their readings.
+
+    A value of precision 1 is only known to be small: evalf found no digit of it.
+    """
+    return any(
+        one == other
+        or 1 in (getattr(one, "_prec", 0), getattr(other, "_prec", 0))
+        or bool(abs(one - other) <= RELATIVE * max(abs(one), abs(other)))
+        for one, other in itertools.product(ones, others)
+    )
 
 
 def _plainly_different(gold: list[Any], answer: list[Any]) -> bool:
@@ -135,8 +205,9 @@ def _plainly_different(gold: list[Any], answer: list[Any]) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)  # the gold answer and the usual ones come again and again
-def _parse(expression: str) -> list[Any]:
-    return parse(f"\\boxed{{{expression}}}", parsing_timeout=None)
+def _parse(expression: str, free: bool = False) -> list[Any]:
+    """What math-verify makes of an expression, or of prose in which it has to find one (`free`)."""
+    return parse(expression if free else f"\\boxed{{{expression}}}", parsing_timeout=None)
 
 
 def main() -> None:
@@ -161,7 +232,7 @@ def main() -> None:
         signal.setitimer(signal.ITIMER_PROF, limit if count else 0)
         try:
             found = Found(request["answer"], request["free"])
-            outcome = compare(found, request["gold"], request["rule"])
+            outcome = compare(found, request["gold"], request["rule"], request["grader"])
         except (Exception, RecursionError, MemoryError):  # whatever sympy makes of a hostile answer
             outcome = "UNPARSED"
         signal.setitimer(signal.ITIMER_PROF, 0)

@@ -39,7 +39,8 @@ _WIDTH = 64  # prompts' rows are a multiple of this wide: benchmarks share compi
 # Fields that answers, or what is counted in them, depend on.
 _TOUCHES = ("seed", "student.", "data.prompt_template", "data.system_prompt", "data.columns.",
             "eval.samples", "eval.temperature", "eval.top_", "eval.problems", "eval.max_response_tokens",
-            "eval.fallbacks", "eval.batch", "eval.any_size", "metrics.repetition_")  # fmt: skip
+            "eval.fallbacks", "grading.grader", "eval.batch", "eval.any_size",
+            "metrics.repetition_")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

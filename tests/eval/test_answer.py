@@ -31,6 +31,18 @@ pytestmark = pytest.mark.short
         ("half is .5, not 1/2 or so", ("last_number",), Found("2")),
         ("six", ("last_number",), None),
         (r"\boxed{7} and 8", ("last_number",), Found("7")),
+        (r"\boxed{7} and \boxed{8", ("last_number",), None),  # ends inside a box
+        (r"\boxed{7} and \boxed{", (), None),
+        (
+            r"Answer: 7 or \boxed{",
+            ("answer_line",),
+            Found(r"7 or \boxed{"),
+        ),  # DAPO reads the line alone
+        (
+            r"</think> \boxed{7} and \boxed{",
+            ("after_think",),
+            Found(r"\boxed{7} and \boxed{", free=True),
+        ),
     ],
 )
 def test_find(text, fallbacks, found):

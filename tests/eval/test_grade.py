@@ -35,7 +35,14 @@ def grader():
     [
         (r"\boxed{1} and \boxed{2}", "2"),
         (r"\boxed{\frac{1}{2}} {x}", r"\frac{1}{2}"),
-        (r"\boxed{1} \boxed{\frac{1}{2}", "1"),  # the last one is not balanced
+        (r"\boxed{1} \boxed{\frac{1}{2}", None),  # the text ends inside its last box
+        (r"\boxed{5}, so \boxed{", None),
+        (r"\boxed{5}, so \boxed{5", None),
+        (r"\boxed{5}, so \boxed{\text{five}", None),
+        (r"<think>\boxed{5</think> \boxed{6}", "6"),  # an open box before the last one
+        (r"\boxed{5} and {x", "5"),
+        (r"\boxed{5}, so \boxed", "5"),  # no box was opened
+        (r"\boxed{5}, so \boxe", "5"),
         (r"\boxed{a \boxed{b} c}", "b"),
         (r"\boxed{\boxed{}", ""),
         (r"} {\boxed{7}", "7"),
@@ -118,8 +125,10 @@ ANSWERS = [
     (r"\boxed{0.5}", "1/2", CORRECT),
     (r"\boxed{\frac{1}{2}}", "0.5", CORRECT),
     (r"\boxed{\frac{1}{3}}", "0.5", WRONG),
-    (r"\boxed{(1,2)}", "1<x<2", CORRECT),  # math-verify allows this way round only
-    (r"\boxed{1<x<2}", "(1,2)", WRONG),
+    (r"\boxed{(1,2)}", "1<x<2", CORRECT),
+    (r"\boxed{1<x<2}", "(1,2)", CORRECT),  # math-verify alone allows the other way round only
+    (r"\boxed{5}, no: \boxed{", "5", UNPARSED),  # the text ends inside its last box
+    (r"\boxed{5}, again \boxed{5", "5", UNPARSED),
     (r"\boxed{5}, no: \boxed{6}", "5", WRONG),  # the last box counts
     (r"\boxed{5}, no: \boxed{6}", "6", CORRECT),
     (r"\boxed{6}<|im_end|>", "6", CORRECT),  # an end token after the box does not hide it

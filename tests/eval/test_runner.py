@@ -247,6 +247,8 @@ def test_a_workdir_of_something_else(straight, tmp_path):
     shutil.copytree(straight, folder)
     refused(WorkdirError, "eval.temperature: 1.0 there, 0.5 now", tmp_path, folder=folder,
             eval__temperature=0.5)  # fmt: skip
+    refused(WorkdirError, "grading.grader: 'guarded' there, 'math_verify' now", tmp_path, folder=folder,
+            grading__grader="math_verify")  # fmt: skip
     other = tmp_path / "other"
     other.mkdir()
     (other / "x").write_text("")

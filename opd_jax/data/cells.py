@@ -32,11 +32,12 @@ THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # of a turn, or of a 
 _CHAT_AS_TEXT = re.compile(r"\s*\[?\s*\{\s*(?=([\"'])).*?\1(?:role|from)\1\s*:", re.DOTALL)
 
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
-_MARK = re.compile(r"(?<!#)####(?!#)[ \t]*([^\n]*)")  # GSM8K's
-_FLOAT_AS_TEXT = re.compile(r"-?\d+(?:\.\d+)?[eE][+-]\d{2,3}")  # as Python writes it: 6.02e+23
+_MARK = re.compile(r"(?<!#)####(?!#)\s*([^\n]*)")  # GSM8K's
+# 1e5, 1e-07 and 6.02E23 as programs write them. `2e-1` may be twice e less 1, and 1E5 hexadecimal.
+_FLOAT_AS_TEXT = re.compile(r"[+-]?(?:\d+\.\d*[eE][+-]?\d{1,3}|\d+[eE][+-]\d{2,3}|\d+e\d{1,3})")
 _DIGITS = 21  # a whole number of at most so many is written out
 _AMOUNT = re.compile(
-    r"(-?)\+?(?:\\?\$|[£€])? *(-?)(\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d*\.?\d+)"
+    r"(-?)\+?(?:\\?\$|[£€¥₹])? *(-?)(\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d*\.?\d+)"
     r"(?: (?P<over>\d+/\d+)| ?(?P<percent>\\?%)| (?P<unit>[A-Za-z]{2}[A-Za-z /.'-]*))?"
 )
 # Words behind a number that change its value: no units.
@@ -136,21 +137,24 @@ def answer(value: Any) -> str:
     if isinstance(value, list):  # OlympiadBench: several answers
         if not value:
             raise Unusable("is an empty list")
-        return ", ".join(map(scalar, value))
+        return ", ".join(_written_out(scalar(item)) for item in value)
     found = scalar(value)
     if parts := marked(found):
         found = parts[1]
         if not found:
             raise Unusable("has no answer behind ####")
-    if _FLOAT_AS_TEXT.fullmatch(found):
-        found = number(decimal.Decimal(found))
-    return found
+    return _written_out(found)
 
 
 def boxed(solution: str) -> str:
     r"""The answer in a solution's last \boxed{}, "" where there is none."""
     found = (last_boxed(solution) or "").strip()
     return "" if is_placeholder(found) else found
+
+
+def _written_out(found: str) -> str:
+    """An answer in e-notation as mathematics writes it, any other as it is."""
+    return number(decimal.Decimal(found)) if _FLOAT_AS_TEXT.fullmatch(found) else found
 
 
 def solution(value: Any) -> str:

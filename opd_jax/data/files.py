@@ -9,6 +9,7 @@ import collections
 import decimal
 import gzip
 import json
+import math
 import os
 import pathlib
 import threading
@@ -242,13 +243,19 @@ _STREAMS = {
 }
 
 
+def _number(text: str) -> decimal.Decimal | float:
+    """A JSON number with every digit; 0 or infinity where a float has no room for its exponent."""
+    value = float(text)
+    return decimal.Decimal(text) if value and math.isfinite(value) else value
+
+
 def _parsed(path: str, line: int, data: bytes) -> Row | RowError:
     """The object of one line of JSONL."""
     where = place(path, line)
     try:
         # A byte order mark may open a file; json refuses it.
         text = data.decode("utf-8-sig" if line == 1 else "utf-8")
-        item = json.loads(text, parse_float=decimal.Decimal)  # with every digit
+        item = json.loads(text, parse_float=_number)
     except UnicodeDecodeError as error:
         return RowError(
             f"{where}: byte {error.start + 1} is not UTF-8; save the file as UTF-8", "not UTF-8"
@@ -280,7 +287,7 @@ def _object(path: str, number: int, item: Any) -> Row | RowError:
 def _json_list(path: str) -> list[Any]:
     try:
         text = pathlib.Path(path).read_bytes().decode("utf-8-sig")
-        items = json.loads(text, parse_float=decimal.Decimal)
+        items = json.loads(text, parse_float=_number)
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path}: byte {error.start + 1} is not UTF-8; save the file as UTF-8"

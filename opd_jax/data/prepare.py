@@ -77,7 +77,8 @@ def table(report: dict[str, Any]) -> str:
             for method, hits in found["found"].items()
         ]
         text.append(f"{name} ({found['problems']} problems): {', '.join(parts)}")
-    text.append(f"columns: {report['columns']}")
+    if report.get("columns"):  # a folder of an older version has none
+        text.append(f"columns: {report['columns']}")
     return "\n".join([*text, *(f"note: {note}" for note in report["notes"])])
 
 
@@ -187,7 +188,7 @@ def _assemble(
     hits: dict[str, set[int]] = {method: set() for method in benchmarks.methods}
     columns: Counts = collections.defaultdict(collections.Counter)
     for count in counts:
-        for kind, names in count["columns"].items():
+        for kind, names in count.get("columns", {}).items():
             columns[kind].update(names)
         reasons.update(count["reasons"])
         rows_hit.update(count["rows_hit"])

@@ -94,7 +94,7 @@ _BASES = (
 )  # fmt: skip
 _WORDS = {word: base for base, word in enumerate(_BASES, start=2)} | {"sixteen": 16}
 _NUMERAL = re.compile(
-    r"([+-]?)\(?([0-9A-Za-z]+(?:,[0-9A-Za-z]+)*)\)?"
+    r"([+-]?)\(?([0-9A-Za-z]+(?:,[0-9A-Za-z]+)*(?:\.[0-9A-Za-z]+)?)\)?"
     r"(?:_\{?\(?(?:base)?|\(?base)(\d{1,2}|[a-z]+)\)?\}?\)?"
 )
 
@@ -117,11 +117,18 @@ def numeral(text: str) -> Numeral | None:
     digits = match[2].replace(",", "").upper()
     if not 2 <= base <= 36:
         return None
-    if not digits.isdigit():  # a_{12} is a term of a sequence
+    if not digits.replace(".", "").isdigit():  # a_{12} is a term of a sequence
         is_number = re.search(r"\d", digits) or re.search(r"[A-Z]{2}", match[2])
-        if not is_number or any(int(digit, 36) >= base for digit in digits):
+        if not is_number or any(int(digit, 36) >= base for digit in digits.replace(".", "")):
             return None
-    return Numeral(match[1].strip("+") + (digits.lstrip("0") or "0"), base)
+    return Numeral(match[1].strip("+") + _shortest(digits), base)
+
+
+def _shortest(digits: str) -> str:
+    """Digits without zeros that say nothing: 0101.10 is 101.1."""
+    whole, point, fraction = digits.partition(".")
+    fraction = fraction.rstrip("0")
+    return (whole.lstrip("0") or "0") + (point + fraction if fraction else "")
 
 
 def bases(answer: str, gold: str, same: Same) -> bool | None:
@@ -133,10 +140,9 @@ def bases(answer: str, gold: str, same: Same) -> bool | None:
     if one is None:
         return None
     bare = letters(gold if given else answer).strip("()").replace(",", "").upper()
-    if not re.fullmatch(r"[+-]?[0-9A-Z]+", bare):
+    if not re.fullmatch(r"[+-]?[0-9A-Z]+(\.[0-9A-Z]+)?", bare):
         return None
-    sign = "-" * bare.startswith("-")
-    return sign + (bare.lstrip("+-").lstrip("0") or "0") == one.digits
+    return "-" * bare.startswith("-") + _shortest(bare.lstrip("+-")) == one.digits
 
 
 _TERM = r"(?:\d|\.|\\sqrt|\\pi|\\frac|[{}+\-/^])+"

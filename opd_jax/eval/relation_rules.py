@@ -156,10 +156,13 @@ def _range(bounds: list[str], closed: tuple[bool, bool]) -> Range:
 
 
 def inequalities(answer: str, gold: str, same: Same) -> bool | None:
-    """An inequality solved for one variable agrees with the interval of its values."""
+    """An inequality solved for one variable agrees with the interval of its values, and turned round."""
     given, wanted = ranges(answer), ranges(gold)
-    if given is None or wanted is None or given.form == wanted.form:
+    if given is None or wanted is None:
         return None
+    if given.form == wanted.form:
+        turned = given.form == "inequality" and given == wanted
+        return True if turned else None
     if given.name and wanted.name and given.name != wanted.name:
         return False
     return matched(given.pieces, wanted.pieces, lambda one, other: _alike(one, other, same))

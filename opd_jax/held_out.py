@@ -7,6 +7,8 @@ import shutil
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from opd_jax import data, models, processes
 from opd_jax.best import Best, forget_after
 from opd_jax.checkpoint import Checkpoints
@@ -21,6 +23,22 @@ from opd_jax.stepping import Stepper, Summary
 # Fields of the section `eval`, and the beginning of those of `metrics`, that change answers or figures.
 _TOUCHES = ("samples", "temperature", "top_p", "top_k", "match", "fallbacks")
 _REPETITION = "repetition_"
+
+
+def discard_after(folder: pathlib.Path, step: int) -> None:
+    """Forget the best checkpoint, and set aside the answers, of steps after `step`.
+
+    The trajectory that led to them is discarded: a rollback, or a resume with another config.
+    """
+    forget_after(folder, step)
+    if not processes.first():
+        return
+    aside = folder / "eval.rolled_back"
+    for answers in folder.glob("eval/[0-9]*"):
+        if int(answers.name) > step:
+            aside.mkdir(exist_ok=True)
+            shutil.rmtree(aside / answers.name, ignore_errors=True)
+            answers.rename(aside / answers.name)
 
 
 class HeldOut:
@@ -72,7 +90,7 @@ class HeldOut:
                 vocabulary=ids.vocabulary,
                 drawn_V=None if ids.drawn.all() else ids.drawn,
                 grader=self.grader,
-                protocol=self.protocol(),
+                protocol=self.protocol(prompts, ids),
                 out=self.folder / "eval" / str(step) / f"{self.name}.jsonl",
                 mesh=setup.mesh,
             )
@@ -84,18 +102,6 @@ class HeldOut:
             Best(self.folder, metric=metric, more=BEST[metric]).offer(
                 step, summary, save, comparable=lambda kept: self.summary(kept) is not None
             )
-
-    def go_back(self, step: int) -> None:
-        """Forget the best checkpoint, and set aside the answers, of steps after `step`."""
-        forget_after(self.folder, step)
-        if not processes.first():
-            return
-        aside = self.folder / "eval.rolled_back"
-        for answers in self.folder.glob("eval/[0-9]*"):
-            if int(answers.name) > step:
-                aside.mkdir(exist_ok=True)
-                shutil.rmtree(aside / answers.name, ignore_errors=True)
-                answers.rename(aside / answers.name)
 
     def table(self, last: int) -> dict[str, Summary]:
         """The rows of the closing table. What an earlier part of the run did not measure is measured
@@ -117,18 +123,24 @@ class HeldOut:
 
         def read() -> Summary | None:
             found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-            return found if found.pop("protocol", None) == self.protocol() else None
+            own = self.protocol(self.setup.prompts, self.setup.alignment)
+            return found if found.pop("protocol", None) == own else None
 
         return processes.from_first(read)
 
-    def protocol(self) -> dict[str, Any]:
-        """Everything that the student's figures depend on beside its weights, as JSON holds it."""
-        setup, config = self.setup, self.config
+    def protocol(self, prompts: list[list[int]], ids: data.Alignment) -> dict[str, Any]:
+        """Everything that a model's figures depend on beside its weights, as JSON holds it.
+
+        `prompts` of the held-out problems and `ids`, what answers may hold, are those of the model.
+        """
+        config = self.config
         asked = [
             [problem.id, list(map(int, prompt)), problem.answer]
-            for problem, prompt in zip(setup.held_out, setup.prompts, strict=True)
+            for problem, prompt in zip(self.setup.held_out, prompts, strict=True)
         ]
         fields = {name: config.eval[name] for name in _TOUCHES}
+        fields |= {"grader": config.grading.grader, "seconds": config.grading.seconds}
+        fields |= {"stop_ids": ids.stop_ids, "never": np.flatnonzero(~ids.drawn).tolist()}
         fields["max_response_tokens"] = (
             config.eval.max_response_tokens or config.rollout.max_response_tokens
         )

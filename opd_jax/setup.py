@@ -99,7 +99,7 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
     reference_section = config.reference if own else config.student
     reference = architecture(reference_section)
     end = golden_end(student, tokenizer, config.student.path)
-    reference_ends = with_ends(reference, tokenizer).eos_token_ids if own else ()
+    reference_ends = _reference_ends(reference, reference_section.path, tokenizer) if own else ()
     teacher, teacher_tokenizer = None, tokenizer
     notes = data.prompt_notes("student", tokenizer)
     if terms.needs_teacher:
@@ -120,6 +120,13 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
         vocabulary = min(tokenizer.size, student.vocab_size)
         alignment = data.alone(
             vocabulary, student.eos_token_ids, end=end, reference_ends=reference_ends
+        )
+        notes.append(data.ends_line(alignment, tokenizer))
+    if ordinary := sorted(set(alignment.foreign_ends) - tokenizer.added()):
+        raise ModelError(
+            f"{data.named(tokenizer, ordinary)} ends a response for the teacher or the reference and is "
+            "an ordinary token to the student, wanted a special token; correct eos_token_id in their "
+            "config.json and generation_config.json"
         )
     if tokenizer.prints_date or teacher_tokenizer.prints_date:
         config.data.date = today
@@ -230,6 +237,27 @@ def with_ends(model: models.ModelConfig, tokenizer: data.Tokenizer) -> models.Mo
     ends = dict.fromkeys([*model.eos_token_ids, tokenizer.end_of_turn()])
     known = tuple(i for i in ends if i is not None and i < model.vocab_size)
     return dataclasses.replace(model, eos_token_ids=known)
+
+
+def _reference_ends(
+    reference: models.ModelConfig, path: str, tokenizer: data.Tokenizer
+) -> tuple[int, ...]:
+    """End tokens of a reference with a folder of its own, which reads the student's ids.
+
+    Raises ModelError where its tokenizer gives one of them another text.
+    """
+    if not os.path.isfile(os.path.join(path, "tokenizer.json")):
+        return with_ends(reference, tokenizer).eos_token_ids
+    own = data.Tokenizer(path)
+    mine, theirs = ({i: t for t, i in x.vocabulary().items()} for x in (tokenizer, own))
+    differing = [i for i in sorted(mine.keys() & theirs.keys()) if mine[i] != theirs[i]]
+    if differing:
+        i = differing[0]
+        raise ModelError(
+            f"{path}: id {i} is {theirs[i]!r} to the reference and {mine[i]!r} to the student, wanted the "
+            "student's tokenizer; set --config.reference.path to a model with it"
+        )
+    return with_ends(reference, own).eos_token_ids
 
 
 def _same_prompts(student: data.Tokenizer, teacher: data.Tokenizer) -> bool:

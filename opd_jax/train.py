@@ -15,7 +15,6 @@ from ml_collections import ConfigDict
 
 from opd_jax import (
     ahead,
-    best,
     checkpoint,
     data,
     display,
@@ -31,7 +30,7 @@ from opd_jax import config as configuration
 from opd_jax.clock import used_bytes
 from opd_jax.errors import ConfigError, Interrupted
 from opd_jax.eval.grade import Grader, make_grader
-from opd_jax.held_out import HeldOut
+from opd_jax.held_out import HeldOut, discard_after
 from opd_jax.living import Log, require
 from opd_jax.loading import Weights, load_weights
 from opd_jax.plan import run as planning
@@ -106,11 +105,13 @@ def run(
             workdir.create(folder, config, command, changes=changes)
             planning.write(plan, folder)
         if changes or moved:  # what comes after the checkpoint will be another trajectory
-            best.forget_after(folder, first or 0)
+            discard_after(folder, first or 0)
         with (
             make_grader(config.grading) as grader,
             checkpoint.Checkpoints(folder, keep=config.checkpoint.keep) as saved,
         ):
+            if processes.first():  # which alone grades
+                grader.start()
             made = _Run(setup, weights, folder, grader, saved, stop)
             with contextlib.closing(made.log), contextlib.closing(made.samples):
                 return made.loop()
@@ -151,7 +152,7 @@ class _Run:
             self.first, self.guard, self.pending = point.step, point.guard, point.pending
             self.stepper.numerics = point.numerics
             if self.first < newest:  # a rollback was cut short
-                self.held_out.go_back(self.first)
+                discard_after(folder, self.first)
             saved.delete_after(self.first)
             self.stepper.state = saved.restore(self.first, self.like, self.batches)
             kept = newest - (self.pending is not None)
@@ -159,12 +160,13 @@ class _Run:
             student, weights.student = weights.student, None  # the state takes it over
             assert student is not None  # read where there is no checkpoint
             self.stepper.begin(student)
+        self.cut_short = self.first < newest  # a rollback
         self.log: workdir.Lines | workdir.NoLines = workdir.NoLines()
         self.samples: workdir.Lines | workdir.NoLines = workdir.NoLines()
         if processes.first():
             self.log = Log(folder / "metrics.jsonl", resume_step=kept, config=config)
             self.samples = workdir.Lines(folder / "rollouts.jsonl", resume_step=kept)
-        if self.first < newest:  # a rollback was cut short
+        if self.cut_short:
             self.log.go_back(self.first)
             self.samples.go_back(self.first)
 
@@ -182,6 +184,8 @@ class _Run:
             )
         if step:
             progress.say(f"resumed at step {step}")
+        if self.cut_short and (summary := self.held_out.summary(step)):
+            self._keep_best(step, summary)  # where a discarded step had taken its place
         if self.pending is not None:
             self._finish(step, *self.pending, due=True)
         elif not step:
@@ -306,7 +310,7 @@ class _Run:
     def _go_back(self, step: int) -> int:
         """To the checkpoint of `step`, with the guards as they are now; later lines are set aside."""
         resume.note_rollback(self.folder, step, self.guard)
-        self.held_out.go_back(step)
+        discard_after(self.folder, step)
         self.saved.delete_after(step)
         del self.stepper.state  # makes room for the one that is read
         self.stepper.state = self.saved.restore(step, self.like, self.batches)

@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -31,6 +31,19 @@ _SECRET = re.compile(
 )
 _PACKAGES = ("opd_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers",
              "grain", "ml-collections", "math-verify", "numpy")  # fmt: skip
+
+
+def _before(old: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields that a run of an older version lacks and whose default would change what it computes.
+
+    Any other field that came later had no other value than its default then.
+    """
+    found: dict[str, Any] = {}
+    if old.get("loss.kl_estimator") == "k3" and old.get("loss.beta_kl"):
+        found["loss.kl_clamp"] = 0.0
+    if old.get("loss.pg_weight") and old.get("loss.group_coef"):
+        found["grading.grader"] = "that of an older version"
+    return found
 
 
 def check(path: pathlib.Path, config: ConfigDict, *, accept: bool = False) -> list[str]:
@@ -56,8 +69,8 @@ def check(path: pathlib.Path, config: ConfigDict, *, accept: bool = False) -> li
         old = configuration.flatten(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, AttributeError, OSError, RecursionError) as error:
         raise WorkdirError(f"{file} cannot be read ({error}); give a new --workdir") from None
-    # A field that came later had no other value than its default then.
-    old = configuration.flatten(json.loads(configuration.to_json(configuration.default()))) | old
+    usual = configuration.flatten(json.loads(configuration.to_json(configuration.default())))
+    old = usual | _before(old) | old
     new = configuration.flatten(json.loads(configuration.to_json(config)))
     changed = [text for text in differences(old, new) if not text.startswith(_SAFE)]
     if changed and not accept:

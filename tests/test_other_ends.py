@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import scipy.special
 
+from configs import grpo
 from opd_jax import config as configuration
 from opd_jax import data, models, setup, train
 from opd_jax.data import PromptStyle
+from opd_jax.errors import ModelError
 from opd_jax.models import decoder
 from tests.families import FAMILIES
 from tests.small_run import lines, small
@@ -133,3 +135,46 @@ def test_the_end_is_scored_on_the_papers_own_pair(qwen_and_r1):
         assert row["student_logprob"][-1] == pytest.approx(student, abs=1e-4)
         assert row["teacher_logprob"][-1] == pytest.approx(teacher, abs=1e-4)
         assert row["advantage"][-1] == pytest.approx(teacher - student, abs=1e-4)
+
+
+def test_a_run_without_a_teacher_says_what_ends_a_response(tmp_path):
+    config = grpo.get_config()
+    folder = FAMILIES[0].folder(tmp_path)
+    config.student.path, config.eval.data = folder, ""
+    config.rollout.max_prompt_tokens, config.rollout.max_response_tokens = 160, 200
+    config.optim.microbatch_tokens = 2000
+    notes = "\n".join(setup.make_setup(config).notes)
+    assert (
+        "a response ends at <|endoftext|> (256) or <|im_end|> (258): scored as one event" in notes
+    )
+
+
+def reference_with(tmp_path, **fields: object):
+    """A config whose reference is a copy of the embedded student with other end tokens."""
+    config = grpo.get_config()
+    config.eval.data, config.loss.beta_kl = "", 0.1
+    config.reference.path = str(tmp_path / "reference")
+    shutil.copytree(TINY / "student", config.reference.path)
+    for name in ("config.json", "generation_config.json"):
+        file = tmp_path / "reference" / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+    return config
+
+
+def test_a_reference_has_end_tokens_of_its_own(tmp_path):
+    notes = "\n".join(setup.make_setup(reference_with(tmp_path, eos_token_id=0)).notes)
+    assert "<|endoftext|> (0) or <|im_end|> (2) for the reference: scored as one event" in notes
+    assert "<|endoftext|> (0) ends it for another model alone: never drawn" in notes
+
+
+def test_an_ordinary_end_token_of_a_reference_is_refused(tmp_path):
+    with pytest.raises(ModelError, match=r"\(5\) ends a response .* ordinary token to the student"):
+        setup.make_setup(reference_with(tmp_path, eos_token_id=5))
+
+
+def test_a_reference_with_another_tokenizer_is_refused(tmp_path):
+    config = reference_with(tmp_path, eos_token_id=2)
+    file = tmp_path / "reference/tokenizer.json"
+    file.write_text(file.read_text().replace("<|im_start|>", "<|turn|>"))
+    with pytest.raises(ModelError, match=r"id 1 is '<\|turn\|>' to the reference"):
+        setup.make_setup(config)

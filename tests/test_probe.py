@@ -101,6 +101,9 @@ def test_advantages_of_right_and_wrong_rollouts():
     given = [*answers(1, 0, 1), answer(Grade.UNPARSED), answer(None), *answers(1)]
     means = pair.by_outcome([-1.0, -4.0, -2.0, -6.0, 99.0, None], given)
     assert means == {"advantage_right": -1.5, "advantage_wrong": -5.0}
+    late = answer(Grade.TIMEOUT)  # says something about the machine alone
+    assert pair.by_outcome([-1.0], [late]) == {"advantage_right": None, "advantage_wrong": None}
+    assert pair.gain([late], answers(1)) is None
     assert pair.by_outcome([-1.0], answers(1))["advantage_wrong"] is None
 
 

@@ -187,6 +187,10 @@ def test_a_closing_table_has_one_protocol(folders, tmp_path, capsys):
     assert again.table == resumed.table
     config.eval.every = 1  # says when, not how
     assert train.run(config, str(tmp_path / "run"), command=[]).table == resumed.table
+    config.grading.grader = "math_verify"
+    train.run(config, str(tmp_path / "run"), command=[], accept_changes=True)
+    said = capsys.readouterr().out
+    assert "the student before training is left out of the table" in said
 
 
 def test_a_run_without_held_out_data_measures_none(folders, tmp_path, capsys):

@@ -12,6 +12,7 @@ from configs import opd
 from opd_jax import losses, objectives, rules
 from opd_jax.collect import Experience
 from opd_jax.errors import ConfigError
+from opd_jax.eval.grade import Grade
 from opd_jax.models import decoder
 from opd_jax.setup import make_terms
 from opd_jax.stepping import Stepper
@@ -70,8 +71,9 @@ def experience() -> Experience:
         support=support, teacher_hidden_BTD=logprobs(CONFIG.hidden_size),
     )  # fmt: skip
     repeated_BT = generator.uniform(size=shape) < 0.3
-    correct_B = np.array([True, False, True, True])
-    return Experience(SAMPLED, scores, MASK, repeated_BT, correct_B, correct_B, [""] * len(MASK))
+    grades = [Grade.CORRECT, Grade.WRONG, Grade.CORRECT, Grade.CORRECT]
+    flagged_B = np.zeros(len(MASK), bool)
+    return Experience(SAMPLED, scores, MASK, repeated_BT, flagged_B, grades, [""] * len(MASK))
 
 
 def computed(config) -> tuple:
@@ -86,7 +88,7 @@ def computed(config) -> tuple:
     )  # fmt: skip
     programs, rows = "", ()
     if terms.needs_rollouts:
-        rows, _ = Stepper._rollout_rows(stepper, 1, given, masking=False)
+        rows, _ = Stepper._rollout_rows(stepper, 1, given, ids=["a", "b"], masking=False)
         if terms.scored_support is None:
             rows = rows.replace(support=None)
         params = decoder.abstract_params(CONFIG)

@@ -1,6 +1,6 @@
 """Problems, prompts and golden solutions, as token ids."""
 
-from opd_jax.data.alignment import Alignment, align, alone, named
+from opd_jax.data.alignment import Alignment, align, alone, ends_line, named
 from opd_jax.data.alignment import report as alignment_report
 from opd_jax.data.loader import Batch, PromptStyle, golden_rows, make_batches
 from opd_jax.data.problem import Problem
@@ -20,6 +20,7 @@ __all__ = [
     "align",
     "alignment_report",
     "alone",
+    "ends_line",
     "golden_rows",
     "make_batches",
     "named",

@@ -87,7 +87,8 @@ def alone(
         theirs = _known(reference_ends, vocabulary) or stops
         ends = Ends(stops[0] if end is None else end, stops, reference=theirs)
         foreign = tuple(i for i in theirs if i not in stops)
-        scored = _with_one_end(scored, ends, foreign)
+        scored[[*stops, *foreign]] = False
+        scored[ends.id] = True
     return Alignment(vocabulary, ids, scored, _drawn(scored, stops), stops, ends, foreign)
 
 
@@ -147,8 +148,10 @@ def align(
             "student's responses is scored; add it to generation_config.json"
         )
     ends = None
-    foreign: tuple[int, ...] = ()
-    scored[list(stops)] &= bool(own and others)
+    read_as_end = np.isin(ids, _known(teacher_ends, known)) & scored
+    foreign = _known([*np.flatnonzero(read_as_end).tolist(), *reference_ends], vocabulary)
+    foreign = tuple(i for i in foreign if i not in stops)
+    scored[[*stops, *foreign]] = False
     if own and others:
         ends = Ends(
             id=end if end is not None and end in own else own[0],
@@ -156,10 +159,7 @@ def align(
             teacher=tuple(range(vocabulary, vocabulary + len(others))) if renumbered else others,
             reference=_known(reference_ends, vocabulary) or own,
         )
-        read_as_end = np.flatnonzero(scored & np.isin(ids, others)).tolist()
-        foreign = _known([*read_as_end, *ends.reference], vocabulary)
-        foreign = tuple(i for i in foreign if i not in stops)
-        scored = _with_one_end(scored, ends, foreign)
+        scored[ends.id] = True
         for i in own:
             treatment[i] = "ends a response for the student"
             ids[i] = ids[i] if int(ids[i]) in others else others[0]
@@ -201,7 +201,7 @@ def report(
     lines = [
         f"tokens: {int(alignment.scored.sum()):,} of {alignment.vocabulary:,} ids scored by both "
         f"models{padding}",
-        "  " + _ends_line(alignment, student, teacher, teacher_ends),
+        "  " + ends_line(alignment, student, teacher, teacher_ends),
     ]
     if alignment.missing:
         lines.append(f"  {alignment.missing} ids of the student are unknown to the teacher: masked")
@@ -213,10 +213,16 @@ def report(
     return lines
 
 
-def _ends_line(
-    alignment: Alignment, student: Tokenizer, teacher: Tokenizer, teacher_ends: Sequence[int]
+def ends_line(
+    alignment: Alignment,
+    student: Tokenizer,
+    teacher: Tokenizer | None = None,
+    teacher_ends: Sequence[int] = (),
 ) -> str:
-    """What ends a response for each model, and how the end is scored."""
+    """What ends a response for each model, and how the end is scored.
+
+    A reference is named where it has end tokens of its own.
+    """
     mine = named(student, alignment.stop_ids)
     if alignment.ends is None:
         return (
@@ -224,10 +230,14 @@ def _ends_line(
             "but the golden solutions can teach the student to end; set "
             "--config.scoring.special_tokens=remap"
         )
-    line = (
-        f"a response ends at {mine} for the student, {named(teacher, teacher_ends)} for the teacher"
-    )
-    if len(alignment.stop_ids) > 1 or tuple(teacher_ends) != alignment.stop_ids:
+    line = f"a response ends at {mine}"
+    if teacher is not None:
+        line += f" for the student, {named(teacher, teacher_ends)} for the teacher"
+    reference = alignment.ends.reference
+    if reference not in ((), alignment.stop_ids, alignment.ends.student):
+        line += f", {named(student, reference)} for the reference"
+    others = {tuple(teacher_ends), reference} - {(), alignment.stop_ids}
+    if len(alignment.stop_ids) > 1 or others:
         line += ": scored as one event"
     left = [i for i in alignment.stop_ids if i not in alignment.ends.student]
     if left:
@@ -260,14 +270,6 @@ def _boundary(student: Tokenizer, teacher: Tokenizer) -> list[str]:
 def _known(ids: Sequence[int], vocabulary: int) -> tuple[int, ...]:
     """Those of the ids that a vocabulary has, each once."""
     return tuple(i for i in dict.fromkeys(ids) if i < vocabulary)
-
-
-def _with_one_end(scored: np.ndarray, ends: Ends, foreign: Sequence[int]) -> np.ndarray:
-    """The scored ids less every end token of any model, with the one that stands for them."""
-    scored = scored.copy()
-    scored[[*ends.student, *foreign]] = False
-    scored[ends.id] = True
-    return scored
 
 
 def _drawn(scored: np.ndarray, stops: Sequence[int]) -> np.ndarray:

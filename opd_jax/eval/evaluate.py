@@ -45,9 +45,9 @@ def evaluate(
     beside it (`out` with .json), together with `protocol`: how the answers were made. Answers are
     drawn from `key`, so evaluation leaves training alone.
 
-    Returns truncation_rate, repetition_rate, length_mean; where every problem has a gold answer
-    accuracy (mean over problems of the mean over samples), stderr (over problems), unparsed and
-    timeouts (shares of answers); and with `section.match` the share of answers it is found in,
+    Returns truncation_rate, repetition_rate, length_mean; over the problems with a gold answer, where
+    there are any, accuracy (mean over problems of the mean over samples), stderr (over problems),
+    unparsed and timeouts (shares of answers); and with `section.match` the share of answers it is found in,
     `matched`.
     """
     k = section.samples

@@ -43,8 +43,8 @@ class Grader:
 
     def __init__(self, *, workers: int = 0, timeout_s: float = 5.0, verdict: str = "guarded"):
         self.timeout_s, self.verdict, self._closed = timeout_s, verdict, False
-        count = workers or min(_cores(), _MOST_PROCESSES)
-        self._workers = [_Worker(timeout_s) for _ in range(count)]
+        self._count = workers or min(_cores(), _MOST_PROCESSES)
+        self._workers: list[_Worker] = []  # started at the first answer that needs one
 
     def __enter__(self) -> "Grader":
         return self
@@ -56,6 +56,11 @@ class Grader:
         tb: TracebackType | None,
     ) -> None:
         self.close()
+
+    def start(self) -> None:
+        """Start the processes, unless they run: the first answer that needs one does so."""
+        if not self._workers and not self._closed:
+            self._workers = [_Worker(self.timeout_s) for _ in range(self._count)]
 
     def close(self) -> None:
         """End the processes; a thread that is grading meanwhile gets a GradingError."""
@@ -82,6 +87,8 @@ class Grader:
         for i, (answer, gold) in reversed(list(enumerate(given))):
             if found[i] is None and answer is not None:
                 todo.append((i, _request(answer, gold, rule, self.verdict)))
+        if todo:
+            self.start()
         with selectors.DefaultSelector() as selector:
             for worker in self._workers:
                 if todo:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from opd_jax.shapes import check_shapes
 
 ESTIMATORS = ("full", "k1", "k2", "k3")
-_LARGEST = 80.0  # exponent up to which exp is taken: float32 overflows at 88.7
+_LARGEST = 40.0  # exponent up to which exp is taken: the squares of a gradient norm overflow at 44
 
 
 def clipped_surrogate(
@@ -25,8 +25,9 @@ def clipped_surrogate(
     of a token with A_t < 0 to -c A_t, however large its ratio (1912.09729; verl's default is 3).
 
     Computed as -A_t clip(rho_t, low_t, high_t): the bounds are 0 and 1 + high where A_t >= 0, and
-    1 - low and c where A_t < 0. Logarithms are clipped, so a ratio beyond its bound is never computed:
-    value and gradient are finite for any finite log-probs.
+    1 - low and c where A_t < 0. Logarithms are clipped, so a ratio beyond its bound is never computed,
+    and an unbounded one grows by its tangent from e^40 on: value, gradient and the gradient's norm are
+    finite for the log-probs of any model.
     """
     check_shapes(
         logprob_BT=logprob_BT, sampler_logprob_BT=sampler_logprob_BT, advantage_BT=advantage_BT
@@ -68,7 +69,8 @@ def kl_k3(
     Its gradient (1 - ref / p) grad log p is in expectation over samples of p that of KL(ref || p), the
     forward KL, not that of the value. It is not bounded: a sampled token that the reference finds
     likely and the student does not has ref / p = exp(-d). `clamp` bounds the value, as verl does at 10;
-    a token beyond it has no gradient.
+    a token beyond it has no gradient, on either side: with 10 where ref / p is above 13.6, and also
+    where p / ref is above e^11, although the gradient is bounded there.
     """
     d_BT = kl_k1(logprob_BT=logprob_BT, reference_logprob_BT=reference_logprob_BT)
     return jnp.minimum(_exp(-d_BT) - 1.0 + d_BT, clamp)

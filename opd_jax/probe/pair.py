@@ -11,7 +11,7 @@ import numpy as np
 
 from opd_jax import display, metrics, models, rows, scoring
 from opd_jax.clock import Clock
-from opd_jax.eval.grade import Grader
+from opd_jax.eval.grade import Grader, decided
 from opd_jax.probe import verdict
 from opd_jax.probe.means import Mean, mean, paired
 from opd_jax.probe.plan import Plan, load_teacher
@@ -92,15 +92,17 @@ def by_outcome(rewards: list[float | None], answers: list[Answer]) -> dict[str, 
         chosen = [
             reward
             for reward, answer in zip(rewards, answers, strict=True)
-            if reward is not None and answer.grade is not None and answer.right == wanted
+            if reward is not None and decided(answer.grade) and answer.right == wanted
         ]
         means[name] = mean(chosen).value if chosen else None
     return means
 
 
 def gain(teacher: list[Answer], student: list[Answer]) -> Mean | None:
-    """The teacher's accuracy less the student's over the problems with answers; None without any."""
-    both = [(t, s) for t, s in zip(teacher, student, strict=True) if t.grade and s.grade]
+    """The teacher's accuracy less the student's over the problems that both have a grade for; None
+    without any. A time-out is no grade."""
+    pairs = zip(teacher, student, strict=True)
+    both = [(t, s) for t, s in pairs if decided(t.grade) and decided(s.grade)]
     if not both:
         return None
     return paired([t.right for t, _ in both], [s.right for _, s in both])

@@ -127,6 +127,17 @@ def test_mask_scores_none_of_the_differing_ones_and_says_that_the_end_is_among_t
     assert "no term but the golden solutions can teach" in "\n".join(lines_of(got, qwen, r1))
 
 
+def test_mask_leaves_no_end_of_another_model_to_be_drawn(qwen, tmp_path):
+    other = make(tmp_path, ("<eot>", "<|im_start|>", "<|im_end|>", "<tool>"))
+    got = align(
+        qwen, other, "mask", student_ends=(256,), teacher_ends=(258,), reference_ends=(259,)
+    )
+    assert got.ends is None  # <|endoftext|> is masked
+    assert got.foreign_ends == (258, 259)
+    assert np.flatnonzero(~got.drawn).tolist() == [258, 259]
+    assert np.flatnonzero(~got.scored).tolist() == [256, 258, 259]
+
+
 def test_mask_keeps_the_end_tokens_that_are_alike(qwen, tmp_path):
     other = make(tmp_path, ("<|endoftext|>", "<|im_start|>", "<eot>", "<tool>"))
     got = align(qwen, other, "mask", teacher_ends=(256, 258))

@@ -161,6 +161,7 @@ def test_a_bomb_costs_one_time_out_and_nothing_else(grader):
 def test_a_busy_machine_gives_the_grades_of_an_idle_one():
     """The limit is of processor time: a process that waits for a core does not use it up."""
     with Grader(workers=1, timeout_s=0.5) as grader:
+        grader.start()
         assert grader.grade([RIGHT]) == [CORRECT]
         pid = grader._workers[0].process.pid
         os.kill(pid, signal.SIGSTOP)  # others have the core, for three times the limit
@@ -175,6 +176,7 @@ def test_a_busy_machine_gives_the_grades_of_an_idle_one():
 def test_a_process_that_sleeps_is_given_up(monkeypatch):
     monkeypatch.setattr(grading, "_PATIENCE", 2.0)
     with Grader(workers=1, timeout_s=0.5) as grader:
+        grader.start()
         assert grader.grade([RIGHT]) == [CORRECT]
         os.kill(grader._workers[0].process.pid, signal.SIGSTOP)
         assert grader.grade([(r"\boxed{5.0}", "5"), RIGHT]) == [TIMEOUT, CORRECT]
@@ -188,7 +190,10 @@ def test_as_many_processes_as_cores_unless_a_number_is_asked_for(monkeypatch, co
     monkeypatch.setattr(grading, "_Worker", lambda timeout_s: timeout_s)
     section = default().grading
     section.processes, section.seconds = asked, 2.5
-    assert make_grader(section)._workers == [2.5] * count
+    grader = make_grader(section)
+    assert grader._workers == []  # until an answer needs them
+    grader.start()
+    assert grader._workers == [2.5] * count
 
 
 def test_what_has_no_gold_answer_has_no_grade(grader):
@@ -197,6 +202,7 @@ def test_what_has_no_gold_answer_has_no_grade(grader):
 
 
 def test_a_process_killed_from_outside_is_replaced(grader):
+    grader.start()
     grader.grade([RIGHT, RIGHT])
     for worker in grader._workers:
         os.kill(worker.process.pid, signal.SIGKILL)
@@ -206,6 +212,7 @@ def test_a_process_killed_from_outside_is_replaced(grader):
 
 def test_a_process_killed_at_work_costs_its_answer():
     with Grader(workers=1, timeout_s=60.0) as grader:
+        grader.start()
         assert grader.grade([RIGHT]) == [CORRECT]
         kill = threading.Timer(0.5, os.kill, (grader._workers[0].process.pid, signal.SIGKILL))
         kill.start()
@@ -216,6 +223,7 @@ def test_a_process_killed_at_work_costs_its_answer():
 
 def test_close_ends_the_processes():
     with Grader(workers=2) as grader:
+        grader.start()
         processes = [worker.process for worker in grader._workers]
         assert [process.poll() for process in processes] == [None, None]
     assert all(process.poll() is not None for process in processes)

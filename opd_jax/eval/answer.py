@@ -143,8 +143,9 @@ def close(a: float, b: float) -> bool:
 def parts(text: str) -> list[str]:
     r"""The answers of a list: split at commas, semicolons, "and" and "or" that no bracket encloses.
 
-    Braces around the whole are taken off, \pm stands for two answers.
+    Braces around the whole are taken off, \pm stands for two answers. Spacing commands are blanks.
     """
+    text = re.sub(r"(?<!\\)\\[,;:!]", " ", text)
     text = text.replace("$", " ").replace("\\{", "{").replace("\\}", "}").replace("\\left{", "{")
     text = text.replace("\\right}", "}").strip().rstrip(".").strip()
     text = re.sub(r"\\text\s*\{\s*,?\s*(and|or)\s*\}", r" \1 ", text)

@@ -10,10 +10,16 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from opd_jax.eval.answer import letters, parts
-from opd_jax.eval.number_rules import Same
+from opd_jax.eval.number_rules import Same, colons, numeral
 
 T = TypeVar("T")
-NAME = r"(?:[A-Za-z]|\\[a-z]+)(?:_\{?\w+\}?)?'*"
+_GREEK = (
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma tau"
+    " upsilon phi chi psi omega varepsilon vartheta varkappa varpi varrho varsigma varphi Gamma Delta"
+    " Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega"
+).replace(" ", "|")
+# A variable: one letter, maybe with an index and primes; \ln x, which `letters` makes \lnx, is none.
+NAME = rf"(?:[A-Za-z]|\\(?:{_GREEK}))(?:_\{{?\w+\}}?)?'*"
 _ELLIPSIS = re.compile(r"\\(?:[lc]?dots|dots[cbmio])(?![a-z])|\.\.\.|…")
 
 
@@ -60,15 +66,34 @@ def bracket(text: str) -> str | None:
 
 
 def brackets(answer: str, gold: str, same: Same) -> bool | None:
-    r"""A tuple is no set: (1,2) is not \{1,2\}. A list without brackets may be either."""
-    return False if {bracket(answer), bracket(gold)} == {"set", "tuple"} else None
+    r"""A tuple is no set: (1,2) is not \{1,2\}. A list without brackets may be either.
+
+    Members with a base or a colon are read as they are alone: (52_9,1) is not (52_8,1).
+    """
+    if {bracket(answer), bracket(gold)} == {"set", "tuple"}:
+        return False
+    (around, given), (gold_around, wanted) = members(answer), members(gold)
+    if not around or around != gold_around or len(given) != len(wanted):
+        return None
+    if not any(numeral(part) or colons(part) for part in given + wanted):
+        return None
+    if around != "{}":
+        return all(map(same, given, wanted))
+    return all(any(same(part, other) for other in wanted) for part in given) and all(
+        any(same(part, other) for part in given) for other in wanted
+    )
 
 
 def sequence(text: str) -> list[str] | None:
-    """Members of a list with an ellipsis, which is a member of its own; None for others."""
+    r"""Members of a list with an ellipsis, which is a member of its own; None for others.
+
+    A decimal with more digits to come, 0.142857\ldots, is no list.
+    """
     if not _ELLIPSIS.search(text):
         return None
     plain = _ELLIPSIS.sub("…", text)
+    if re.fullmatch(r"[+-]?\d*\.\d+…", letters(plain)):
+        return None
     plain = re.sub(r"(?<=[^+\-*\s])\s*,?\s*…\s*,?\s*(?![+\-*])", ",…,", plain)
     return [letters(member) for member in members(plain)[1]]
 

@@ -166,13 +166,16 @@ class Colons:
         return hours and all(re.fullmatch(r"[0-5]\d", term) for term in others)
 
     @property
+    def clock(self) -> bool:
+        """Whether it can only be a time: it names a half of the day, or pads with zeros as in 3:05."""
+        padded = self.digital and any(term.startswith("0") for term in self.terms)
+        return bool(self.half) or padded
+
+    @property
     def time(self) -> bool:
-        """Whether it looks like a time and not like a ratio in lowest terms: 10:30, 3:05; not 7:15."""
-        return self.digital and (
-            bool(self.half)
-            or gcd(*map(int, self.terms)) != 1
-            or any(term.startswith("0") for term in self.terms[1:])
-        )
+        """Whether it is a time, or a quarter of an hour that is no ratio in lowest terms: 10:30, not 7:15."""
+        quarter = self.digital and self.terms[-1] in ("15", "30", "45")
+        return self.clock or (quarter and gcd(*map(int, self.terms)) != 1)
 
 
 def colons(text: str) -> Colons | None:
@@ -187,10 +190,14 @@ def colons(text: str) -> Colons | None:
 
 
 def ratios(answer: str, gold: str, same: Same) -> bool | None:
-    r"""Ratios agree when proportional, times when they show the same; 10:30 is not \frac{1}{3}."""
+    r"""Ratios agree when proportional, times when they show the same; 10:30 is not \frac{1}{3}.
+
+    Two are compared as times where one of them can only be a time (3:05, 10:30 a.m.), or where the gold
+    is a quarter of an hour (4:30) and the answer could be read from a clock (2:15; not 2:5 against 12:30).
+    """
     given, wanted = colons(answer), colons(gold)
     if given and wanted:
-        if wanted.digital and (wanted.time or given.time):
+        if given.clock or wanted.clock or (given.digital and wanted.time):
             halves = {given.half, wanted.half} - {""}
             shown = [[term.lstrip("0") for term in one.terms] for one in (given, wanted)]
             return shown[0] == shown[1] and len(halves) < 2

@@ -41,9 +41,16 @@ def _constant(side: str) -> bool:
 
 
 def _contradicts(one: str, other: str) -> bool:
-    """Whether two numbers are more than 1 % apart; nearer ones may round each other, as in 1/3 = 0.33."""
+    """Whether two numbers are more than 1 % apart; nearer ones may round each other, as in 1/3 = 0.33.
+
+    Whole numbers that are written out round nothing: 101=100 contradicts itself.
+    """
     a, b = exact(one), exact(other)
-    return a is not None and b is not None and abs(a - b) > max(abs(a), abs(b)) / 100
+    if a is None or b is None:
+        return False
+    if a.denominator == b.denominator == 1 and not re.search(r"[.eE^]", one + other):
+        return a != b
+    return abs(a - b) > max(abs(a), abs(b)) / 100
 
 
 def identities(answer: str, gold: str, same: Same) -> bool | None:

@@ -120,13 +120,20 @@ def test_what_the_rules_read():
     assert numeral(r"2143 \text{ base } 5") == numeral("2143_{5}")
     assert colons("10:30").time
     assert not colons("7:15").time
+    assert not colons("18:24").time
+    assert colons("3:05").clock
+    assert not colons("10:30").clock
     assert colons(r"f:A\to B") is None
     assert sequence("1,2") is None
+    assert sequence(r"0.142857\ldots") is None
+    assert sequence(r"0.5,\ldots") == ["0.5", "…"]
     assert named("x=3") is None
-    assert named("(x,y)=(3,4)") == [("x", "3"), ("y", "4")]
+    assert named("(x,y)=(3,4)") == named(r"x=3,\;y=4") == [("x", "3"), ("y", "4")]
     assert bracket("(7)") is None
     assert sides("x=3,y=4") is None
     assert ranges("x+y<3") is None
+    assert ranges(r"0<\ln x<1") is None
+    assert ranges(r"0<\theta_1<1").name == r"\theta_1"
     assert ranges("x>2").pieces == ranges(r"(2,\infty)").pieces != ranges(r"[2,\infty)").pieces
 
 

@@ -135,10 +135,11 @@ def test_olympiad_lists():
 
 
 def test_the_last_box_is_the_answer_where_no_column_is():
-    solution = "\\boxed{1} then \\boxed{\\frac{1}{2}} \\boxed{3"
+    solution = "\\boxed{1} then \\boxed{\\frac{1}{2}}"
     problem, columns = taken({"problem": "?", "solution": solution})
     assert problem.answer == "\\frac{1}{2}"
     assert columns.answer == "solution"
+    assert read({"problem": "?", "solution": solution + " \\boxed{3"}).answer == ""  # it broke off
     assert read({"problem": "?", "solution": "\\boxed{ }"}).answer == ""
 
 

@@ -43,6 +43,29 @@ def test_rows_that_do_not_fit_are_skipped_and_counted_where_the_config_says_so(
         train.run(config, str(tmp_path / "other"), command=[])
 
 
+def test_turns_that_a_template_refuses_are_left_out_or_named(folders, tmp_path):
+    file = pathlib.Path(questions(tmp_path, solution="1+2=3.\n\\boxed{3}"))
+    row = {"problem": "Add 1.", "solution": "2", "id": "x"}
+    row["history"] = [{"role": "user", "content": "Hi."}]
+    with file.open("a") as out:
+        out.write(json.dumps(row) + "\n")
+    config = small(folders, "sft")
+    config.data.train, config.eval.data = str(file), ""
+    template = tmp_path / "one_turn.jinja"
+    own = data.Tokenizer(str(folders / "student")).hf.chat_template
+    refuse = (
+        "{% if messages|length > 1 and messages[1].role == 'user' %}{{ raise_exception('one') }}"
+    )
+    template.write_text(refuse + "{% endif %}" + own)
+    config.student.chat_template = config.teacher.chat_template = str(template)
+    with pytest.raises(DataError, match=r"problem x: .* and earlier turns \(one\).*bad_rows=skip"):
+        make_setup(config)
+    config.data.bad_rows = "skip"
+    notes = "".join(make_setup(config).notes)
+    assert "12 problems of 13 rows" in notes
+    assert "template refuses the turns 1" in notes
+
+
 def test_every_generated_solution_is_looked_at(folders):
     """Prompts of generated problems are all alike, but not how long their solutions are."""
     config = small(folders, "sft")

@@ -17,7 +17,8 @@ Turns = list[tuple[str, str]]  # (role, text), in order
 _PLACEHOLDERS = frozenset(
     ("proof", "see proof", "see solution", "notfound", "not found", "answer not found", "none",
      "null", "nan", "n/a", "n.a", "<na>", "not available", "not applicable", "not provided",
-     "not given", "no answer", "no final answer", "unknown", "tbd", "-", "--", "—", "")
+     "not given", "no answer", "no answer provided", "no final answer", "proved", "q.e.d", "noinput",
+     "no input", "unknown", "tbd", "-", "--", "—", "")
 )  # fmt: skip
 _PAIRS = ("[]", "()", "<>", '""', "''", "``", "**")  # around a placeholder
 _AS_TEXT = re.compile(
@@ -29,6 +30,10 @@ _ROLES = {  # what people call the three; ShareGPT: {"from": ..., "value": ...}
     "assistant": "assistant", "gpt": "assistant", "model": "assistant",
 }  # fmt: skip
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # of a turn, or of a row
+_SWITCHES = frozenset(  # values of a column of that name that are no thoughts
+    ("on", "off", "high", "low", "medium", "true", "false", "yes", "no", "none", "auto", "enabled",
+     "disabled")
+)  # fmt: skip
 _CHAT_AS_TEXT = re.compile(r"\s*\[?\s*\{\s*(?=([\"'])).*?\1(?:role|from)\1\s*:", re.DOTALL)
 
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
@@ -37,9 +42,14 @@ _MARK = re.compile(r"(?<!#)####(?!#)\s*([^\n]*)")  # GSM8K's
 _FLOAT_AS_TEXT = re.compile(r"[+-]?(?:\d+\.\d*[eE][+-]?\d{1,3}|\d+[eE][+-]\d{2,3}|\d+e\d{1,3})")
 _DIGITS = 21  # a whole number of at most so many is written out
 _AMOUNT = re.compile(
-    r"(-?)\+?(?:\\?\$|[£€¥₹])? *(-?)(\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d*\.?\d+)"
-    r"(?: (?P<over>\d+/\d+)| ?(?P<percent>\\?%)| (?P<unit>[A-Za-z]{2}[A-Za-z /.'-]*))?"
+    r"(-?)\+?(?:\\?\$|[£€¥₹])? *(-?)"
+    rf"(\d{{1,3}}(?:,\d{{3}})+(?:\.\d+)?|{_FLOAT_AS_TEXT.pattern}|\d*\.?\d+)"
+    r"(?: ?(?:(?P<percent>\\?%)|(?P<degrees>°)|\\?\$|[£€¥₹])"
+    r"|(?: (?P<over>\d+/\d+)|(?P<under>/\d+))?"
+    r"(?: (?P<unit>[A-Za-z]{2}[A-Za-z /.'-]*|[mg]/(?:s|h|min|m?L)))?)"
 )
+# Behind an answer: `72 ####`, `72,`, `72<|endoftext|>`. Each run of these is looked at once.
+_ENDING = re.compile(r"(?<![\s#,\\])(?:\s|<\|[^<>|]*\|>|</s>|[#,])+$")
 # Words behind a number that change its value: no units.
 _NO_UNIT = re.compile(
     r"(?:pi|sqrt|and|or|to|plus|minus|times|over|mod|ln|log|sin|cos|tan|half|dozen|hundred|thousand|"
@@ -189,8 +199,9 @@ def golden(value: str) -> str:
 def marked(value: str) -> tuple[str, str] | None:
     """(solution, answer) around GSM8K's last `####`; None where that is not there or is a heading.
 
-    The answer is the rest of the line, "" for a placeholder. A line is a heading where both a box and
-    more text follow, and one of words where either does.
+    The answer is the rest of the line, or the next line where that is an amount; "" for a placeholder
+    or where there is none. A line is a heading where both a box and more text follow, and one of
+    words where either does.
     """
     mark = None
     for mark in _MARK.finditer(value):  # noqa: B007
@@ -199,6 +210,10 @@ def marked(value: str) -> tuple[str, str] | None:
         return None
     found = _tidy(mark[1])
     more, has_box = bool(value[mark.end() :].strip()), last_boxed(value) is not None
+    on_its_line = "\n" not in value[mark.start() : mark.start(1)]
+    is_amount = _is_expression(found) and re.search(r"\d", found)
+    if found and not on_its_line and not has_box and not is_amount:
+        return _CALCULATOR.sub("", value).strip(), ""
     if (more and has_box) or ((more or has_box) and not _is_expression(found)):
         return None
     steps = _CALCULATOR.sub("", value[: mark.start()]).strip()
@@ -207,7 +222,7 @@ def marked(value: str) -> tuple[str, str] | None:
 
 def _tidy(line: str) -> str:
     r"""What stands behind `####` as LaTeX: `$-5` is -5, `1,000.` 1000, `12 apples` 12 \text{ apples}."""
-    line = _CALCULATOR.sub("", line).strip().strip("*").strip()
+    line = _ENDING.sub("", _CALCULATOR.sub("", line)).strip().strip("*").strip()
     line = re.sub(r"(?i)^(?:the )?(?:final )?answer(?: is\b|:)[: ]*", "", line)
     if not line.endswith(".."):
         line = line.removesuffix(".").strip()
@@ -217,15 +232,20 @@ def _tidy(line: str) -> str:
     match = _AMOUNT.fullmatch(line)
     if match is None:
         return line
-    plain = (match[1] or match[2]) + match[3].replace(",", "")
+    sign, plain = match[1] or match[2], match[3].replace(",", "")
+    if match["percent"]:
+        return f"{sign}{plain}\\%"
+    if match["degrees"]:
+        return f"{sign}{plain}^\\circ"
+    fraction = match["under"] or ""
     if match["over"]:
         over, under = match["over"].split("/")
-        return f"{plain}\\frac{{{over}}}{{{under}}}"
-    if match["percent"]:
-        return f"{plain}\\%"
+        fraction = f"\\frac{{{over}}}{{{under}}}"
     if unit := match["unit"]:
-        return line if _NO_UNIT.match(unit.lower()) else f"{plain} \\text{{ {unit.strip()}}}"
-    return plain
+        if _NO_UNIT.match(unit.lower()):
+            return line
+        return f"{sign}{_written_out(plain)}{fraction} \\text{{ {unit.strip()}}}"
+    return f"{sign}{plain}{fraction}"
 
 
 def _is_expression(line: str) -> bool:
@@ -235,18 +255,21 @@ def _is_expression(line: str) -> bool:
 
 
 def chat_of(value: Any) -> Any:
-    """The list of turns that a text spells out, as JSON or as Python does; any other value as it is."""
+    """The list of turns that a text spells out, as JSON or as Python does; any other value as it is.
+
+    A text is a chat only where all of it is read and every turn has a known role and a text.
+    """
     if not isinstance(value, str) or not (match := _CHAT_AS_TEXT.match(value)):
         return value
     # By its quotes, for each language reads some of the other's escapes in its own way.
-    read, language = (json.loads, "JSON") if match[1] == '"' else (ast.literal_eval, "Python")
+    read = json.loads if match[1] == '"' else ast.literal_eval
     try:
         found = read(value)
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
-        raise Unusable(f"looks like a chat written as text, but is not {language}") from None
-    turns = found if isinstance(found, list) else [found]
-    is_chat = any(isinstance(turn, dict) and {"role", "from"} & turn.keys() for turn in turns)
-    return turns if is_chat else value
+        turns = found if isinstance(found, list) else [found]
+        chat(turns)
+    except (ValueError, SyntaxError, RecursionError, MemoryError, Unusable):
+        return value
+    return turns
 
 
 def chat(value: Any) -> Turns:
@@ -286,11 +309,13 @@ def history(value: list[Any]) -> Turns:
 def with_thoughts(thoughts: Any, said: str) -> str:
     """`said` behind its thoughts, where there are any and it does not hold them already.
 
-    A single word is a switch ("on", "high"), not a thought.
+    A switch ("on", "high") is not a thought, nor is a placeholder.
     """
-    if not isinstance(thoughts, str) or len(thoughts.split()) < 2 or "</think>" in said:
+    if not isinstance(thoughts, str) or "</think>" in said:
         return said
     inner = thoughts.strip().removeprefix("<think>").removesuffix("</think>").strip()
+    if inner.lower() in _SWITCHES or is_placeholder(inner):
+        return said
     return f"<think>\n{unicode(inner)}\n</think>\n\n{said}"
 
 

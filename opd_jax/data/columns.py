@@ -101,7 +101,7 @@ def read_problem(
     # One column may hold two parts: GSM8K's answer the solution too, a solution's box the answer.
     read_solution = functools.partial(_solution, named=bool(columns.solution))
     solution, taken_solution = part("solution", SOLUTION, read_solution, False)
-    read = functools.partial(_answer, choices=question.choices and not columns.answer)
+    read = functools.partial(_answer, choices=() if columns.answer else question.choices)
     answer, taken_answer = part("answer", ANSWER, read, False)
     if solution is None and answer is not None:
         solution = _before_mark(reach(row, taken_answer))
@@ -221,14 +221,26 @@ def _with_thoughts(solution: str, row: Row, column: str) -> tuple[str, str]:
     return solution, column
 
 
-def _answer(value: Any, row: Row, column: str, *, choices: bool) -> str:
-    if choices and isinstance(value, int) and not isinstance(value, bool):
+def _answer(value: Any, row: Row, column: str, *, choices: tuple[tuple[str, str], ...]) -> str:
+    if choices and _may_be_place(value, choices):
         raise Unusable(
             "is a number beside choices: the place of one, or its text (a named column is taken as it "
             "stands)",
             "no answer",
         )
     return cells.answer(value)
+
+
+def _may_be_place(value: Any, choices: tuple[tuple[str, str], ...]) -> bool:
+    """Whether an answer may mean "the second": a whole number, or as text one that no choice shows."""
+    if isinstance(value, str):
+        shown = {part for choice in choices for part in choice}
+        said = value.strip()
+        is_number = re.fullmatch(r"\d{1,2}(?:\.0+)?", said) is not None
+        return is_number and float(said) <= len(choices) and shown.isdisjoint((said, ""))
+    if isinstance(value, float):
+        return value.is_integer()
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _before_mark(value: Any) -> str | None:

@@ -20,8 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from opd_jax.data.columns import Columns, read_problem
+from opd_jax.data.columns import PROBLEM, Columns, read_problem
 from opd_jax.data.files import RowError, stream
+from opd_jax.data.question import UNSEEN
 from opd_jax.errors import ConfigError, DataError
 
 CHARACTERS, SHORTEST = (
@@ -43,12 +44,21 @@ class Match:
 
 @dataclasses.dataclass(frozen=True)
 class BenchmarkProblem:
-    """A problem of a benchmark, and the row of its file."""
+    """A problem of a benchmark, and the row of its file.
+
+    `also`: other texts that stand for it, without its context and choices or with earlier turns.
+    """
 
     benchmark: str
     id: str
     number: int
     prompt: str
+    also: tuple[str, ...] = ()
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The texts of which one has to be found, the prompt first."""
+        return (self.prompt, *self.also)
 
 
 class Benchmarks:
@@ -73,16 +83,18 @@ class Benchmarks:
         # The first SHORTEST characters lead to the few texts that start with them.
         self._starts: dict[str, list[tuple[int, str]]] = collections.defaultdict(list)
         self._owners: dict[int, list[int]] = collections.defaultdict(list)
-        self._ngrams = np.zeros(len(self.problems), int)  # how many different ones a problem has
-        for place, problem in enumerate(self.problems):
-            text = normalised(problem.prompt)[:CHARACTERS]
+        texts = [(place, t) for place, p in enumerate(self.problems) for t in p.texts]
+        self._places = [place for place, _ in texts]  # the problem that a text stands for
+        self._ngrams = np.zeros(len(texts), int)  # how many different ones a text has
+        for i, (place, whole) in enumerate(texts):
+            text = normalised(whole)[:CHARACTERS]
             if len(text) >= SHORTEST:
                 self._starts[text[:SHORTEST]].append((place, text))
-            ngrams = _ngrams(problem.prompt, ngram)
-            self._ngrams[place] = len(ngrams)
+            ngrams = _ngrams(whole, ngram)
+            self._ngrams[i] = len(ngrams)
             for item in ngrams:
-                self._owners[item].append(place)
-        self._embedded = _unit(encoder([p.prompt for p in self.problems])) if encoder else None
+                self._owners[item].append(i)
+        self._embedded = _unit(encoder([t for _, t in texts])) if encoder else None
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -92,11 +104,11 @@ class Benchmarks:
 
     def unchecked(self, benchmark: str) -> dict[str, int]:
         """How many problems of a benchmark are too short for a method."""
-        mine = [i for i, p in enumerate(self.problems) if p.benchmark == benchmark]
-        short = [i for i in mine if len(normalised(self.problems[i].prompt)) < SHORTEST]
-        counts = {"exact": len(short)}
+        mine = [p for p in self.problems if p.benchmark == benchmark]
+        longest = [max(len(normalised(text)) for text in p.texts) for p in mine]
+        counts = {"exact": sum(length < SHORTEST for length in longest)}
         if self._ngram:
-            counts["ngram"] = int(np.sum(self._ngrams[mine] == 0))
+            counts["ngram"] = sum(not any(_ngrams(t, self._ngram) for t in p.texts) for p in mine)
         return counts
 
     def find(self, prompts: Sequence[str]) -> list[list[Match]]:
@@ -104,9 +116,8 @@ class Benchmarks:
         found = [[*self._exact(prompt), *self._by_ngram(prompt)] for prompt in prompts]
         if self._embedded is not None and self._encoder is not None and prompts:
             cosines = _unit(self._encoder(prompts)) @ self._embedded.T
-            for row, place in np.argwhere(cosines >= self._cosine):
-                score = round(float(cosines[row, place]), 4)
-                found[row].append(Match(int(place), "embedding", score))
+            for row, of_row in enumerate(cosines):
+                found[row] += self._best("embedding", dict(enumerate(of_row)), self._cosine)
         return found
 
     def _exact(self, prompt: str) -> list[Match]:
@@ -126,28 +137,42 @@ class Benchmarks:
         counts: collections.Counter[int] = collections.Counter()
         for item in _ngrams(prompt, self._ngram):
             counts.update(self._owners.get(item, ()))
-        shares = {place: count / self._ngrams[place] for place, count in counts.items()}
-        return [
-            Match(place, "ngram", round(float(share), 4))
-            for place, share in sorted(shares.items())
-            if share >= self._share
-        ]
+        shares = {i: count / self._ngrams[i] for i, count in counts.items()}
+        return self._best("ngram", shares, self._share)
+
+    def _best(self, method: str, scores: Mapping[int, float], least: float) -> list[Match]:
+        """The problems of which some text scores at least so much; `scores` by text."""
+        best: dict[int, float] = {}
+        for i, score in scores.items():
+            if score >= least:
+                place = self._places[i]
+                best[place] = max(score, best.get(place, score))
+        return [Match(place, method, round(float(best[place]), 4)) for place in sorted(best)]
 
 
 def read_benchmarks(files: Mapping[str, str], columns: Any = Columns()) -> list[BenchmarkProblem]:  # noqa: B008
     """Problems of the benchmark files, by benchmark name; raises DataError where one has none.
 
     A row without a problem raises too: nothing may be held to be clean because it was not read.
+    Pictures and the like do not: only texts are compared.
     """
     problems = []
     for name, path in files.items():
         for number, row in stream(path):
             if isinstance(row, RowError):
                 raise row
-            problem, _ = read_problem(
+            if not columns.problem:
+                row = {column: value for column, value in row.items() if column not in UNSEEN}
+            problem, taken = read_problem(
                 row, path=path, number=number, columns=columns, field="decontaminate.columns"
             )
-            problems.append(BenchmarkProblem(name, problem.id, number, problem.prompt))
+            # Training data may hold the question without what stands beside it.
+            own = next((c for c in PROBLEM if c in taken.problem.split(" + ")), "")
+            alone = Columns(problem=columns.problem or own)
+            bare, _ = read_problem(row, path=path, number=number, columns=alone)
+            also = dict.fromkeys((bare.prompt, problem.question))
+            also.pop(problem.prompt, None)
+            problems.append(BenchmarkProblem(name, problem.id, number, problem.prompt, tuple(also)))
     return problems
 
 

@@ -9,9 +9,11 @@ from ml_collections import ConfigDict
 from opd_jax.data.columns import UNFINISHED, WRONG, Counts, count, read_problem
 from opd_jax.data.decontaminate import Benchmarks
 from opd_jax.data.files import Row, RowError
+from opd_jax.data.files import place as line_of
 from opd_jax.data.loader import PromptStyle
 from opd_jax.data.problem import Problem
 from opd_jax.data.tokenizer import Tokenizer
+from opd_jax.errors import DataError, ModelError
 from opd_jax.eval.grade import Grade, Grader
 
 _STYLE = PromptStyle(system="none")  # in which a solution's tokens are counted
@@ -63,7 +65,18 @@ def judge(
                 drop(place, "wrong", detail=f"math-verify: {grade.value}")
     if tokenizer:
         for place in list(problems):
-            length = len(_STYLE.golden([problems[place]], tokenizer)[0])
+            try:
+                length = len(_STYLE.golden([problems[place]], tokenizer)[0])
+            except ModelError as error:
+                if not problems[place].history:  # no fault of this row
+                    raise
+                if config.data.bad_rows == "refuse":
+                    raise DataError(
+                        f"{line_of(*block[place][:2])}: problem {problems[place].id}: {error}; or "
+                        "leave such rows out: --config.data.bad_rows=skip"
+                    ) from None
+                drop(place, "template refuses the turns", detail=str(error))
+                continue
             if length > keep.max_tokens:
                 drop(place, "too long", detail=f"{length} tokens")
     places = list(problems)

@@ -31,14 +31,14 @@ class Question:
       prompt: text of the last user turn. history: (role, text) of the turns before it.
       system: text of the system turn, "" where there is none.
       parts: the columns that it was taken from, in order; "" is the problem's own.
-      choices: whether it offers answers to choose from.
+      choices: (label, text) of the answers to choose from, if it offers any.
     """
 
     prompt: str
     system: str
     history: History
     parts: tuple[str, ...]
-    choices: bool
+    choices: tuple[tuple[str, str], ...]
 
 
 def read_question(
@@ -56,7 +56,8 @@ def read_question(
             f"comes with {names[0]!r}, which a text model cannot see (a named column is taken alone)",
             "no problem",
         )
-    parts, choices = [""], False
+    parts: list[str] = [""]
+    choices: list[tuple[str, str]] = []
     if isinstance(value, str):
         text = cells.text(value)
         if not alone:
@@ -83,11 +84,18 @@ def read_question(
             "ends in an assistant turn, which a prompt cannot keep (a solution can: name the column as "
             "that too)"
         )
-    return Question(cells.text(turns[last][1]), system, tuple(turns[:last]), tuple(parts), choices)
+    return Question(
+        cells.text(turns[last][1]), system, tuple(turns[:last]), tuple(parts), tuple(choices)
+    )
 
 
 def _is_said(system: Any) -> bool:
-    return isinstance(system, str) and bool(system.strip()) and not cells.is_placeholder(system)
+    return isinstance(system, str) and _says(system)
+
+
+def _says(value: Any) -> bool:
+    """Whether a cell holds something that is no placeholder."""
+    return cells.holds(value) and not (isinstance(value, str) and cells.is_placeholder(value))
 
 
 def _last_user(turns: Turns) -> int:
@@ -100,12 +108,12 @@ def _last_user(turns: Turns) -> int:
     return len(roles) - 1 - roles[::-1].index("user")
 
 
-def _joined(text: str, row: Row) -> tuple[str, list[str], bool]:
-    """A question with what stands in other columns, the names of all ("" for its own), and whether
-    there are choices."""
+def _joined(text: str, row: Row) -> tuple[str, list[str], list[tuple[str, str]]]:
+    """A question with what stands in other columns, the names of all ("" for its own), and the
+    choices."""
 
     def beside(names: tuple[str, ...]) -> list[tuple[str, str]]:
-        there = [name for name in names if cells.holds(row.get(name)) and row[name] != text]
+        there = [name for name in names if _says(row.get(name)) and row[name] != text]
         for name in there:
             if not isinstance(row[name], str):
                 raise Unusable(
@@ -115,17 +123,18 @@ def _joined(text: str, row: Row) -> tuple[str, list[str], bool]:
 
     pieces = [*beside(BEFORE), ("", text), *beside(BEHIND)]
     names, value = _choices_of(row)
+    choices: list[tuple[str, str]] = []
     if names:
         choices = _choices(value, names)
         pieces.append((names, "" if _offers(text, choices) else _lines(choices)))
     texts = [piece for _, piece in pieces if piece]
-    return "\n\n".join(texts), [name for name, _ in pieces], bool(names)
+    return "\n\n".join(texts), [name for name, _ in pieces], choices
 
 
 def _choices_of(row: Row) -> tuple[str, Any]:
     """The columns that hold the answers to choose from, and these: one column, or A, B, C, ..."""
     for name in CHOICES:
-        if cells.holds(row.get(name)):
+        if _says(row.get(name)):
             return name, row[name]
     letters = [letter for letter in string.ascii_uppercase if cells.holds(row.get(letter))]
     if letters[:2] == ["A", "B"]:

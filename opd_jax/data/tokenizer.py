@@ -121,8 +121,10 @@ class Tokenizer:
             )
         except Exception as error:  # jinja's own, and whatever a template raises
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            earlier = any(message["role"] == "assistant" for message in messages[:-1])
-            turns = f"a {messages[0]['role']} turn" + " and earlier turns" * earlier
+            system = messages[0]["role"] == "system"
+            # Beside the system's, the question and a reply to it.
+            earlier = len(messages) > system + 1 + (messages[-1]["role"] == "assistant")
+            turns = f"a {'system' if system else 'user'} turn" + " and earlier turns" * earlier
             raise ModelError(
                 f"{self.path}: its chat template cannot render {turns} "
                 f"({reason}); correct its chat_template.jinja, or "

@@ -265,6 +265,15 @@ def test_a_chat_may_end_in_its_solution_alone():
     assert read({"prompt": turns}, columns=Columns(problem="prompt")).history == EARLIER
 
 
+@pytest.mark.parametrize(
+    "said",
+    ['[{"from": "A", "to": "B"}] How far?', '{"role": "x"}', "[{'role': 'user'}]", '{"role": {'],
+)
+def test_a_text_that_is_no_chat_is_taken_as_it_stands(said):
+    assert read({"problem": said}).prompt == said
+    assert read({"q": said}, columns=Columns(problem="q")).prompt == said
+
+
 def test_a_number_beside_choices_has_to_be_named():
     row = {"question": "1+1?", "choices": ["1", "2"], "answer": 1}
     error = refused(row, need_answer=True)

@@ -1,5 +1,6 @@
 """Benchmark problems in training problems: what each method finds, and what it leaves alone."""
 
+import json
 import sys
 import types
 
@@ -108,6 +109,32 @@ def test_benchmark_files(tmp_path):
     path.write_text('{"question": "q"}\n{')
     with pytest.raises(DataError, match=r"b\.jsonl, line 2, column 2: not JSON"):
         decontaminate.read_benchmarks({"b": str(path)})
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"choices": ["1", "2"]}, {"context": "A board is given."}, {"images": [{"bytes": "x"}]},
+        {"history": [["1+1?", "2"]]}, {"images": ["x"], "options": ["1", "2"], "passage": "So."},
+    ],
+)  # fmt: skip
+def test_a_benchmark_question_is_found_without_what_stands_beside_it(tmp_path, beside):
+    path = tmp_path / "b.jsonl"
+    path.write_text(json.dumps({"question": LONG} | beside) + "\n")
+    index = Benchmarks(decontaminate.read_benchmarks({"b": str(path)}))
+    both = [Match(0, "exact", 1.0), Match(0, "ngram", 1.0)]
+    assert index.find([LONG, f"1+1?\n2\n{LONG}\n\nA. 1", SHORT]) == [both, both, []]
+    assert index.unchecked("b") == {"exact": 0, "ngram": 0}
+
+
+def test_a_short_benchmark_question_is_found_with_what_stands_beside_it(tmp_path):
+    path = tmp_path / "b.jsonl"
+    rows = [{"question": SHORT, "context": LONG}, {"question": SHORT, "history": [[LONG, "8"]]}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    index = Benchmarks(decontaminate.read_benchmarks({"b": str(path)}), ngram=0)
+    found = index.find([f"{LONG} {SHORT}", f"{LONG}\n8\n{SHORT}", SHORT, LONG])
+    assert [[match.problem for match in row] for row in found] == [[0], [1], [], []]
+    assert index.unchecked("b") == {"exact": 0}
 
 
 def test_an_encoder_that_is_not_there(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -178,6 +179,24 @@ def test_length_is_counted_in_tokens(tmp_path):
     assert report["dropped"] == {"too long": 1}
     assert not any("length" in note for note in report["notes"])
     assert read(tmp_path / "out" / "dropped.jsonl")[0]["detail"] == "11 tokens"
+
+
+def test_turns_that_a_template_refuses_are_left_out_or_named(tmp_path):
+    tokenizer = str(shutil.copytree(ROOT / "opd_jax" / "tiny" / "student", tmp_path / "student"))
+    (tmp_path / "student" / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% if m.role != ('assistant' if loop.index0 % 2 else 'user') %}"
+        "{{ raise_exception('turns must alternate') }}{% endif %}{{ m.role }}:{{ m.content }}\n"
+        "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    earlier = [{"role": "user", "content": "Hello."}]
+    path = write(tmp_path / "raw.jsonl", [row("a"), row("b", history=earlier, id="x"), row("c")])
+    report = done(tmp_path / "out", config(path, filter__tokenizer=tokenizer))
+    assert (report["kept"], report["dropped"]) == (2, {"template refuses the turns": 1})
+    (dropped,) = read(tmp_path / "out" / "dropped.jsonl")
+    assert (dropped["line"], dropped["id"]) == (2, "x")
+    strict = config(path, filter__tokenizer=tokenizer, data__bad_rows="refuse")
+    with pytest.raises(DataError, match=r"line 2: problem x: .*and earlier turns \(turns must alt"):
+        done(tmp_path / "strict", strict)
 
 
 def test_embeddings_by_a_given_encoder(tmp_path):

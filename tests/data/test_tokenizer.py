@@ -78,6 +78,17 @@ def test_earlier_turns_need_a_template_that_renders_them(folder, tmp_path):
     file.write_text("{% if messages|length > 1 %}{{ raise_exception('one') }}{% endif %}x")
     with pytest.raises(ModelError, match=r"cannot render a user turn and earlier turns \(one\)"):
         data.Tokenizer(folder, chat_template=str(file)).chat("Add 5.", history=EARLIER)
+    for system, history, turns in [
+        ("", EARLIER[:1], "a user turn and earlier turns"),
+        ("", EARLIER[1:], "a user turn and earlier turns"),
+        ("Be brief.", (), "a system turn"),
+        ("Be brief.", EARLIER[:1], "a system turn and earlier turns"),
+    ]:
+        for reply in (None, "7"):
+            with pytest.raises(ModelError, match=rf"cannot render {turns} \(one\)"):
+                data.Tokenizer(folder, chat_template=str(file)).render(
+                    "Add 5.", system=system, history=history, reply=reply
+                )
 
 
 def test_the_template_tells_how_a_turn_ends(tokenizer):

@@ -5,23 +5,25 @@ set by such a name: the same word means different things to different programs (
 """
 
 WORKDIR = "--workdir"  # a flag and no field
+OPTIMIZER = "AdamW"  # a choice that is not there
 
 _NAMES = {
     "steps": "max_steps num_steps train_steps training_steps total_steps total_training_steps iterations",
     "seed": "random_seed",
     "student.path": "model student student_model model_name model_name_or_path model_path model_id "
-    "base_model student_model_name_or_path pretrained",
+    "base_model student_model_name_or_path pretrained model.name",
     "teacher.path": "teacher teacher_model teacher_model_name_or_path teacher_model_path teacher_name",
     "reference.path": "reference ref_model ref_model_path reference_model",
     "student.dtype": "bf16 fp16 torch_dtype precision compute_dtype mixed_precision",
     "teacher.decay": "ema ema_decay",
-    "data.train": "data dataset dataset_name data_path train_data train_file train_files train_dataset",
+    "data.train": "data dataset dataset_name data_path train_data train_file train_files train_dataset "
+    "dataset_path train_path",
     "data.epochs": "epochs num_epochs num_train_epochs total_epochs max_epochs",
     "eval.data": "eval_dataset val_data val_files test_data",
     "rollout.prompts_per_step": "batch_size train_batch_size rollout_batch_size global_batch_size "
     "prompts_per_batch groups_per_batch num_prompts_per_step",
     "rollout.prompts_per_step optim.microbatch_tokens": "per_device_train_batch_size "
-    "gradient_accumulation_steps micro_batch_size",
+    "gradient_accumulation_steps gradient_accumulation grad_accum_steps micro_batch_size",
     "optim.microbatch_tokens": "ppo_max_token_len_per_gpu ppo_micro_batch_size_per_gpu microbatch_size",
     "optim.updates_per_rollout": "mini_batch_size ppo_mini_batch_size num_minibatches num_substeps "
     "num_iterations ppo_epochs steps_per_generation",
@@ -31,7 +33,7 @@ _NAMES = {
     "rollout.max_response_tokens": "max_new_tokens max_completion_length max_response_length max_tokens "
     "response_length generate_max_len max_gen_len max_output_tokens",
     "rollout.max_prompt_tokens rollout.max_response_tokens": "max_length max_seq_len max_seq_length "
-    "max_model_len max_total_sequence_length",
+    "max_model_len seq_len max_total_sequence_length",
     "rollout.temperature": "temp sampling_temperature",
     "rollout.slots": "max_num_seqs",
     "loss.beta_kl": "kl_coef kl_beta kl_weight kl_loss_coef init_kl_coef kl_coeff",
@@ -57,8 +59,11 @@ _NAMES = {
     "optim.weight_decay": "wd",
     "optim.grad_clip": "max_grad_norm clip_grad clip_grad_norm gradient_clipping grad_norm",
     "optim.remat": "gradient_checkpointing enable_gradient_checkpointing activation_checkpointing",
+    OPTIMIZER: "optimizer optimiser optim.name adam_epsilon",
+    "mesh.data": "dp",
     "mesh.fsdp": "fsdp fsdp_size zero_stage",
-    "mesh.tensor": "tp tp_size tensor_parallel_size tensor_model_parallel_size vllm_tensor_parallel_size",
+    "mesh.tensor": "tp tp_size tensor_parallel tensor_parallel_size tensor_model_parallel_size "
+    "vllm_tensor_parallel_size",
     "checkpoint.every": "save_steps save_freq save_every save_interval",
     "checkpoint.keep": "save_total_limit max_to_keep max_ckpt_to_keep",
     "eval.every": "eval_steps eval_interval eval_freq eval_every test_freq",

@@ -260,18 +260,23 @@ def near(name: str, known: list[str]) -> str:
 
 
 def suggest(name: str, known: list[str]) -> str:
-    """The fields among `known` that somebody means by `name`, dotted or not; or the list of all.
+    """The fields among `known` that somebody means by `name`, dotted or not; or the list of sections.
 
     In this order: what other programs call so, what ends so, and what is spelt nearly so.
     """
     last = name.rpartition(".")[2].lower().replace("-", "_")
-    ours = aliases.FIELDS.get(last, [])
+    ours = aliases.FIELDS.get(name) or aliases.FIELDS.get(last, [])
     if aliases.WORKDIR in ours:
         return f"a folder for results is given by the flag {aliases.WORKDIR}=DIR, or --out"
+    if aliases.OPTIMIZER in ours:
+        fields = ", ".join(field for field in known if field.startswith("optim."))
+        return f"the optimizer is AdamW; its fields are {fields}"
     meant = [field for field in ours if field in known]
     meant = meant or [field for field in known if field.rpartition(".")[2] == last]
+    meant = meant or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if not meant:
-        return near(name, known)
+        sections = {re.sub(r"\..*", ".*", field) for field in known}
+        return f"known: {', '.join(sorted(sections))}"
     return f"did you mean {' or '.join(repr(field) for field in meant)}?"
 
 
@@ -290,7 +295,7 @@ def explain(
                 f"{argument} stands before --config, whose fields it sets; put --config=FILE first"
             )
     for argument in arguments:
-        match = re.match(r"--?config\.([\w.]+)(?:=(.*))?$", argument)
+        match = re.match(r"--?config\.([\w.-]+)(?:=(.*))?$", argument)
         if match and match[1] not in known:
             return ConfigError(
                 f"config.{match[1]} is not a field; {suggest(match[1], list(known))}"

@@ -186,6 +186,18 @@ USUAL = {
     "teacher_model": "'teacher.path'",
     "model.lr_scheduler_type": "'optim.schedule'",
     "output_dir": "--workdir=DIR",
+    "optim.optimizer": "the optimizer is AdamW; its fields are optim.beta1, ",
+    "optim.name": "the optimizer is AdamW",
+    "adam_epsilon": "the optimizer is AdamW",
+    "optim.learning-rate": "'optim.learning_rate'",
+    "optim.weight-decay": "'optim.weight_decay'",
+    "model.name": "'student.path'",
+    "train_path": "'data.train'",
+    "dp": "'mesh.data'",
+    "tensor_parallel": "'mesh.tensor'",
+    "grad_accum_steps": "'rollout.prompts_per_step' or 'optim.microbatch_tokens'",
+    "seq_len": "'rollout.max_prompt_tokens' or 'rollout.max_response_tokens'",
+    "lora_rank": "known: checkpoint.*, data.*, ",
     "optim.temperature": "'eval.temperature' or 'rollout.temperature'",
     "rollout.temprature": "'rollout.temperature'",
 }
@@ -193,8 +205,8 @@ USUAL = {
 
 @pytest.mark.parametrize("name", USUAL)
 def test_usual_names_lead_to_the_field(name):
-    error = configuration.explain(ValueError("?"), [f"--config.{name.replace('-', '_')}=1"])
-    assert f"{name.replace('-', '_')} is not a field" in str(error)
+    error = configuration.explain(ValueError("?"), [f"--config.{name}=1"])
+    assert f"{name} is not a field" in str(error)
     assert USUAL[name] in str(error)
     assert USUAL[name] in configuration.suggest(name, FIELDS)
 
@@ -203,7 +215,7 @@ FIELDS = list(configuration.flatten(configuration.default().to_dict()))
 
 
 def test_aliases_lead_to_fields_and_are_none():
-    known = {*FIELDS, aliases.WORKDIR}
+    known = {*FIELDS, aliases.WORKDIR, aliases.OPTIMIZER}
     assert all(field in known for fields in aliases.FIELDS.values() for field in fields)
     assert not set(FIELDS) & aliases.FIELDS.keys()
     assert sum(len(line.split()) for line in aliases._NAMES.values()) == len(aliases.FIELDS)

@@ -136,6 +136,23 @@ def test_a_finished_file_is_left_alone_and_another_config_refused(straight, tmp_
     assert before == (straight.read_bytes(), straight.with_suffix(".report.json").read_bytes())
 
 
+def test_a_file_that_an_older_version_began(tmp_path):
+    now, file = header(small()), tmp_path / "a.jsonl"
+
+    def older(section, name, **changes):
+        then = json.loads(json.dumps(now))
+        del then["config"][section][name]
+        sample_file.partial_path(file).write_text(json.dumps(then) + "\n")
+        with sample_file.Partial(file, header(small(**changes))) as again:
+            return again.done
+
+    assert older("data", "date") == older("sample", "keep_repetitive") == []
+    with pytest.raises(WorkdirError, match=r"\(sample.keep_repetitive: False there, True now\)"):
+        older("sample", "keep_repetitive", sample__keep_repetitive=True)
+    with pytest.raises(WorkdirError, match=r"\(grading.grader: 'that of an older version' there, "):
+        older("grading", "grader")
+
+
 def test_changed_problems_are_another_run(tmp_path):
     file = tmp_path / "problems.jsonl"
     texts = [{"problem": "Start with 2, add 3.", "answer": answer} for answer in ("5", "6")]

@@ -50,31 +50,43 @@ def remainder(solution: str, begun: str) -> str:
 def fault(solution: str, begun: str) -> Fault | None:
     """Return why a solution cannot follow a prompt that has begun it with `begun`; None if it can."""
     rest = remainder(solution, begun)
-    first = _TAG.search(rest)
-    closes = first is not None and bool(first[1] or first[3])
-    if is_open(begun):
-        tag = begun.strip()
-        if tag.replace("<", "</").replace("[", "[/") not in rest:
-            return (
-                "golden solution without thoughts",
-                f"the prompt ends in {begun!r}, and its golden solution never closes these thoughts; "
-                "give solutions with thoughts, or a template that does not open them: "
-                "--config.student.chat_template=FILE, or --config.student.enable_thinking=False "
-                "where it knows that",
-            )
-        return None
-    if begun and first is not None and not closes and not rest[: first.start()].strip():
+    opened = begun.strip() if is_open(begun) else ""  # the tag of the thoughts that are open
+    if opened and opened.replace("<", "</").replace("[", "[/") not in rest:
         return (
-            "golden solution with thoughts",
-            f"the prompt ends in {begun!r}, and its golden solution opens {first[0]} again; give "
-            "solutions without thoughts, or set --config.student.enable_thinking=True",
+            "golden solution without thoughts",
+            f"the prompt ends in {begun!r}, and its golden solution never closes these thoughts; "
+            "give solutions with thoughts, or a template that does not open them: "
+            "--config.student.chat_template=FILE, or --config.student.enable_thinking=False "
+            "where it knows that",
         )
-    if first is not None and closes:
+    for match in _TAG.finditer(rest):
+        tag, opens = match[0], match[0].replace("/", "")
+        if opened and opens != opened:
+            continue  # a text inside the thoughts
+        if opened and tag == opened:
+            return (
+                "golden solution that opens thoughts twice",
+                f"its golden solution opens {tag} where it or the prompt has opened it already; "
+                f"remove one of the two {tag}",
+            )
+        if tag != opens and not opened:
+            return (
+                "golden solution of unopened thoughts",
+                f"its golden solution closes {tag}, which neither it nor the prompt opens before "
+                f"it; begin it with {opens}, or name a template that opens it: "
+                "--config.student.chat_template=FILE",
+            )
+        if begun and tag == opens and not is_open(begun):
+            return (
+                "golden solution with thoughts",
+                f"the prompt ends in {begun!r}, and its golden solution opens {tag} again; give "
+                "solutions without thoughts, or set --config.student.enable_thinking=True",
+            )
+        opened = opens if tag == opens else ""
+    if opened:
         return (
-            "golden solution of unopened thoughts",
-            f"its golden solution closes {first[0]}, which neither it nor the prompt opens; begin it "
-            f"with {first[0].replace('/', '')}, or name a template that opens it: "
-            "--config.student.chat_template=FILE",
+            "golden solution of unclosed thoughts",
+            f"its golden solution opens {opened} and never closes it; close it, or remove it",
         )
     return None
 
@@ -158,6 +170,11 @@ def notes(role: str, tokenizer: Tokenizer) -> list[str]:
         )
     if tokenizer.adds_beginning:
         lines.append(f"{role}: prompts begin with {tokenizer.hf.bos_token} (add_bos_token)")
+    if tokenizer.lacks_beginning:
+        lines.append(
+            f"note: {role}: tokenizer_config.json has add_bos_token and no bos_token, so that prompts "
+            "begin without one; add it there, or set add_bos_token to false"
+        )
     return lines
 
 

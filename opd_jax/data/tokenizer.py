@@ -21,7 +21,10 @@ from opd_jax.errors import ModelError
 
 # Of strftime; the time of day is 00:00:00.
 _DIRECTIVES = ("%a", "%A", "%b", "%B", "%d", "%-d", "%e", "%m", "%-m", "%y", "%Y", "%j", "%H", "%I",
-               "%M", "%S", "%p", "%F", "%D")  # fmt: skip
+               "%M", "%S", "%p", "%F", "%D", "%c", "%x", "%X", "%Z", "%z", "%U", "%V", "%W", "%u",
+               "%w", "%G", "%C", "%h", "%R", "%T", "%r", "%f", "%-y", "%-j", "%-H", "%-I", "%-M",
+               "%-S")  # fmt: skip
+_PERCENT = "\ue000"  # in place of %% until all directives are replaced
 
 
 class Tokenizer:
@@ -60,7 +63,8 @@ class Tokenizer:
         self.path = path
         self.enable_thinking = enable_thinking
         self.day = datetime.date.fromisoformat(date) if date else datetime.date.today()
-        self._begin = self.hf.bos_token_id if _adds_beginning(path) else None
+        self._wants_beginning = _adds_beginning(path)
+        self._begin = self.hf.bos_token_id if self._wants_beginning else None
         self.size = max(self.hf.get_vocab().values()) + 1
 
     @property
@@ -77,6 +81,11 @@ class Tokenizer:
     def adds_beginning(self) -> bool:
         """Whether plain prompts get a beginning token that tokenizer.json does not add."""
         return not self.has_template and self._begin is not None
+
+    @property
+    def lacks_beginning(self) -> bool:
+        """Whether add_bos_token asks for a beginning token before plain prompts, and none is named."""
+        return not self.has_template and self._wants_beginning and self._begin is None
 
     def render(
         self, text: str, *, system: str = "", history: History = (), reply: str | None = None
@@ -137,7 +146,12 @@ class Tokenizer:
         if not self.prints_date:
             return template
         # A macro, for transformers hands no functions to a template.
-        filters = "".join(f"|replace('{d}', '{self.day.strftime(d)}')" for d in _DIRECTIVES)
+        pairs = [
+            ("%%", _PERCENT),
+            *((d, self.day.strftime(d)) for d in _DIRECTIVES),
+            (_PERCENT, "%"),
+        ]
+        filters = "".join(f"|replace('{old}', '{new}')" for old, new in pairs)
         return f"{{% macro strftime_now(format) %}}{{{{ format{filters} }}}}{{% endmacro %}}\n{template}"
 
     def chat(self, text: str, *, system: str = "", history: History = ()) -> list[int]:

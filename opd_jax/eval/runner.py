@@ -233,7 +233,11 @@ def check_workdir(out: pathlib.Path, header: dict[str, Any]) -> dict[str, Any]:
 
 def _identity(header: dict[str, Any]) -> dict[str, Any]:
     """What answers depend on, flat. Paths are not in it: the same files may lie elsewhere."""
-    fields = {k: v for k, v in header["fields"].items() if k != "student.path"}
+    # A field that came later had no other value than its default then; grades may be others.
+    flat = configuration.flatten(json.loads(configuration.to_json(configuration.default())))
+    defaults = {k: v for k, v in flat.items() if k.startswith(_TOUCHES)}
+    defaults |= {"data.date": "", "grading.grader": "that of an older version"}
+    fields = {k: v for k, v in (defaults | header["fields"]).items() if k != "student.path"}
     prompts = {f"benchmark {k}": v["sha256"][:12] for k, v in header["benchmarks"].items()}
     model = {"the model's sha256": header["model"]["sha256"][:12], "step": header["model"]["step"]}
     return json.loads(json.dumps(fields | prompts | model))

@@ -23,6 +23,11 @@ _UNUSED = (
     (r"^(model\.)?mtp", "multi-token prediction"),
 )
 _DECODER = re.compile(r"^(model|lm_head)\.")
+# The decoder again, inside a wrapper: with another prefix than its own.
+_WRAPPED = re.compile(
+    r"^((base_model|model|module|policy|transformer|language_model|_\w+)\.)*"
+    r"(layers\.\d+|embed_tokens|norm|lm_head)\."
+)
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 _SHOWN = 4  # kinds of tensors that a line names
 
@@ -99,7 +104,7 @@ def _purpose(tensor: Tensor, config: ModelConfig) -> str:
             return purpose
     if tensor.name == HEAD:  # the decoder is tied: has_own_head compared the two
         return "equal to the embedding, tied"
-    if not _DECODER.match(tensor.name):
+    if not _DECODER.match(tensor.name) and not _WRAPPED.match(tensor.name):
         return "outside the decoder"
     return "zeros" if tensor.name.endswith(".bias") and tensor.is_zero() else "logits"
 
@@ -121,6 +126,10 @@ def _remedy(names: list[str]) -> str:
         return ": an adapter that is not merged; merge it and save the model again"
     if any(re.search(r"scale|zeros|g_idx", name) for name in names):
         return ": weights that are quantised; use a checkpoint that is not"
+    if not any(_DECODER.match(name) for name in names):
+        return (
+            "; save the model inside its wrapper, or remove them where they are not meant to count"
+        )
     return (
         "; use a checkpoint of that architecture, or remove them where they are not meant to count"
     )

@@ -1,5 +1,6 @@
 r"""The seam between prompt and response: openings, ids behind a prompt, texts that are complete."""
 
+import datetime
 import json
 
 import pytest
@@ -76,6 +77,16 @@ def test_a_solution_is_stripped_of_what_its_prompt_has_opened(solution, begun, r
         (EMPTY + "5", EMPTY, None),
         ("<think>so</think>5", EMPTY, "with thoughts"),
         ("so</think>5", EMPTY, "of unopened thoughts"),
+        ("Sure!\n<think>\nso\n</think>\n5", "<think>\n", "that opens thoughts twice"),
+        ("<think>\n<think>\nso\n</think>", "<think>\n", "that opens thoughts twice"),
+        ("<think>\n<think>\nso\n</think>", "", "that opens thoughts twice"),
+        ("[THINK]so[THINK]so[/THINK]5", "", "that opens thoughts twice"),
+        ("<think>\nso", "", "of unclosed thoughts"),
+        ("so</think>5<think>so", "<think>\n", "of unclosed thoughts"),
+        ("Sure <think>a</think>5", EMPTY, "with thoughts"),
+        ("so</think>5</think>", "<think>\n", "of unopened thoughts"),
+        ("Sure <think>a</think>b<think>c</think>5", "", None),
+        ("a <thought> b</think>5", "<think>\n", None),
     ],
 )
 def test_what_cannot_be_made_right_is_named(solution, begun, reason):
@@ -215,6 +226,15 @@ def test_the_day_of_a_prompt_is_fixed(tmp_path, day):
     assert tokenizer.prints_date
 
 
+def test_every_directive_of_a_date_is_rendered(tmp_path):
+    directives = "%a %A %b %B %c %C %d %D %e %f %F %G %h %H %I %j %m %M %p %r %R %S %T %u %U %V %w"
+    directives += " %W %x %X %y %Y %z %Z %-d %-m %-y %-j %-H %-I %-M %-S"
+    made.byte_level(tmp_path, f"{{{{ strftime_now('{directives} %% %%d') }}}}")
+    day = datetime.date(2024, 2, 29)
+    text = data.Tokenizer(str(tmp_path), date=str(day)).render("?")
+    assert text == f"{day.strftime(directives)} % %d"
+
+
 @pytest.mark.parametrize(
     ("config", "first"),
     [
@@ -236,7 +256,7 @@ def test_a_plain_prompt_begins_as_the_folder_asks(tmp_path, config, first):
     assert tokenizer.decode(ids) == "ab"
     assert tokenizer.chat("<|endoftext|>ab")[:2] == tokenizer.encode("<|endoftext|>a")  # only once
     assert ["add_bos_token" in line for line in seam.notes("student", tokenizer)] == (
-        [True] if first != "a" else []
+        [True] if config.get("add_bos_token") else []
     )
 
 

@@ -207,6 +207,23 @@ def test_the_checkpoint_of_a_run(straight, tmp_path):
         runner.run(small(), str(tmp_path / "run"), str(tmp_path / "f"), step=2, command=[])
 
 
+def test_a_folder_that_an_older_version_began(straight, tmp_path):
+    header = json.loads((straight / "evaluation.json").read_text())
+
+    def older(without, **now):
+        fields = {k: v for k, v in header["fields"].items() if k != without}
+        (tmp_path / "evaluation.json").write_text(json.dumps(header | {"fields": fields}))
+        return runner.check_workdir(tmp_path, header | {"fields": header["fields"] | now})
+
+    assert older("metrics.repetition_level") == header["benchmarks"]
+    with pytest.raises(WorkdirError, match=r"\(metrics.repetition_level: 6 there, 9 now\)"):
+        older("metrics.repetition_level", **{"metrics.repetition_level": 9})
+    with pytest.raises(WorkdirError, match=r"\(data.date: '' there, '2026-01-31' now\)"):
+        older("", **{"data.date": "2026-01-31"})
+    with pytest.raises(WorkdirError, match=r"\(grading.grader: 'that of an older version' there, "):
+        older("grading.grader")
+
+
 def refused(kind, says, tmp_path, *, model=STUDENT, step=None, folder=None, **changes):
     out = folder or tmp_path / "refused"
     with pytest.raises(kind, match=says) as error:

@@ -101,6 +101,25 @@ LEFT_OVER = {
     "an adapter that is not merged": Row(
         "qwen2", {ATTENTION + "q_proj.lora_A.default.weight": ones(2, 32)}, LOADED,
         "an adapter that is not merged; merge it"),
+    "an adapter with PEFT's prefix": Row(
+        "qwen2", {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": ones(2, 32)},
+        "outside the decoder", "an adapter that is not merged; merge it"),
+    "an adapter of the embedding": Row(
+        "qwen2", {"base_model.model.model.embed_tokens.lora_embedding_A": ones(2, 99)},
+        "outside the decoder", "an adapter that is not merged; merge it"),
+    "a bias without the prefix model.": Row(
+        "qwen2", {"layers.1.self_attn.o_proj.bias": ones(32)}, "outside the decoder",
+        "holds layers.1.self_attn.o_proj.bias, which a qwen2 model does not have"),
+    "the same bias, all zeros, without the prefix": Row(
+        "qwen2", {"layers.1.self_attn.o_proj.bias": 0 * ones(32)}, "outside the decoder",
+        "not read: layers.1.self_attn.o_proj.bias (zeros)", True),
+    "a norm inside a wrapper": Row(
+        "qwen2", {"_orig_mod.model.layers.0.self_attn.q_norm.weight": ones(8)}, "outside the decoder",
+        "would change the logits; save the model inside its wrapper"),
+    "layers of a vision tower and of multi-token prediction": Row(
+        "qwen2", {"vision_tower.encoder.layers.0.self_attn.q_proj.weight": ones(8, 8),
+                  "base_model.model.visual.layers.0.q_proj.lora_A.weight": ones(2, 8),
+                  "mtp.layers.0.mlp.up_proj.weight": ones(48, 32)}, LOADED, "not read: ", True),
     "scales of weights that were quantised": Row(
         "qwen2", {"model.layers.0.mlp.up_proj.weight_scale": ones(48, 1)}, LOADED,
         "weights that are quantised; use a checkpoint that is not"),

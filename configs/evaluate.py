@@ -1,4 +1,4 @@
-"""Evaluation as the papers do it; the text after the colon is a protocol (opd_jax/eval/protocol.py).
+"""Evaluation as the papers do it; the text after the colon is a protocol (opd_jax/evaluation/protocols.py).
 
 python launch/evaluate.py --config=configs/evaluate.py:boxed --model=HF_DIR_OR_WORKDIR
     --config.eval.benchmarks=aime24=FILE,amc=FILE,math500=FILE
@@ -8,9 +8,10 @@ Without anything after the colon: the embedded problems (`tiny`), as the embedde
 
 from ml_collections import ConfigDict
 
-from opd_jax.config import default, near
+from opd_jax.config.fields import default
+from opd_jax.config.schema import near
 from opd_jax.errors import ConfigError
-from opd_jax.eval.protocol import PROTOCOLS
+from opd_jax.evaluation.protocols import PROTOCOLS
 
 
 def get_config(recipe: str | None = None) -> ConfigDict:

@@ -13,9 +13,9 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
-from opd_jax.config import near
-from opd_jax.data.prepare_config import default
+from opd_jax.config.schema import near
 from opd_jax.errors import ConfigError
+from opd_jax.tools.prepare_data.config import default
 
 
 def get_config(recipe: str | None = None) -> ConfigDict:

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from ml_collections import ConfigDict
 
 import opd_jax
-from opd_jax.config import default, near
+from opd_jax.config.fields import default
+from opd_jax.config.schema import near
 from opd_jax.errors import ConfigError
 
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."

@@ -28,11 +28,11 @@ flags.DEFINE_bool("dry", False, "the same code at toy shapes, on whatever machin
 
 def main() -> None:
     """Run the suite and print its table."""
-    from opd_jax.bench import cpu, h200, peers, report  # JAX starts only after the flags are known
-    from opd_jax.bench.runner import Options
+    from opd_jax.tools.bench import cpu, h200, peer_runs, report
+    from opd_jax.tools.bench.run import Options
 
     given = cli.FLAGS
-    budgets_s = {"cpu": 440.0, "h200": 440.0, "peers": peers.BUDGET_S}
+    budgets_s = {"cpu": 440.0, "h200": 440.0, "peers": peer_runs.BUDGET_S}
     options = Options(
         out=pathlib.Path(given.out or f"runs/bench-{given.suite}.json"),
         model=given.model,
@@ -41,10 +41,14 @@ def main() -> None:
         dry=given.dry,
         only=given.only,
     )
-    pythons = peers.Pythons(
+    pythons = peer_runs.Pythons(
         sys.executable, given.torch_python or sys.executable, given.trl_python, given.tunix_python
     )
-    suites = {"cpu": cpu.run, "h200": h200.run, "peers": lambda given: peers.run(given, pythons)}
+    suites = {
+        "cpu": cpu.run,
+        "h200": h200.run,
+        "peers": lambda given: peer_runs.run(given, pythons),
+    }
     print(report.table(suites[given.suite](options)))
     print(f"written to {options.out}", flush=True)
 

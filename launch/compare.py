@@ -12,7 +12,8 @@ import pathlib
 import numpy as np
 from absl import flags
 
-from opd_jax import cli, comparison
+from opd_jax import cli
+from opd_jax.tools import sweep
 
 TOPK = "topk_opd"
 OBJECTIVES = {  # name: config and what is changed of `loss`
@@ -54,12 +55,12 @@ def main() -> None:
     """Run what is missing, print the table of what is there."""
     given = flags.FLAGS
     out = pathlib.Path(given.out)
-    chosen = comparison.chosen(OBJECTIVES, given.only)
-    failed = comparison.run_missing(
+    chosen = sweep.chosen(OBJECTIVES, given.only)
+    failed = sweep.run_missing(
         (
-            comparison.train(
+            sweep.train(
                 config,
-                comparison.run_folder(out, name, seed),
+                sweep.run_folder(out, name, seed),
                 seed=seed,
                 steps=given.steps,
                 changes=["eval.every=0", "eval.teacher=False"]
@@ -70,16 +71,16 @@ def main() -> None:
         ),
         out,
     )
-    print(comparison.table(out, chosen, COLUMNS, figures, seeds=given.seeds, steps=given.steps))
-    comparison.require_none(failed, out)
+    print(sweep.table(out, chosen, COLUMNS, figures, seeds=given.seeds, steps=given.steps))
+    sweep.require_none(failed, out)
 
 
-def figures(run: pathlib.Path, steps: int) -> comparison.Figures:
+def figures(run: pathlib.Path, steps: int) -> sweep.Figures:
     """What the table shows of one run; empty where it did not end."""
-    found = comparison.evaluations(run, steps)
+    found = sweep.evaluations(run, steps)
     if not found:
         return {}
-    rows = comparison.metrics(run)
+    rows = sweep.metrics(run)
     figures = {
         "before": found[0]["accuracy"],
         "after": found[steps]["accuracy"],
@@ -91,5 +92,5 @@ def figures(run: pathlib.Path, steps: int) -> comparison.Figures:
 
 
 if __name__ == "__main__":
-    comparison.define_flags("runs/objectives")
+    sweep.define_flags("runs/objectives")
     cli.main(main)

@@ -18,7 +18,7 @@ flags.DEFINE_string("workdir", None, "folder of the evaluation; default runs/eva
 
 def main() -> None:
     """Answers to benchmarks, graded, and the table with the papers' rows."""
-    from opd_jax.eval import runner  # JAX starts only after the flags are known to be right
+    from opd_jax.evaluation import run as runner
 
     model = cli.FLAGS.model
     default = f"runs/evaluate-{pathlib.PurePath(model).name}-{time.strftime('%Y%m%d-%H%M%S')}"

@@ -12,7 +12,7 @@ flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "of th
 
 def main() -> None:
     """Write the student of a run as a folder that transformers loads."""
-    from opd_jax import export  # JAX starts only after the flags are known to be right
+    from opd_jax.checkpoint import export
 
     given = cli.FLAGS
     step = export.export(given.workdir, given.out, step=given.step, dtype=given.dtype)

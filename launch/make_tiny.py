@@ -16,8 +16,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 from opd_jax import cli
-from opd_jax.config import default
-from opd_jax.data import tiny
+from opd_jax.config.fields import default
+from opd_jax.data import arithmetic
 
 flags.DEFINE_string("out", "opd_jax/tiny", "folder for teacher/ and student/")
 flags.DEFINE_string("workdir", "runs/make_tiny", "folder for the two training runs")
@@ -55,7 +55,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    problems = (tiny.problem("sft", i) for i in range(5000))
+    problems = (arithmetic.problem("sft", i) for i in range(5000))
     texts = (f"user\n{p.prompt}\nassistant\n{p.solution}" for p in problems)
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,

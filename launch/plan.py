@@ -10,11 +10,11 @@ import pathlib
 
 from absl import flags
 
-from opd_jax import cli, devices
+from opd_jax import cli, hardware
 
 cli.define_config("configs/stable_opd.py")
 flags.DEFINE_integer("devices", 1, "how many", lower_bound=1)
-flags.DEFINE_enum("device_kind", "h200", list(devices.DEVICES), "which")
+flags.DEFINE_enum("device_kind", "h200", list(hardware.DEVICES), "which")
 flags.DEFINE_float("device_memory_gib", None, "memory of one; default that of the kind")
 flags.DEFINE_bool("json", False, "print JSON in place of lines")
 flags.DEFINE_bool("verify", False, "compile the programs and compare planned with compiled bytes")
@@ -25,13 +25,13 @@ flags.DEFINE_string(
 
 def main() -> None:
     """Print the plan."""
-    from opd_jax.plan import job, memory, report, verify  # JAX only after the flags are known
+    from opd_jax.memory_plan import memory, report, verify, workload
 
     given = cli.FLAGS
-    device = devices.find(given.device_kind)
+    device = hardware.find(given.device_kind)
     if given.device_memory_gib is not None:
         device = dataclasses.replace(device, memory_gib=given.device_memory_gib)
-    planned = memory.plan(job.of_config(given.config, device, given.devices), device)
+    planned = memory.plan(workload.of_config(given.config, device, given.devices), device)
     plan = report.make(planned)
     if given.json:
         print(json.dumps(report.to_json(plan), indent=2), flush=True)

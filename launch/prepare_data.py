@@ -3,8 +3,8 @@
 from absl import flags
 
 from opd_jax import cli
-from opd_jax.data import prepare_config
 from opd_jax.errors import ConfigError
+from opd_jax.tools.prepare_data import config as prepare_config
 
 cli.define_config("configs/prepare_data.py", fields=prepare_config.default)
 flags.DEFINE_string("out", None, "folder of the result; a run that was killed goes on in its own")
@@ -12,7 +12,7 @@ flags.DEFINE_string("out", None, "folder of the result; a run that was killed go
 
 def main() -> None:
     """Filter, decontaminate and split the rows; print the counts."""
-    from opd_jax.data import prepare  # after the flags are known to be right
+    from opd_jax.tools.prepare_data import run as prepare
 
     if not cli.FLAGS.out:
         raise ConfigError("--out is missing, wanted a folder for the result; give --out=DIR")

@@ -28,7 +28,7 @@ flags.DEFINE_string("out", None, "file to write, .json: figures, verdict, every 
 
 def main(name: str) -> None:
     """Ask the question NAME, and print what is found."""
-    from opd_jax import probe  # JAX starts only after the flags are known to be right
+    from opd_jax.tools import probe
 
     given = cli.FLAGS
     flag: Any = given["config"]

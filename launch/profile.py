@@ -28,7 +28,7 @@ def main() -> None:
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={hlo}".strip()
     import jax  # its backend starts later, with these flags
 
-    from opd_jax import profile
+    from opd_jax.tools.profile import run as profile
 
     jax.config.update("jax_enable_compilation_cache", False)
     found = profile.run(

@@ -16,7 +16,7 @@ flags.DEFINE_string("tokenizer", None, "folder of the student's tokenizer, where
 
 def main(*folders: str) -> None:
     """Read the workdirs and show what they hold."""
-    from opd_jax.report import run  # JAX starts only after the flags are known to be right
+    from opd_jax.report import run
 
     given = cli.FLAGS
     run.run(

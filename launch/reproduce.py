@@ -15,10 +15,11 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 from absl import flags
 
-from opd_jax import cli, comparison
-from opd_jax.comparison import ROOT, Command, Figures, run_folder, train_command
-from opd_jax.data import tiny
+from opd_jax import cli
+from opd_jax.data import arithmetic
 from opd_jax.data.problem import Problem
+from opd_jax.tools import sweep
+from opd_jax.tools.sweep import ROOT, Command, Figures, run_folder, train_command
 
 EMBEDDED = ROOT / "opd_jax" / "tiny"
 BUDGET = 192  # response tokens; a golden solution has 50 to 70
@@ -70,7 +71,7 @@ COLUMNS = (  # title, key, format
 def main() -> None:
     """Make what is missing, run what is missing, write the table of what is there."""
     given = flags.FLAGS
-    chosen = comparison.chosen(METHODS, given.only)
+    chosen = sweep.chosen(METHODS, given.only)
     out = pathlib.Path(given.out)
     plan = [*model_commands(out, chosen), *run_commands(out, chosen, given.seeds, given.steps)]
     if given.dry:
@@ -78,11 +79,11 @@ def main() -> None:
             print(" ".join(command))
         return
     write_data(out)
-    failed = comparison.run_missing(plan, out)
+    failed = sweep.run_missing(plan, out)
     text = table(out, chosen, given.seeds, given.steps)
     (out / "results.md").write_text(text + "\n")
     print(text)
-    comparison.require_none(failed, out)
+    sweep.require_none(failed, out)
 
 
 def model_commands(
@@ -111,7 +112,7 @@ def run_commands(
         for name, (config, student, teacher, changes) in chosen.items():
             all_changes = [*_models(out, student, teacher), *SETTING.split(), *changes.split()]
             folder = run_folder(out, name, seed)
-            yield comparison.train(config, folder, seed=seed, steps=steps, changes=all_changes)
+            yield sweep.train(config, folder, seed=seed, steps=steps, changes=all_changes)
 
 
 def _models(out: pathlib.Path, student: str, teacher: str) -> Iterator[str]:
@@ -132,12 +133,12 @@ def write_data(out: pathlib.Path) -> None:
 
 def careless(index: int) -> dict[str, str]:
     """A derivation in which a quarter of the steps is wrong, rarely checked (CHECKS), and its result."""
-    problem = tiny.problem("careless", index)
+    problem = arithmetic.problem("careless", index)
     random = np.random.default_rng([index, 7])
     start, steps = _chain(problem.prompt)
     text = ""
     for number, chance in enumerate((*CHECKS, 0.0)):
-        line, result = tiny.derivation(random, start, steps, SLIP)
+        line, result = arithmetic.derivation(random, start, steps, SLIP)
         text += ("", "Check: ", "Wait: ")[min(number, 2)] + line + "\n"
         if random.random() >= chance:
             break
@@ -150,7 +151,7 @@ def lost(index: int) -> dict[str, str]:
     Where two derivations disagree it gets lost with chance LOST; where they agree it hesitates:
     the more often it has, the likelier it does again (HESITATION).
     """
-    problem = tiny.problem("sft", index)
+    problem = arithmetic.problem("sft", index)
     random = np.random.default_rng([index, 7])
     *lines, box = problem.solution.split("\n")
     text, astray = lines[0] + "\n", False
@@ -193,15 +194,15 @@ def _row(problem: Problem, solution: str, answer: str) -> dict[str, str]:
 
 def table(out: pathlib.Path, methods: Iterable[str], seeds: int, steps: int) -> str:
     """Mean and standard deviation over the seeds of each method, as Markdown."""
-    return comparison.table(out, methods, COLUMNS, figures, seeds=seeds, steps=steps)
+    return sweep.table(out, methods, COLUMNS, figures, seeds=seeds, steps=steps)
 
 
 def figures(run: pathlib.Path, steps: int) -> Figures:
     """What the table shows of one run; empty where it did not end."""
-    summaries = comparison.evaluations(run, steps)
+    summaries = sweep.evaluations(run, steps)
     if not summaries:
         return {}
-    rows = comparison.metrics(run)
+    rows = sweep.metrics(run)
     found = {
         "before": summaries[0]["accuracy"],
         "best": max(one["accuracy"] for step, one in summaries.items() if step > 0),
@@ -220,6 +221,6 @@ def figures(run: pathlib.Path, steps: int) -> Figures:
 
 
 if __name__ == "__main__":
-    comparison.define_flags("runs/reproduce")
+    sweep.define_flags("runs/reproduce")
     flags.DEFINE_bool("dry", False, "print the commands, run none")
     cli.main(main)

@@ -14,7 +14,7 @@ flags.DEFINE_string(
 
 def main() -> None:
     """Write solutions of the config's teacher to its problems, as data for configs/sft.py."""
-    from opd_jax import sample  # JAX starts only after the flags are known to be right
+    from opd_jax.tools.cold_start import run as sample
 
     sample.run(cli.FLAGS.config, cli.FLAGS.out, command=sys.argv)
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from absl import flags
 
-from opd_jax import cli, signals
+from opd_jax import cli
+from opd_jax.workdir import stop as signals
 
 cli.define_config("configs/stable_opd.py")
 cli.define_processes()
@@ -18,9 +19,10 @@ flags.DEFINE_bool("accept_changes", False, "go on in a workdir with a config tha
 
 def main(stop: signals.Stop) -> None:
     """Run the experiment that the config describes."""
-    from opd_jax import processes, train  # JAX starts only after the flags are known to be right
+    from opd_jax import train
+    from opd_jax.sharding import multihost
 
-    workdir = cli.FLAGS.workdir or processes.from_first(_default_workdir)
+    workdir = cli.FLAGS.workdir or multihost.from_first(_default_workdir)
     train.run(
         cli.FLAGS.config,
         workdir,

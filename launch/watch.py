@@ -10,7 +10,7 @@ flags.DEFINE_bool("once", False, "look once, and end")
 
 def main(*folders: str) -> None:
     """Show the summary again and again until Ctrl-C."""
-    from opd_jax.report import watch  # JAX starts only after the flags are known to be right
+    from opd_jax.report import watch
 
     watch.watch(folders, every=cli.FLAGS.every, once=cli.FLAGS.once)
 

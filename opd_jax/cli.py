@@ -11,10 +11,12 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from opd_jax import aliases, devices, host_memory, signals
-from opd_jax.config import default as training_fields
-from opd_jax.config import explain, flatten, near, suggest
-from opd_jax.errors import Interrupted, OpdError
+from opd_jax import hardware, host_memory
+from opd_jax.config import aliases
+from opd_jax.config.fields import default as training_fields
+from opd_jax.config.schema import explain, flatten, near, suggest
+from opd_jax.errors import AGAIN, Interrupted, OpdError
+from opd_jax.workdir import stop
 
 FLAGS = flags.FLAGS
 EXIT_USER, EXIT_FLAGS = 1, 2
@@ -111,10 +113,10 @@ def _guarded(run: Callable[..., None], *, stops: bool) -> None:
     # Orbax tells of every file at INFO, and of what it raises, with its traceback, at ERROR.
     logging.set_verbosity(logging.FATAL)
     sys.unraisablehook = _unraisable
-    devices.set_memory_fraction()
+    hardware.set_memory_fraction()
     several = False
     if stops:
-        run = functools.partial(run, stop=signals.listen())
+        run = functools.partial(run, stop=stop.listen())
     try:
         several = _one_of_several()
         if several:
@@ -123,7 +125,7 @@ def _guarded(run: Callable[..., None], *, stops: bool) -> None:
         run()
     except Interrupted as error:
         print(error, flush=True)
-        sys.exit(signals.AGAIN)
+        sys.exit(AGAIN)
     except OpdError as error:
         if several:
             _leave(str(error))
@@ -142,37 +144,37 @@ def _unraisable(given: Any) -> None:
 
 
 def _one_of_several() -> bool:
-    from opd_jax import processes  # JAX starts only after the flags are known to be right
+    from opd_jax.sharding import multihost
 
     if "coordinator" not in FLAGS:
-        processes.require_alone()
+        multihost.require_alone()
         return False
-    return processes.asked(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
+    return multihost.asked(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
 
 
 def _connect() -> None:
-    from opd_jax import processes
+    from opd_jax.sharding import multihost
 
-    if not processes.supervised():
-        sys.exit(processes.supervise())
-    processes.start(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
+    if not multihost.supervised():
+        sys.exit(multihost.supervise())
+    multihost.start(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
 
 
 def _leave(text: str) -> None:
-    from opd_jax import processes
+    from opd_jax.sharding import multihost
 
     print(f"error: {text}", file=sys.stderr, flush=True)
-    processes.leave(EXIT_USER)
+    multihost.leave(EXIT_USER)
 
 
 def _fate(error: Exception) -> str:
     """What to say of an error of one of several processes: of the others', or its own."""
     import jax
 
-    from opd_jax import processes
+    from opd_jax.sharding import multihost
 
     lost = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error)
-    return processes.LOST if lost else f"{type(error).__name__}, see above"
+    return multihost.LOST if lost else f"{type(error).__name__}, see above"
 
 
 def _keep_programs() -> None:

@@ -5,6 +5,8 @@ without a traceback. Each child also inherits the built-in error it stands for, 
 who know only Python can catch it.
 """
 
+AGAIN = 75  # exit status EX_TEMPFAIL (sysexits.h): the same command goes on where this one ended
+
 
 class OpdError(Exception):
     """Base of every error that input from outside can cause."""

@@ -13,32 +13,25 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from opd_jax import (
-    ahead,
-    checkpoint,
-    data,
-    display,
-    failures,
-    guard,
-    intact,
-    numerics,
-    processes,
-    resume,
-    workdir,
-)
+from opd_jax import checkpoint, data, workdir
 from opd_jax import config as configuration
-from opd_jax.clock import used_bytes
+from opd_jax.checkpoint import manifest, resume
 from opd_jax.errors import ConfigError, Interrupted
-from opd_jax.eval.grade import Grader, make_grader
-from opd_jax.held_out import HeldOut, discard_after
-from opd_jax.living import Log, require
-from opd_jax.loading import Weights, load_weights
-from opd_jax.plan import run as planning
-from opd_jax.profiling import Tracer, stage
-from opd_jax.setup import Setup, make_setup
-from opd_jax.signals import Stop
-from opd_jax.stepping import Stepper, Summary, abstract_state
+from opd_jax.evaluation.held_out import HeldOut, discard_after
+from opd_jax.grading.grader import Grader, make_grader
+from opd_jax.memory_plan import failures
+from opd_jax.memory_plan import run as planning
+from opd_jax.metrics.timing import used_bytes
+from opd_jax.metrics.tracing import Tracer, stage
+from opd_jax.sharding import multihost
+from opd_jax.training import collapse_guard, nonfinite, precompile
+from opd_jax.training.setup import Setup, make_setup
+from opd_jax.training.step import Stepper, Summary, abstract_state
+from opd_jax.training.weights import Weights, load_weights
 from opd_jax.types import TrainState
+from opd_jax.workdir import console
+from opd_jax.workdir.stop import Stop
+from opd_jax.workdir.trackers import Log, require
 
 _NEWS = ("eval/", "guard/")  # keys that are logged whenever they occur
 
@@ -71,28 +64,28 @@ def run(
     setup = make_setup(config)
     config = setup.config
     stop.limit(config.checkpoint)
-    if processes.several():
-        processes.agree(_facts(config, path))
+    if multihost.several():
+        multihost.agree(_facts(config, path))
     changes = workdir.check(folder, config, accept=accept_changes)
-    processes.agree({})  # all have looked before the first writes
-    if processes.first():
+    multihost.agree({})  # all have looked before the first writes
+    if multihost.first():
         print(f"workdir {folder}", *setup.notes, sep="\n", flush=True)
-    first, damaged = intact.newest(folder)
-    if processes.first():
+    first, damaged = manifest.newest(folder)
+    if multihost.first():
         print(*damaged, sep="\n", end="\n" * bool(damaged), flush=True)
     if first is not None and first > config.steps:
         raise ConfigError(
             f"steps={config.steps}, but the workdir {str(folder)!r} is at step {first}; "
             f"set --config.steps={first} or more, or give a new --workdir"
         )
-    moved = processes.from_first(
+    moved = multihost.from_first(
         lambda: [] if first is None else _schedule_moved(folder, config),
     )
-    if processes.first():
+    if multihost.first():
         print(*moved, sep="\n", end="\n" * bool(moved), flush=True)
     require(config.log)
     plan = planning.of_run(setup)
-    if processes.first():
+    if multihost.first():
         print(*planning.say(plan), sep="\n", flush=True)
     planning.require_fit(plan)
     _require_disk(setup, folder, first or 0)
@@ -101,7 +94,7 @@ def run(
         # A broken file is refused before anything is written.
         with stage("load"):
             weights = load_weights(setup, student=first is None)
-        if processes.first():
+        if multihost.first():
             workdir.create(folder, config, command, changes=changes)
             planning.write(plan, folder)
         if changes or moved:  # what comes after the checkpoint will be another trajectory
@@ -110,7 +103,7 @@ def run(
             make_grader(config.grading) as grader,
             checkpoint.Checkpoints(folder, keep=config.checkpoint.keep) as saved,
         ):
-            if processes.first():  # which alone grades
+            if multihost.first():  # which alone grades
                 grader.start()
             made = _Run(setup, weights, folder, grader, saved, stop)
             with contextlib.closing(made.log), contextlib.closing(made.samples):
@@ -141,8 +134,8 @@ class _Run:
             shuffle=config.data.shuffle,
             read=setup.read,
         )
-        self.rules = guard.make_rules(config)
-        self.guard = guard.State()
+        self.rules = collapse_guard.make_rules(config)
+        self.guard = collapse_guard.State()
         self.like = self.stepper.like()
         self.first = newest = saved.latest or 0
         self.pending: resume.Pending | None = None
@@ -163,7 +156,7 @@ class _Run:
         self.cut_short = self.first < newest  # a rollback
         self.log: workdir.Lines | workdir.NoLines = workdir.NoLines()
         self.samples: workdir.Lines | workdir.NoLines = workdir.NoLines()
-        if processes.first():
+        if multihost.first():
             self.log = Log(folder / "metrics.jsonl", resume_step=kept, config=config)
             self.samples = workdir.Lines(folder / "rollouts.jsonl", resume_step=kept)
         if self.cut_short:
@@ -173,14 +166,14 @@ class _Run:
     def loop(self) -> Result:
         """Steps from where the run stands to `steps`, with evaluations, logs and checkpoints."""
         config, step = self.config, self.first
-        self.progress = progress = display.Progress(
-            config.steps, step, silent=not processes.first()
+        self.progress = progress = console.Progress(
+            config.steps, step, silent=not multihost.first()
         )
         tracer = Tracer(self.folder, config.profile, memory=used_bytes)
-        if ahead.worthwhile():
+        if precompile.worthwhile():
             programs = self.stepper.programs(self._weights())
             progress.say(
-                f"{len(programs)} programs compiled in {ahead.compile_all(programs):.1f} s"
+                f"{len(programs)} programs compiled in {precompile.compile_all(programs):.1f} s"
             )
         if step:
             progress.say(f"resumed at step {step}")
@@ -202,7 +195,7 @@ class _Run:
                     step,
                     next(self.batches),
                     self._weights(),
-                    masking=guard.masking(self.guard, self.rules),
+                    masking=collapse_guard.masking(self.guard, self.rules),
                 )
             if config.guard.copies and step % config.guard.copies == 0:
                 self.stepper.require_equal_copies(step)
@@ -220,7 +213,7 @@ class _Run:
             last = response.stop or step == config.steps
             due = bool(last or (config.eval.every and step % config.eval.every == 0))
             self.stop.mind_deadline(pace.lap())
-            asked = processes.heard(self.stop.reason)
+            asked = multihost.heard(self.stop.reason)
             if asked is not None and not last:
                 self._end_early(step, row, sampled, asked, due=due)
             self._finish(step, row, sampled, due=due, last=last)
@@ -234,7 +227,7 @@ class _Run:
                 "other held-out problems or settings of eval"
             )
         if table:
-            progress.say(f"\n{display.table(table)}\n")
+            progress.say(f"\n{console.table(table)}\n")
         self.saved.wait()  # what cannot be written is said before all is said to be
         progress.say(f"written to {self.folder}")
         return Result(self.stepper.state, table)
@@ -252,7 +245,7 @@ class _Run:
     def _evaluate(self, step: int) -> Summary:
         """The `eval/*` keys of the student as it is now; said, and kept if it is the best."""
         summary = self.held_out.evaluate(step)
-        self.progress.say(f"step {step}: {display.headline(summary)}")
+        self.progress.say(f"step {step}: {console.headline(summary)}")
         self._keep_best(step, summary)
         return self.held_out.keys(summary)
 
@@ -262,7 +255,7 @@ class _Run:
             step,
             summary,
             lambda saved: saved.save(
-                step, self.stepper.state, self.batches, guard.to_json(self.guard)
+                step, self.stepper.state, self.batches, collapse_guard.to_json(self.guard)
             ),
         )
 
@@ -270,8 +263,8 @@ class _Run:
         """Begin a checkpoint; the lines before it are on the disk first."""
         self.log.sync()
         self.samples.sync()
-        told, every = guard.to_json(self.guard), self.config.checkpoint.every
-        beside: dict[str, Any] = {"numerics": numerics.to_json(self.stepper.numerics)}
+        told, every = collapse_guard.to_json(self.guard), self.config.checkpoint.every
+        beside: dict[str, Any] = {"numerics": nonfinite.to_json(self.stepper.numerics)}
         if pending is not None:
             beside["pending"] = pending
         with stage("checkpoint"):
@@ -298,12 +291,14 @@ class _Run:
         for sample in sampled:
             self.samples.write(sample)
 
-    def _watch(self, step: int, row: Summary) -> guard.Response:
+    def _watch(self, step: int, row: Summary) -> collapse_guard.Response:
         """What the guard makes of a step; its keys go into the step's row."""
         if self.rules.action == "off":
-            return guard.Response()
-        self.guard, alarm = guard.observe(self.guard, step, row, self.rules)
-        self.guard, response = guard.respond(self.guard, step, alarm, self.rules, self.saved.steps)
+            return collapse_guard.Response()
+        self.guard, alarm = collapse_guard.observe(self.guard, step, row, self.rules)
+        self.guard, response = collapse_guard.respond(
+            self.guard, step, alarm, self.rules, self.saved.steps
+        )
         row |= response.event
         return response
 
@@ -322,7 +317,7 @@ class _Run:
 
     def _weights(self) -> dict[str, float]:
         """The weight of each term, as configured or as the guard has raised it."""
-        beta_kl, lambda_gold = guard.terms(self.guard, self.rules)
+        beta_kl, lambda_gold = collapse_guard.terms(self.guard, self.rules)
         return self.setup.terms.weights | {"reference_kl": beta_kl, "sft": lambda_gold}
 
 
@@ -343,13 +338,13 @@ def _require_disk(setup: Setup, folder: pathlib.Path, first: int) -> None:
     """Refuse a run whose checkpoints the disk cannot hold at one time."""
     section = setup.config.checkpoint
     to_come = math.ceil((setup.config.steps - first) / (section.every or setup.config.steps))
-    here = processes.from_first(lambda: len(intact.steps(folder / "checkpoints")))
+    here = multihost.from_first(lambda: len(manifest.steps(folder / "checkpoints")))
     copies = max(min(section.keep + 1 - here, to_come), min(to_come, 1))
     copies += (
         2 if setup.config.eval.best and to_come else 0
     )  # the old one goes when a better is complete
     size = checkpoint.bytes_of(abstract_state(setup))
-    intact.require_room(folder, size, copies, what=f"a run with checkpoint.keep={section.keep}")
+    manifest.require_room(folder, size, copies, what=f"a run with checkpoint.keep={section.keep}")
 
 
 def _facts(config: ConfigDict, path: str) -> dict[str, Any]:
@@ -361,6 +356,6 @@ def _facts(config: ConfigDict, path: str) -> dict[str, Any]:
 
 def _leave_if_asked(stop: Stop, where: str) -> None:
     """End where nothing has happened since the last checkpoint."""
-    asked = processes.heard(stop.reason)
+    asked = multihost.heard(stop.reason)
     if asked is not None:
         raise Interrupted(f"{asked}: ended {where}; run the same command again to go on")

@@ -8,8 +8,7 @@ import sys
 import pytest
 
 from opd_jax import host_memory
-
-ROOT = pathlib.Path(__file__).parents[1]
+from tests.support.paths import ROOT
 
 
 def train(*arguments: str, cwd: pathlib.Path = ROOT) -> subprocess.CompletedProcess:

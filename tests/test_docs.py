@@ -3,7 +3,6 @@
 import ast
 import functools
 import importlib.metadata
-import pathlib
 import re
 import shlex
 import subprocess
@@ -14,15 +13,16 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from opd_jax import rules
+from opd_jax.config import validate
+from opd_jax.config.validate import validate_evaluation
+from tests.support.paths import ROOT
 
-ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # What stands for something of the reader's own.
 PLACEHOLDER = re.compile(
     r"\.\.\.|\b(FILE|FOLDER|NAME|RECIPE|PROTOCOL|FIELD|SEED|ACTION|N|16N|64N)\b"
 )
-CHECKS = {"evaluate": rules.validate_evaluation, "prepare_data": None, "sample": None}
+CHECKS = {"evaluate": validate_evaluation, "prepare_data": None, "sample": None}
 
 
 def commands() -> list[tuple[str, str, list[str]]]:
@@ -57,7 +57,7 @@ def defined(launcher: str) -> dict[str, str]:
                 names |= {f"{peer}_python": "" for peer in ("trl", "tunix")}
         elif node.func.attr == "define_config":
             names["config"] = node.args[0].value
-        elif node.func.attr == "define_flags":  # of opd_jax/comparison.py
+        elif node.func.attr == "define_flags":  # of opd_jax/tools/sweep.py
             names |= dict.fromkeys(("out", "seeds", "steps", "only"), "")
         elif node.func.attr == "define_processes":
             names |= dict.fromkeys(("coordinator", "num_processes", "process_id"), "")
@@ -103,7 +103,7 @@ def test_the_config_is_accepted(page, launcher, arguments, monkeypatch):
     config_flags.DEFINE_config_file("config", default, flag_values=values)
     values(["command", *given])
     config = values.config.copy_and_resolve_references()
-    check = CHECKS.get(launcher, rules.validate)
+    check = CHECKS.get(launcher, validate)
     if check is not None:
         if not config.data.train:
             config.data.train = "tiny:train"  # the reader's own file

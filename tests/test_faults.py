@@ -13,10 +13,11 @@ import time
 import jax
 import pytest
 
-from opd_jax import stepping, train, workdir
+from opd_jax import train, workdir
 from opd_jax.errors import Interrupted, PlanError, WorkdirError
-from opd_jax.signals import AGAIN, Stop
-from tests import faulty
+from opd_jax.training import step as stepping
+from opd_jax.workdir.stop import AGAIN, Stop
+from tests.support import faulty
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +167,7 @@ def test_lines_are_cut_in_place_however_they_are_torn(tmp_path):
 
 
 def test_a_disk_without_room_is_refused_before_the_run_and_before_a_save(tmp_path, monkeypatch):
-    monkeypatch.setattr("opd_jax.intact.free_bytes", lambda path: 2**20)
+    monkeypatch.setattr("opd_jax.checkpoint.manifest.free_bytes", lambda path: 2**20)
     with pytest.raises(
         WorkdirError, match=r"a run with checkpoint.keep=2 needs .* 0\.00 free; make room"
     ):
@@ -174,7 +175,7 @@ def test_a_disk_without_room_is_refused_before_the_run_and_before_a_save(tmp_pat
     assert not (tmp_path / "run").exists()
     monkeypatch.undo()
     rooms = iter([2**40] * 3 + [0] * 100)
-    monkeypatch.setattr("opd_jax.intact.free_bytes", lambda path: next(rooms))
+    monkeypatch.setattr("opd_jax.checkpoint.manifest.free_bytes", lambda path: next(rooms))
     with pytest.raises(WorkdirError, match=r"checkpoint \d needs"):
         go_on(tmp_path / "run")
     monkeypatch.undo()

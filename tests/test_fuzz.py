@@ -1,11 +1,11 @@
-"""A short lane of mutated inputs for every reader; `python -m tests.fuzz 10000` is the long one."""
+"""A short lane of mutated inputs for every reader; `python -m tests.support.fuzz 10000` is the long one."""
 
 import os
 
 import pytest
 
 from opd_jax import workdir
-from tests import fuzz
+from tests.support import fuzz
 
 COUNT = int(os.environ.get("OPD_JAX_FUZZ", "100"))
 FEWER = {"grades": 20, "workdir": 30}  # a process, or files that are synced

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.memory_152k import CHUNK, SMALL, VOCABULARY, reserved
+from tests.support.memory_152k import CHUNK, SMALL, VOCABULARY, reserved
 
 FEW, MANY = 512, 2048
 LOGITS = CHUNK * VOCABULARY * 4  # of one chunk and one model

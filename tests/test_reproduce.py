@@ -7,9 +7,10 @@ import pathlib
 import pytest
 
 from launch import reproduce
-from opd_jax import comparison, rules
-from opd_jax.config import flatten
+from opd_jax.config import validate
+from opd_jax.config.schema import flatten
 from opd_jax.errors import ConfigError, OpdError
+from opd_jax.tools import sweep
 
 pytestmark = pytest.mark.short
 
@@ -29,7 +30,7 @@ def parse(command: list[str]) -> dict:
         else:
             new = text == "True" if isinstance(old, bool) else type(old)(text)
         config.update_from_flattened_dict({field: new})
-    rules.validate(config)
+    validate(config)
     return flatten(config.to_dict())
 
 
@@ -90,7 +91,7 @@ def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
         return type("Done", (), {"returncode": 0})
 
     monkeypatch.setattr(reproduce, "write_data", lambda out: out.mkdir(exist_ok=True))
-    monkeypatch.setattr(comparison.subprocess, "run", stand_in)
+    monkeypatch.setattr(sweep.subprocess, "run", stand_in)
     flags = type("Given", (), {"out": str(tmp_path), "seeds": 2, "steps": 4, "dry": False})
     flags.only = ["OPD", "SFT"]
     monkeypatch.setattr(reproduce.flags, "FLAGS", flags)
@@ -144,10 +145,10 @@ def test_solutions():
 def test_commands_that_fail_are_counted_and_said(tmp_path):
     done = tmp_path / "done"
     commands = [(done, ["false"]), (done, ["touch", str(done)]), (done, ["false"])]
-    assert comparison.run_missing(commands, tmp_path) == 1  # the third is not run: it is done
+    assert sweep.run_missing(commands, tmp_path) == 1  # the third is not run: it is done
     with pytest.raises(OpdError, match=r"1 of the commands failed; see .*log\.txt"):
-        comparison.require_none(1, tmp_path)
-    comparison.require_none(0, tmp_path)
+        sweep.require_none(1, tmp_path)
+    sweep.require_none(0, tmp_path)
 
 
 def test_an_unknown_method_is_named(monkeypatch):

@@ -11,13 +11,13 @@ import pytest
 from configs import recipes
 from opd_jax import data, train, workdir
 from opd_jax.errors import ConfigError, NonFiniteError, WorkdirError
-from opd_jax.eval import Grade
+from opd_jax.grading import Grade
 from opd_jax.report import run as report
 from opd_jax.report.text import clean
-from opd_jax.setup import make_setup
-from tests import bench_metrics
-from tests.small_run import lines, lines_of, questions, small, without_times
-from tests.test_living import scalars
+from opd_jax.training.setup import make_setup
+from tests.support import bench_metrics
+from tests.support.small_run import lines, lines_of, questions, small, without_times
+from tests.workdir.test_trackers import scalars
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,10 @@ import pytest
 from configs import opsd
 from launch.make_tiny import make_tokenizer
 from opd_jax import models, train
-from opd_jax.eval import Grade
-from opd_jax.eval.grade import Grader
-from opd_jax.setup import make_setup
-from tests.small_run import lines, questions, small
+from opd_jax.grading import Grade
+from opd_jax.grading.grader import Grader
+from opd_jax.training.setup import make_setup
+from tests.support.small_run import lines, questions, small
 
 
 def test_sft_makes_no_rollouts_and_learns(folders, tmp_path):

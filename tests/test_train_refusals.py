@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from opd_jax import data, sample, train
-from opd_jax.bench.runner import Options, run_cases
+from opd_jax import data, train
 from opd_jax.errors import ConfigError, DataError, ModelError, WorkdirError
-from opd_jax.eval.model import open_subject
-from opd_jax.setup import make_setup
-from tests.small_run import questions, small
+from opd_jax.evaluation.subject import open_subject
+from opd_jax.tools.bench.run import Options, run_cases
+from opd_jax.tools.cold_start import run as sample
+from opd_jax.training.setup import make_setup
+from tests.support.small_run import questions, small
 
 
 def test_rows_that_do_not_fit_are_skipped_and_counted_where_the_config_says_so(

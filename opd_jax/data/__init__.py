@@ -1,14 +1,15 @@
 """Problems, prompts and golden solutions, as token ids."""
 
-from opd_jax.data.alignment import Alignment, align, alone, ends_line, named
-from opd_jax.data.alignment import report as alignment_report
-from opd_jax.data.loader import Batch, PromptStyle, golden_rows, make_batches
+from opd_jax.data.arithmetic import problem
+from opd_jax.data.batches import Batch, make_batches
+from opd_jax.data.dataset import Problems, open_problems, split_of
 from opd_jax.data.problem import Problem
-from opd_jax.data.seam import notes as prompt_notes
-from opd_jax.data.seam import response_text
-from opd_jax.data.source import Problems, open_problems, split_of
-from opd_jax.data.tiny import problem
+from opd_jax.data.prompts import PromptStyle, golden_rows
+from opd_jax.data.template_boundary import notes as prompt_notes
+from opd_jax.data.template_boundary import response_text
 from opd_jax.data.tokenizer import Tokenizer
+from opd_jax.data.vocabulary import Alignment, align, alone, ends_line, named
+from opd_jax.data.vocabulary import report as alignment_report
 
 __all__ = [
     "Alignment",

@@ -27,16 +27,10 @@ from opd_jax.losses.divergence import (
     stop_gradient_reverse_kl,
     with_rest,
 )
-from opd_jax.losses.reduction import AGGREGATIONS, token_weights
-from opd_jax.losses.sampled import (
-    ESTIMATORS,
-    clipped_surrogate,
-    entropy,
-    kl_k1,
-    kl_k2,
-    kl_k3,
-    sft_nll,
-)
+from opd_jax.losses.kl import ESTIMATORS, entropy, kl_k1, kl_k2, kl_k3
+from opd_jax.losses.policy_gradient import clipped_surrogate
+from opd_jax.losses.supervised import sft_nll
+from opd_jax.losses.token_weights import AGGREGATIONS, token_weights
 
 __all__ = [
     "AGGREGATIONS",

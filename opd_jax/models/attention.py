@@ -9,7 +9,7 @@ from contextvars import ContextVar
 import jax
 import jax.numpy as jnp
 
-from opd_jax.placement import over_heads
+from opd_jax.sharding.partition import over_heads
 
 # What programs are compiled for, where that is not what this process runs on (plan/real.py).
 BACKEND: ContextVar[str | None] = ContextVar("backend", default=None)

@@ -17,12 +17,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from opd_jax.models import cache, rope, summing
-from opd_jax.models.architecture import ModelConfig
+from opd_jax.models import kv_cache, layer_gradients, rope
 from opd_jax.models.attention import attend_causal
-from opd_jax.models.cache import Cache
+from opd_jax.models.config import ModelConfig
+from opd_jax.models.kv_cache import Cache
 from opd_jax.models.remat import checkpointed
-from opd_jax.placement import sliced, whole
+from opd_jax.sharding.partition import sliced, whole
 from opd_jax.types import Array
 
 Params = dict[str, Any]
@@ -134,7 +134,7 @@ def hidden_states(
 
     def layer(carry: tuple, inputs: tuple[jax.Array, Params]) -> tuple[tuple, None]:
         (x_BTD, sums), (index, weights) = carry, inputs
-        weights, sums = summing.lend(x_BTD.dtype, weights, sums, index)
+        weights, sums = layer_gradients.lend(x_BTD.dtype, weights, sums, index)
         x_BTD, _ = _apply(config, whole(weights), x_BTD, tables, attend)
         return (x_BTD, sums), None
 
@@ -147,7 +147,7 @@ def hidden_states(
         layers = (jnp.arange(config.num_layers), params["layers"])
         start = (x_BTD, params["sums"])
         (x_BTD, sums), _ = jax.lax.scan(checkpointed(layer, remat), start, layers)
-        x_BTD = summing.begin(x_BTD, sums, jax.lax.stop_gradient(params["sums"]))
+        x_BTD = layer_gradients.begin(x_BTD, sums, jax.lax.stop_gradient(params["sums"]))
     else:
         x_BTD, _ = jax.lax.scan(checkpointed(plain, remat), x_BTD, params["layers"])
     return _final_norm(params, config, x_BTD)
@@ -240,8 +240,8 @@ def decode(
         def attend(
             q: jax.Array, k: jax.Array, v: jax.Array, before: Cache = before
         ) -> tuple[jax.Array, Cache]:
-            after = cache.append(before, k[:, 0], v[:, 0], position_B)
-            return cache.attend(q[:, 0], after, position_B + 1)[:, None], after
+            after = kv_cache.append(before, k[:, 0], v[:, 0], position_B)
+            return kv_cache.attend(q[:, 0], after, position_B + 1)[:, None], after
 
         x_BTD, after = _apply(config, weights, x_BTD, tables, attend)
         new_caches.append(after)

@@ -6,7 +6,7 @@ import pathlib
 import re
 
 from opd_jax.errors import ModelError
-from opd_jax.models.weights import INDEX, SINGLE, read_json
+from opd_jax.models.safetensors_files import INDEX, SINGLE, read_json
 
 # Weights, settings and tokenizer; never code or pickles.
 _FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opd_jax.models.architecture import ModelConfig
-from opd_jax.models.scaling import RopeScaling
+from opd_jax.models.config import ModelConfig
+from opd_jax.models.rope_scaling import RopeScaling
 
 
 def inverse_frequencies(config: ModelConfig) -> np.ndarray:

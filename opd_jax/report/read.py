@@ -13,8 +13,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from opd_jax import config as configuration
-from opd_jax import guard, workdir
+from opd_jax import workdir
 from opd_jax.report.curves import Curve
+from opd_jax.training import collapse_guard
 
 TRUNCATION = "rollout/truncation_rate"
 BEYOND = 1e30  # a value as large as this is no figure
@@ -152,13 +153,13 @@ def parsed(line: bytes) -> dict[str, Any] | None:
 class _Log:
     """What metrics.jsonl adds up to, line by line: arrays, not one object a line."""
 
-    def __init__(self, rules: guard.Rules):
+    def __init__(self, rules: collapse_guard.Rules):
         self.lines = self.last = self._judged = 0
         self.events: list[Event] = []
         self._steps: dict[str, array.array] = collections.defaultdict(lambda: array.array("q"))
         self._values: dict[str, array.array] = collections.defaultdict(lambda: array.array("d"))
-        self._rules, self._state = rules, guard.State()
-        self._alarm: guard.Alarm | None = None
+        self._rules, self._state = rules, collapse_guard.State()
+        self._alarm: collapse_guard.Alarm | None = None
         self._over: int | None = None
         self._in_force: tuple[float, ...] = ()
 
@@ -193,8 +194,8 @@ class _Log:
 
     def _judge(self, step: int, row: dict[str, float]) -> None:
         self._judged += math.isfinite(row.get(TRUNCATION, math.nan))
-        self._state, alarm = guard.observe(self._state, step, row, self._rules)
-        self._state, response = guard.respond(self._state, step, alarm, self._rules, [])
+        self._state, alarm = collapse_guard.observe(self._state, step, row, self._rules)
+        self._state, response = collapse_guard.respond(self._state, step, alarm, self._rules, [])
         if alarm is not None and self._alarm is None:
             self._alarm = alarm
         if "guard/recovered" in response.event and self._over is None:
@@ -252,7 +253,7 @@ class _Log:
             return Verdict("No rollouts in the log: nothing to judge.")
         above = self._above()
         if self._alarm is None:
-            if self._judged < guard.WARMUP + guard.SPLIT:
+            if self._judged < collapse_guard.WARMUP + collapse_guard.SPLIT:
                 return Verdict(f"Too short to judge: {self._judged} steps with rollouts.")
             said = f"No abrupt transition in {self._judged} steps with rollouts."
             if self.events:
@@ -282,16 +283,16 @@ def _number(value: float) -> float:
     return float(value) if abs(value) < BEYOND else math.nan
 
 
-def _rules(config: dict[str, Any]) -> guard.Rules:
+def _rules(config: dict[str, Any]) -> collapse_guard.Rules:
     """The guard's rules for this run, as if it only warned; the defaults' where its own make no sense."""
     sections = {name: section_of(config, name) for name in ("guard", "rollout", "loss")}
     sections["guard"]["action"] = "warn"
     try:
-        rules = guard.make_rules(ConfigDict(sections))
+        rules = collapse_guard.make_rules(ConfigDict(sections))
     except (ValueError, ZeroDivisionError):
-        return guard.make_rules(configuration.default())
+        return collapse_guard.make_rules(configuration.default())
     sound = rules.threshold > 0 and rules.rollouts > 0
-    return rules if sound else guard.make_rules(configuration.default())
+    return rules if sound else collapse_guard.make_rules(configuration.default())
 
 
 def section_of(config: dict[str, Any], name: str) -> dict[str, Any]:

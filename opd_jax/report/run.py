@@ -36,7 +36,7 @@ def run(
         print(summary(runs), flush=True)
     if not drawn:
         return
-    from opd_jax.report import drawing, page  # needs matplotlib
+    from opd_jax.report import drawing, page
     from opd_jax.report.figures import figures as all_figures
     from opd_jax.report.figures import label
 

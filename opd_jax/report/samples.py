@@ -10,9 +10,10 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from opd_jax import metrics, repetition
+from opd_jax import metrics
 from opd_jax.data import Tokenizer
 from opd_jax.errors import ModelError
+from opd_jax.metrics import repetition
 from opd_jax.report.read import Run, parsed, section_of
 from opd_jax.types import Outcome, Rollout
 

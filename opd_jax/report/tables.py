@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from opd_jax.eval import results
-from opd_jax.eval.benchmarks import BENCHMARKS
+from opd_jax.evaluation import table as results
+from opd_jax.evaluation.benchmarks import BENCHMARKS
 from opd_jax.report.curves import thinned
 from opd_jax.report.figures import Figure, letter
 from opd_jax.report.read import Run

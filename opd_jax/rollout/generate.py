@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from opd_jax.aot import Program
 from opd_jax.errors import DataError
-from opd_jax.mesh import ONE, Mesh
 from opd_jax.models import decoder
-from opd_jax.models.architecture import ModelConfig
-from opd_jax.models.events import EVERY_ID, Events
-from opd_jax.programs import Program
-from opd_jax.rollout import decoding
+from opd_jax.models.config import ModelConfig
+from opd_jax.models.end_tokens import EVERY_ID, Events
+from opd_jax.rollout import decode_state
+from opd_jax.sharding.mesh import ONE, Mesh
 from opd_jax.types import Rollout
 
 _PREFILL_TOKENS = 16_384  # prompts that go through the model at one time
@@ -140,13 +140,13 @@ def generate(
         vocabulary=vocabulary, drawn_V=drawn_V, events=events,
         stop_on_repetition=stop_on_repetition,
     )  # fmt: skip
-    layers = decoding.unstack(params, mesh)
+    layers = decode_state.unstack(params, mesh)
     if row_keys is None:
         assert key is not None, "generate: one of key and row_keys is wanted"
         row_keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(len(prompts)))
     key_P2 = np.asarray(jax.random.key_data(row_keys))
     periods = repetition_period if stop_on_repetition else 0
-    state = decoding.empty(layers, model_config, shapes.slots, shapes.total, periods, mesh)
+    state = decode_state.empty(layers, model_config, shapes.slots, shapes.total, periods, mesh)
     owner = np.full((shapes.replicas, shapes.slots), -1)  # which prompt sits in each slot
     waiting = list(range(len(prompts)))[::-1]
     out = Rollout(
@@ -160,10 +160,12 @@ def generate(
         while (count := _to_admit(shapes, owner, len(waiting))) > 0:
             slots_taken = _assign(owner, waiting, count)
             admitted = _admitted(shapes, count, prompts, budget_P, key_P2, owner, slots_taken)
-            state = decoding.prefill(layers, model_config, state, *mesh.rows(admitted), mesh=mesh)
+            state = decode_state.prefill(
+                layers, model_config, state, *mesh.rows(admitted), mesh=mesh
+            )
         share = -(-len(waiting) // shapes.replicas)
         few_live = shapes.slots - min(shapes.few, share) if waiting else 0
-        state = decoding.decode_chunk(
+        state = decode_state.decode_chunk(
             layers, model_config, state, np.int32(few_live), mesh=mesh, **settings
         )
         if _take_out(out, owner, state, stop_on_repetition, mesh) and on_finished is not None:
@@ -172,7 +174,7 @@ def generate(
 
 
 def _take_out(
-    out: Rollout, owner: np.ndarray, state: decoding.Slots, stop_on_repetition: int, mesh: Mesh
+    out: Rollout, owner: np.ndarray, state: decode_state.Slots, stop_on_repetition: int, mesh: Mesh
 ) -> bool:
     """Put the rows that are done into `out`, and free their slots; whether there were any."""
     owner_B = owner.reshape(-1)  # a view
@@ -184,7 +186,7 @@ def _take_out(
     out.tokens_BT[rows] = found.tokens_BT[done]
     out.length_B[rows] = found.length_B[done]
     out.sampler_logprob_BT[rows] = found.logprob_BT[done]
-    out.outcome_B[rows] = decoding.outcomes(found, stop_on_repetition)[done]
+    out.outcome_B[rows] = decode_state.outcomes(found, stop_on_repetition)[done]
     owner_B[done] = -1
     return True
 
@@ -234,13 +236,13 @@ def programs(
     )  # fmt: skip
     periods = repetition_period if stop_on_repetition else 0
     state_shape = (model_config, shapes.slots, shapes.total, periods, mesh)
-    layers = jax.eval_shape(lambda params: decoding.unstack(params, mesh), params)
+    layers = jax.eval_shape(lambda params: decode_state.unstack(params, mesh), params)
     layers = mesh.structs(layers, mesh.weights(layers))
-    state = jax.eval_shape(lambda layers: decoding.empty(layers, *state_shape), layers)
-    state = mesh.structs(state, decoding.slot_places(state, mesh))
+    state = jax.eval_shape(lambda layers: decode_state.empty(layers, *state_shape), layers)
+    state = mesh.structs(state, decode_state.slot_places(state, mesh))
     out = [
-        Program("unstack", decoding.unstack, (params, mesh)),
-        Program("empty slots", decoding.empty, (layers, *state_shape)),
+        Program("unstack", decode_state.unstack, (params, mesh)),
+        Program("empty slots", decode_state.empty, (layers, *state_shape)),
     ]
     for count in sorted({shapes.many, shapes.few} if prompts > shapes.slots else {shapes.many}):
         rows = count * shapes.replicas
@@ -253,12 +255,12 @@ def programs(
             admitted = mesh.row_structs((tokens_BT, row, row, row, key_B2))
             given = (layers, model_config, state, *admitted)
             name = f"prefill {rows} x {width}"
-            out.append(Program(name, decoding.prefill, given, {"mesh": mesh}))
+            out.append(Program(name, decode_state.prefill, given, {"mesh": mesh}))
     settings = _settings(shapes, stop_on_repetition=stop_on_repetition, **sampling)
     settings["mesh"] = mesh
     chunk_of = (layers, model_config, state, jax.ShapeDtypeStruct((), jnp.int32))
     name = f"decode {shapes.slots * shapes.replicas} x {shapes.total}"
-    out.append(Program(name, decoding.decode_chunk, chunk_of, settings))
+    out.append(Program(name, decode_state.decode_chunk, chunk_of, settings))
     return out
 
 

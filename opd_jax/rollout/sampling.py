@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-from opd_jax import supports
 from opd_jax.models import decoder
-from opd_jax.models.events import EVERY_ID, Events
+from opd_jax.models.end_tokens import EVERY_ID, Events
+from opd_jax.scoring import topk
 
 _BISECTIONS = 30
 
@@ -84,7 +84,7 @@ def _block_mass(blocks_BMX: jax.Array) -> jax.Array:
 
 def most_likely(logits_BV: jax.Array, k: int) -> jax.Array:
     """-inf outside the `k` most likely ids and those as likely as the last of them. [B, V]."""
-    values_BK, _ = supports.top_k(logits_BV, k)
+    values_BK, _ = topk.top_k(logits_BV, k)
     return jnp.where(logits_BV >= values_BK[:, -1:], logits_BV, -jnp.inf)
 
 

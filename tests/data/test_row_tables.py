@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.data.row_tables import TABLES, verdict
+from tests.support.row_tables import TABLES, verdict
 
 
 @pytest.mark.parametrize("kind", TABLES)

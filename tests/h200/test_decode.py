@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from opd_jax.models import decoder
-from opd_jax.models.events import EVERY_ID
-from opd_jax.rollout.decoding import decode_chunk, empty
+from opd_jax.models.end_tokens import EVERY_ID
+from opd_jax.rollout.decode_state import decode_chunk, empty
 from tests.h200.conftest import QWEN_1_5B
 
 SLOTS, TOTAL = 64, 8192

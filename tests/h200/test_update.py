@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opd_jax import objectives, update
 from opd_jax.models import decoder
-from opd_jax.objectives import Terms
+from opd_jax.training import objective, update
+from opd_jax.training.objective import Terms
 from opd_jax.types import Frozen, RolloutRows
 from tests.h200.conftest import QWEN_1_5B
 
@@ -18,7 +18,7 @@ BACKWARD = 'custom_call_target="__cudnn$fmhaSoftmaxBackward"'
 
 def compile_gradient(on_h200, remat: str, token_chunk: int = 1024):
     """A micro-batch's pass of the update: float32 masters, bfloat16 compute, gradients summed."""
-    loss = objectives.make_rollout_loss(
+    loss = objective.make_rollout_loss(
         Terms(pg_weight=1.0), QWEN_1_5B,
         vocabulary=QWEN_1_5B.vocab_size, token_chunk=token_chunk, remat=remat,
     )  # fmt: skip
@@ -28,7 +28,7 @@ def compile_gradient(on_h200, remat: str, token_chunk: int = 1024):
         weight_BT=array_BT, advantage_BT=array_BT, sampler_logprob_BT=array_BT,
     )  # fmt: skip
     params = on_h200(decoder.abstract_params(QWEN_1_5B))
-    weights = {name: np.float32(1) for name in objectives.ON_ROLLOUTS}
+    weights = {name: np.float32(1) for name in objective.ON_ROLLOUTS}
     add = update.make_add(loss, jnp.bfloat16)
     arguments = (params, Frozen(), on_h200(rows), on_h200(weights), params)
     return add.lower(*arguments).compile()

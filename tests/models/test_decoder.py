@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opd_jax.models import cache, decoder, rope
-from opd_jax.models.scaling import RopeScaling
+from opd_jax.models import decoder, kv_cache, rope
+from opd_jax.models.rope_scaling import RopeScaling
 from tests.conftest import noisy_params, random_rows, tiny_config
 
 CONFIGS = {
@@ -68,9 +68,9 @@ def test_prefill_and_decode_equal_forward(params, name):
     prefill = jax.jit(decoder.prefill, static_argnames="config")
 
     prompts = prefill(layers, config, tokens[:, :5], prompt_length)
-    caches = cache.init(config, 3, width, jnp.float32)
+    caches = kv_cache.init(config, 3, width, jnp.float32)
     caches = tuple(
-        cache.place(before, *pair, jnp.arange(3))
+        kv_cache.place(before, *pair, jnp.arange(3))
         for before, pair in zip(caches, prompts, strict=True)
     )
     for step in range(8):  # as the sampler does: the last prompt token is fed first

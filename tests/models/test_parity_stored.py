@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from opd_jax.models import decoder, hf
+from opd_jax.models import decoder, hf_load
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "parity.npz"
 ROWS, WIDTH, VOCAB = 2, 24, 61
@@ -101,7 +101,7 @@ def golden(tmp_path_factory) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("case", CASES)
 def test_logits_equal_the_stored_ones(tmp_path, golden, case):
     write_folder(tmp_path, case)
-    config, params = hf.load(str(tmp_path))
+    config, params = hf_load.load(str(tmp_path))
     logits = jax.jit(decoder.forward, static_argnames="config")(
         params, config, golden["tokens"], np.full(ROWS, WIDTH)
     )

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from opd_jax import models
-from opd_jax.models import architecture, decoder, hf, rope
-from opd_jax.models.scaling import RopeScaling
+from opd_jax.models import config as architecture
+from opd_jax.models import decoder, hf_load, rope
+from opd_jax.models.rope_scaling import RopeScaling
 from tests.conftest import noisy_params, random_rows, tiny_config
 
 torch = pytest.importorskip("torch")
@@ -77,7 +78,7 @@ def test_their_folder_gives_their_logits(tmp_path, case):
         for weight in model.parameters():
             weight.add_(0.1 * torch.randn_like(weight))
     model.save_pretrained(tmp_path)
-    ours, params = hf.load(str(tmp_path))
+    ours, params = hf_load.load(str(tmp_path))
     assert_same_on_real_tokens(decoder.forward(params, ours, ROWS, LENGTH), torch_logits(model))
 
 

@@ -14,11 +14,11 @@ import pytest
 
 from opd_jax import checkpoint, data, models, workdir
 from opd_jax import config as configuration
-from opd_jax.export import export
+from opd_jax.checkpoint.export import export
 from opd_jax.models import decoder
 from opd_jax.rollout import generate
 from opd_jax.types import TrainState
-from tests.models.test_hf import assert_same_trees
+from tests.models.test_hf_load import assert_same_trees
 
 pytestmark = pytest.mark.real
 NEW_TOKENS = 64

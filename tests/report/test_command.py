@@ -1,6 +1,5 @@
 """launch/report.py and launch/watch.py: what they write and print, and mistakes in one line."""
 
-import pathlib
 import subprocess
 import sys
 
@@ -8,9 +7,8 @@ import pytest
 
 from opd_jax.errors import ConfigError, WorkdirError
 from opd_jax.report import run
-from tests.report.workdirs import collapsing, healthy, make
-
-ROOT = pathlib.Path(__file__).parents[2]
+from tests.support.paths import ROOT
+from tests.support.workdirs import collapsing, healthy, make
 
 
 def launch(name: str, *arguments: str) -> subprocess.CompletedProcess:

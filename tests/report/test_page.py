@@ -13,7 +13,7 @@ from opd_jax.report import drawing, tables
 from opd_jax.report.figures import Line, Mark, Panel, figures, label, letter
 from opd_jax.report.page import page
 from opd_jax.report.read import read_all
-from tests.report.workdirs import HOSTILE, collapsing, healthy, make, rollout
+from tests.support.workdirs import HOSTILE, collapsing, healthy, make, rollout
 
 
 def report(*folders, samples: int = 4) -> str:

@@ -8,7 +8,7 @@ import pytest
 
 from opd_jax.errors import WorkdirError
 from opd_jax.report.read import names, read, read_all
-from tests.report.workdirs import collapsing, healthy, make, write
+from tests.support.workdirs import collapsing, healthy, make, write
 
 pytestmark = pytest.mark.short
 

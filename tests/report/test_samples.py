@@ -8,7 +8,7 @@ from configs.recipes import recipe
 from opd_jax.data import Tokenizer
 from opd_jax.report.read import read
 from opd_jax.report.samples import HEAD, TAIL, as_json, pieces, rollouts
-from tests.report.workdirs import as_bytes, collapsing, healthy, make, rollout
+from tests.support.workdirs import as_bytes, collapsing, healthy, make, rollout
 
 pytestmark = pytest.mark.short
 

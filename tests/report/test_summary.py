@@ -9,7 +9,7 @@ from opd_jax.report.curves import Curve
 from opd_jax.report.read import read_all
 from opd_jax.report.summary import WIDTH, sparkline, summary
 from opd_jax.report.text import clean, columns, escape, line
-from tests.report.workdirs import HOSTILE, collapsing, healthy, make
+from tests.support.workdirs import HOSTILE, collapsing, healthy, make
 
 pytestmark = pytest.mark.short
 

@@ -9,7 +9,7 @@ from opd_jax import scoring
 from opd_jax.errors import DataError
 from opd_jax.models import decoder
 from opd_jax.rollout import generate
-from opd_jax.rollout.decoding import decode_chunk, prefill
+from opd_jax.rollout.decode_state import decode_chunk, prefill
 from opd_jax.types import Outcome, Rollout
 from tests.conftest import noisy_params, tiny_config
 

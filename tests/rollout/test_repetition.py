@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opd_jax import metrics, rows
+from opd_jax import metrics
 from opd_jax.errors import DataError
 from opd_jax.models import decoder
 from opd_jax.rollout import generate
-from opd_jax.rollout.decoding import Cycles, Slots, _extended, decode_chunk, empty
+from opd_jax.rollout.decode_state import Cycles, Slots, _extended, decode_chunk, empty
+from opd_jax.training import batch
 from opd_jax.types import Outcome, Rollout, Scores
 from tests.conftest import noisy_params, tiny_config
 
@@ -166,5 +167,5 @@ def test_repetition_is_not_truncation_and_is_written_by_its_name(free):
     assert metrics.truncated(few.outcome_B).tolist() == [False, True, False]
     nothing = np.zeros(few.tokens_BT.shape, np.float32)
     scores = Scores(student_logprob_BT=nothing, student_entropy_BT=nothing)
-    lines = rows.as_lines(1, few, scores, nothing, count=3, decode=str, ids=["a"])
+    lines = batch.as_lines(1, few, scores, nothing, count=3, decode=str, ids=["a"])
     assert [line["outcome"] for line in lines] == ["eos", "budget", "repetition"]

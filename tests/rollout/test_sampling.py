@@ -7,7 +7,7 @@ import pytest
 import scipy.special
 import scipy.stats
 
-from opd_jax.models.events import Events
+from opd_jax.models.end_tokens import Events
 from opd_jax.rollout.sampling import most_likely, nucleus, sample
 
 LOGITS = np.array([1.5, -0.5, 0.0, 2.0, -2.0, 0.5, 1.0], np.float32)

@@ -1,0 +1,282 @@
+"""Checkpoints by Orbax: train state and data iterator. Teacher and reference are never saved.
+
+Random keys need no saving: each is derived from (seed, step, stream). To resume: build everything
+from config.json, restore the newest step, cut the logs back to it, go on.
+"""
+
+import contextlib
+import json
+import math
+import pathlib
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from opd_jax.checkpoint import manifest
+from opd_jax.errors import OpdError, WorkdirError
+from opd_jax.sharding import multihost
+from opd_jax.types import TrainState
+
+_UNSCHEDULED = "unscheduled"  # an empty file in a checkpoint that does not count for `keep`
+
+
+class Checkpoints:
+    """The `checkpoints/` folder of a workdir; a context manager that waits for writes to finish.
+
+    A checkpoint is there when it is complete, its manifest (intact.py) in it. The newest `keep` of
+    the scheduled ones stay, and the newest of all: one that an early end made does not count, and goes
+    when a newer one is complete. So an old one that a rollback needs outlives any number of restarts.
+    """
+
+    def __init__(self, workdir: pathlib.Path, *, keep: int):
+        self._workdir, self._keep, self._writing = workdir, keep, -1
+        self._folder = (workdir / "checkpoints").absolute()
+        if multihost.first():
+            manifest.clear(self._folder)
+        self._unscheduled: set[int] = set(multihost.from_first(self._marked))
+        options = ocp.CheckpointManagerOptions(
+            enable_async_checkpointing=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+        )
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        try:
+            self.wait()
+            self._manager.close()
+        except Exception:
+            if kind is None:  # else that error is the one to tell of
+                raise
+
+    @property
+    def latest(self) -> int | None:
+        """Newest complete step, None where there is none."""
+        return self._manager.latest_step()
+
+    @property
+    def steps(self) -> list[int]:
+        """All complete steps, in order, and one that is being written."""
+        return sorted(self._manager.all_steps())
+
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        data: Any,
+        guard: str,
+        *,
+        beside: Any = None,
+        scheduled: bool = True,
+    ) -> None:
+        """Write `step` in the background; the iterator's state is taken now.
+
+        `beside`: whatever else, a dict that JSON holds. `scheduled`: whether it counts for `keep`.
+        Raises WorkdirError where this or the one before cannot be written: those that were complete
+        before stay.
+        """
+        if step == self.latest:
+            return
+        self.wait()
+        size = bytes_of(state)
+        manifest.require_room(self._workdir, size, 1, what=f"checkpoint {step}")
+        self._writing = step
+        if not scheduled:
+            self._unscheduled.add(step)
+        with self._told():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    data=grain.checkpoint.CheckpointSave(data),
+                    guard=ocp.args.JsonSave({"state": guard} | (beside or {})),
+                ),
+            )
+
+    def wait(self) -> None:
+        """Wait until what was begun is complete; then remove what does not stay."""
+        self._settle()
+        steps = self.steps
+        scheduled = [step for step in steps if step not in self._unscheduled]
+        stay = {*scheduled[-self._keep :], *steps[-1:]}
+        self._remove([step for step in steps if step not in stay])
+
+    def delete_after(self, step: int) -> None:
+        """Remove what is newer than `step`."""
+        self._settle()  # `step` may be the oldest of more than `keep`
+        self._remove([later for later in self.steps if later > step])
+
+    def _settle(self) -> None:
+        with self._told():
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+
+    def _remove(self, steps: list[int]) -> None:
+        if not steps:
+            return
+        if multihost.first():
+            for step in reversed(steps):  # the newest first: what is left is always the oldest
+                manifest.remove(self._folder, step)
+        multihost.agree({})
+        self._unscheduled -= set(steps)
+        self._manager.reload()
+
+    def _marked(self) -> list[int]:
+        """Steps of checkpoints that say of themselves that they were not scheduled."""
+        return [
+            step
+            for step in manifest.steps(self._folder)
+            if (self._folder / str(step) / _UNSCHEDULED).exists()
+        ]
+
+    def _seal(self) -> None:
+        """Called when all is written and before it gets its name; in a thread of Orbax's."""
+        if multihost.first():
+            for folder in manifest.unfinished(self._folder, self._writing):
+                if self._writing in self._unscheduled:
+                    (folder / _UNSCHEDULED).touch()
+                manifest.seal(folder)
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """What Orbax and TensorStore make of a disk that is full or gone, in one line."""
+        try:
+            yield
+        except OpdError:
+            raise
+        except Exception as error:  # whatever their parts raise
+            left = manifest.steps(self._folder)
+            stays = f"that of step {left[-1]} is whole" if left else "there is none before it"
+            free = manifest.free_bytes(self._workdir) / manifest.GIB
+            raise WorkdirError(
+                f"{self._folder / str(self._writing)} could not be written ({_reason(error)}; "
+                f"{free:.2f} GiB free); {stays}: make room, and run the same command again to go on"
+            ) from error
+
+    def beside(self, step: int) -> dict[str, Any]:
+        """What was saved beside the arrays of `step`: `state` is the guard's, as text."""
+        restored = self._manager.restore(
+            step, args=ocp.args.Composite(guard=ocp.args.JsonRestore())
+        )
+        return restored["guard"]
+
+    def restore(self, step: int, state: TrainState, data: Any) -> TrainState:
+        """The state of `step`, of the shapes, dtypes and places of `state`; moves the iterator `data`.
+
+        Where `state` says no places it is as weights that a run starts from, on the default device but
+        not bound to it: bound arrays would have every program compiled anew.
+        """
+        bound = all(getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(state))
+        try:
+            # Orbax makes host arrays where it is given such; these are empty, and take no memory.
+            like = state if bound else jax.tree.map(lambda x: np.empty(x.shape, x.dtype), state)
+            asked = ocp.args.Composite(state=ocp.args.StandardRestore(like))
+            restored = self._manager.restore(step, args=asked)["state"]
+        except Exception as error:
+            raise WorkdirError(
+                f"{self._folder / str(step)}: cannot be restored ({_reason(error)}); move the folder "
+                "elsewhere to go on from the checkpoint before it"
+            ) from error
+        data.set_state(self._iterator(step))
+        return restored if bound else jax.tree.map(jnp.array, restored)
+
+    def _iterator(self, step: int) -> Any:
+        """The state of the data iterator at `step`: of every process the same, however many there were."""
+        folder = pathlib.Path(self._manager.directory) / str(step) / "data"
+        for file in sorted(folder.glob("process_*.json")):
+            return json.loads(file.read_text(encoding="utf-8"))
+        raise WorkdirError(
+            f"{folder}: holds no state of the data; restore the folder, or delete checkpoint {step} "
+            "to go on from the one before"
+        )
+
+
+def latest_step(workdir: pathlib.Path) -> int | None:
+    """Newest complete step of a workdir, None where there is none; changes nothing."""
+    folder = (workdir / "checkpoints").absolute()
+    if not folder.is_dir():
+        return None
+    with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(create=False)) as found:
+        return found.latest_step()
+
+
+def restore_params(
+    workdir: pathlib.Path, abstract_params: Any, *, step: int | None = None
+) -> tuple[int, Any]:
+    """Read only the parameters of a step (default: the newest) -> (step, host arrays).
+
+    `abstract_params` gives their tree and shapes; the optimiser's state is left on the disk.
+    Nothing in the workdir is changed.
+
+    Raises WorkdirError: no checkpoint, not this step, or one of another model or damaged.
+    """
+    folder = (workdir / "checkpoints").absolute()
+    if not folder.is_dir():
+        raise WorkdirError(
+            f"workdir {str(workdir)!r} holds no checkpoints/; wait for the run's first checkpoint, "
+            "or give the workdir of a run"
+        )
+    options = ocp.CheckpointManagerOptions(create=False)
+    with ocp.CheckpointManager(folder, options=options) as manager:
+        steps = sorted(manager.all_steps())
+        if not steps:
+            raise WorkdirError(
+                f"workdir {str(workdir)!r} holds no finished checkpoint; "
+                "wait for the run's first one, or resume the run"
+            )
+        step = steps[-1] if step is None else step
+        if step not in steps:
+            raise WorkdirError(
+                f"workdir {str(workdir)!r} has no checkpoint of step {step}; "
+                f"there are those of {', '.join(map(str, steps))}"
+            )
+        if wrong := manifest.damage(folder / str(step)):
+            raise WorkdirError(
+                f"{folder / str(step)}: damaged ({wrong}); take an earlier step with --step"
+            )
+        item = {"params": abstract_params}
+        host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+        try:
+            restored = manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.PyTreeRestore(item, restore_args=host, partial_restore=True)
+                ),
+            )
+        except Exception as error:  # Orbax and TensorStore raise whatever their parts raise
+            raise WorkdirError(
+                f"{folder / str(step)}: cannot restore the parameters ({_reason(error)}); it is damaged "
+                "or of another model: export an earlier step with --step"
+            ) from error
+    params = restored["state"]["params"]
+    got, want = (jax.tree.map(lambda leaf: leaf.shape, tree) for tree in (params, abstract_params))
+    if got != want:
+        raise WorkdirError(
+            f"{folder / str(step)}: its parameters have other shapes than student.path of "
+            "config.json asks for; restore the model folder that the run started from"
+        )
+    return step, params
+
+
+def bytes_of(tree: Any) -> int:
+    """Bytes of all arrays, or of their shapes, each once however many devices hold it."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _reason(error: Exception) -> str:
+    """One line: how a long text of Orbax and TensorStore begins, and how it ends."""
+    text = " ".join((str(error).strip() or type(error).__name__).split())
+    return text if len(text) <= 200 else f"{text[:80]} ... {text[-100:]}"

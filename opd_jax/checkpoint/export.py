@@ -1,0 +1,52 @@
+"""A trained student as a Hugging Face folder: weights of a checkpoint, everything else of its source."""
+
+import pathlib
+
+from opd_jax import checkpoint, data, models
+from opd_jax.errors import ConfigError
+from opd_jax.models import decoder
+from opd_jax.training.roles import with_ends
+from opd_jax.workdir.folder import read_config
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def export(workdir: str, out: str, *, step: int | None = None, dtype: str = "float32") -> int:
+    """Write the student of a run as the folder `out`, which transformers loads; returns its step.
+
+    Only the parameters are read from the checkpoint. Tokenizer, chat template, generation settings
+    and the rest of config.json come from the folder that the run started from (`student.path`), the
+    chat template from `student.chat_template` where the run had one. The template's end of turn, with
+    which the student learned to end, is among the exported end tokens.
+
+    Args:
+      workdir: folder of a run, finished or not.
+      out: a new or empty folder.
+      step: of the checkpoint; None for the newest.
+      dtype: of the weights, one of DTYPES.
+
+    Raises an OpdError, and writes nothing: no such workdir or checkpoint, `out` is not empty, the
+    source folder is gone.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(
+            f"dtype={dtype!r}, wanted one of {', '.join(DTYPES)}; set --dtype=float32"
+        )
+    models.check_free(out)
+    student = read_config(pathlib.Path(workdir))["student"]
+    source = student["path"]
+    config = models.load_config(
+        source,
+        rope_theta=student.get("rope_theta", 0.0),  # runs from before these fields lack them
+        max_position=student.get("max_position", 0),
+    )
+    step, params = checkpoint.restore_params(
+        pathlib.Path(workdir), decoder.abstract_params(config), step=step
+    )
+    template = student.get("chat_template", "")
+    tokenizer = data.Tokenizer(source, chat_template=template)
+    models.save(out, with_ends(config, tokenizer), params, source=source, dtype=dtype)
+    if template:  # the template that the run used, in place of the folder's own
+        file = pathlib.Path(out) / "chat_template.jinja"
+        file.write_text(tokenizer.hf.chat_template, encoding="utf-8")
+    return step

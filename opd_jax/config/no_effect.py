@@ -1,0 +1,94 @@
+"""Fields of the loss that the other fields leave without effect, so that rules.py can refuse them."""
+
+from typing import Any
+
+from opd_jax.config import guard_limits
+
+
+def unused(config: Any) -> dict[str, tuple[str, str]]:
+    """Return {field of the section `loss`: (why nothing reads it, the option that would change that)}.
+
+    Weights of whole terms (pg_weight, divergence_weight, lambda_gold, beta_kl) are always read.
+    """
+    loss = config.loss
+    surrogate, divergence = bool(loss.pg_weight), bool(loss.divergence_weight)
+    by_teacher, by_group = (
+        surrogate and bool(loss.teacher_coef),
+        surrogate and bool(loss.group_coef),
+    )
+    on_support = by_teacher and loss.advantage == "support"
+    of_sampled = by_group or (by_teacher and not on_support)
+    reference = bool(loss.beta_kl) or guard_limits.may_raise_beta_kl(config)
+    golden = bool(loss.lambda_gold) or guard_limits.may_raise_lambda_gold(config)
+    rollouts = surrogate or divergence or reference
+    no_surrogate = "loss.pg_weight=0", "--config.loss.pg_weight=1"
+    no_divergence = "loss.divergence_weight=0", "--config.loss.divergence_weight=1"
+    no_support = (
+        f"loss.divergence_weight={loss.divergence_weight:g} and loss.advantage={loss.advantage}, so "
+        "nothing is summed over ids of a support",
+        "--config.loss.divergence_weight=1 --config.loss.pg_weight=0",
+    )
+    whole = (
+        "loss.support=full has all ids, over which all forms agree",
+        "--config.loss.support=student",
+    )
+    ids_alone = (
+        "it applies to the sampled token's advantage, and loss.advantage=support sums over ids",
+        "--config.loss.advantage=sampled",
+    )
+    no_teacher = (
+        f"loss.pg_weight={loss.pg_weight:g} and loss.teacher_coef={loss.teacher_coef:g}",
+        "--config.loss.pg_weight=1 --config.loss.teacher_coef=1",
+    )
+    no_reference = "loss.beta_kl=0", "--config.loss.beta_kl=0.01"
+    table = [
+        (("clip_low", "clip_high", "dual_clip", "group_coef"), surrogate, no_surrogate),
+        # A coefficient of 0 asks for nothing, so nothing is lost.
+        (("teacher_coef",), surrogate or not loss.teacher_coef, no_surrogate),
+        (
+            ("group_normalise",), by_group,
+            ("there is no group-relative advantage", "--config.loss.group_coef=1"),
+        ),
+        (("advantage",), by_teacher, no_teacher),
+        (("advantage_clamp", "discount"), by_teacher, no_teacher),
+        (("advantage_clamp", "discount"), not on_support, ids_alone),
+        (("importance_cap",), surrogate, no_surrogate),
+        (("importance_cap",), of_sampled or not surrogate, ids_alone),
+        (
+            ("support_weight",), on_support,
+            ("there is no advantage over a support", "--config.loss.advantage=support"),
+        ),
+        (("support", "top_k"), on_support or divergence, no_support),
+        (("top_k",), loss.support != "full", whole),
+        (("direction", "form", "jsd_beta", "skew"), divergence, no_divergence),
+        (("form",), loss.support != "full", whole),
+        (
+            ("jsd_beta",), loss.direction == "jsd",
+            (f"loss.direction={loss.direction}", "--config.loss.direction=jsd"),
+        ),
+        (
+            ("skew",), loss.direction.startswith("skewed"),
+            (f"loss.direction={loss.direction}", "--config.loss.direction=skewed_reverse"),
+        ),
+        (("kl_estimator", "kl_clamp"), reference, no_reference),
+        (
+            ("kl_clamp",), loss.kl_estimator == "k3",
+            (f"loss.kl_estimator={loss.kl_estimator}", "--config.loss.kl_estimator=k3"),
+        ),
+        (
+            ("aggregation", "truncated", "truncated_tail", "repeated"), rollouts,
+            ("no term is taken on rollouts", "--config.loss.pg_weight=1"),
+        ),
+        (
+            ("truncated_tail",), loss.truncated == "tail",
+            (f"loss.truncated={loss.truncated}", "--config.loss.truncated=tail"),
+        ),
+        (
+            ("gold_aggregation",), golden,
+            ("no term is taken on golden solutions", "--config.loss.lambda_gold=1"),
+        ),
+    ]  # fmt: skip
+    found: dict[str, tuple[str, str]] = {}
+    for fields, read, why in table:
+        found |= {field: why for field in fields if not read and field not in found}
+    return found

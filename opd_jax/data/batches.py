@@ -1,0 +1,61 @@
+"""Batches of problems by Grain, and what the models are shown of them: prompts and golden rows."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import grain
+
+from opd_jax.data.problem import Problem
+from opd_jax.errors import DataError
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """A step's problems as the models read them.
+
+    Attributes:
+      prompts: ids of each problem for the student. teacher_prompts: for the teacher, where it is shown
+        others; None where not.
+      golden: ids of each golden solution, an end token last; [] where no term asks for them.
+    """
+
+    problems: list[Problem]
+    prompts: list[list[int]]
+    teacher_prompts: list[list[int]] | None
+    golden: list[list[int]]
+
+
+def make_batches(
+    problems: Sequence[Problem],
+    *,
+    batch: int,
+    seed: int,
+    shuffle: bool,
+    read: Callable[[list[Problem]], Any] = list,
+    shard: tuple[int, int] = (0, 1),
+) -> grain.DatasetIterator:
+    """Endless batches, each what `read` makes of a list of `Problem`, two of them ahead of time.
+
+    Reading (tokenising) goes on in a thread beside the steps. The iterator's state, which goes into
+    checkpoints, is that of the last batch taken, whatever has been read ahead.
+
+    Every epoch visits each problem once, in an order of its own drawn from the seed; batches run on
+    over the end of an epoch. `shard` = (index, count) takes this process's part of every batch of
+    `batch` problems, so that the processes together see what one process alone would see.
+
+    Raises DataError where the batch does not divide among the processes.
+    """
+    index, count = shard
+    if batch % count:
+        raise DataError(
+            f"rollout.prompts_per_step={batch} does not divide among {count} processes; "
+            f"set --config.rollout.prompts_per_step={-(-batch // count) * count}"
+        )
+    dataset = grain.MapDataset.range(len(problems)).seed(seed)
+    if shuffle:
+        dataset = dataset.shuffle()
+    mine = dataset.repeat()[index::count].map(lambda i: problems[int(i)])
+    batches = mine.batch(batch // count, drop_remainder=True, batch_fn=list).map(read)
+    ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+    return iter(batches.to_iter_dataset(ahead))

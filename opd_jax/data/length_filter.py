@@ -1,0 +1,120 @@
+"""Problems that fit their budgets: what is too long is refused by name, or left out and counted."""
+
+from collections.abc import Callable, Sequence
+
+from opd_jax import data
+from opd_jax.data import template_boundary
+from opd_jax.errors import DataError
+
+# Why a problem cannot be used: in short, for the count, and in a sentence that ends with the fix.
+Misfit = tuple[str, str]
+_BLOCK = 1024  # problems tokenised at one time
+
+
+def without_misfits(
+    problems: data.Problems,
+    misfits: Callable[[list[data.Problem]], list[Misfit | None]],
+    *,
+    field: str,
+    count: int,
+    skip: bool,
+) -> data.Problems:
+    """The problems less those of the first `count` in which `misfits` finds something wrong.
+
+    `misfits` is called on blocks, in order. Raises DataError at the first misfit, unless `skip`.
+    """
+    bad: dict[str, list[int]] = {}
+    for start in range(0, count, _BLOCK):
+        block = problems[start : min(start + _BLOCK, count)]
+        for i, misfit in enumerate(misfits(block)):
+            if misfit is None:
+                continue
+            if not skip:
+                raise DataError(
+                    f"{field}: problem {block[i].id}: {misfit[1]}; or leave such rows out: "
+                    "--config.data.bad_rows=skip"
+                )
+            bad.setdefault(misfit[0], []).append(start + i)
+    return problems.without(bad) if bad else problems
+
+
+def prompt_misfit(tokens: int, limit: int) -> Misfit | None:
+    """What is wrong with a prompt of so many tokens under rollout.max_prompt_tokens = `limit`."""
+    if tokens < 1:
+        return "empty prompt", "its prompt is empty; correct --config.data.prompt_template"
+    if tokens > limit:
+        return (
+            "prompt too long",
+            f"its prompt has {tokens} tokens, wanted at most rollout.max_prompt_tokens={limit}; "
+            f"set --config.rollout.max_prompt_tokens={tokens}",
+        )
+    return None
+
+
+def teacher_misfit(tokens: int, max_position: int, response: int) -> Misfit | None:
+    """What is wrong with a teacher's prompt of so many tokens beside `response` tokens, in `max_position`."""
+    room = max_position - response
+    if tokens > room:
+        return (
+            "teacher's prompt too long",
+            f"the teacher's prompt has {tokens} tokens, wanted at most {room} beside the response; "
+            f"set --config.teacher.max_position={tokens + response}",
+        )
+    return None
+
+
+def unknown_id(
+    ids: Sequence[int], tokenizer: data.Tokenizer, *, what: str, rows: dict[str, int]
+) -> Misfit | None:
+    """What is wrong with token ids that some model has no embedding of.
+
+    `what` holds the ids; `rows` of the embedding, by the role that reads them.
+    """
+    largest = max(ids, default=0)
+    role = min(rows, key=rows.__getitem__)
+    if largest < rows[role]:
+        return None
+    token = tokenizer.hf.convert_ids_to_tokens(largest)
+    return (
+        f"{what} with an unknown id",
+        f"its {what} holds {token!r}, id {largest}, wanted ids below {rows[role]}, the rows of the "
+        f"{role}'s embedding; take the token out of the data or the chat template, or give a {role} "
+        "with a row for it",
+    )
+
+
+def golden_misfit(
+    problem: data.Problem,
+    prompt: str,
+    size: int,
+    style: data.PromptStyle,
+    tokenizer: data.Tokenizer,
+    *,
+    rows: int,
+    width: int,
+    response: int,
+) -> Misfit | None:
+    """What is wrong with a golden solution behind its prompt, a rendered text of `size` tokens.
+
+    `rows` of the student's embedding; `width` tokens of a whole row, of which `response` are
+    rollout.max_response_tokens.
+    """
+    begun = template_boundary.opening(prompt, closed=tokenizer.has_template)
+    if fault := template_boundary.fault(problem.solution, begun):
+        return fault
+    room = width - size
+    # No token is shorter than a byte, and most models have a row for all that their tokenizer knows.
+    if len(problem.solution.encode()) + 1 < room and tokenizer.size <= rows:
+        return None
+    ids = style.golden([problem], tokenizer)[0]
+    if misfit := unknown_id(ids, tokenizer, what="golden solution", rows={"student": rows}):
+        return misfit
+    over = len(ids) + 1 - room
+    if over > 0:
+        return (
+            "golden solution too long",
+            f"its prompt and golden solution have {width + over} tokens, wanted at most {width} "
+            "(rollout.max_prompt_tokens + rollout.max_response_tokens); set "
+            f"--config.rollout.max_response_tokens={response + over}",
+        )
+    return None

@@ -1,0 +1,1 @@
+"""Evaluation: sample answers to benchmarks, grade them, summarise; held-out problems during training."""

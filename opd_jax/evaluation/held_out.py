@@ -1,0 +1,158 @@
+"""Held-out answers on the way and at the end: measured, kept by the best, told in the closing table."""
+
+import hashlib
+import json
+import pathlib
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from opd_jax import data, models
+from opd_jax.checkpoint.best import Best, forget_after
+from opd_jax.checkpoint.checkpoint import Checkpoints
+from opd_jax.config.validate import BEST
+from opd_jax.evaluation.in_training import evaluate
+from opd_jax.grading.grader import Grader
+from opd_jax.metrics.tracing import stage
+from opd_jax.rng import Stream, key_for
+from opd_jax.sharding import multihost
+from opd_jax.training.setup import Setup
+from opd_jax.training.step import Stepper, Summary
+
+# Fields of the section `eval`, and the beginning of those of `metrics`, that change answers or figures.
+_TOUCHES = ("samples", "temperature", "top_p", "top_k", "match", "fallbacks")
+_REPETITION = "repetition_"
+
+
+def discard_after(folder: pathlib.Path, step: int) -> None:
+    """Forget the best checkpoint, and set aside the answers, of steps after `step`.
+
+    The trajectory that led to them is discarded: a rollback, or a resume with another config.
+    """
+    forget_after(folder, step)
+    if not multihost.first():
+        return
+    aside = folder / "eval.rolled_back"
+    for answers in folder.glob("eval/[0-9]*"):
+        if int(answers.name) > step:
+            aside.mkdir(exist_ok=True)
+            shutil.rmtree(aside / answers.name, ignore_errors=True)
+            answers.rename(aside / answers.name)
+
+
+class HeldOut:
+    """The held-out problems of a run, and what its student and teacher make of them."""
+
+    def __init__(self, setup: Setup, stepper: Stepper, folder: pathlib.Path, grader: Grader):
+        self.setup, self.config, self.folder = setup, setup.config, folder
+        self.stepper, self.grader = stepper, grader
+        self.name = pathlib.PurePath(self.config.eval.data.partition(":")[0]).stem
+
+    def __bool__(self) -> bool:
+        """Whether there are any."""
+        return bool(self.setup.held_out)
+
+    def evaluate(self, step: int | str) -> Summary:
+        """Held-out answers of the student as it is, or of the "teacher", written to eval/STEP/.
+
+        The teacher answers as itself: its own prompts, ids and end tokens.
+        """
+        setup, config, stepper = self.setup, self.config, self.stepper
+        params: models.Params | None
+        if step == "teacher" and setup.teacher is not None:
+            params = stepper.teacher_now() if stepper.teacher is None else stepper.teacher
+            model, tokenizer, prompts = (
+                setup.teacher,
+                setup.teacher_tokenizer,
+                setup.teacher_prompts,
+            )
+            width = setup.teacher_width - config.rollout.max_response_tokens
+            ids = data.alone(min(tokenizer.size, model.vocab_size), model.eos_token_ids)
+        else:
+            params = setup.mesh.compute(stepper.state.params, stepper.dtype)
+            model, tokenizer, prompts = setup.student, setup.tokenizer, setup.prompts
+            width, ids = config.rollout.max_prompt_tokens, setup.alignment
+        assert params is not None
+        with stage("evaluate"):
+            return evaluate(
+                params,
+                model,
+                tokenizer,
+                setup.held_out,
+                prompts,
+                max_prompt_tokens=width,
+                key=key_for(config.seed, 0, Stream.EVAL),
+                section=config.eval,
+                rollout=config.rollout,
+                repetition=config.metrics,
+                stop_ids=ids.stop_ids,
+                vocabulary=ids.vocabulary,
+                drawn_V=None if ids.drawn.all() else ids.drawn,
+                grader=self.grader,
+                protocol=self.protocol(prompts, ids),
+                out=self.folder / "eval" / str(step) / f"{self.name}.jsonl",
+                mesh=setup.mesh,
+            )
+
+    def keep_best(self, step: int, summary: Summary, save: Callable[[Checkpoints], None]) -> None:
+        """The checkpoint with the best `eval.best` so far lies in best/; `save` writes one."""
+        metric = self.config.eval.best
+        if metric:
+            Best(self.folder, metric=metric, more=BEST[metric]).offer(
+                step, summary, save, comparable=lambda kept: self.summary(kept) is not None
+            )
+
+    def table(self, last: int) -> dict[str, Summary]:
+        """The rows of the closing table. What an earlier part of the run did not measure is measured
+        now, or left out where its weights are gone."""
+        table = {}
+        if before := self.summary(0):
+            table["student before"] = before
+        table["student after"] = self.summary(last) or self.evaluate(last)
+        if self.setup.teacher is not None and self.config.eval.teacher:
+            table["teacher"] = self.evaluate("teacher")
+        return table
+
+    def summary(self, step: int) -> Summary | None:
+        """The summary of an evaluation already made, maybe before a resume.
+
+        None without one, and where it was made by another protocol: the two cannot be compared.
+        """
+        file = self.folder / "eval" / str(step) / f"{self.name}.json"
+
+        def read() -> Summary | None:
+            found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+            own = self.protocol(self.setup.prompts, self.setup.alignment)
+            return found if found.pop("protocol", None) == own else None
+
+        return multihost.from_first(read)
+
+    def protocol(self, prompts: list[list[int]], ids: data.Alignment) -> dict[str, Any]:
+        """Everything that a model's figures depend on beside its weights, as JSON holds it.
+
+        `prompts` of the held-out problems and `ids`, what answers may hold, are those of the model.
+        """
+        config = self.config
+        asked = [
+            [problem.id, list(map(int, prompt)), problem.answer]
+            for problem, prompt in zip(self.setup.held_out, prompts, strict=True)
+        ]
+        fields = {name: config.eval[name] for name in _TOUCHES}
+        fields |= {"grader": config.grading.grader, "seconds": config.grading.seconds}
+        fields |= {"stop_ids": ids.stop_ids, "never": np.flatnonzero(~ids.drawn).tolist()}
+        fields["max_response_tokens"] = (
+            config.eval.max_response_tokens or config.rollout.max_response_tokens
+        )
+        repetition = {
+            name: config.metrics[name] for name in config.metrics if name.startswith(_REPETITION)
+        }
+        problems = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+        return json.loads(
+            json.dumps({"seed": config.seed, "problems": problems} | fields | repetition)
+        )
+
+    def keys(self, summary: Summary) -> Summary:
+        """The `eval/*` keys of a summary."""
+        return {f"eval/{self.name}/{name}": value for name, value in summary.items()}

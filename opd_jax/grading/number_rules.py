@@ -1,0 +1,217 @@
+r"""Rules for numbers: exact and decimal values, numerals of a base, ratios and times.
+
+A rule takes an answer, a gold answer and `same`, which compares parts of them. It returns a verdict, or
+None where it does not apply and math-verify decides (equivalence.decide).
+"""
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Callable
+from fractions import Fraction
+from math import gcd
+
+from opd_jax.grading.extract import letters
+
+Same = Callable[[str, str], bool]  # whether a part of an answer agrees with a part of a gold answer
+
+FONT = r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|it|sf|tt)|mbox|boldsymbol|bm)\s*"
+# A number in any font, and e, i and pi in roman type.
+_WRAPPED = re.compile(
+    rf"{FONT}\{{\s*((?:\\?\$|[-+(.])*\d[^{{}}]*)\}}|\\math(?:rm|it)\{{\s*([ei]|\\pi)\s*\}}"
+)
+# 1e5, 2.5e-05, 3.E2, .5e1; not 2e-1, which is ambiguous, nor x_1e5.
+_SCIENTIFIC = re.compile(
+    r"(?<![\w.\\])(\d+\.\d*|\.\d+|\d+(?=[eE](?:\d|[+-]\d\d)))[eE]([+-]?\d{1,4})(?!\d|\.\d)"
+)
+
+
+def without_fonts(text: str) -> str:
+    r"""Take numbers out of \text{} and its kin: \text{073} becomes 073, x=\mathbf{5} becomes x=5."""
+    return _WRAPPED.sub(lambda match: match[1] or f"{match[2]} ", text)
+
+
+def without_exponents(text: str) -> str:
+    r"""Write 2.5e-05 as 2.5 \cdot 10^{-5}; math-verify takes the e for Euler's number.
+
+    `2e-1` stays: it may be 0.2, or twice e less 1. `numbers` accepts either.
+    """
+    return _SCIENTIFIC.sub(
+        lambda match: rf"{match[1].rstrip('.')} \cdot 10^{{{int(match[2])}}}", text
+    )
+
+
+_DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)"
+_POWER = r"[eE]([+-]?\d+)|(?:\\times|\\cdot|\*|×)10\^(?:\{([+-]?\d+)\}|(\d))"
+_DECIMAL = re.compile(rf"([+-]?)({_DIGITS}?(?:\.\d*)?)(?:{_POWER})?")
+_RATIO = re.compile(r"([+-]?)(?:\\frac\{([+-]?\d+)\}\{(\d+)\}|\\frac(\d)(\d)|(\d+)/(\d+))")
+_AMBIGUOUS = re.compile(r"[+-]?\d+e[+-]\d")
+_PRECISION = Fraction(1, 10_000)
+
+
+def exact(text: str) -> Fraction | None:
+    r"""Value of an integer, a fraction or a decimal number, maybe times a power of ten; else None."""
+    plain = letters(text.replace("\\$", "").replace("{,}", ","))
+    if not plain or len(plain) > 100 or re.search(r",(?!\\!)[\s~\\]", text):  # 100, 200 is a list
+        return None
+    plain = re.sub(r"^([+-]?)10\^", r"\g<1>1\\cdot10^", plain)
+    if match := _RATIO.fullmatch(plain):
+        upper, lower = (int(digits) for digits in match.groups()[1:] if digits)
+        if not lower:
+            return None
+        value = Fraction(upper, lower)
+    elif (match := _DECIMAL.fullmatch(plain)) and re.search(r"\d", match[2]):
+        power = match[3] or match[4] or match[5] or "0"
+        if len(power) > 5:
+            return None
+        value = Fraction(match[2].replace(",", "").rstrip(".")) * Fraction(10) ** int(power)
+    else:
+        return None
+    return -value if match[1] == "-" else value
+
+
+def numbers(answer: str, gold: str, same: Same) -> bool | None:
+    """Integers and fractions agree exactly; other decimals to six places, as in math-verify, and to 1e-4.
+
+    The relative limit acts below 0.01, where six places are fewer than four digits.
+    """
+    given, wanted = exact(answer), exact(gold)
+    if given is None or wanted is None:
+        return None
+    if given == wanted:
+        return True
+    if any(_AMBIGUOUS.fullmatch(letters(text)) for text in (answer, gold)):
+        return None
+    decimal = any(re.search(r"[.e]|10\^", text.rstrip(". ")) for text in (answer, gold))
+    if not decimal or 1 in (given.denominator, wanted.denominator):
+        return False
+    near = abs(given - wanted) <= _PRECISION * max(abs(given), abs(wanted))
+    return near and round(given, 6) == round(wanted, 6)
+
+
+_BASES = (
+    "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+)  # fmt: skip
+_WORDS = {word: base for base, word in enumerate(_BASES, start=2)} | {"sixteen": 16}
+_NUMERAL = re.compile(
+    r"([+-]?)\(?([0-9A-Za-z]+(?:,[0-9A-Za-z]+)*(?:\.[0-9A-Za-z]+)?)\)?"
+    r"(?:_\{?\(?(?:base)?|\(?base)(\d{1,2}|[a-z]+)\)?\}?\)?"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Numeral:
+    """Digits without leading zeros, and their base."""
+
+    digits: str
+    base: int
+
+
+def numeral(text: str) -> Numeral | None:
+    r"""A numeral with its base: 52_9, (11001)_{2}, A3_{16}, 2143 \text{ base } 5; None for others."""
+    plain = letters(re.sub(rf"{FONT}\{{([^{{}}]*)\}}", r"\1", text)).rpartition("=")[2]
+    match = _NUMERAL.fullmatch(plain)
+    if match is None:
+        return None
+    base = int(match[3]) if match[3].isdigit() else _WORDS.get(match[3], 0)
+    digits = match[2].replace(",", "").upper()
+    if not 2 <= base <= 36:
+        return None
+    if not digits.replace(".", "").isdigit():  # a_{12} is a term of a sequence
+        is_number = re.search(r"\d", digits) or re.search(r"[A-Z]{2}", match[2])
+        if not is_number or any(int(digit, 36) >= base for digit in digits.replace(".", "")):
+            return None
+    return Numeral(match[1].strip("+") + _shortest(digits), base)
+
+
+def _shortest(digits: str) -> str:
+    """Digits without zeros that say nothing: 0101.10 is 101.1."""
+    whole, point, fraction = digits.partition(".")
+    fraction = fraction.rstrip("0")
+    return (whole.lstrip("0") or "0") + (point + fraction if fraction else "")
+
+
+def bases(answer: str, gold: str, same: Same) -> bool | None:
+    """Numerals agree in digits and base; a base that one side leaves out is the other side's."""
+    given, wanted = numeral(answer), numeral(gold)
+    if given and wanted:
+        return given == wanted
+    one = given or wanted
+    if one is None:
+        return None
+    bare = letters(gold if given else answer).strip("()").replace(",", "").upper()
+    if not re.fullmatch(r"[+-]?[0-9A-Z]+(\.[0-9A-Z]+)?", bare):
+        return None
+    return "-" * bare.startswith("-") + _shortest(bare.lstrip("+-")) == one.digits
+
+
+_TERM = r"(?:\d|\.|\\sqrt|\\pi|\\frac|[{}+\-/^])+"
+_COLONS = re.compile(
+    rf"[(\[]?({_TERM}(?::{_TERM})+)[)\]]?(?:\\text\{{)?(?:([ap])\.?m\.?)?\}}?", re.IGNORECASE
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Colons:
+    """Terms with colons between them; `half` is a or p where a half of the day is named."""
+
+    terms: tuple[str, ...]
+    half: str = ""
+
+    @property
+    def digital(self) -> bool:
+        """Whether it looks like a time: an hour, then groups of two digits below 60."""
+        hour, *others = self.terms
+        hours = re.fullmatch(r"\d\d?", hour) is not None and int(hour) <= 24
+        return hours and all(re.fullmatch(r"[0-5]\d", term) for term in others)
+
+    @property
+    def clock(self) -> bool:
+        """Whether it can only be a time: it names a half of the day, or pads with zeros as in 3:05."""
+        padded = self.digital and any(term.startswith("0") for term in self.terms)
+        return bool(self.half) or padded
+
+    @property
+    def time(self) -> bool:
+        """Whether it is a time, or a quarter of an hour that is no ratio in lowest terms: 10:30, not 7:15."""
+        quarter = self.digital and self.terms[-1] in ("15", "30", "45")
+        return self.clock or (quarter and gcd(*map(int, self.terms)) != 1)
+
+
+def colons(text: str) -> Colons | None:
+    r"""A ratio or a time: 1:2, 1:\sqrt{3}:2, 10:30, 3:00 \text{ p.m.}; None for others."""
+    match = _COLONS.fullmatch(letters(text).replace("\\colon", ":"))
+    if match is None:
+        return None
+    terms = tuple(match[1].split(":"))
+    if any(term.count("{") != term.count("}") for term in terms):
+        return None
+    return Colons(terms, (match[2] or "").lower())
+
+
+def ratios(answer: str, gold: str, same: Same) -> bool | None:
+    r"""Ratios agree when proportional, times when they show the same; 10:30 is not \frac{1}{3}.
+
+    Two are compared as times where one of them can only be a time (3:05, 10:30 a.m.), or where the gold
+    is a quarter of an hour (4:30) and the answer could be read from a clock (2:15; not 2:5 against 12:30).
+    """
+    given, wanted = colons(answer), colons(gold)
+    if given and wanted:
+        if given.clock or wanted.clock or (given.digital and wanted.time):
+            halves = {given.half, wanted.half} - {""}
+            shown = [[term.lstrip("0") for term in one.terms] for one in (given, wanted)]
+            return shown[0] == shown[1] and len(halves) < 2
+        return len(given.terms) == len(wanted.terms) and all(
+            map(same, _quotients(given.terms), _quotients(wanted.terms))
+        )
+    one, other = (given, gold) if given else (wanted, answer)
+    if one is None or "=" in other:
+        return None
+    if one.time or len(one.terms) > 2:
+        return False
+    (quotient,) = _quotients(one.terms)
+    return same(quotient, other) if given else same(other, quotient)
+
+
+def _quotients(terms: tuple[str, ...]) -> list[str]:
+    return [rf"\frac{{{one}}}{{{other}}}" for one, other in itertools.pairwise(terms)]

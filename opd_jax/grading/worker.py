@@ -1,0 +1,244 @@
+"""The process that runs math-verify: one JSON line in, one grade name out.
+
+Answers come from models and files, and math-verify evaluates what they say: a tower of powers can
+take forever or eat the memory. So it runs here, under a memory limit and a limit of processor time
+an answer, which ends the process. The parent (`grade.Grader`) kills one that sleeps; where the parent
+was killed, an alarm does. Kept free of JAX: it starts in a second.
+"""
+
+import contextlib
+import functools
+import itertools
+import json
+import logging
+import re
+import resource
+import signal
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from math_verify import parse, verify
+from sympy import Basic, Expr, Float, Integer, MatrixBase, Symbol, UnevaluatedExpr, nan, oo, zoo
+from sympy.core.function import AppliedUndef
+from sympy.core.relational import Relational
+
+from opd_jax.grading import equivalence
+from opd_jax.grading.extract import RELATIVE, Found, close, find, number, parts, same_letters
+from opd_jax.grading.list_rules import matched
+
+_MEMORY = 4 * 2**30
+_ALONE_S = 600  # for one answer; far more than the parent ever allows
+_PARTS = 40  # answers of a list that are compared one by one
+
+
+def grade(
+    text: str,
+    gold: str,
+    fallbacks: tuple[str, ...] = (),
+    rule: str = "plain",
+    grader: str = "guarded",
+) -> str:
+    """Grade name of an answer: CORRECT, WRONG, or UNPARSED (no answer, or none math-verify can read)."""
+    found = find(text, fallbacks)
+    return "UNPARSED" if found is None else compare(found, gold, rule, grader)
+
+
+def compare(found: Found, gold: str, rule: str, grader: str = "guarded") -> str:
+    """Grade name of an answer that was found. Rules: answer.RULES; graders: answer.GRADERS.
+
+    The grader `math_verify` is the library alone: neither `rule` nor the rules of equivalence.py.
+    """
+    answer, free = found.text, found.free
+    if grader == "math_verify":
+        parsed = _parse(answer, free)
+        return _name(verify(_parse(gold), parsed, timeout_seconds=None)) if parsed else "UNPARSED"
+    if not free and same_letters(answer, gold):
+        return "CORRECT"
+    if rule == "units" and not free:
+        answer, gold = _latex(answer), _latex(gold)
+        value = number(gold)
+        if value is not None and (given := _value(answer)) is not None:
+            return _name(close(given, value))
+    if rule == "several":
+        answer, gold = answer.replace("$", ""), gold.replace("$", "")
+        if len(parts(gold)) > 1 and not free:
+            return _several(answer, gold)
+    return _guarded(answer, gold, free)
+
+
+def _name(correct: bool) -> str:
+    return "CORRECT" if correct else "WRONG"
+
+
+def _guarded(answer: str, gold: str, free: bool = False) -> str:
+    """Grade name by the rules of equivalence.py and, where they have none, by math-verify."""
+    gold = equivalence.readable(gold)
+    if not free:
+        answer = equivalence.readable(answer)
+        if same_letters(answer, gold):
+            return "CORRECT"
+        if (verdict := equivalence.decide(answer, gold, _same)) is not None:
+            return _name(verdict)
+    parsed = _parse(answer, free)
+    if not parsed:
+        return "UNPARSED"
+    correct = _verify(_parse(gold), parsed)
+    return _name(correct and (free or not equivalence.refuted(answer, gold, _same)))
+
+
+def _same(answer: str, gold: str) -> bool:
+    return _guarded(answer, gold) == "CORRECT"
+
+
+def _several(answer: str, gold: str) -> str:
+    """Of a list: as many answers as are wanted, each equal to another one of these."""
+    given, wanted = parts(answer), parts(gold)
+    if len(given) == len(wanted) <= _PARTS and matched(given, wanted, _same):
+        return "CORRECT"
+    grade = _guarded(answer, gold)
+    return "WRONG" if grade == "CORRECT" and len(given) != len(wanted) else grade
+
+
+def _latex(expression: str) -> str:
+    """Minerva writes some answers as Python would: np.arcsin(10/13), \\exp{a*t}."""
+    expression = re.sub(r"\bnp\.(arc\w+|sin|cos|tan|exp|sqrt|log)", r"\\\1", expression)
+    expression = re.sub(r"\\exp\s*\{([^{}]*)\}", r"e^{\1}", expression)
+    expression = re.sub(
+        r"\\(arcsin|arccos|arctan)\s*\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}", r"\\\1(\2)", expression
+    )
+    return expression.replace("*", r" \cdot ")
+
+
+def _value(expression: str) -> float | None:
+    """The value of a number, or of an expression that is one: the last side of an equation."""
+    last = re.split(r"(?<![<>!\\])=|\\approx|\\simeq|≈", expression)[-1]
+    found = number(last)
+    if found is not None:
+        return found
+    for parsed in _parse(last):
+        try:
+            return float(parsed)
+        except (TypeError, ValueError, OverflowError, AttributeError):
+            continue
+    return None
+
+
+def _verify(gold: list[Any], answer: list[Any]) -> bool:
+    """math-verify's verdict, less pairs whose values differ or whose texts it has cut."""
+    if _plainly_different(gold, answer):
+        return False
+    # The order matters: verify(gold, answer) is not symmetric.
+    if not verify(gold, answer, timeout_seconds=None):
+        return False
+    if len(gold) == len(answer) == 2:
+        return not _values_differ(gold[0], answer[0])
+    # What cannot be parsed is compared as text, from which a \text{} at the end is cut.
+    return not any(text.count("{") != text.count("}") for text in gold + answer)
+
+
+def _values_differ(gold: Any, answer: Any) -> bool:
+    """Whether numbers in two expressions that math-verify calls equal are more than 1e-4 apart.
+
+    It rounds to six decimals and drops what is small, so that 2^{-98} is 2^{-99}.
+    """
+    values = [sorted(_values(one), key=lambda readings: abs(readings[0])) for one in (gold, answer)]
+    return len(values[0]) == len(values[1]) and not all(map(_near, *values))
+
+
+def _values(expression: Any) -> Iterator[tuple[Expr, ...]]:
+    """Numbers in an expression: itself, or those of its members, bounds, entries and sides.
+
+    Each in its readings: math-verify accepts 9 and 0.09 for 9 %.
+    """
+    if isinstance(expression, MatrixBase):
+        yield from (value for entry in expression.flat() for value in _values(entry))
+    elif isinstance(expression, Expr) and not expression.free_symbols:
+        percent = expression.replace(UnevaluatedExpr, lambda _: Integer(1))
+        readings = [percent] if percent == expression else [percent, percent / 100]
+        yield tuple(reading.evalf(15) for reading in readings)
+    elif isinstance(expression, Relational):
+        if isinstance(expression.lhs, Symbol):  # 2x=6 and x=3 are one equation
+            yield from _values(expression.rhs)
+    elif isinstance(expression, Basic) and not isinstance(expression, Expr):
+        yield from (value for argument in expression.args for value in _values(argument))
+
+
+def _near(ones: tuple[Expr, ...], others: tuple[Expr, ...]) -> bool:
+    """Whether two numbers are within 1e-4 of the larger in one of their readings.
+
+    A value of precision 1 is only known to be small: evalf found no digit of it.
+    """
+    return any(
+        one == other
+        or 1 in (getattr(one, "_prec", 0), getattr(other, "_prec", 0))
+        or bool(abs(one - other) <= RELATIVE * max(abs(one), abs(other)))
+        for one, other in itertools.product(ones, others)
+    )
+
+
+def _plainly_different(gold: list[Any], answer: list[Any]) -> bool:
+    """Whether two ordinary expressions have values far apart at two points: no need to simplify.
+
+    math-verify would simplify their difference, which takes up to a second for a wrong answer. What it
+    treats in a way of its own (sets, relations, percentages, single symbols, functions) is left to it.
+    """
+    if len(gold) != 2 or len(answer) != 2 or gold[1] == answer[1]:  # [expression, text]
+        return False
+    pair = gold[0], answer[0]
+    for one in pair:
+        if not isinstance(one, Expr) or isinstance(one, Symbol) or one.is_Matrix:
+            return False
+        if one.has(UnevaluatedExpr, AppliedUndef, zoo, nan, oo):
+            return False
+    symbols = sorted(pair[0].free_symbols | pair[1].free_symbols, key=str)
+    for start in (0.37, 1.71):
+        points = {symbol: Float(start + 0.618 * i) for i, symbol in enumerate(symbols)}
+        try:
+            one, other = (complex(found.evalf(15, subs=points)) for found in pair)
+        except (TypeError, ValueError, OverflowError, AttributeError, ZeroDivisionError):
+            return False
+        if not abs(one - other) > 1e-3 * max(abs(one), abs(other), 1.0):
+            return False
+    return True
+
+
+@functools.lru_cache(maxsize=4096)  # the gold answer and the usual ones come again and again
+def _parse(expression: str, free: bool = False) -> list[Any]:
+    """What math-verify makes of an expression, or of prose in which it has to find one (`free`)."""
+    return parse(expression if free else f"\\boxed{{{expression}}}", parsing_timeout=None)
+
+
+def main() -> None:
+    """Serve until standard input closes; the argument is the limit of an answer, in CPU seconds."""
+    limit = float(sys.argv[1]) if len(sys.argv) > 1 else 5.0
+    with contextlib.suppress(
+        ValueError, OSError
+    ):  # macOS has no such limit; the time limit remains
+        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+    for asked in (signal.SIGINT, signal.SIGTERM):  # the run is asked, and ends us when it is done
+        signal.signal(asked, signal.SIG_IGN)
+    logging.disable(logging.CRITICAL)
+    warnings.simplefilter("ignore")
+    grades, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints is no grade
+    for count, line in enumerate(sys.stdin):
+        request = json.loads(line)
+        signal.alarm(
+            _ALONE_S
+        )  # its default ends the process, also in the midst of one long operation
+        # Also ends the process, but counts processor time: a busy machine does not use it up. The first
+        # answer has no limit: it is the parent's, and pays for the parser's tables.
+        signal.setitimer(signal.ITIMER_PROF, limit if count else 0)
+        try:
+            found = Found(request["answer"], request["free"])
+            outcome = compare(found, request["gold"], request["rule"], request["grader"])
+        except (Exception, RecursionError, MemoryError):  # whatever sympy makes of a hostile answer
+            outcome = "UNPARSED"
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.alarm(0)
+        print(outcome, file=grades, flush=True)
+
+
+if __name__ == "__main__":
+    main()

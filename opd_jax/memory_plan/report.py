@@ -1,0 +1,165 @@
+"""A plan as people and programs read it: lines for the start of a run, a table, plan.json."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from opd_jax.hardware import GIB
+from opd_jax.memory_plan import footprint, memory
+from opd_jax.memory_plan.memory import KINDS, Memory
+from opd_jax.memory_plan.step_time import EFFICIENCY, StepTime, step_time
+from opd_jax.memory_plan.workload import Job
+
+MIB = 2**20
+_LEAST = 0.002  # of a stage: what is less is not mentioned in a line
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Memory, and a step's time if every response reaches the budget, and if lengths are spread evenly."""
+
+    memory: Memory
+    longest: StepTime
+    spread: StepTime
+
+
+def make(planned: Memory) -> Plan:
+    """With the estimate of a step's time."""
+    job, device = planned.job, planned.device
+    half = step_time(job, device, mean_response=(job.response + 1) / 2)
+    return Plan(planned, step_time(job, device), half)
+
+
+def lines(plan: Plan) -> list[str]:
+    """A few lines: where and on what, each stage's memory, what would fit, the time of a step."""
+    planned = plan.memory
+    device, layout = planned.device, planned.job.layout
+    where = f"{layout.devices} x {device.kind}"
+    if layout.devices > 1:
+        where += f" (data {layout.data} x fsdp {layout.fsdp} x tensor {layout.tensor})"
+    out = [f"plan: {where}, {planned.usable / GIB:.1f} GiB for arrays on each"]
+    out += [
+        f"  {stage.name:<16}{amount(stage.total):>10}  {_parts(stage)}" for stage in planned.stages
+    ]
+    state = f"fits, {amount(planned.headroom)} to spare"
+    if not planned.fits:
+        state = f"does not fit: {amount(-planned.headroom)} too much; {memory.remedy(planned)}"
+    out.append(f"  {state}; largest that fit: {_largest(planned)}")
+    if device.gpu:
+        out += [f"  {text}" for text in _times(plan)]
+    else:
+        passes = amount(memory.host_bytes(planned.job)["checkpoint"])
+        out += [f"  a checkpoint passes {passes} through the host"]
+    return out
+
+
+def amount(size: float) -> str:
+    """Bytes as people read them."""
+    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / MIB:.1f} MiB"
+
+
+def table(plan: Plan) -> str:
+    """Stages by kinds, in GiB (of small models MiB), for a terminal."""
+    planned = plan.memory
+    unit = GIB if planned.peak.total >= GIB else MIB
+    kinds = [kind for kind in KINDS if any(stage.held.get(kind) for stage in planned.stages)]
+    width = max(len(kind) for kind in kinds)
+    head = ("GiB" if unit == GIB else "MiB").ljust(width) + "".join(
+        f"{stage.name:>17}" for stage in planned.stages
+    )
+    rows = [head]
+    for kind in kinds:
+        sizes = (stage.held.get(kind, 0.0) / unit for stage in planned.stages)
+        rows.append(f"{kind:<{width}}" + "".join(f"{_size(size):>17}" for size in sizes))
+    for name, values in (
+        ("in all", [stage.total for stage in planned.stages]),
+        ("headroom", [planned.usable - stage.total for stage in planned.stages]),
+    ):
+        rows.append(f"{name:<{width}}" + "".join(f"{_size(v / unit):>17}" for v in values))
+    return "\n".join(rows)
+
+
+def to_json(plan: Plan) -> dict[str, Any]:
+    """Everything, as plan.json has it: bytes and seconds."""
+    planned = plan.memory
+    job, device = planned.job, planned.device
+    return {
+        "device": {"kind": device.kind, "memory_gib": device.memory_gib, "source": device.source},
+        "layout": dataclasses.asdict(job.layout),
+        "usable_bytes": planned.usable,
+        "fits": planned.fits,
+        "headroom_bytes": planned.headroom,
+        "busiest": planned.peak.name,
+        "largest": dict(planned.largest),
+        "remedy": None if planned.fits else memory.remedy(planned),
+        "stages": {stage.name: dict(stage.held) for stage in planned.stages},
+        "host_bytes": memory.host_bytes(job),
+        "microbatch": {"rollout_rows": job.microbatch_rows, "golden_rows": job.golden_rows,
+                       "width": job.width},
+        "step": {"longest": _step(plan.longest), "spread": _step(plan.spread)}
+        if device.gpu
+        else None,
+        "efficiency": EFFICIENCY,
+    }  # fmt: skip
+
+
+def programs(job: Job) -> dict[str, footprint.Footprint]:
+    """Planned bytes of the widest program of each kind, by what its name begins with."""
+    found = {"optimizer": footprint.optimizer(job)}
+    if job.layout.devices > 1:
+        found["compute weights"] = footprint.compute_weights(job)
+        found["sum of gradients"] = footprint.gradient_sum(job)
+    if job.rollouts:
+        found["prefill"] = footprint.prefill(job, job.device_slots)
+        found["decode"] = footprint.decode(job, job.device_slots)
+        found["score"] = footprint.score(job)
+        found["gradient on rollouts"] = footprint.gradient(job)
+    if job.golden:
+        found["gradient on golden"] = footprint.gradient(job, golden=True)
+    return found
+
+
+def _parts(stage: memory.Stage) -> str:
+    """The stage's kinds, largest first, without the crumbs."""
+    kinds = sorted(stage.held, key=lambda kind: -stage.held[kind])
+    unit = GIB if stage.total >= GIB else MIB
+    return ", ".join(
+        f"{kind} {stage.held[kind] / unit:.1f}"
+        for kind in kinds
+        if stage.held[kind] >= _LEAST * stage.total
+    )
+
+
+def _largest(planned: Memory) -> str:
+    return ", ".join(f"{name} {value:,}" for name, value in planned.largest.items() if value)
+
+
+def _times(plan: Plan) -> Iterator[str]:
+    for step, what in (
+        (plan.longest, "every response at its budget"),
+        (plan.spread, "lengths spread evenly up to it"),
+    ):
+        stages = ", ".join(
+            f"{stage.name} {stage.expected_s:.0f} ({stage.bound})" for stage in step.stages
+        )
+        speed = f"; {step.tokens_per_s:,.0f} tokens/s" if step.tokens else ""
+        yield (
+            f"a step, {what}: about {step.expected_s:.0f} s (at least {step.floor_s:.0f}): {stages}"
+            f"{speed}; {step.steps} steps are {step.days:.1f} days"
+        )
+
+
+def _step(step: StepTime) -> dict[str, Any]:
+    return {
+        "expected_s": step.expected_s, "floor_s": step.floor_s, "tokens": step.tokens,
+        "tokens_per_s": step.tokens_per_s, "steps": step.steps, "days": step.days,
+        "stages": {
+            stage.name: dataclasses.asdict(stage)
+            | {"expected_s": stage.expected_s, "floor_s": stage.floor_s, "bound": stage.bound}
+            for stage in step.stages
+        },
+    }  # fmt: skip
+
+
+def _size(gib: float) -> str:
+    return "-" if gib == 0 else f"{gib:.2f}"

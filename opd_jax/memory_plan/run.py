@@ -1,0 +1,59 @@
+"""The plan at the start of a run, before weights are loaded: made, said, written, and held to."""
+
+import json
+import pathlib
+
+import jax
+
+from opd_jax import hardware
+from opd_jax.hardware import Device
+from opd_jax.memory_plan import memory, report
+from opd_jax.memory_plan.report import Plan
+from opd_jax.memory_plan.workload import of_setup
+from opd_jax.training.setup import Setup
+
+
+def of_run(setup: Setup) -> Plan | None:
+    """The plan of a run on the devices of this process's runtime; None where their kind is not known."""
+    found = jax.devices()
+    device = hardware.of_jax(found[0].device_kind, found[0].platform)
+    if device is None:
+        return None
+    used = setup.mesh.devices.size if setup.mesh.devices is not None else 1
+    job = of_setup(setup, device, used)
+    return report.make(memory.plan(job, device, usable=_pool(device)))
+
+
+def say(plan: Plan | None) -> list[str]:
+    """Lines for the start of the run. On a CPU one, unless memory is short: then all, as a warning."""
+    if plan is None:
+        kind = jax.devices()[0].device_kind
+        return [f"plan: none, for the memory of {kind!r} is not known (opd_jax/hardware.py)"]
+    planned = plan.memory
+    if planned.device.gpu:
+        return report.lines(plan)
+    peak = planned.peak
+    free = report.amount(planned.usable)
+    line = f"plan: {report.amount(peak.total)} in {peak.name}, {free} are free"
+    if planned.fits:
+        return [line]
+    return [f"warning: {line}; {memory.remedy(planned)}", *report.lines(plan)[1:]]
+
+
+def require_fit(plan: Plan | None) -> None:
+    """Raise PlanError where the run does not fit."""
+    if plan is not None:
+        memory.require_fit(plan.memory)
+
+
+def write(plan: Plan | None, folder: pathlib.Path) -> None:
+    """plan.json of the workdir."""
+    if plan is not None:
+        text = json.dumps(report.to_json(plan), indent=2) + "\n"
+        (folder / "plan.json").write_text(text, encoding="utf-8")
+
+
+def _pool(device: Device) -> float | None:
+    """What the runtime says it may take of this very device."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("bytes_limit") if device.gpu else None

@@ -1,0 +1,34 @@
+"""What is measured of a step: rollouts, scores, repetition, time and memory; pure functions of arrays."""
+
+from opd_jax.metrics.correctness import auroc, right_against_wrong, sequence_reward
+from opd_jax.metrics.repetition import ngram_mask, repeated_mask, repeated_metrics, tail_mask
+from opd_jax.metrics.step import (
+    compression_ratio,
+    extreme_probability_difference,
+    flagged,
+    hedging_rate,
+    repetitive,
+    rollout_metrics,
+    score_metrics,
+    step_metrics,
+    truncated,
+)
+
+__all__ = [
+    "auroc",
+    "compression_ratio",
+    "extreme_probability_difference",
+    "flagged",
+    "hedging_rate",
+    "ngram_mask",
+    "repeated_mask",
+    "repeated_metrics",
+    "repetitive",
+    "right_against_wrong",
+    "rollout_metrics",
+    "score_metrics",
+    "sequence_reward",
+    "step_metrics",
+    "tail_mask",
+    "truncated",
+]

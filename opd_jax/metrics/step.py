@@ -1,0 +1,228 @@
+"""What a step looked like: pure functions of texts, rollouts and scores, in numpy on the host.
+
+docs/metrics.md lists their keys with their sources. Sums are taken in float64.
+"""
+
+import re
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from opd_jax.metrics.correctness import right_against_wrong, sequence_reward
+from opd_jax.metrics.repetition import repeated_metrics
+from opd_jax.types import Outcome, Rollout, Scores
+
+_WORD = re.compile(r"[^\W\d_]+")
+
+
+def step_metrics(
+    rollout: Rollout,
+    scores: Scores,
+    mask_BT: np.ndarray,
+    texts: Sequence[str],
+    flagged_B: np.ndarray,
+    repeated_BT: np.ndarray,
+    *,
+    correct_B: np.ndarray | None = None,
+    graded_B: np.ndarray | None = None,
+    positions: Sequence[int],
+    max_response_tokens: int,
+    hedging: Sequence[str],
+    stops_on_repetition: bool = False,
+) -> dict[str, float]:
+    """The `rollout/*` and `score/*` keys of a step.
+
+    Args:
+      rollout, scores: the step's records; where no teacher has scored, its keys are not there.
+      mask_BT: the tokens that are scored (rows.scored_mask).
+      texts: of the responses.
+      flagged_B, repeated_BT: see `flagged`, `repetition.repeated_mask`.
+      correct_B: whether each answer is right; None where nobody has graded them.
+      graded_B: those of which this is known; None = all.
+      positions, max_response_tokens: see `score_metrics`.
+      hedging: see `hedging_rate`.
+      stops_on_repetition: whether decoding stops rollouts that repeat themselves.
+    """
+    row = rollout_metrics(
+        rollout,
+        scores.student_logprob_BT,
+        mask_BT,
+        flagged_B,
+        stops_on_repetition=stops_on_repetition,
+    )
+    row |= score_metrics(
+        scores, mask_BT, rollout.prompt_length_B,
+        positions=positions, max_response_tokens=max_response_tokens,
+    )  # fmt: skip
+    if hedging:
+        row["score/hedging_rate"] = hedging_rate(texts, hedging)
+    advantage_BT = _advantage(scores)
+    row |= repeated_metrics(advantage_BT, mask_BT, repeated_BT)
+    if advantage_BT is not None and mask_BT.any():
+        row["score/extreme_probability_difference"] = extreme_probability_difference(
+            scores, mask_BT
+        )
+    if correct_B is not None:
+        reward_B = None if advantage_BT is None else sequence_reward(advantage_BT, mask_BT)
+        row |= right_against_wrong(reward_B, correct_B, graded_B)
+    return row
+
+
+def truncated(outcome_B: np.ndarray) -> np.ndarray:
+    """1{the budget ran out and no end token was emitted}; bool [B]. (2604.08527, section 3.2).
+
+    TruncRate is its mean. An end token in the last slot of the budget is not truncation, and neither
+    is a rollout that was stopped because it repeated itself.
+    """
+    return np.asarray(outcome_B) == Outcome.BUDGET
+
+
+def compression_ratio(text: str, *, tail: int, level: int = 6) -> float:
+    """CompRatio = |bytes(tail_L)| / |zlib(bytes(tail_L))|, tail_L the last L characters, in UTF-8.
+
+    2604.08527, section 3.2; its zlib level is "fixed" and not named. About 1 to 3 for prose, above
+    10 for text that repeats itself. zlib's own 11 bytes cap the ratio of short texts. 0 for an empty
+    text.
+    """
+    data = text[-tail:].encode("utf-8", errors="replace")
+    return len(data) / len(zlib.compress(data, level)) if data else 0.0
+
+
+def repetitive(text: str, *, tail: int, threshold: float, level: int = 6) -> bool:
+    """rep(o) = 1{|o| > L and CompRatio(o) > tau}: long, and its tail repeats. RepRate is its mean.
+
+    2604.08527, section 3.2 (L = 10,000, tau = 10); texts of L characters or fewer are never flagged.
+    """
+    return len(text) > tail and compression_ratio(text, tail=tail, level=level) > threshold
+
+
+def flagged(texts: Sequence[str], *, tail: int, threshold: float, level: int = 6) -> np.ndarray:
+    """`repetitive` of each text; bool [B]."""
+    found = (repetitive(text, tail=tail, threshold=threshold, level=level) for text in texts)
+    return np.fromiter(found, bool, len(texts))
+
+
+def rollout_metrics(
+    rollout: Rollout,
+    student_logprob_BT: np.ndarray,
+    mask_BT: np.ndarray,
+    flagged_B: np.ndarray,
+    *,
+    stops_on_repetition: bool = False,
+) -> dict[str, float]:
+    """Outcomes, lengths, RepRate (mean of `flagged_B`), and how far sampler and scorer disagree.
+
+    The gap of the two is taken over the tokens that are scored, `mask_BT`.
+    """
+    length_B = rollout.response_length_B
+    gap = np.abs(np.asarray(student_logprob_BT)[mask_BT] - rollout.sampler_logprob_BT[mask_BT])
+    row = {
+        "rollout/truncation_rate": float(np.mean(truncated(rollout.outcome_B))),
+        "rollout/repetition_rate": float(np.mean(flagged_B)),
+        "rollout/length_mean": float(np.mean(length_B)),
+        "rollout/length_max": float(np.max(length_B)),
+        "rollout/tokens": float(np.sum(length_B)),
+        "rollout/sampler_logprob_gap_max": float(np.max(gap, initial=0.0)),
+        "rollout/sampler_logprob_gap_mean": float(np.mean(gap, dtype=float)) if gap.size else 0.0,
+    }
+    if stops_on_repetition:
+        row["rollout/stopped_rate"] = float(np.mean(rollout.outcome_B == Outcome.REPETITION))
+    return row
+
+
+def score_metrics(
+    scores: Scores,
+    mask_BT: np.ndarray,
+    prompt_length_B: np.ndarray | None = None,
+    *,
+    positions: Sequence[int] = (),
+    max_response_tokens: int = 0,
+) -> dict[str, float]:
+    """Means over the scored tokens of the batch, and over those among the first N of each response.
+
+    entropy_gap = mean |H(q) - H(p)|; the overlap figures follow 2604.13016, Eqs. 6-10. Keys
+    `score/NAME`, 0 where no token is scored; and for the N of `positions` below
+    `max_response_tokens`, where there is such a token, `score/first_N/NAME` with
+    `rollout/first_N/tokens`, the number of tokens it is the mean of: two of them give the mean of
+    the tokens between.
+    """
+    firsts = [first for first in positions if first < max_response_tokens]
+    part = np.zeros(np.count_nonzero(mask_BT), np.intp)  # how many of `firsts` a token is beyond
+    if firsts:
+        assert prompt_length_B is not None  # positions count from the end of the prompt
+        part_T = np.searchsorted(firsts, np.arange(mask_BT.shape[1]), side="right")
+        position_BT = np.arange(mask_BT.shape[1]) - prompt_length_B[:, None]
+        part = part_T[position_BT[mask_BT]]
+
+    def up_to(weights: np.ndarray | None = None) -> np.ndarray:
+        """Sums over the tokens within each of `firsts`, and over all."""
+        return np.cumsum(np.bincount(part, weights, minlength=len(firsts) + 1))
+
+    count = up_to()
+    totals = {name: up_to(x_BT[mask_BT]) for name, x_BT in _per_token(scores).items()}
+    row = {f"score/{name}": float(sums[-1] / max(count[-1], 1)) for name, sums in totals.items()}
+    for i, first in enumerate(firsts):
+        if count[i]:
+            row[f"rollout/first_{first}/tokens"] = float(count[i])
+            for name, sums in totals.items():
+                row[f"score/first_{first}/{name}"] = float(sums[i] / count[i])
+    return row
+
+
+def _per_token(scores: Scores) -> dict[str, np.ndarray]:
+    gap_BT = None
+    if scores.teacher_entropy_BT is not None:
+        gap_BT = np.abs(scores.teacher_entropy_BT - scores.student_entropy_BT)
+    found = {
+        "advantage_mean": _advantage(scores),
+        "student_logprob_mean": scores.student_logprob_BT,
+        "teacher_logprob_mean": scores.teacher_logprob_BT,
+        "reverse_kl": scores.reverse_kl_BT,
+        "student_entropy": scores.student_entropy_BT,
+        "teacher_entropy": scores.teacher_entropy_BT,
+        "entropy_gap": gap_BT,
+        "overlap_ratio": scores.overlap_ratio_BT,
+        "overlap_advantage": scores.overlap_advantage_BT,
+        "student_overlap_mass": scores.student_overlap_mass_BT,
+        "teacher_overlap_mass": scores.teacher_overlap_mass_BT,
+    }
+    return {name: np.asarray(x_BT) for name, x_BT in found.items() if x_BT is not None}
+
+
+def _advantage(scores: Scores) -> np.ndarray | None:
+    """log q(y) - log p(y) of the sampled tokens; None without a teacher."""
+    if scores.teacher_logprob_BT is None:
+        return None
+    return np.asarray(scores.teacher_logprob_BT) - np.asarray(scores.student_logprob_BT)
+
+
+def hedging_rate(texts: Sequence[str], words: Sequence[str]) -> float:
+    """Share of hedging words among the words of all texts; 0 where there is none.
+
+    2605.11182: "wait", "but" and "maybe" inflate before the collapse. A word is a run of letters, in
+    any case.
+    """
+    wanted = {word.lower() for word in words}
+    hedging = total = 0
+    for text in texts:
+        said = _WORD.findall(text.lower())
+        total += len(said)
+        hedging += sum(map(said.count, wanted))
+    return hedging / total if total else 0.0
+
+
+def extreme_probability_difference(scores: Scores, mask_BT: np.ndarray) -> float:
+    """p(y) - q(y) of the sampled token with the largest |log q - log p| of each rollout; their mean.
+
+    2604.13016, appendix B.2 and Fig. 19, there for top-k OPD, which knows the advantage of more
+    tokens than the sampled one. Above 0 the teacher likes the token less than the student does.
+    Rollouts without a scored token are left out; at least one must have some.
+    """
+    student_BT, teacher_BT = (
+        np.asarray(x, np.float32) for x in (scores.student_logprob_BT, scores.teacher_logprob_BT)
+    )
+    scored_B = mask_BT.any(axis=1)
+    distance_BT = np.where(mask_BT, np.abs(teacher_BT - student_BT), -1.0)
+    place = (np.flatnonzero(scored_B), distance_BT.argmax(axis=1)[scored_B])
+    return float(np.mean(np.exp(student_BT[place]) - np.exp(teacher_BT[place]), dtype=float))

@@ -1,5 +1,0 @@
-"""Questions to a student and a teacher, answered before or between runs: `launch/probe.py NAME`."""
-
-from opd_jax.probe.runner import NAMES, config_of_run, run
-
-__all__ = ["NAMES", "config_of_run", "run"]

@@ -1,0 +1,298 @@
+"""Log-probs of rows without ever holding [batch, time, vocabulary].
+
+`map_tokens` is the only place, beside the sampler, that knows about the shift by one: the hidden
+state at t-1 predicts token t. It walks over chunks of tokens, builds the logits of one chunk in
+float32, hands them to a function, and keeps only what that returns; in the backward pass each
+chunk's logits are made again.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from opd_jax import losses
+from opd_jax.aot import Program
+from opd_jax.data import microbatches
+from opd_jax.models import decoder
+from opd_jax.models.config import ModelConfig
+from opd_jax.models.end_tokens import EVERY_ID, Events
+from opd_jax.scoring import topk
+from opd_jax.scoring.chunked import TokenFn, align, map_tokens, take
+from opd_jax.shapes import check_shapes
+from opd_jax.sharding.mesh import ONE, ROWS, WHOLE, Mesh
+from opd_jax.types import Scores, Support, TeacherRows
+
+
+def teacher_states(
+    teacher: decoder.Params,
+    config: ModelConfig,
+    tokens_BT: jax.Array,
+    length_B: jax.Array,
+    other: TeacherRows | None,
+) -> jax.Array:
+    """The teacher's hidden states [B, T, D] over the student's rows, read behind its own prompts if any."""
+    if other is None:
+        return decoder.hidden_states(teacher, config, tokens_BT, length_B)
+    hidden = decoder.hidden_states(teacher, config, other.tokens_BT, other.length_B)
+    return align(hidden, other.offset_B, tokens_BT.shape[1])
+
+
+@partial(jax.jit, static_argnames=("config", "token_chunk", "vocabulary"))
+def token_logprob(
+    params: decoder.Params,
+    config: ModelConfig,
+    tokens_BT: jax.Array,
+    length_B: jax.Array,
+    *,
+    token_chunk: int = 1024,
+    vocabulary: int | None = None,
+) -> jax.Array:
+    """log p(tokens[b, t] | tokens[b, :t]) of right-padded rows; float32 [B, T], 0 at t = 0 and padding.
+
+    `vocabulary` cuts the logits to the first ids (those that the tokenizers share).
+    """
+    check_shapes(tokens_BT=tokens_BT, length_B=length_B)
+    out = map_tokens(
+        lambda logprob_CV, token_C: {"logprob": take(logprob_CV, token_C)},
+        (decoder.head(params),),
+        (decoder.hidden_states(params, config, tokens_BT, length_B),),
+        tokens_BT,
+        token_chunk=token_chunk,
+        vocabulary=vocabulary,
+    )
+    return jnp.where(jnp.arange(tokens_BT.shape[1])[None] < length_B[:, None], out["logprob"], 0.0)
+
+
+def score(
+    student: decoder.Params,
+    student_config: ModelConfig,
+    teacher: decoder.Params | None,
+    teacher_config: ModelConfig | None,
+    tokens_BT: np.ndarray,
+    length_B: np.ndarray,
+    *,
+    vocabulary: int,
+    top_k: int,
+    token_chunk: int,
+    microbatch_tokens: int,
+    teacher_rows: TeacherRows | None = None,
+    events: Events = EVERY_ID,
+    support: tuple[str, int] | None = None,
+    keep_hidden: bool = False,
+    mesh: Mesh = ONE,
+) -> Scores:
+    """Student and teacher on the same responses, in one pass over chunks of tokens; see `Scores`.
+
+    `top_k` is that of the overlap; `support` names a support (supports.SUPPORTS) and its own k, for
+    losses over one; `keep_hidden` keeps the teacher's hidden states, for losses over the whole
+    vocabulary. `teacher_rows` holds the responses behind the teacher's own prompts, where those
+    are others; `events` is what log-probs are normalised over (see data.alignment). Rows go
+    through the models in micro-batches of at most `microbatch_tokens` tokens, which bounds the
+    activations as `token_chunk` bounds the logits; both are those of one replica of the `mesh`.
+    Returns host arrays of the shape of `tokens_BT`.
+    """
+    tokens_BT, length_B = np.asarray(tokens_BT), np.asarray(length_B)
+    out: Any = None
+
+    def put(part: microbatches.MicroBatch, scores: Scores) -> None:
+        nonlocal out
+        if out is None:
+            out = jax.tree.map(
+                lambda x: np.zeros((*tokens_BT.shape, *x.shape[2:]), x.dtype), scores
+            )
+        jax.tree.map(partial(microbatches.scatter, part=part), out, mesh.fetch(scores))
+
+    under_way = []
+    for part in microbatches.split(
+        length_B, width=tokens_BT.shape[1], tokens=microbatch_tokens, teacher=teacher_rows,
+        replicas=mesh.replicas,
+    ):  # fmt: skip
+        tokens, length = microbatches.gather((tokens_BT, length_B), part)
+        other = None if teacher_rows is None else microbatches.gather_teacher(teacher_rows, part)
+        scores = score_part(
+            student, student_config, teacher, teacher_config,
+            *mesh.rows((tokens, length, other)), events, vocabulary=vocabulary, top_k=top_k,
+            token_chunk=token_chunk, support=support, keep_hidden=keep_hidden, mesh=mesh,
+        )  # fmt: skip
+        under_way.append((part, scores))
+        if len(under_way) > 2:  # the device has work while one is fetched; no more lie on it
+            put(*under_way.pop(0))
+    for part, scores in under_way:
+        put(part, scores)
+    return out
+
+
+def programs(
+    student: decoder.Params,
+    student_config: ModelConfig,
+    teacher: decoder.Params | None,
+    teacher_config: ModelConfig | None,
+    batch: int,
+    width: int,
+    *,
+    microbatch_tokens: int,
+    teacher_width: int = 0,
+    events: Events = EVERY_ID,
+    mesh: Mesh = ONE,
+    **settings: Any,
+) -> list[Program]:
+    """All that `score` compiles for `batch` rows of `width`, whatever their lengths.
+
+    `teacher_width` is that of the teacher's own rows, 0 where it has none; the models may be shapes
+    and dtypes alone.
+    """
+    out = []
+    for part in microbatches.shapes(
+        batch, width=width, tokens=microbatch_tokens, teacher_width=teacher_width,
+        replicas=mesh.replicas,
+    ):  # fmt: skip
+        length_B = np.zeros(part.count, np.int32)
+        tokens_BT = np.zeros((part.count, part.width), np.int32)
+        other = None
+        if teacher_width:
+            theirs_BT = np.zeros((part.count, part.teacher_width), np.int32)
+            other = TeacherRows(tokens_BT=theirs_BT, length_B=length_B, offset_B=length_B)
+        models = (student, student_config, teacher, teacher_config)
+        given = (*models, *mesh.row_structs((tokens_BT, length_B, other)), events)
+        name = f"score {part.count} x {part.width}"
+        out.append(Program(name, score_part, given, settings | {"mesh": mesh}))
+    return out
+
+
+@partial(
+    jax.jit,
+    static_argnames=(
+        "student_config", "teacher_config", "vocabulary", "top_k", "token_chunk", "support",
+        "keep_hidden", "mesh",
+    ),
+)  # fmt: skip
+def score_part(
+    student: decoder.Params,
+    student_config: ModelConfig,
+    teacher: decoder.Params | None,
+    teacher_config: ModelConfig | None,
+    tokens_BT: jax.Array,
+    length_B: jax.Array,
+    other: TeacherRows | None,
+    events: Events,
+    *,
+    vocabulary: int,
+    top_k: int,
+    token_chunk: int,
+    support: tuple[str, int] | None = None,
+    keep_hidden: bool = False,
+    mesh: Mesh = ONE,
+) -> Scores:
+    """`score` of one micro-batch, traced once for each of its shapes."""
+    own = partial(
+        _score_rows, student_config=student_config, teacher_config=teacher_config,
+        vocabulary=vocabulary, top_k=top_k, token_chunk=token_chunk, support=support,
+        keep_hidden=keep_hidden,
+    )  # fmt: skip
+    each = mesh.each(own, (WHOLE, WHOLE, ROWS, ROWS, ROWS, WHOLE), ROWS)
+    return each(student, teacher, tokens_BT, length_B, other, events)
+
+
+def _score_rows(
+    student: decoder.Params,
+    teacher: decoder.Params | None,
+    tokens_BT: jax.Array,
+    length_B: jax.Array,
+    other: TeacherRows | None,
+    events: Events,
+    *,
+    student_config: ModelConfig,
+    teacher_config: ModelConfig | None,
+    vocabulary: int,
+    top_k: int,
+    token_chunk: int,
+    support: tuple[str, int] | None,
+    keep_hidden: bool,
+) -> Scores:
+    """`score_part` on one replica."""
+    heads = [decoder.head(student)]
+    hiddens = [decoder.hidden_states(student, student_config, tokens_BT, length_B)]
+    fn: TokenFn = _student_statistics
+    if teacher is not None:
+        assert teacher_config is not None
+        heads.append(decoder.head(teacher))
+        hiddens.append(teacher_states(teacher, teacher_config, tokens_BT, length_B, other))
+        fn = partial(_pair_statistics, top_k=top_k, support=support)
+    scores = map_tokens(
+        fn, tuple(heads), tuple(hiddens), tokens_BT,
+        token_chunk=token_chunk, vocabulary=vocabulary, events=events,
+    )  # fmt: skip
+    return scores.replace(teacher_hidden_BTD=hiddens[1]) if keep_hidden else scores
+
+
+def _student_statistics(student_CV: jax.Array, *, token_C: jax.Array) -> Scores:
+    """What `Scores` holds without a teacher, for one chunk of tokens."""
+    return Scores(
+        student_logprob_BT=take(student_CV, token_C),
+        student_entropy_BT=losses.entropy(logprob_BTV=student_CV[None])[0],
+    )
+
+
+def _pair_statistics(
+    student_CV: jax.Array,
+    teacher_CV: jax.Array,
+    *,
+    token_C: jax.Array,
+    top_k: int,
+    support: tuple[str, int] | None,
+) -> Scores:
+    """Everything `Scores` holds, for one chunk of tokens, from both log-softmaxes."""
+    most = max(top_k, support[1] if support else 0)
+    student_CX, student_ids_CX = topk.top_k(student_CV, most)
+    _, teacher_ids_CX = topk.top_k(teacher_CV, most)
+    overlap = _overlap(
+        student_CX[:, :top_k],
+        topk.gather(teacher_CV, student_ids_CX[:, :top_k]),
+        topk.shared(student_ids_CX[:, :top_k], teacher_ids_CX[:, :top_k]),
+    )
+    chosen = None
+    if support is not None:
+        name, k = support
+        ids_CX = topk.combine(student_ids_CX[:, :k], teacher_ids_CX[:, :k], name)
+        chosen = Support(
+            ids_BTX=ids_CX,
+            student_BTX=topk.gather(student_CV, ids_CX),
+            teacher_BTX=topk.gather(teacher_CV, ids_CX),
+            teacher_rest_BT=topk.rest(teacher_CV, ids_CX),
+        )
+    return _student_statistics(student_CV, token_C=token_C).replace(
+        teacher_logprob_BT=take(teacher_CV, token_C),
+        teacher_entropy_BT=losses.entropy(logprob_BTV=teacher_CV[None])[0],
+        reverse_kl_BT=losses.exact_kl(
+            p_logprob_BTV=student_CV[None], q_logprob_BTV=teacher_CV[None]
+        )[0],
+        support=chosen,
+        **overlap,
+    )
+
+
+def _overlap(
+    student_CX: jax.Array, teacher_CX: jax.Array, shared_CX: jax.Array
+) -> dict[str, jax.Array]:
+    """Overlap of the two top-k sets (arXiv 2604.13016, Eqs. 6-10), from the student's candidates.
+
+    `student_CX`, `teacher_CX`: log-probs of the student's top-k ids; `shared_CX`: also in the
+    teacher's top-k. ratio = |S_p and S_q| / k; advantage = sum p' (log q' - log p') / |S_p and S_q|
+    with p', q' renormalised over the shared ids, 0 where none is shared; masses: sum of p and of q.
+    """
+    count_C = jnp.sum(shared_CX, axis=-1)
+    student_mass_C = jnp.sum(jnp.where(shared_CX, jnp.exp(student_CX), 0.0), axis=-1)
+    teacher_mass_C = jnp.sum(jnp.where(shared_CX, jnp.exp(teacher_CX), 0.0), axis=-1)
+    some_C = count_C > 0
+    log_p_CX = student_CX - jnp.log(jnp.where(some_C, student_mass_C, 1.0))[:, None]
+    log_q_CX = teacher_CX - jnp.log(jnp.where(some_C, teacher_mass_C, 1.0))[:, None]
+    gain_C = jnp.sum(jnp.where(shared_CX, jnp.exp(log_p_CX) * (log_q_CX - log_p_CX), 0.0), axis=-1)
+    return {
+        "overlap_ratio_BT": count_C / shared_CX.shape[-1],
+        "overlap_advantage_BT": jnp.where(some_C, gain_C / jnp.maximum(count_C, 1), 0.0),
+        "student_overlap_mass_BT": student_mass_C,
+        "teacher_overlap_mass_BT": teacher_mass_C,
+    }

@@ -1,0 +1,1 @@
+"""Devices and processes: the mesh, partitioning of weights and batches, agreement of processes."""

@@ -1,0 +1,273 @@
+"""The cases that suites share: each runs a piece of work and makes its rows."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from opd_jax.models import ModelConfig, flops
+from opd_jax.models.flops import Work
+from opd_jax.tools.bench import workloads
+from opd_jax.tools.bench.ceilings import Ceilings
+from opd_jax.tools.bench.measure import (
+    Peak,
+    Row,
+    Timing,
+    difference,
+    make_row,
+    time_call,
+    watch_memory,
+)
+from opd_jax.tools.bench.workloads import Subject
+
+_SHORT = 8  # tokens of the shorter of two runs whose difference is decoding alone
+
+
+@dataclasses.dataclass
+class Bench:
+    """What a suite's cases share: settings, the ceilings once they are measured, and rows by name."""
+
+    repeats: int
+    most_s: float  # no further repeat of a case after so long
+    microbatch_tokens: int
+    token_chunk: int
+    ceilings: Ceilings | None = None
+    kept: dict[str, Row] = dataclasses.field(default_factory=dict)
+
+    def time(self, fn: Any, *, warm: bool = False) -> Timing:
+        """`time_call` with this suite's repeats."""
+        return time_call(fn, repeats=self.repeats, most_s=self.most_s, warm=warm)
+
+    def row(
+        self,
+        name: str,
+        shape: str,
+        timing: Timing,
+        *,
+        tokens: float,
+        works: Sequence[Work],
+        peak: Peak,
+        note: str = "",
+    ) -> list[Row]:
+        """The row against the measured ceilings; it can be asked for later by its name."""
+        limits = self.ceilings.limits() if self.ceilings else {}
+        self.kept[name] = make_row(
+            name, shape, timing,
+            tokens=tokens, works=works if self.ceilings else (), peak=peak, note=note, **limits,
+        )  # fmt: skip
+        return [self.kept[name]]
+
+
+def generation(
+    bench: Bench, subject: Subject, *, batch: int, prompt: int, new: int, warm: bool = False
+) -> list[Row]:
+    """Rollouts from prompt to the last token of the budget: prefill and decoding.
+
+    `warm`: it is called `repeats` times in all and the first one counts, compilation included.
+    """
+    prompts = workloads.prompts_at_random(subject.config, batch, prompt)
+    with watch_memory() as peak:
+        timing = bench.time(lambda: workloads.decode(subject, prompts, new).length_B, warm=warm)
+    lengths = [prompt] * batch
+    works = flops.prefill(subject.config, lengths, itemsize=subject.itemsize)
+    works += flops.decode(subject.config, lengths, [new] * batch, itemsize=subject.itemsize)
+    return bench.row(
+        f"generate, batch {batch}", f"{prompt}+{new}", timing,
+        tokens=batch * new, works=works, peak=peak(),
+    )  # fmt: skip
+
+
+def refill(
+    bench: Bench, config: ModelConfig, dtype: Any, *, slots: int, prompt: int, budget: int
+) -> list[Row]:
+    """Lengths spread evenly up to the budget, 4 times more sequences than slots: refilled, and waited for."""
+    count = 4 * slots
+    lengths = np.ceil(np.arange(1, count + 1) * budget / count).astype(int)
+    lengths = np.random.default_rng(0).permutation(lengths)
+    subject = workloads.counting_subject(config, dtype)
+    prompts, stop = workloads.counting_prompts(config, lengths.tolist(), prompt)
+
+    def refilled() -> np.ndarray:
+        return workloads.decode(
+            subject, prompts, budget, slots=slots, stop_ids=(stop,)
+        ).response_length_B
+
+    def waiting() -> np.ndarray:
+        parts = [prompts[i : i + slots] for i in range(0, count, slots)]
+        found = [workloads.decode(subject, part, budget, stop_ids=(stop,)) for part in parts]
+        return np.concatenate([rollout.response_length_B for rollout in found])
+
+    works = flops.prefill(config, [prompt] * count, itemsize=subject.itemsize)
+    works += _evenly(config, lengths, slots=slots, prompt=prompt, itemsize=subject.itemsize)
+    rows: list[Row] = []
+    for name, fn in (("batches", waiting), ("refill", refilled)):
+        _require_lengths(fn(), lengths)
+        with watch_memory() as peak:
+            timing = bench.time(fn)
+        rows += bench.row(
+            f"slots: {name}", f"{count} in {slots}, {prompt}+{budget}", timing,
+            tokens=int(lengths.sum()), works=works, peak=peak(),
+        )  # fmt: skip
+    ratio = (rows[1].median_s or 0.0) / (rows[0].median_s or 1.0)
+    return [rows[0], dataclasses.replace(rows[1], note=f"{ratio:.2f} of the time of batches")]
+
+
+def decoding(
+    bench: Bench,
+    name: str,
+    config: ModelConfig,
+    dtype: Any,
+    *,
+    slots: int,
+    prompt: int,
+    total: int,
+    steps: int,
+) -> list[Row]:
+    """Decode steps alone, caches `total` long and `prompt` tokens full: a long run less a short one."""
+    subject = workloads.counting_subject(config, dtype)
+
+    def run(length: int) -> np.ndarray:
+        prompts, stop = workloads.counting_prompts(config, [length] * slots, prompt)
+        rollout = workloads.decode(subject, prompts, total - prompt, stop_ids=(stop,))
+        _require_lengths(rollout.response_length_B, np.full(slots, length))
+        return rollout.length_B
+
+    with watch_memory() as peak:
+        long = bench.time(lambda: run(_SHORT + steps))
+        short = bench.time(lambda: run(_SHORT), warm=True)
+    works = flops.decode(
+        config, [prompt + _SHORT] * slots, [steps] * slots, itemsize=subject.itemsize
+    )
+    timing = difference(long, short)
+    return bench.row(
+        name, f"{slots} x {total}, {prompt} full", timing,
+        tokens=slots * steps, works=works, peak=peak(),
+        note=f"{timing.median_s / steps * 1e3:.2f} ms a step",
+    )  # fmt: skip
+
+
+def scoring(
+    bench: Bench, name: str, student: Subject, teacher: Subject, *, rows: int, width: int
+) -> list[Row]:
+    """Student and teacher over full rows, with all that a run's objective and metrics ask for."""
+    given = workloads.random_rows(student.config, rows, width)
+    with watch_memory() as peak:
+        timing = bench.time(
+            lambda: workloads.score(
+                student,
+                teacher,
+                given.tokens_BT,
+                given.length_B,
+                microbatch_tokens=bench.microbatch_tokens,
+                token_chunk=bench.token_chunk,
+            )
+        )
+    works = [
+        flops.forward(m.config, given.length_B, itemsize=m.itemsize) for m in (student, teacher)
+    ]
+    return bench.row(
+        name, f"{rows} x {width}", timing, tokens=rows * width, works=works, peak=peak()
+    )
+
+
+def updating(
+    bench: Bench, name: str, config: ModelConfig, dtype: Any, *, rows: int, width: int, remat: str
+) -> list[Row]:
+    """Forward, backward and AdamW over full rows."""
+    given = workloads.random_rows(config, rows, width)
+    with watch_memory() as peak:
+        learner = _learner(bench, config, dtype, remat)
+
+        def run() -> Any:
+            return learner.update(given), learner.state.params
+
+        timing = bench.time(run)
+    works = flops.update(config, given.length_B, itemsize=np.dtype(dtype).itemsize)
+    return bench.row(
+        name, f"{rows} x {width}, remat {remat}", timing,
+        tokens=rows * width, works=works, peak=peak(),
+    )  # fmt: skip
+
+
+def whole_step(
+    bench: Bench,
+    name: str,
+    config: ModelConfig,
+    teacher: Subject,
+    dtype: Any,
+    *,
+    batch: int,
+    prompt: int,
+    new: int,
+    remat: str,
+) -> list[Row]:
+    """Roll out, score, update; every response fills its budget."""
+    prompts = workloads.prompts_at_random(config, batch, prompt)
+    with watch_memory() as peak:
+        learner = _learner(bench, config, dtype, remat)
+
+        def run() -> Any:
+            made = workloads.step(
+                learner, teacher, prompts, new,
+                microbatch_tokens=bench.microbatch_tokens, token_chunk=bench.token_chunk,
+            )  # fmt: skip
+            return made[1], learner.state.params
+
+        timing = bench.time(run)
+    itemsize, lengths = np.dtype(dtype).itemsize, [prompt] * batch
+    full = [prompt + new] * batch
+    works = [
+        *flops.prefill(config, lengths, itemsize=itemsize),
+        *flops.decode(config, lengths, [new] * batch, itemsize=itemsize),
+        flops.forward(config, full, itemsize=itemsize),
+        flops.forward(teacher.config, full, itemsize=teacher.itemsize),
+        *flops.update(config, full, itemsize=itemsize),
+    ]
+    return bench.row(
+        name, f"{batch} x {prompt}+{new}", timing, tokens=batch * new, works=works, peak=peak()
+    )
+
+
+def decode_seconds(
+    near: tuple[float, float], far: tuple[float, float], *, first: int, steps: int
+) -> float:
+    """Seconds of `steps` decode steps from `first` positions on, from two points (positions, seconds a step).
+
+    A step's time is taken to be linear in the positions that it reads.
+    """
+    (near_at, near_s), (far_at, far_s) = near, far
+    middle = first + (steps - 1) / 2
+    return steps * (near_s + (far_s - near_s) * (middle - near_at) / (far_at - near_at))
+
+
+def decode_point(row: Row, *, prompt: int, steps: int) -> tuple[float, float]:
+    """Mean positions a sequence, and seconds, of a step of a `decoding` row."""
+    return prompt + _SHORT + (steps - 1) / 2, (row.median_s or 0.0) / steps
+
+
+def _learner(bench: Bench, config: ModelConfig, dtype: Any, remat: str) -> workloads.Learner:
+    return workloads.Learner(
+        config, dtype,
+        remat=remat, microbatch_tokens=bench.microbatch_tokens, token_chunk=bench.token_chunk,
+    )  # fmt: skip
+
+
+def _evenly(
+    config: ModelConfig, lengths: np.ndarray, *, slots: int, prompt: int, itemsize: int
+) -> list[Work]:
+    """All the steps there are, with the slots full in each: the least that decoding these lengths takes."""
+    steps = int(np.ceil(lengths.sum() / slots))
+    positions = sum(prompt * int(n) + int(n) * (int(n) - 1) / 2 for n in lengths) / steps
+    step = flops.decode_step(
+        config, rows=round(lengths.sum() / steps), positions=positions, itemsize=itemsize
+    )
+    return [step] * steps
+
+
+def _require_lengths(found: np.ndarray, wanted: np.ndarray) -> None:
+    if not np.array_equal(np.asarray(found), wanted):
+        raise RuntimeError(
+            f"responses of a counting model have {np.asarray(found).tolist()[:8]} tokens, wanted "
+            f"{wanted.tolist()[:8]}; the model is too small for its vocabulary to count"
+        )

@@ -1,0 +1,225 @@
+"""The suite `h200`: one NVIDIA H200 in under 8 minutes. Correctness first, then speed, by importance."""
+
+import dataclasses
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+
+from opd_jax.errors import ConfigError
+from opd_jax.models import ModelConfig
+from opd_jax.models.remat import POLICIES
+from opd_jax.tools.bench import cases, ceilings, choices, correctness, workloads
+from opd_jax.tools.bench.cases import Bench
+from opd_jax.tools.bench.measure import Row, Timing, make_row
+from opd_jax.tools.bench.run import Case, Options, on_gpu, run_cases
+
+QWEN_1_5B = ModelConfig(
+    model_type="qwen2", vocab_size=151_936, hidden_size=1536, intermediate_size=8960, num_layers=28,
+    num_heads=12, num_kv_heads=2, head_dim=128, rope_theta=1e6, rms_norm_eps=1e-6,
+    max_position=32_768, tie_embeddings=True, qkv_bias=True, qk_norm=False, eos_token_ids=(),
+)  # fmt: skip
+QWEN_7B = dataclasses.replace(
+    QWEN_1_5B, vocab_size=152_064, hidden_size=3584, intermediate_size=18_944, num_heads=28,
+    num_kv_heads=4, tie_embeddings=False,
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What is measured; the second set, for dry runs, is the same in small."""
+
+    student: ModelConfig = QWEN_1_5B
+    teacher: ModelConfig = QWEN_7B
+    slots: tuple[int, int] = (256, 64)
+    teacher_slots: tuple[int, int] = (64, 128)  # caches of 256 do not fit beside the weights
+    cache: int = 8192
+    prompt: int = 192
+    far: int = 2048  # a second prompt length, far from the first
+    steps: int = 128
+    row: int = 8192
+    microbatch_tokens: int = 16_384
+    token_chunk: int = 2048
+    response: int = 7168  # of the paper's rollouts
+    shortened: int = 320  # of the step that is really run
+    rollouts: int = 256
+    square: int = 8192
+    copy_gib: float = 4.0
+
+
+_TOY = dataclasses.replace(
+    correctness.CONFIG, vocab_size=128, hidden_size=64, intermediate_size=64, num_heads=2,
+    num_kv_heads=1, head_dim=32,
+)  # fmt: skip
+TOY = Sizes(
+    student=_TOY, teacher=dataclasses.replace(_TOY, vocab_size=130, tie_embeddings=False),
+    slots=(2, 1), teacher_slots=(1, 2), cache=40, prompt=4, far=8, steps=4, row=16,
+    microbatch_tokens=32, token_chunk=16, response=24, shortened=4, rollouts=2, square=64,
+    copy_gib=0.001,
+)  # fmt: skip
+
+
+def run(options: Options) -> list[Row]:
+    """All cases within the budget; the machine's target description goes beside the JSON file.
+
+    Raises ConfigError where there is no GPU and the run is not a dry one.
+    """
+    if not on_gpu() and not options.dry:
+        raise ConfigError(
+            f"suite h200: JAX sees no GPU (backend {jax.default_backend()!r}), wanted one; run it on "
+            "such a machine with jax[cuda13], or --suite=cpu, or --dry for toy shapes"
+        )
+    sizes = TOY if options.dry else Sizes()
+    bench = Bench(
+        repeats=options.repeats, most_s=10.0,
+        microbatch_tokens=sizes.microbatch_tokens, token_chunk=sizes.token_chunk,
+    )  # fmt: skip
+    listed = [
+        *_checks(options),
+        *_speed(bench, sizes),
+        *_choices(bench, sizes),
+        *_paper(bench, sizes),
+    ]
+    return run_cases("h200", listed, options)
+
+
+def _checks(options: Options) -> list[Case]:
+    """The target description, and the device against float64."""
+    target = (options.out or pathlib.Path("runs/bench")).with_suffix(".target_config.txt")
+    listed = [Case("target config", "", functools.partial(_write_target, target))]
+    for dtype in ("float32", "bfloat16"):
+        for check in (correctness.logprobs, correctness.decoding, correctness.gradients):
+            name = f"check: {check.__name__}"
+            listed.append(Case(name, dtype, functools.partial(check, dtype)))
+    return listed
+
+
+def _speed(bench: Bench, sizes: Sizes) -> list[Case]:
+    """Ceilings, decoding, scoring, updates under each remat policy, a shortened step."""
+    student, teacher, dtype = sizes.student, sizes.teacher, jnp.bfloat16
+
+    def machine() -> list[Row]:
+        bench.ceilings, found = ceilings.measure(
+            [(sizes.square,) * 3, *ceilings.products_of(student, sizes.row)],
+            dtype=dtype, copy_gib=sizes.copy_gib, repeats=bench.repeats,
+        )  # fmt: skip
+        return found
+
+    def decoding(config: ModelConfig, label: str, slots: int, prompt: int) -> Case:
+        name = f"decode {label}, {slots} at {prompt}"
+        fn = functools.partial(
+            cases.decoding, bench, name, config, dtype,
+            slots=slots, prompt=prompt, total=sizes.cache, steps=sizes.steps,
+        )  # fmt: skip
+        return Case(name, f"{slots} x {sizes.cache}", fn)
+
+    def updating(remat: str) -> Case:
+        name = f"update 1.5B, {remat}"
+        fn = functools.partial(
+            cases.updating, bench, name, student, dtype, rows=2, width=sizes.row, remat=remat
+        )
+        return Case(name, f"2 x {sizes.row}", fn)
+
+    def scoring() -> list[Row]:
+        pair = [workloads.random_subject(config, dtype) for config in (student, teacher)]
+        return cases.scoring(bench, "score 1.5B + 7B", *pair, rows=4, width=sizes.row)
+
+    def step() -> list[Row]:
+        judge = workloads.random_subject(teacher, dtype)
+        found = cases.whole_step(
+            dataclasses.replace(bench, repeats=1), "OPD step, shortened", student, judge, dtype,
+            batch=sizes.rollouts, prompt=sizes.prompt, new=sizes.shortened, remat="full",
+        )  # fmt: skip
+        return [dataclasses.replace(found[0], note="1.5B and 7B; remat full")]
+
+    many, few = sizes.slots
+    policies = sorted(POLICIES, key=lambda name: name == "none")  # largest last
+    return [
+        Case("ceilings", "", machine),
+        decoding(student, "1.5B", many, sizes.prompt),
+        decoding(student, "1.5B", many, sizes.far),
+        Case("score 1.5B + 7B", f"4 x {sizes.row}", scoring),
+        *(updating(remat) for remat in policies),
+        Case("OPD step, extrapolated", "", lambda: _extrapolated(bench, sizes)),
+        Case("OPD step, shortened", f"{sizes.rollouts} x {sizes.shortened}", step),
+        decoding(student, "1.5B", few, sizes.prompt),
+        *(decoding(teacher, "7B", slots, sizes.prompt) for slots in sizes.teacher_slots),
+    ]
+
+
+def _choices(bench: Bench, sizes: Sizes) -> list[Case]:
+    """One way against the other, where it is open which is faster."""
+    few = sizes.slots[1]
+    listed = []
+    for name in choices.ATTENTIONS:
+        fn = functools.partial(
+            choices.attention, bench, name, sizes.student, rows=few, cache=sizes.cache
+        )
+        listed.append(Case(f"A/B attention: {name}", f"{few} x {sizes.cache}", fn))
+    for name in ("default", "WHILE"):
+        fn = functools.partial(
+            choices.graphs, bench, name, sizes.student, jnp.bfloat16,
+            rows=few, cache=sizes.cache, steps=sizes.steps,
+        )  # fmt: skip
+        listed.append(Case(f"A/B command buffers: {name}", f"{few} x {sizes.cache}", fn))
+    return listed
+
+
+def _paper(bench: Bench, sizes: Sizes) -> list[Case]:
+    """The paper's rollouts to their last token, where the time is left for them."""
+
+    def rollouts() -> list[Row]:
+        subject = workloads.random_subject(sizes.student, jnp.bfloat16)
+        once = dataclasses.replace(bench, repeats=1)
+        return cases.generation(
+            once, subject, batch=sizes.rollouts, prompt=sizes.prompt, new=sizes.response, warm=True
+        )
+
+    def needs_s() -> float:
+        return 1.2 * _generation_s(bench, sizes) + 20
+
+    shape = f"{sizes.prompt}+{sizes.response}"
+    return [Case(f"generate, batch {sizes.rollouts}", shape, rollouts, needs_s)]
+
+
+def _generation_s(bench: Bench, sizes: Sizes) -> float:
+    """Decoding of the paper's rollouts, from the two rows at other lengths."""
+    names = [f"decode 1.5B, {sizes.slots[0]} at {prompt}" for prompt in (sizes.prompt, sizes.far)]
+    if not all(name in bench.kept for name in names):
+        raise RuntimeError("a decode row that this is worked out from is missing")
+    near, far = (
+        cases.decode_point(bench.kept[name], prompt=prompt, steps=sizes.steps)
+        for name, prompt in zip(names, (sizes.prompt, sizes.far), strict=True)
+    )
+    return cases.decode_seconds(near, far, first=sizes.prompt, steps=sizes.response)
+
+
+def _extrapolated(bench: Bench, sizes: Sizes) -> list[Row]:
+    """The whole step at the paper's shapes, every response at its longest; worked out, not run."""
+    updates = [row for name, row in bench.kept.items() if name.startswith("update 1.5B")]
+    scored = bench.kept.get("score 1.5B + 7B")
+    if not updates or scored is None:
+        raise RuntimeError("a scoring or update row that this is worked out from is missing")
+    generate_s = _generation_s(bench, sizes)
+    tokens = sizes.rollouts * (sizes.prompt + sizes.response)
+    score_s = tokens / (scored.tokens_per_s or 1.0)
+    update_s = tokens / max(row.tokens_per_s or 0.0 for row in updates)
+    total_s = generate_s + score_s + update_s
+    row = make_row(
+        "OPD step, extrapolated", f"{sizes.rollouts} x {sizes.prompt}+{sizes.response}",
+        Timing(0.0, (total_s,)), tokens=sizes.rollouts * sizes.response,
+        note=f"NOT RUN as a whole. Decoding {generate_s:.1f} s, by a line through steps at two lengths; "
+        f"scoring {score_s:.1f} s and update {update_s:.1f} s, by their tokens a second above",
+    )  # fmt: skip
+    return [dataclasses.replace(row, first_s=None, min_s=None, max_s=None, repeats=None)]
+
+
+def _write_target(path: pathlib.Path) -> list[Row]:
+    """What the compiler needs to know of this machine, to compile for it on another."""
+    from jax._src.lib import xla_client  # no public way to it yet
+
+    target = xla_client.get_topology_for_devices(jax.devices()).target_config
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(str(target), encoding="utf-8")
+    return [Row("target config", note=f"written to {path}")]

@@ -1,0 +1,205 @@
+"""Decoding, scoring, updates and whole steps at given shapes, from the library's public functions.
+
+The weights are random, or a model folder's. Where lengths matter they come from a model that counts:
+token v is followed by v + 1, so a response's last prompt token says how long it gets. Its matrices have
+the same shapes as any other's, and the compiler does not see what is in them.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from opd_jax import config as training
+from opd_jax import losses, scoring
+from opd_jax.models import ModelConfig, Params, decoder, load, with_head_rows
+from opd_jax.rollout import generate
+from opd_jax.training import batch, objective, update
+from opd_jax.training.objective import Terms
+from opd_jax.types import Frozen, Rollout, RolloutRows, Scores
+
+TERMS = Terms(pg_weight=1.0)  # OPD: the sampled token's log-ratio as advantage
+TOP_K = 16
+_CERTAIN = 100.0  # the logit of the token that follows, where the model counts
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A model to measure: its shape, the dtype it computes in, and its weights in that dtype."""
+
+    config: ModelConfig
+    dtype: Any
+    params: Params
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a weight."""
+        return jnp.dtype(self.dtype).itemsize
+
+
+def random_subject(config: ModelConfig, dtype: Any, *, seed: int = 0) -> Subject:
+    """Weights at random, made on the device."""
+    return Subject(config, dtype, _random(jax.random.key(seed), config, jnp.dtype(dtype).name))
+
+
+def loaded_subject(folder: str, dtype: Any) -> Subject:
+    """The weights of a model folder."""
+    config, params = load(folder, dtype=dtype)
+    return Subject(config, dtype, params)
+
+
+def counting_subject(config: ModelConfig, dtype: Any, *, seed: int = 0) -> Subject:
+    """A model of this shape after whose token v comes v + 1, with all but certainty.
+
+    No layer adds to the residual stream, and the output row of v + 1 is the embedding of v.
+    """
+    params = random_subject(config, dtype, seed=seed).params
+    params.pop("head", None)  # what the embedding is to be compared with is itself
+    silent = {"output", "down"}
+    layers = {
+        name: jax.tree.map(jnp.zeros_like, part) if name in silent else part
+        for name, part in params["layers"].items()
+    }
+    params = with_head_rows(params | {"layers": layers}, (jnp.arange(config.vocab_size) - 1))
+    scale = _CERTAIN / (0.02 * config.hidden_size)
+    kernel = (params["head"]["kernel"] * scale).astype(dtype)
+    return Subject(config, dtype, params | {"head": {"kernel": kernel}})
+
+
+def prompts_at_random(config: ModelConfig, count: int, length: int) -> list[list[int]]:
+    """Prompts of random ids, all of one length."""
+    draw = np.random.default_rng(0)
+    return draw.integers(0, config.vocab_size, (count, length)).tolist()
+
+
+def counting_prompts(
+    config: ModelConfig, lengths: Sequence[int], prompt: int
+) -> tuple[list[list[int]], int]:
+    """Prompts after which a counting model writes responses of these lengths, and the id to stop at."""
+    stop = config.vocab_size - 1
+    prompts = prompts_at_random(config, len(lengths), prompt)
+    for row, length in zip(prompts, lengths, strict=True):
+        row[-1] = stop - length
+    return prompts, stop
+
+
+def decode(
+    subject: Subject,
+    prompts: Sequence[Sequence[int]],
+    budget: int,
+    *,
+    slots: int | None = None,
+    stop_ids: Sequence[int] = (),
+) -> Rollout:
+    """Rollouts at temperature 1 of at most `budget` tokens."""
+    return generate(
+        subject.params, subject.config, prompts,
+        key=jax.random.key(1), max_response_tokens=budget, slots=slots, stop_ids=stop_ids,
+    )  # fmt: skip
+
+
+def random_rows(config: ModelConfig, count: int, width: int) -> RolloutRows:
+    """Full rows of random tokens as an update takes them; every token counts."""
+    draw = np.random.default_rng(0)
+    shape = (count, width)
+    return RolloutRows(
+        tokens_BT=draw.integers(0, config.vocab_size, shape).astype(np.int32),
+        length_B=np.full(count, width, np.int32),
+        weight_BT=np.full(shape, 1.0 / (count * width), np.float32),
+        advantage_BT=draw.standard_normal(shape).astype(np.float32),
+        sampler_logprob_BT=np.full(shape, -float(np.log(config.vocab_size)), np.float32),
+    )
+
+
+def score(
+    student: Subject,
+    teacher: Subject | None,
+    tokens_BT: np.ndarray,
+    length_B: np.ndarray,
+    *,
+    microbatch_tokens: int,
+    token_chunk: int,
+) -> Scores:
+    """What both models say of rows: all that the objective and the metrics of a run ask for."""
+    return scoring.score(
+        student.params, student.config,
+        teacher.params if teacher else None, teacher.config if teacher else None,
+        tokens_BT, length_B,
+        vocabulary=student.config.vocab_size, top_k=TOP_K,
+        token_chunk=token_chunk, microbatch_tokens=microbatch_tokens,
+    )  # fmt: skip
+
+
+class Learner:
+    """A student in training: master weights and AdamW's state, and the compiled update."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: Any,
+        *,
+        remat: str,
+        microbatch_tokens: int,
+        token_chunk: int,
+    ):
+        section = training.default().optim
+        tx = update.make_optimizer(section, 1000)
+        loss = objective.make_rollout_loss(
+            TERMS, config,
+            vocabulary=config.vocab_size, token_chunk=token_chunk, remat=remat,
+        )  # fmt: skip
+        accumulate = update.make_accumulate(
+            loss, None, microbatch_tokens=microbatch_tokens, dtype=jnp.dtype(dtype)
+        )
+        self.config, self.dtype = config, dtype
+        self._update = update.make_update(tx, accumulate)
+        self.state = update.init_state(random_subject(config, jnp.float32).params, tx)
+
+    def student(self) -> Subject:
+        """The weights as they are now, in the dtype to compute in."""
+        return Subject(
+            self.config, self.dtype, _cast(self.state.params, jnp.dtype(self.dtype).name)
+        )
+
+    def update(self, given: RolloutRows) -> dict[str, jax.Array]:
+        """One optimizer step; returns its metrics."""
+        self.state, metrics = self._update(self.state, Frozen(), given, None, TERMS.weights)
+        return metrics
+
+
+def step(
+    learner: Learner,
+    teacher: Subject,
+    prompts: Sequence[Sequence[int]],
+    budget: int,
+    *,
+    microbatch_tokens: int,
+    token_chunk: int,
+) -> tuple[Rollout, dict[str, jax.Array]]:
+    """A whole OPD step as a run makes it: roll out, score, update. Grading and metrics are left out."""
+    student = learner.student()
+    rollout = decode(student, prompts, budget)
+    scores = score(
+        student, teacher, rollout.tokens_BT, rollout.length_B,
+        microbatch_tokens=microbatch_tokens, token_chunk=token_chunk,
+    )  # fmt: skip
+    del student  # the update has no need of it
+    mask_BT = rollout.response_mask_BT
+    advantage_BT = batch.advantages(rollout, scores, mask_BT, TERMS, reward_B=None, group=1)
+    weigh = partial(losses.token_weights, aggregation="token")
+    given = batch.rollout_rows(rollout, scores, mask_BT, advantage_BT, TERMS, weigh=weigh)
+    return rollout, learner.update(given)
+
+
+@partial(jax.jit, static_argnames=("config", "dtype"))
+def _random(key: jax.Array, config: ModelConfig, dtype: str) -> Params:
+    return jax.tree.map(lambda w: w.astype(dtype), decoder.init(key, config))
+
+
+@partial(jax.jit, static_argnames=("dtype",))
+def _cast(params: Params, dtype: str) -> Params:
+    return jax.tree.map(lambda w: w.astype(dtype), params)

@@ -1,0 +1,1 @@
+"""The teacher's solutions as golden data for a cold start by SFT: `launch/sample.py`."""

@@ -1,0 +1,1 @@
+"""Filter, split and decontaminate training problems: `launch/prepare_data.py`."""

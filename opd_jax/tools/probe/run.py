@@ -1,0 +1,130 @@
+"""One probe from a config to its report: everything is checked first, then weights are loaded."""
+
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from opd_jax import config as configuration
+from opd_jax import workdir
+from opd_jax.errors import ConfigError, WorkdirError
+from opd_jax.grading.grader import make_grader
+from opd_jax.tools.probe import continuation, pair
+from opd_jax.tools.probe.workload import Plan, config_of_run, load_student, make_plan
+from opd_jax.workdir import console
+
+NAMES = ("pair", "continuation")
+__all__ = ["NAMES", "config_of_run", "run"]
+
+
+def run(
+    name: str,
+    config: ConfigDict,
+    *,
+    folder: str | None = None,
+    step: int | None = None,
+    teachers: Sequence[str] = (),
+    out: str | None = None,
+    command: list[str],
+) -> dict[str, Any]:
+    """Run the probe `name`, print what it finds, and return the report, which `out` (.json) holds too.
+
+    Args:
+      config: a training config; `data.train`, `rollout`, `probe` and the models' sections count.
+      folder: a run whose checkpoint of `step` (None: the newest) is the student, in place of
+        `student.path`.
+      teachers: model folders to compare by `pair`, in place of `teacher.path`.
+      out: a new file.
+
+    Raises an OpdError for whatever the user can mend.
+    """
+    if name not in NAMES:
+        raise ConfigError(f"probe {name!r} is not known; {configuration.near(name, list(NAMES))}")
+    if len(teachers) > 1 and name != "pair":
+        raise ConfigError(
+            f"{len(teachers)} teachers, wanted one: only pair compares; give --teachers=DIR"
+        )
+    file = pathlib.Path(out) if out else None
+    if file:
+        _check_place(file)
+    plan = make_plan(
+        config, teachers=teachers, folder=folder, step=step, need_answers=name == "continuation"
+    )
+    rollout = plan.config.rollout
+    if name == "continuation":
+        continuation.depths(plan.config.probe.depths, rollout.max_response_tokens)
+    source = _source(plan)
+    progress = console.Progress(0, 0)
+    for line in (
+        f"{name}: student {source}",
+        *plan.notes,
+        *_remarks(plan),
+        f"{len(plan.problems)} problems, answers of at most {rollout.max_response_tokens} tokens at "
+        f"temperature {rollout.temperature:g}, top-p {rollout.top_p:g}, seed {plan.config.seed}",
+    ):
+        progress.say(line)
+    student, step = load_student(plan)
+    with make_grader(plan.config.grading) as grader:
+        probe = {"pair": pair.probe, "continuation": continuation.probe}[name]
+        found, shown = probe(plan, student, grader, progress)
+    report = {
+        "probe": name,
+        "student_from": {"path": plan.config.student.path, "workdir": folder, "step": step},
+        "teachers_from": [setup.config.teacher.path for setup in plan.setups],
+        "notes": [*plan.notes, *_remarks(plan)],
+        "run": workdir.provenance(command),
+        "config": json.loads(configuration.to_json(plan.config)),
+    } | found
+    if file:
+        _write(file, report)
+    progress.say(shown)
+    if file:
+        progress.say(f"\nwritten to {file}")
+    return report
+
+
+def _source(plan: Plan) -> str:
+    if plan.folder is None:
+        return plan.config.student.path
+    return f"of {plan.folder}, {'newest step' if plan.step is None else f'step {plan.step}'}"
+
+
+def _remarks(plan: Plan) -> list[str]:
+    """What a reader of the figures has to know beside them."""
+    first = plan.setups[0]
+    remarks = []
+    if first.student_style != first.teacher_style:
+        remarks.append(
+            "the teacher is shown a prompt of its own (data.teacher_*): its accuracy is with that"
+        )
+    if plan.config.teacher.follow != "frozen":
+        remarks.append(f"teacher.follow={plan.config.teacher.follow}: the teacher is the student")
+    return remarks
+
+
+def _check_place(file: pathlib.Path) -> None:
+    if file.suffix != ".json":
+        raise ConfigError(
+            f"out={str(file)!r}, wanted a name that ends in .json; set --out=FILE.json"
+        )
+    if file.exists():
+        raise WorkdirError(f"{file} exists already; give another --out, or remove it")
+    if above := workdir.obstacle(file.parent):
+        raise WorkdirError(
+            f"{file} cannot be written ({above} is read-only or not a folder); give another --out"
+        )
+
+
+def _write(file: pathlib.Path, report: dict[str, Any]) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_suffix(".tmp")
+        text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.replace(file)
+    except OSError as error:
+        raise WorkdirError(
+            f"{file} cannot be written ({error.strerror}); give another --out"
+        ) from None

@@ -1,0 +1,144 @@
+"""Several methods on `tiny`, several seeds of each, run one after the other; and their table.
+
+For the entry points that compare (launch/compare.py, launch/reproduce.py). What is done already is
+not done again, so a comparison that was killed goes on.
+"""
+
+import json
+import pathlib
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeVar
+
+import numpy as np
+from absl import flags
+
+from opd_jax import cli
+from opd_jax.errors import ConfigError, OpdError
+
+ROOT = pathlib.Path(__file__).parents[2]
+T = TypeVar("T")
+Command = tuple[pathlib.Path, list[str]]  # the file that shows that it is done, and the command
+Column = tuple[str, str, str]  # title, name of the figure, format
+Figures = dict[str, float]
+
+
+def define_flags(out: str) -> None:
+    """--out, --seeds, --steps and --only."""
+    flags.DEFINE_string("out", out, "folder of whatever is made")
+    flags.DEFINE_integer("seeds", 3, "runs of each method", lower_bound=1)
+    flags.DEFINE_integer("steps", 60, "steps of each run", lower_bound=1)
+    flags.DEFINE_multi_string("only", [], "a method to run, as often as there are; default all")
+    cli.show("out", "seeds", "steps", "only")
+
+
+def chosen(methods: Mapping[str, T], only: Sequence[str]) -> dict[str, T]:
+    """The methods named, or all. Raises ConfigError for a name that is none of them."""
+    for name in only:
+        if name not in methods:
+            raise ConfigError(f"--only={name!r} is no method; known: {'; '.join(methods)}")
+    return {name: methods[name] for name in only or methods}
+
+
+def run_folder(out: pathlib.Path, method: str, seed: int) -> pathlib.Path:
+    """Where a run of a method lies."""
+    words = "".join(c if c.isalnum() else " " for c in method.lower()).split()
+    return out / f"{'-'.join(words)}-{seed}"
+
+
+def train_command(
+    config: str, folder: pathlib.Path, *, seed: int, steps: int, changes: Sequence[str]
+) -> list[str]:
+    """launch/train.py on configs/CONFIG.py:tiny, with `changes` such as "loss.beta_kl=0.1"."""
+    return [
+        sys.executable, str(ROOT / "launch" / "train.py"), f"--config={ROOT}/configs/{config}.py:tiny",
+        f"--workdir={folder}", f"--config.seed={seed}", f"--config.steps={steps}",
+        *(f"--config.{change}" for change in changes),
+    ]  # fmt: skip
+
+
+def train(
+    config: str, folder: pathlib.Path, *, seed: int, steps: int, changes: Sequence[str]
+) -> Command:
+    """`train_command`, done when its last evaluation is there."""
+    done = folder / "eval" / str(steps) / "tiny.json"
+    return done, train_command(config, folder, seed=seed, steps=steps, changes=changes)
+
+
+def run_missing(commands: Iterable[Command], out: pathlib.Path) -> int:
+    """Run what is not done, one after the other; all that they say goes into OUT/log.txt.
+
+    Returns how many failed.
+    """
+    failed = 0
+    out.mkdir(parents=True, exist_ok=True)
+    for done, command in commands:
+        if done.exists():
+            continue
+        print(done.relative_to(out), flush=True)
+        with (out / "log.txt").open("a") as log:
+            print(*command, file=log, flush=True)
+            if subprocess.run(
+                command, stdout=log, stderr=subprocess.STDOUT, check=False
+            ).returncode:
+                print(f"  failed: see {log.name}", flush=True)
+                failed += 1
+    return failed
+
+
+def require_none(failed: int, out: pathlib.Path) -> None:
+    """Raise OpdError where commands of `run_missing` failed."""
+    if failed:
+        raise OpdError(
+            f"{failed} of the commands failed; see what they said in {out / 'log.txt'}, and run the same "
+            "command again for what is missing"
+        )
+
+
+def evaluations(run: pathlib.Path, steps: int) -> dict[int, dict]:
+    """Summaries of the held-out problems by step; empty where those of step 0 or `steps` are not there."""
+    files = {int(file.parent.name): file for file in run.glob("eval/[0-9]*/tiny.json")}
+    if not {0, steps} <= files.keys():
+        return {}
+    return {step: json.loads(file.read_text()) for step, file in files.items()}
+
+
+def metrics(run: pathlib.Path) -> list[dict[str, float]]:
+    """The rows of metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def table(
+    out: pathlib.Path,
+    methods: Iterable[str],
+    columns: Sequence[Column],
+    figures: Callable[[pathlib.Path, int], Figures],
+    *,
+    seeds: int,
+    steps: int,
+) -> str:
+    """Mean and standard deviation over the seeds of each method, as Markdown.
+
+    `figures(run, steps)` is what a run has for the columns; nothing where it did not end.
+    """
+    lines = [
+        f"| method | seeds | {' | '.join(title for title, _, _ in columns)} |",
+        "|" + "---|" * (len(columns) + 2),
+    ]
+    for name in methods:
+        found = [figures(run_folder(out, name, seed), steps) for seed in range(seeds)]
+        found = [one for one in found if one]
+        cells = [
+            spread([one[key] for one in found if key in one], form) for _, key, form in columns
+        ]
+        lines.append(f"| {name} | {len(found) or 'not run'} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def spread(values: list[float], form: str) -> str:
+    """`mean ± standard deviation` of several, the value of one, `-` of none."""
+    if not values:
+        return "-"
+    mean = format(float(np.mean(values)), form)
+    return f"{mean} ± {format(float(np.std(values, ddof=1)), form)}" if len(values) > 1 else mean

@@ -1,0 +1,232 @@
+"""From records to rows for the update: which tokens count, with which constants. Host arrays."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from opd_jax import losses, metrics
+from opd_jax.errors import ShapeError
+from opd_jax.grading.grader import Grade, decided
+from opd_jax.models import decoder
+from opd_jax.training.objective import Terms
+from opd_jax.types import GoldenRows, Outcome, Rollout, RolloutRows, Scores, TeacherRows
+
+Rows = TypeVar("Rows", RolloutRows, GoldenRows)
+Weigh = Callable[[np.ndarray], Any]  # bool [B, T] -> each token's share, float32 [B, T]
+
+
+def scored_mask(
+    rollout: Rollout, counted_V: np.ndarray, first_pieces: Sequence[Sequence[int]] = ()
+) -> np.ndarray:
+    """Response tokens that both models can be held to; bool [B, T].
+
+    Left out are ids that mean different things to them (not in `counted_V`) and, for each group of
+    ids in `first_pieces`, its first occurrence in a response: 2603.25562 does so for "<", "think"
+    and the end of turn, which one model's template may open the response with and the other's not.
+    """
+    mask_BT = rollout.response_mask_BT
+    tokens_BT = rollout.tokens_BT
+    scored_BT = mask_BT & counted_V[np.minimum(tokens_BT, len(counted_V) - 1)]
+    for ids in first_pieces:
+        found_BT = mask_BT & np.isin(tokens_BT, np.asarray(ids))
+        first_BT = found_BT & (np.cumsum(found_BT, axis=1) == 1)
+        scored_BT = scored_BT & ~first_BT
+    return scored_BT
+
+
+def teacher_rows(
+    rollout: Rollout, prompts: Sequence[Sequence[int]], teacher_ids: np.ndarray, *, width: int
+) -> TeacherRows:
+    """The rollouts' responses behind the teacher's prompts (one a row), in the teacher's ids.
+
+    `teacher_ids` maps the student's ids to the teacher's (data.alignment); `width` fixes the shape.
+    """
+    tokens_BT = np.zeros((len(prompts), width), np.int32)
+    length_B = np.zeros(len(prompts), np.int32)
+    offset_B = np.array([len(p) for p in prompts], np.int32) - rollout.prompt_length_B
+    for i, prompt in enumerate(prompts):
+        row = [*prompt, *teacher_ids[rollout.response(i)]]
+        tokens_BT[i, : len(row)], length_B[i] = row, len(row)
+    return TeacherRows(tokens_BT=tokens_BT, length_B=length_B, offset_B=offset_B)
+
+
+def counted(rollout: Rollout, mask_BT: np.ndarray, *, truncated: str, tail: int) -> np.ndarray:
+    """Those of the scored tokens that count in the loss; bool [B, T].
+
+    Of rollouts that ran out of budget "keep" leaves all, "mask" none, "tail" all but the last `tail`
+    tokens of the response.
+    """
+    if truncated == "keep":
+        return mask_BT
+    kept_B = rollout.length_B - (tail if truncated == "tail" else rollout.length_B)
+    end_B = np.where(metrics.truncated(rollout.outcome_B), kept_B, rollout.length_B)
+    return mask_BT & (np.arange(mask_BT.shape[1])[None] < end_B[:, None])
+
+
+def advantages(
+    rollout: Rollout,
+    scores: Scores,
+    mask_BT: np.ndarray,
+    terms: Terms,
+    *,
+    reward_B: np.ndarray | None,
+    group: int,
+    graded_B: np.ndarray | None = None,
+) -> np.ndarray:
+    """What the surrogate is told about each sampled token; float32 [B, T], 0 where none is scored.
+
+    w (teacher_coef * A_teacher + group_coef * A_group): the teacher's log-ratio, clamped and
+    discounted where the config says so (of a support it is `losses.support_advantage`, not here),
+    the group-relative advantage of `reward_B` [B] among those of the group that are in `graded_B`
+    (None = all), and w the truncated importance weight.
+    """
+    total_BT = np.zeros(mask_BT.shape, np.float32)
+    if terms.pg_weight and terms.teacher_coef and not terms.on_support:
+        ratio_BT = losses.opd_advantage(
+            teacher_logprob_BT=jnp.asarray(scores.teacher_logprob_BT),
+            student_logprob_BT=jnp.asarray(scores.student_logprob_BT),
+        )
+        own_BT = np.where(mask_BT, ratio_BT, 0.0)
+        if terms.advantage_clamp:
+            own_BT = np.clip(own_BT, -terms.advantage_clamp, terms.advantage_clamp)
+        if terms.discount:
+            own_BT = losses.discounted(reward_BT=jnp.asarray(own_BT), discount=terms.discount)
+        total_BT += terms.teacher_coef * np.asarray(own_BT)
+    if terms.needs_reward:
+        assert reward_B is not None
+        group_B = losses.group_advantage(
+            reward_B=jnp.asarray(reward_B, jnp.float32),
+            group=group,
+            normalise=terms.group_normalise,
+            counted_B=None if graded_B is None else jnp.asarray(graded_B),
+        )
+        total_BT += terms.group_coef * np.asarray(group_B)[:, None]
+    if terms.importance_cap:
+        total_BT *= np.asarray(
+            losses.truncated_importance(
+                logprob_BT=jnp.asarray(scores.student_logprob_BT),
+                sampler_logprob_BT=jnp.asarray(rollout.sampler_logprob_BT),
+                cap=terms.importance_cap,
+            )
+        )
+    return np.where(mask_BT, total_BT, 0.0).astype(np.float32)
+
+
+def rollout_rows(
+    rollout: Rollout,
+    scores: Scores,
+    counted_BT: np.ndarray,
+    advantage_BT: np.ndarray,
+    terms: Terms,
+    *,
+    weigh: Weigh,
+) -> RolloutRows:
+    """Rollouts as the update takes them: token weights, advantages, the sampling weights' log-probs.
+
+    `counted_BT` holds the tokens that count, `weigh` makes shares of them (losses.token_weights). The
+    denominator of the PPO ratio is the scorer's log-prob under the weights that sampled, not the
+    sampler's record: the ratio is then 1 at the first update, whatever kernels decoding uses; the
+    difference of the two is logged as `rollout/sampler_logprob_gap_*`.
+    """
+    on_support = None
+    if terms.on_support:
+        assert scores.support is not None
+        on_support = terms.teacher_coef * losses.support_advantage(
+            student_logprob_BTX=jnp.asarray(scores.support.student_BTX),
+            teacher_logprob_BTX=jnp.asarray(scores.support.teacher_BTX),
+            weight=terms.support_weight,
+            normalise=terms.support != "symmetric_difference",
+        )
+    return RolloutRows(
+        tokens_BT=rollout.tokens_BT,
+        length_B=rollout.length_B,
+        weight_BT=np.asarray(weigh(counted_BT)),
+        advantage_BT=advantage_BT,
+        sampler_logprob_BT=np.asarray(scores.student_logprob_BT),
+        teacher_hidden_BTD=scores.teacher_hidden_BTD,
+        support=scores.support,
+        support_advantage_BTX=None if on_support is None else np.asarray(on_support),
+    )
+
+
+def golden_rows(
+    tokens_BT: np.ndarray, length_B: np.ndarray, mask_BT: np.ndarray, *, weigh: Weigh
+) -> GoldenRows:
+    """Golden solutions (see data.golden_rows) as the update takes them."""
+    return GoldenRows(tokens_BT=tokens_BT, length_B=length_B, weight_BT=np.asarray(weigh(mask_BT)))
+
+
+def share(rows: Rows, index: int, parts: int, *, weigh: Weigh) -> Rows:
+    """The `index`-th of `parts` equal shares of the rows, weighed among themselves.
+
+    Raises ShapeError where the rows do not divide: some would be in no share.
+    """
+    if parts == 1:
+        return rows
+    size, rest = divmod(len(rows.length_B), parts)
+    if rest:
+        raise ShapeError(
+            f"{len(rows.length_B)} rows do not divide into {parts} equal shares; set "
+            "--config.optim.updates_per_rollout to a divisor of --config.rollout.prompts_per_step"
+        )
+
+    def one(x: np.ndarray) -> np.ndarray:
+        return x[index * size : (index + 1) * size]
+
+    rows = jax.tree.map(one, rows)
+    return rows.replace(weight_BT=np.asarray(weigh(rows.weight_BT > 0)))
+
+
+def as_lines(
+    step: int,
+    rollout: Rollout,
+    scores: Scores,
+    advantage_BT: np.ndarray,
+    *,
+    count: int,
+    decode: Callable[[list[int]], str],
+    ids: Sequence[str],
+    grades: Sequence[Grade | None] | None = None,
+) -> list[dict[str, Any]]:
+    """The first `count` rollouts of a step as rows of rollouts.jsonl, with what both models said.
+
+    `ids` names the problems, each of which has as many rollouts, which stand together: a row has the
+    id of its problem and says which sample of it it is. `correct` is null where no grade tells.
+    `advantage_BT` is that of the sampled tokens, whatever the loss is over.
+    """
+    per_token = {
+        "sampler_logprob": rollout.sampler_logprob_BT,
+        "student_logprob": scores.student_logprob_BT,
+        "teacher_logprob": scores.teacher_logprob_BT,
+        "advantage": advantage_BT,
+    }
+
+    group = len(rollout.length_B) // len(ids)
+
+    def one(i: int) -> dict[str, Any]:
+        span = slice(int(rollout.prompt_length_B[i]), int(rollout.length_B[i]))
+        grade = grades[i] if grades is not None else None
+        line = {
+            "step": step,
+            "id": ids[i // group],
+            "sample": i % group,
+            "prompt": decode(rollout.prompt(i)),
+            "response": decode(rollout.response(i)),
+            "prompt_ids": rollout.prompt(i),
+            "response_ids": rollout.response(i),
+            "outcome": Outcome(int(rollout.outcome_B[i])).name.lower(),
+            "grade": grade and grade.value.lower(),
+            "correct": grade is Grade.CORRECT if decided(grade) else None,
+        }
+        known = {name: values for name, values in per_token.items() if values is not None}
+        return line | {name: _rounded(values[i, span]) for name, values in known.items()}
+
+    return [one(i) for i in range(count)]
+
+
+def _rounded(values: np.ndarray) -> list[float | None]:
+    """None stands for a log-prob of a token that is outside what both models score."""
+    return [round(float(x), 5) if x > decoder.EXCLUDED / 2 else None for x in values]

@@ -1,0 +1,229 @@
+"""One batch of prompts becomes experience: rollouts, what both models say of them, which are right."""
+
+import dataclasses
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+
+from opd_jax import data, metrics, models, scoring
+from opd_jax.aot import Program
+from opd_jax.grading.grader import Grade, Grader, decided
+from opd_jax.metrics import repetition
+from opd_jax.metrics.timing import Clock
+from opd_jax.metrics.tracing import stage
+from opd_jax.rollout import generate
+from opd_jax.rollout import programs as rollout_programs
+from opd_jax.sharding import multihost
+from opd_jax.training import batch as rows
+from opd_jax.training.setup import Setup, events_of
+from opd_jax.types import Rollout, Scores, TeacherRows
+
+
+@dataclasses.dataclass(frozen=True)
+class Experience:
+    """A step's rollouts and what is known of them; host arrays, `samples_per_prompt` rows a prompt.
+
+    Attributes:
+      rollout, scores: the records.
+      mask_BT: tokens that both models are held to. repeated_BT: tokens that repeat earlier ones.
+      flagged_B: rollouts that repeat themselves.
+      grades: of the responses; None where a problem has no answer.
+      texts: of the responses.
+    """
+
+    rollout: Rollout
+    scores: Scores
+    mask_BT: np.ndarray
+    repeated_BT: np.ndarray
+    flagged_B: np.ndarray
+    grades: Sequence[Grade | None]
+    texts: list[str]
+
+    @property
+    def graded_B(self) -> np.ndarray:
+        """Rollouts that have a grade which says something about them; a time-out does not."""
+        return np.array([decided(grade) for grade in self.grades])
+
+    @property
+    def correct_B(self) -> np.ndarray:
+        """Rollouts whose answer is right; see `graded_B` for where this is known."""
+        return np.array([grade is Grade.CORRECT for grade in self.grades])
+
+
+class Collector:
+    """Makes `Experience` as the config says; keeps nothing between steps."""
+
+    def __init__(self, setup: Setup, grader: Grader):
+        self.setup, self.config, self.grader = setup, setup.config, grader
+        self.events = events_of(setup)
+        self.drawn_V = None if setup.alignment.drawn.all() else setup.alignment.drawn
+        self._background = ThreadPoolExecutor(max_workers=1)  # reads the texts
+
+    def collect(
+        self,
+        student: models.Params,
+        teacher: models.Params | None,
+        batch: data.Batch,
+        *,
+        key: jax.Array,
+        clock: Clock,
+    ) -> Experience:
+        """Roll out, score, grade. `student` and `teacher` are in the dtypes they compute in."""
+        group = self.config.rollout.samples_per_prompt
+        with stage("rollout"):
+            rollout = self._rollout(student, batch.prompts, key)
+        clock.lap("rollout", rollout.response_length_B.sum())
+        teacher_rows = self._teacher_rows(rollout, batch.teacher_prompts)
+        answers = [problem.answer for problem in batch.problems for _ in range(group)]
+        reading = self._background.submit(self._read, rollout, answers)  # while the models score
+        with stage("score"):
+            scores = self._score(student, teacher, rollout, teacher_rows)
+        clock.lap("score", rollout.response_length_B.sum())
+        with stage("read"):
+            texts, grades = reading.result()
+            if multihost.several():  # an answer that timed out in one might not in another
+                told = multihost.from_first(lambda: [grade and grade.value for grade in grades])
+                grades = [value and Grade(value) for value in told]
+            return self.understand(rollout, scores, texts, grades)
+
+    def understand(
+        self,
+        rollout: Rollout,
+        scores: Scores,
+        texts: list[str],
+        grades: Sequence[Grade | None],
+    ) -> Experience:
+        """Which tokens count and which repeat, which rollouts are right: only a CORRECT one is."""
+        section, alignment = self.config.metrics, self.setup.alignment
+        flagged_B = metrics.flagged(
+            texts,
+            tail=section.repetition_tail,
+            threshold=section.repetition_threshold,
+            level=section.repetition_level,
+        )
+        repeated_BT = repetition.repeated_mask(
+            rollout,
+            flagged_B,
+            rule=section.repeated_tokens,
+            tail=section.repetition_tail,
+            ngram=section.repeated_ngram,
+            decode=self.setup.tokenizer.decode,
+        )
+        return Experience(
+            rollout=rollout,
+            scores=scores,
+            mask_BT=rows.scored_mask(rollout, alignment.counted, self.setup.first_pieces),
+            repeated_BT=repeated_BT,
+            flagged_B=flagged_B,
+            grades=grades,
+            texts=texts,
+        )
+
+    def measure(self, given: Experience) -> dict[str, float]:
+        """The `rollout/*` and `score/*` keys."""
+        section, rollout = self.config.metrics, self.config.rollout
+        asked = any(given.grades)
+        row = metrics.step_metrics(
+            given.rollout, given.scores, given.mask_BT, given.texts, given.flagged_B,
+            given.repeated_BT, correct_B=given.correct_B if asked else None, graded_B=given.graded_B,
+            positions=section.positions,
+            hedging=section.hedging, max_response_tokens=rollout.max_response_tokens,
+            stops_on_repetition=rollout.stop_on_repetition > 0,
+        )  # fmt: skip
+        if asked:
+            row["rollout/grading_timeouts"] = float(given.grades.count(Grade.TIMEOUT))
+        return row
+
+    def programs(self, student: models.Params, teacher: models.Params | None) -> list[Program]:
+        """All that `collect` compiles, whatever the prompts; models may be shapes and dtypes alone."""
+        rollout, setup = self.config.rollout, self.setup
+        batch = rollout.prompts_per_step * rollout.samples_per_prompt
+        return [
+            *rollout_programs(student, setup.student, batch, **self._generation),
+            *scoring.programs(
+                student, setup.student, teacher, setup.teacher, batch, setup.width,
+                teacher_width=setup.teacher_width if setup.separate_prompts else 0,
+                microbatch_tokens=self.config.optim.microbatch_tokens, mesh=setup.mesh,
+                **self.scoring,
+            ),
+        ]  # fmt: skip
+
+    @property
+    def _generation(self) -> dict[str, Any]:
+        """How the student's rollouts are made."""
+        section, alignment = self.config.rollout, self.setup.alignment
+        return {
+            "max_prompt_tokens": section.max_prompt_tokens,
+            "max_response_tokens": section.max_response_tokens,
+            "slots": section.slots or None,
+            "temperature": section.temperature,
+            "top_p": section.top_p,
+            "top_k": section.top_k,
+            "stop_ids": alignment.stop_ids,
+            "vocabulary": alignment.vocabulary,
+            "drawn_V": self.drawn_V,
+            "events": self.events,
+            "stop_on_repetition": section.stop_on_repetition,
+            "repetition_period": section.repetition_period,
+            "mesh": self.setup.mesh,
+        }
+
+    @property
+    def scoring(self) -> dict[str, Any]:
+        """What is asked of both models about them."""
+        config = self.config
+        return {
+            "vocabulary": self.setup.alignment.vocabulary,
+            "top_k": config.scoring.overlap_top_k,
+            "token_chunk": config.scoring.token_chunk,
+            "events": self.events,
+            "support": self.setup.terms.scored_support,
+            "keep_hidden": self.setup.terms.over_vocabulary,
+        }
+
+    def _rollout(
+        self, student: models.Params, prompts: Sequence[Sequence[int]], key: jax.Array
+    ) -> Rollout:
+        group = self.config.rollout.samples_per_prompt
+        grouped = [prompt for prompt in prompts for _ in range(group)]
+        return generate(student, self.setup.student, grouped, key=key, **self._generation)
+
+    def _teacher_rows(
+        self, rollout: Rollout, prompts: Sequence[Sequence[int]] | None
+    ) -> TeacherRows | None:
+        """The rollouts as the teacher reads them, where that is not as the student does."""
+        setup, samples = self.setup, self.config.rollout.samples_per_prompt
+        if prompts is None:
+            return None
+        return rows.teacher_rows(
+            rollout,
+            [prompt for prompt in prompts for _ in range(samples)],
+            setup.alignment.teacher_ids,
+            width=setup.teacher_width,
+        )
+
+    def _score(
+        self,
+        student: models.Params,
+        teacher: models.Params | None,
+        rollout: Rollout,
+        teacher_rows: TeacherRows | None,
+    ) -> Scores:
+        """Student and teacher on the rollouts; the student alone where no term asks the teacher."""
+        return scoring.score(
+            student, self.setup.student, teacher, self.setup.teacher,
+            rollout.tokens_BT, rollout.length_B, teacher_rows=teacher_rows,
+            microbatch_tokens=self.config.optim.microbatch_tokens, mesh=self.setup.mesh,
+            **self.scoring,
+        )  # fmt: skip
+
+    def _read(self, rollout: Rollout, answers: list[str]) -> tuple[list[str], list[Grade | None]]:
+        """Texts of the responses, and their grades, made by other processes; None without an answer."""
+        decode = self.setup.tokenizer.decode
+        texts = [decode(rollout.response(i)) for i in range(len(rollout.length_B))]
+        if not multihost.first():
+            return texts, [None] * len(texts)
+        return texts, self.grader.grade_answered(zip(texts, answers, strict=True))

@@ -1,0 +1,59 @@
+"""The weights of a run: read from their folders, each once, in the dtypes they are used in."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+from opd_jax import models
+from opd_jax.models import decoder
+from opd_jax.sharding.partition import unwrapped
+from opd_jax.training.roles import compute_dtype
+from opd_jax.training.setup import Setup
+
+
+@dataclasses.dataclass
+class Weights:
+    """The models of a run as their folders have them; None where none is needed.
+
+    `scorer` is the teacher with its output rows in the order of the student's ids.
+    """
+
+    student: models.Params | None
+    teacher: models.Params | None
+    scorer: models.Params | None
+    reference: models.Params | None
+
+
+def load_weights(setup: Setup, *, student: bool) -> Weights:
+    """Read the models; the student, as float32 masters, only where no checkpoint holds it."""
+    config, alignment, mesh = setup.config, setup.alignment, setup.mesh
+
+    def load(path: str, dtype: str, shardings: Any) -> models.Params:
+        shardings = shardings if mesh.devices else None
+        return models.load(path, dtype=compute_dtype(dtype), shardings=shardings)[1]
+
+    def places(model: models.ModelConfig, role: str) -> Any:
+        return unwrapped(mesh.weights(mesh.slices(decoder.abstract_params(model), role)))
+
+    teacher = scorer = reference = None
+    if setup.teacher is not None and config.teacher.follow == "frozen":
+        path, dtype = config.teacher.path, config.teacher.dtype
+        teacher = scorer = load(path, dtype, places(setup.teacher, "teacher"))
+        if alignment.head_rows is not None:
+            scorer = models.with_head_rows(teacher, jnp.asarray(alignment.head_rows))
+        teacher, scorer = (mesh.lend(weights, "teacher") for weights in (teacher, scorer))
+    if setup.terms.needs_reference:
+        path, dtype = setup.reference_section.path, config.reference.dtype
+        same = (path, dtype) == (config.teacher.path, config.teacher.dtype)
+        # Self-distillation: one copy of the weights for both.
+        if same and teacher is not None:
+            reference = teacher
+        else:
+            reference = load(path, dtype, places(setup.reference, "reference"))
+            reference = mesh.lend(reference, "reference")
+    own = None
+    if student:
+        masters = mesh.masters(decoder.abstract_params(setup.student))
+        own = load(config.student.path, "float32", masters)
+    return Weights(own, teacher, scorer, reference)

@@ -1,0 +1,90 @@
+"""The wish that a run end: SIGTERM, SIGINT or a deadline. A run asks between its steps.
+
+A thread hears the signals, for the main one may be inside of a compilation for minutes. The first
+signal is a wish, with a limit of time; a second one, a second or more later, ends the process at
+once. That does no damage: whatever a run writes is complete or cut off when it is resumed.
+"""
+
+import dataclasses
+import math
+import os
+import signal
+import sys
+import threading
+import time
+
+from opd_jax.errors import AGAIN
+
+GRACE_S = 300.0
+_ONE_S = 1.0  # Ctrl-C reaches a process directly and through the one that waits for it
+_HEARD = (signal.SIGTERM, signal.SIGINT)
+
+
+@dataclasses.dataclass
+class Stop:
+    """Whether a run is to end, and why.
+
+    Attributes:
+      reason: None, or the beginning of a sentence: "SIGTERM".
+      grace_s: after the first signal, for what is under way and saving; then the process ends.
+      deadline_s: after `began`, by which the run has saved and ended.
+    """
+
+    reason: str | None = None
+    grace_s: float = GRACE_S
+    deadline_s: float = math.inf
+    began: float = dataclasses.field(default_factory=time.monotonic)
+
+    def limit(self, section: object) -> None:
+        """Take the limits of the config section `checkpoint`."""
+        self.grace_s = section.grace_seconds  # type: ignore[attr-defined]
+        minutes: float = section.deadline_minutes  # type: ignore[attr-defined]
+        self.deadline_s = 60 * minutes if minutes else math.inf
+
+    def mind_deadline(self, needed_s: float) -> None:
+        """Wish the end where less than `needed_s` is left before the deadline."""
+        left = self.deadline_s - (time.monotonic() - self.began)
+        if self.reason is None and left < needed_s:
+            self.reason = f"deadline in {max(left, 0.0):.0f} s"
+
+
+def listen() -> Stop:
+    """A `Stop` that this process's signals speak to; called in the main thread, before JAX starts."""
+    stop = Stop()
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    for number in _HEARD:
+        signal.signal(number, lambda *_: None)
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    threading.Thread(target=_hear, args=(stop, read), name="signals", daemon=True).start()
+    return stop
+
+
+def _hear(stop: Stop, pipe: int) -> None:
+    first = math.inf
+    while numbers := os.read(pipe, 64):
+        now = time.monotonic()
+        for number in numbers:
+            if number not in _HEARD:
+                continue
+            name = signal.Signals(number).name
+            if now - first > _ONE_S:
+                _leave(f"{name} again: left at once")
+            elif first == math.inf:
+                first, stop.reason = now, name
+                text = f"left, for what was under way took more than {stop.grace_s:g} s"
+                limit = threading.Timer(stop.grace_s, _leave, [f"{name}: {text}"])
+                limit.daemon = True
+                limit.start()
+                _say(f"{name}: the step in hand is finished and saved; once more ends it at once")
+
+
+def _leave(text: str) -> None:
+    _say(f"{text}; run the same command again to go on from the last checkpoint")
+    os._exit(AGAIN)
+
+
+def _say(text: str) -> None:
+    os.write(
+        sys.stderr.fileno(), f"\n{text}\n".encode()
+    )  # one write: the main thread may print too

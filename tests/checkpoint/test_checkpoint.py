@@ -1,0 +1,45 @@
+"""Which checkpoints stay."""
+
+import numpy as np
+import pytest
+
+from opd_jax import checkpoint, data, train
+from opd_jax.checkpoint import manifest
+from opd_jax.types import TrainState
+from tests.support.small_run import small
+
+
+def write(folder, steps, *, keep: int) -> list[int]:
+    """The steps that are there after these were written, one process each; -5 is an unscheduled 5."""
+    problems = data.open_problems("tiny:train", field="data.train", size=9)
+    batches = data.make_batches(problems, batch=2, seed=0, shuffle=True)
+    for step in steps:
+        state = TrainState(np.int32(abs(step)), {"w": np.full(3, step, np.float32)}, ())
+        with checkpoint.Checkpoints(folder, keep=keep) as saved:
+            saved.save(abs(step), state, batches, guard="", scheduled=step > 0)
+    return manifest.steps(folder / "checkpoints")
+
+
+@pytest.mark.parametrize(
+    ("steps", "keep", "left"),
+    [
+        ([10, 20, 30, 40], 2, [30, 40]),
+        # Asked to end three times: the two scheduled ones, and the last.
+        ([10, 20, -21, -23, -24], 2, [10, 20, 24]),
+        ([10, 20, -24, 30], 2, [20, 30]),
+        ([-3, -5], 2, [5]),  # nothing scheduled yet
+        ([-3, 10], 1, [10]),
+    ],
+)
+def test_unscheduled_checkpoints_do_not_count(tmp_path, steps, keep, left):
+    assert write(tmp_path, steps, keep=keep) == left
+    assert all(manifest.damage(tmp_path / "checkpoints" / str(step)) is None for step in left)
+
+
+def test_the_checkpoint_of_the_end_pushes_no_other_out(folders, tmp_path):
+    config = small(folders)
+    config.eval.data, config.checkpoint.every, config.checkpoint.keep = "", 2, 1
+    for steps, left in ((3, [2, 3]), (4, [4])):
+        config.steps = steps
+        train.run(config, str(tmp_path / "run"), command=[])
+        assert manifest.steps(tmp_path / "run" / "checkpoints") == left

@@ -1,0 +1,138 @@
+"""No field of the loss is ignored: another value changes what is computed, or is refused in one line."""
+
+import functools
+import re
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from configs import opd
+from opd_jax import losses
+from opd_jax.config import validate
+from opd_jax.config.no_effect import unused
+from opd_jax.errors import ConfigError
+from opd_jax.grading.grader import Grade
+from opd_jax.models import decoder
+from opd_jax.training import objective
+from opd_jax.training.experience import Experience
+from opd_jax.training.objective import make_terms
+from opd_jax.training.step import Stepper
+from opd_jax.types import Frozen, Scores, Support
+from tests.conftest import tiny_config
+from tests.training.test_topk_objective import MASK, SAMPLED
+
+CONFIG = tiny_config(num_layers=1)
+OTHER = {
+    "pg_weight": 0.5, "teacher_coef": 0.5, "group_coef": 0.5, "group_normalise": False,
+    "advantage": "support", "advantage_clamp": 0.1, "discount": 0.5, "support_weight": "uniform",
+    "clip_low": 0.1, "clip_high": 0.1, "dual_clip": 3.0, "importance_cap": 2.0,
+    "divergence_weight": 0.5, "support": "student", "top_k": 3, "direction": "forward",
+    "form": "renormalised", "jsd_beta": 0.1, "skew": 0.3, "lambda_gold": 0.5, "beta_kl": 0.5,
+    "kl_estimator": "k2", "kl_clamp": 5.0, "aggregation": "token", "gold_aggregation": "sequence",
+    "truncated": "mask", "truncated_tail": 2, "repeated": "mask",
+}  # fmt: skip
+NO_SURROGATE = {"pg_weight": 0.0}
+DIVERGENCE = NO_SURROGATE | {"divergence_weight": 1.0}
+METHODS = {
+    "OPD": {},
+    "truncated": {"truncated": "tail", "truncated_tail": 1},
+    "surrogate over a support": {"advantage": "support", "support": "union"},
+    "with rewards": {"advantage": "support", "support": "union", "group_coef": 1.0},
+    "GRPO": {"teacher_coef": 0.0, "group_coef": 1.0},
+    "divergence": DIVERGENCE | {"direction": "jsd"},
+    "skewed over a support": DIVERGENCE
+    | {"direction": "skewed_reverse", "form": "tail", "support": "teacher"},
+    "reference alone": NO_SURROGATE | {"beta_kl": 1.0, "kl_estimator": "k3"},
+    "SFT": NO_SURROGATE | {"lambda_gold": 1.0},
+}
+
+
+def config_of(changes: dict):
+    config = opd.get_config()
+    config.loss.update(changes)
+    return config
+
+
+@functools.cache
+def experience() -> Experience:
+    """Rollouts with scores and grades that nothing leaves as they are."""
+    generator = np.random.default_rng(0)
+    shape = SAMPLED.tokens_BT.shape
+
+    def logprobs(*more: int) -> np.ndarray:
+        return -generator.uniform(0.5, 3.0, (*shape, *more)).astype(np.float32)
+
+    support = Support(
+        ids_BTX=np.arange(4, dtype=np.int32) + np.zeros((*shape, 1), np.int32),
+        student_BTX=logprobs(4), teacher_BTX=logprobs(4), teacher_rest_BT=logprobs(),
+    )  # fmt: skip
+    scores = Scores(
+        student_logprob_BT=logprobs(), student_entropy_BT=logprobs(), teacher_logprob_BT=logprobs(),
+        support=support, teacher_hidden_BTD=logprobs(CONFIG.hidden_size),
+    )  # fmt: skip
+    repeated_BT = generator.uniform(size=shape) < 0.3
+    grades = [Grade.CORRECT, Grade.WRONG, Grade.CORRECT, Grade.CORRECT]
+    flagged_B = np.zeros(len(MASK), bool)
+    return Experience(SAMPLED, scores, MASK, repeated_BT, flagged_B, grades, [""] * len(MASK))
+
+
+def computed(config) -> tuple:
+    """What an update is made of: programs as text, and the bytes of its rows."""
+    terms, loss = make_terms(config), config.loss
+    given = experience()
+    config.log.rollouts = 0
+    config.rollout.samples_per_prompt = 2
+    stepper = SimpleNamespace(
+        setup=SimpleNamespace(terms=terms, tokenizer=SimpleNamespace(decode=str)), config=config,
+        weigh=functools.partial(losses.token_weights, aggregation=loss.aggregation, length=7),
+    )  # fmt: skip
+    programs, rows = "", ()
+    if terms.needs_rollouts:
+        rows, _ = Stepper._rollout_rows(stepper, 1, given, ids=["a", "b"], masking=False)
+        if terms.scored_support is None:
+            rows = rows.replace(support=None)
+        params = decoder.abstract_params(CONFIG)
+        frozen = Frozen(teacher=decoder.head_alone(params), reference=params)
+        made = objective.make_rollout_loss(
+            terms, CONFIG, CONFIG, vocabulary=CONFIG.vocab_size, token_chunk=7, remat="none"
+        )
+        programs = re.sub(r"0x[0-9a-f]+", "", str(jax.make_jaxpr(made)(params, frozen, rows)))
+    golden = losses.token_weights(MASK, loss.gold_aggregation) if terms.needs_golden else None
+    arrays = [(x.shape, np.asarray(x).tobytes()) for x in jax.tree.leaves((rows, golden))]
+    return programs, arrays, terms.scored_support, tuple(terms.weights.items())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_field_changes_what_is_computed_or_is_known_to_be_without_effect(method):
+    base = config_of(METHODS[method])
+    validate(base)
+    assert set(OTHER) == set(base.loss)
+    before = computed(base)
+    wrong = []
+    for field, value in OTHER.items():
+        changed = config_of(METHODS[method] | {field: value})
+        if base.loss[field] == value or (field not in unused(changed) and refused(changed)):
+            continue
+        if (computed(changed) == before) != (field in unused(changed)):
+            wrong.append(field)
+    assert not wrong
+
+
+def refused(config) -> bool:
+    try:
+        validate(config)
+    except ConfigError:
+        return True
+    return False
+
+
+def test_what_is_without_effect_is_refused_and_the_default_is_not():
+    config = config_of({"dual_clip": 3.0, "pg_weight": 0.0, "beta_kl": 1.0})
+    with pytest.raises(
+        ConfigError, match=r"loss.dual_clip=3.0 has no effect: loss.pg_weight=0; le"
+    ):
+        validate(config)
+    config.loss.dual_clip = 0.0
+    validate(config)

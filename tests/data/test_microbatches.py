@@ -1,0 +1,79 @@
+"""Micro-batches by length: every row once, in few shapes, within the budget of tokens."""
+
+import jax
+import numpy as np
+import pytest
+
+from opd_jax.data import microbatches
+from opd_jax.types import TeacherRows
+
+pytestmark = pytest.mark.short
+
+
+@pytest.mark.parametrize(
+    ("longest", "width", "want"),
+    [(1, 200, 50), (50, 200, 50), (51, 200, 100), (200, 200, 200), (10, 10, 10), (7, 10, 9),
+     (0, 200, 50), (1, 1, 1)],
+)  # fmt: skip
+def test_a_row_is_as_wide_as_the_least_quarter_that_holds_it(longest, width, want):
+    (part,) = microbatches.split(np.array([longest]), width=width, tokens=1000)
+    assert (part.width, part.teacher_width) == (want, 0)
+
+
+def test_the_teachers_rows_count_in_the_budget_and_share_the_quarter():
+    # Widths 8 and 24: the first row needs 1 quarter and 3 (18 of 24), the second 2 and 1.
+    teacher = TeacherRows(np.zeros((2, 24), int), np.array([18, 5]), np.zeros(2, int))
+    parts = microbatches.split(np.array([2, 4]), width=8, tokens=24, teacher=teacher)
+    assert [(p.rows.tolist(), p.count, p.width, p.teacher_width) for p in parts] == [
+        ([0], 1, 6, 18), ([1], 2, 4, 12),
+    ]  # fmt: skip
+    taken = microbatches.gather_teacher(teacher, parts[1])
+    assert taken.tokens_BT.shape == (2, 12)
+    assert taken.length_B.tolist() == [5, 0]
+
+
+def test_longest_rows_come_first_and_shapes_follow_the_longest_of_each():
+    # Width 8, quarters of 2. 16 tokens take 2 rows of width 8, 2 of 6 (even shares: 5 rows in
+    # three parts), 4 of 4 -> 3, 8 of 2 -> 5.
+    parts = microbatches.split(np.array([3, 8, 2, 5, 1]), width=8, tokens=16)
+    assert [(part.rows.tolist(), part.count, part.width) for part in parts] == [
+        ([1, 3], 2, 8),
+        ([0, 2, 4], 3, 4),
+    ]
+
+
+def test_one_row_at_least():
+    parts = microbatches.split(np.array([8, 8]), width=8, tokens=3)
+    assert [(part.rows.tolist(), part.count) for part in parts] == [([0], 1), ([1], 1)]
+
+
+@pytest.mark.parametrize("tokens", [1, 100, 999, 5000, 10**6])
+def test_every_row_once_and_few_shapes(tokens):
+    generator = np.random.default_rng(tokens)
+    shapes = set()
+    for _ in range(20):
+        length = generator.integers(1, 101, size=64)
+        parts = microbatches.split(length, width=100, tokens=tokens)
+        assert sorted(np.concatenate([part.rows for part in parts]).tolist()) == list(range(64))
+        for part in parts:
+            assert length[part.rows].max() <= part.width
+            assert len(part.rows) <= part.count
+            assert part.count * part.width <= max(tokens, part.width)
+        shapes |= {(part.count, part.width) for part in parts}
+    assert len(shapes) <= 4  # whatever the lengths
+
+
+def test_gather_and_scatter_are_inverse():
+    generator = np.random.default_rng(0)
+    length = generator.integers(1, 13, size=7)
+    real = np.arange(12)[None] < length[:, None]
+    rows = {"a_BT": np.where(real, generator.normal(size=(7, 12)), 0.0), "length_B": length}
+    out = np.zeros((7, 12))
+    for part in microbatches.split(length, width=12, tokens=25):
+        taken = microbatches.gather(rows, part)
+        assert jax.tree.map(np.shape, taken) == {
+            "a_BT": (part.count, part.width), "length_B": (part.count,)
+        }  # fmt: skip
+        assert not taken["length_B"][len(part.rows) :].any()
+        microbatches.scatter(out, taken["a_BT"], part)
+    np.testing.assert_array_equal(out, rows["a_BT"])

@@ -1,0 +1,158 @@
+"""Peak memory of scoring and of the update at a vocabulary of 152,000, a token, beside naive ones.
+
+    python -m tests.support.memory_152k            # what the compiler reserves, at three numbers of tokens
+    python -m tests.support.memory_152k --run      # and what a process grew by, one process a case
+
+"Beyond activations" is less the same thing with a vocabulary of 256.
+"""
+
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from opd_jax import scoring
+from opd_jax.models import decoder
+from opd_jax.models.end_tokens import EVERY_ID
+from opd_jax.training import objective
+from opd_jax.training.objective import Terms
+from opd_jax.training.update import make_add
+from opd_jax.types import Frozen, RolloutRows
+from tests.conftest import tiny_config
+
+VOCABULARY, SMALL, WIDTH, CHUNK = 152_000, 256, 256, 256
+TOKENS = (1024, 2048, 4096)
+Case = tuple[Callable, tuple]  # a jitted function and the shapes of its arguments
+
+
+def model(vocabulary: int):
+    return tiny_config(
+        vocab_size=vocabulary, hidden_size=64, intermediate_size=128, num_layers=2, head_dim=16
+    )
+
+
+def shape(*sizes: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+def rows(tokens: int) -> RolloutRows:
+    array_BT = shape(tokens // WIDTH, WIDTH)
+    return RolloutRows(
+        tokens_BT=shape(*array_BT.shape, dtype=jnp.int32),
+        length_B=shape(tokens // WIDTH, dtype=jnp.int32),
+        weight_BT=array_BT, advantage_BT=array_BT, sampler_logprob_BT=array_BT,
+    )  # fmt: skip
+
+
+def score(vocabulary: int, tokens: int) -> Case:
+    """Student and teacher, everything that the objective and the metrics need."""
+    config = model(vocabulary)
+    params, given = decoder.abstract_params(config), rows(tokens)
+    fn = partial(scoring.score_part, vocabulary=vocabulary, top_k=16, token_chunk=CHUNK)
+    one = jax.jit(lambda s, t, tokens_BT, length_B: fn(
+        s, config, t, config, tokens_BT, length_B, None, EVERY_ID
+    ))  # fmt: skip
+    return one, (params, params, given.tokens_BT, given.length_B)
+
+
+def naive_score(vocabulary: int, tokens: int) -> Case:
+    """The same statistics but the overlap, from whole arrays of log-probs."""
+    config = model(vocabulary)
+    params, given = decoder.abstract_params(config), rows(tokens)
+
+    @jax.jit
+    def one(student, teacher, tokens_BT, length_B):
+        p, q = (
+            jax.nn.log_softmax(decoder.forward(m, config, tokens_BT, length_B), axis=-1)
+            for m in (student, teacher)
+        )
+        taken = [jnp.take_along_axis(x, tokens_BT[..., None], axis=-1) for x in (p, q)]
+        entropies = [-jnp.sum(jnp.exp(x) * x, axis=-1) for x in (p, q)]
+        return taken, entropies, jnp.sum(jnp.exp(p) * (p - q), axis=-1), jax.lax.top_k(p, 16)
+
+    return one, (params, params, given.tokens_BT, given.length_B)
+
+
+def update(vocabulary: int, tokens: int) -> Case:
+    """A micro-batch's loss and gradient, added to the sum."""
+    config = model(vocabulary)
+    loss = objective.make_rollout_loss(
+        Terms(pg_weight=1.0), config,
+        vocabulary=vocabulary, token_chunk=CHUNK, remat="none",
+    )  # fmt: skip
+    params, weights = decoder.abstract_params(config), {n: shape() for n in objective.ON_ROLLOUTS}
+    return make_add(loss, jnp.float32), (params, Frozen(), rows(tokens), weights, params)
+
+
+def naive_update(vocabulary: int, tokens: int) -> Case:
+    """The same through whole arrays of logits."""
+    config = model(vocabulary)
+
+    def loss(params, frozen, given):
+        logits = decoder.forward(params, config, given.tokens_BT, given.length_B)
+        logprob = jax.nn.log_softmax(logits, axis=-1)
+        taken = jnp.take_along_axis(logprob, given.tokens_BT[..., None], axis=-1)[..., 0]
+        ratio = jnp.exp(taken - given.sampler_logprob_BT)
+        return {"opd": -jnp.sum(given.weight_BT * ratio * given.advantage_BT)}
+
+    params, weights = decoder.abstract_params(config), {"opd": shape()}
+    return make_add(loss, jnp.float32), (params, Frozen(), rows(tokens), weights, params)
+
+
+CASES = {"score": score, "naive score": naive_score, "update": update, "naive update": naive_update}
+
+
+def reserved(case: str, vocabulary: int, tokens: int) -> int:
+    """Bytes of temporaries and results that take no argument's place, says the compiler."""
+    fn, arguments = CASES[case](vocabulary, tokens)
+    memory = fn.lower(*arguments).compile().memory_analysis()
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return memory.temp_size_in_bytes + results
+
+
+def grown(case: str, vocabulary: int, tokens: int) -> int:
+    """Bytes by which this process's peak grew while it ran the case once."""
+    fn, arguments = CASES[case](vocabulary, tokens)
+    compiled = fn.lower(*arguments).compile()
+    arguments = jax.tree.map(
+        lambda x: jnp.asarray(np.zeros(x.shape, x.dtype) + 1e-3).astype(x.dtype), arguments
+    )
+    jax.block_until_ready(arguments)
+    with open("/proc/self/status") as status:
+        before = next(int(line.split()[1]) for line in status if line.startswith("VmRSS")) * 1024
+    jax.block_until_ready(compiled(*arguments))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--one"]:
+        case, vocabulary, tokens = json.loads(sys.argv[2])
+        print(grown(case, vocabulary, tokens))
+        return
+
+    def in_process(case: str, vocabulary: int, tokens: int) -> int:
+        command = [sys.executable, "-m", "tests.support.memory_152k", "--one"]
+        out = subprocess.check_output([*command, json.dumps([case, vocabulary, tokens])], text=True)
+        return int(out)
+
+    measure = in_process if "--run" in sys.argv else reserved
+    for case in CASES:
+        counts = TOKENS[:1] + TOKENS[-1:] if measure is in_process else TOKENS
+        if "naive" in case:
+            counts = counts[:2] if measure is reserved else (512, 1024)
+        large = [measure(case, VOCABULARY, n) for n in counts]
+        small = [measure(case, SMALL, n) for n in counts]
+        beyond = [(a - b) for a, b in zip(large, small, strict=True)]
+        slope = (beyond[-1] - beyond[0]) / (counts[-1] - counts[0])
+        cells = ", ".join(f"{n}: {b / 2**20:.0f} MiB" for n, b in zip(counts, large, strict=True))
+        print(f"{case:13s} {cells}; a token beyond activations {slope / 1e3:.2f} kB", flush=True)
+
+
+if __name__ == "__main__":
+    main()

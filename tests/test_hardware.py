@@ -1,0 +1,64 @@
+"""The table of devices: by name, as JAX calls them, and the settings that are recorded."""
+
+import pytest
+
+from opd_jax import hardware
+from opd_jax.errors import ConfigError
+
+pytestmark = pytest.mark.short
+
+
+@pytest.mark.parametrize(
+    ("called", "kind"),
+    [
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80"),
+        ("NVIDIA A100 80GB PCIe", "a100-80"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40"),
+    ],
+)
+def test_as_jax_calls_them(called, kind):
+    found = hardware.of_jax(called, "gpu")
+    assert found is not None
+    assert found.kind == kind
+
+
+def test_an_unknown_gpu_has_no_plan():
+    assert hardware.of_jax("NVIDIA GeForce RTX 4090", "gpu") is None
+
+
+@pytest.mark.parametrize("platform", ["tpu", "METAL", "xpu"])
+def test_platforms_that_nothing_is_written_for_are_refused(platform):
+    with pytest.raises(ConfigError, match=f"a {platform} here, wanted an NVIDIA GPU or a CPU"):
+        hardware.require_supported(platform)
+    for supported in ("cpu", "gpu"):
+        hardware.require_supported(supported)
+
+
+def test_a_cpu_has_what_is_free():
+    cpu = hardware.of_jax("cpu", "cpu")
+    assert cpu is not None
+    assert 0 < cpu.memory_gib <= hardware.whole_host_bytes() / 2**30
+    assert hardware.find("h200").memory_gib == 139
+
+
+def test_an_unknown_name_is_refused():
+    with pytest.raises(ConfigError, match="device_kind='h20' is not known, wanted one of h200"):
+        hardware.find("h20")
+
+
+def test_the_share_of_a_gpu_is_what_the_environment_says():
+    assert hardware.memory_fraction({}) == hardware.MEMORY_FRACTION
+    assert hardware.memory_fraction({"XLA_CLIENT_MEM_FRACTION": "0.8"}) == 0.8
+    assert hardware.memory_fraction({"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}) == 0.5
+
+
+def test_settings_that_are_recommended_and_not_set():
+    set_ = {"XLA_CLIENT_MEM_FRACTION": "0.92", "XLA_FLAGS": "--a", "HOME": "/root"}
+    found = hardware.record(hardware.find("a100-80"), set_)
+    assert found == {
+        "set": {"XLA_FLAGS": "--a", "XLA_CLIENT_MEM_FRACTION": "0.92"},
+        "recommended_but_not_set": {"JAX_OPTIMIZATION_LEVEL": "O1"},
+    }
+    assert hardware.record(None, {}) == {"set": {}, "recommended_but_not_set": {}}

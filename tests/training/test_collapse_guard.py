@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from configs import opd, sft, stable_opd
+from opd_jax.config import guard_limits
 from opd_jax.config.validate import validate
 from opd_jax.errors import ConfigError
 from opd_jax.training import collapse_guard
@@ -277,7 +278,7 @@ def test_the_guard_is_off_and_rows_go_on_by_default():
         assert not collapse_guard.may_raise_lambda_gold(config)
 
 
-@pytest.mark.parametrize("action", collapse_guard.ACTIONS)
+@pytest.mark.parametrize("action", guard_limits.ACTIONS)
 def test_actions_are_valid_and_say_what_they_may_raise(action):
     config = with_fields(opd.get_config(), guard__action=action)
     validate(config)

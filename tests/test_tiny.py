@@ -10,8 +10,8 @@ import pytest
 
 import opd_jax
 from configs import stable_opd
-from opd_jax import data, models, scoring, train
-from opd_jax.rollout import generate
+from opd_jax import data, models, train
+from tests.support import calls
 
 FOLDER = pathlib.Path(opd_jax.__file__).parent / "tiny"
 
@@ -32,12 +32,12 @@ def test_student_is_close_enough_to_learn_from_the_teacher():
     tokenizer = data.Tokenizer(str(FOLDER / "student"))
     assert tokenizer.vocabulary() == data.Tokenizer(str(FOLDER / "teacher")).vocabulary()
     prompts = [tokenizer.chat(data.problem("train", i).prompt) for i in range(32)]
-    rollout = generate(
+    rollout = calls.roll(
         student, student_config, prompts, key=jax.random.key(0), max_response_tokens=160,
         stop_ids=student_config.eos_token_ids, max_prompt_tokens=40,
     )  # fmt: skip
     tokens, length = jnp.asarray(rollout.tokens_BT), jnp.asarray(rollout.length_B)
-    scores = scoring.score(
+    scores = calls.score(
         student, student_config, teacher, teacher_config, tokens, length,
         vocabulary=tokenizer.size, top_k=16, token_chunk=1024, microbatch_tokens=8192,
     )  # fmt: skip

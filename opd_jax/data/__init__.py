@@ -8,7 +8,7 @@ from opd_jax.data.prompts import PromptStyle, golden_rows
 from opd_jax.data.template_boundary import notes as prompt_notes
 from opd_jax.data.template_boundary import response_text
 from opd_jax.data.tokenizer import Tokenizer
-from opd_jax.data.vocabulary import Alignment, align, alone, ends_line, named
+from opd_jax.data.vocabulary import Alignment, Vocabulary, align, alone, ends_line, named
 from opd_jax.data.vocabulary import report as alignment_report
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Problems",
     "PromptStyle",
     "Tokenizer",
+    "Vocabulary",
     "align",
     "alignment_report",
     "alone",

@@ -19,6 +19,21 @@ from opd_jax.types import Ends
 
 
 @dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """The ids of one model.
+
+    Attributes:
+      tokenizer: what they mean.
+      rows: rows of the model's output matrix; there may be more than tokens.
+      ends: end tokens, as the model's folder names them.
+    """
+
+    tokenizer: Tokenizer
+    rows: int
+    ends: Sequence[int]
+
+
+@dataclasses.dataclass(frozen=True)
 class Differing:
     """A special id of the student that the teacher reads otherwise, and what is done about it."""
 
@@ -93,37 +108,33 @@ def alone(
 
 
 def align(
-    student: Tokenizer,
-    teacher: Tokenizer,
+    student: Vocabulary,
+    teacher: Vocabulary,
     *,
-    student_ends: Sequence[int],
-    teacher_ends: Sequence[int],
-    student_rows: int,
-    teacher_rows: int,
     special_tokens: str,
     end: int | None = None,
     reference_ends: Sequence[int] = (),
 ) -> Alignment:
-    """Compare two tokenizers id by id.
+    """Compare two vocabularies id by id.
 
-    `*_ends` are the end tokens of each model, in its own ids (of the reference, () for those of the
-    student); `*_rows` the rows of the output matrices; `end` the end token of golden solutions (None:
-    the student's first). `special_tokens` says what becomes of special ids with two meanings: "remap"
-    gives the student's token the teacher's id of the same text and masks those without one; "mask"
-    masks them all, end tokens too; "keep" compares numbers. An id at which the teacher or the
-    reference ends a response and the student does not is never drawn and never scored.
+    `reference_ends` are the end tokens of the reference (() for those of the student); `end` is the
+    end token of golden solutions (None: the student's first). `special_tokens` says what becomes of
+    special ids with two meanings: "remap" gives the student's token the teacher's id of the same text
+    and masks those without one; "mask" masks them all, end tokens too; "keep" compares numbers. An id
+    at which the teacher or the reference ends a response and the student does not is never drawn and
+    never scored.
 
     Raises ModelError where ordinary ids differ (the two models do not share a vocabulary), and where
     the teacher has no end token, so that no end of the student's could be scored.
     """
-    mine, theirs = _texts(student, student_rows), _texts(teacher, teacher_rows)
+    mine, theirs = _texts(student), _texts(teacher)
     vocabulary = len(mine)
     ids = np.arange(vocabulary, dtype=np.int32)
     known = len(theirs)
     theirs += [""] * (vocabulary - known)
     both = np.array([bool(mine[i] and theirs[i]) for i in range(vocabulary)])
     same = both & np.array([mine[i] == theirs[i] for i in range(vocabulary)])
-    _require_ordinary_ids(student, teacher, mine, theirs, both & ~same)
+    _require_ordinary_ids(student.tokenizer, teacher.tokenizer, mine, theirs, both & ~same)
     scored = both.copy() if special_tokens == "keep" else same.copy()
     treatment: dict[int, str] = {}
     if special_tokens != "keep":
@@ -134,8 +145,8 @@ def align(
             treatment[i] = f"remapped to {theirs[target]} ({target}): the same text"
     renumbered = bool((ids != np.arange(vocabulary))[scored].any())
 
-    stops = _known(student_ends, vocabulary)
-    own, others = stops, _known(teacher_ends, known)
+    stops = _known(student.ends, vocabulary)
+    own, others = stops, _known(teacher.ends, known)
     if not others:  # its config names none: what it writes as the student does ends for it too
         others = tuple(int(ids[i]) for i in own if scored[i])
     if special_tokens == "mask":  # ends with two meanings are masked like any other
@@ -143,12 +154,12 @@ def align(
         others = tuple(j for j in others if j < vocabulary and same[j])
     elif own and not others:
         raise ModelError(
-            f"{teacher.path}: no eos_token_id in config.json or generation_config.json, and no chat "
-            "template that closes a turn, wanted the teacher's end token, by which the end of the "
+            f"{teacher.tokenizer.path}: no eos_token_id in config.json or generation_config.json, and no "
+            "chat template that closes a turn, wanted the teacher's end token, by which the end of the "
             "student's responses is scored; add it to generation_config.json"
         )
     ends = None
-    read_as_end = np.isin(ids, _known(teacher_ends, known)) & scored
+    read_as_end = np.isin(ids, _known(teacher.ends, known)) & scored
     foreign = _known([*np.flatnonzero(read_as_end).tolist(), *reference_ends], vocabulary)
     foreign = tuple(i for i in foreign if i not in stops)
     scored[[*stops, *foreign]] = False
@@ -167,7 +178,7 @@ def align(
     head_rows = None
     if renumbered:
         head_rows = np.concatenate([ids, others]).astype(np.int32)
-    elif teacher_rows < vocabulary:
+    elif teacher.rows < vocabulary:
         head_rows = ids
     differing = tuple(
         Differing(i, mine[i], theirs[i] or "nothing", what)
@@ -186,22 +197,16 @@ def align(
 
 def report(
     alignment: Alignment,
-    student: Tokenizer,
-    teacher: Tokenizer,
-    *,
-    teacher_ends: Sequence[int],
-    rows: tuple[int, int],
+    student: Vocabulary,
+    teacher: Vocabulary,
 ) -> list[str]:
-    """Lines for the start of a run: shared ids, padding, end tokens, and ids with two meanings.
-
-    `teacher_ends` are its end tokens in its own ids; `rows` those of the student's and the teacher's
-    output matrix.
-    """
+    """Lines for the start of a run: shared ids, padding, end tokens, and ids with two meanings."""
+    rows = student.rows, teacher.rows
     padding = "" if rows == (alignment.vocabulary,) * 2 else f", of {rows[0]} and {rows[1]} rows"
     lines = [
         f"tokens: {int(alignment.scored.sum()):,} of {alignment.vocabulary:,} ids scored by both "
         f"models{padding}",
-        "  " + ends_line(alignment, student, teacher, teacher_ends),
+        "  " + ends_line(alignment, student.tokenizer, teacher.tokenizer, teacher.ends),
     ]
     if alignment.missing:
         lines.append(f"  {alignment.missing} ids of the student are unknown to the teacher: masked")
@@ -209,7 +214,7 @@ def report(
         f"  id {d.id}: {d.student} to the student, {d.teacher} to the teacher: {d.treatment}"
         for d in alignment.differing
     ]
-    lines += _boundary(student, teacher)
+    lines += _boundary(student.tokenizer, teacher.tokenizer)
     return lines
 
 
@@ -279,10 +284,10 @@ def _drawn(scored: np.ndarray, stops: Sequence[int]) -> np.ndarray:
     return drawn
 
 
-def _texts(tokenizer: Tokenizer, rows: int) -> list[str]:
+def _texts(of: Vocabulary) -> list[str]:
     """Token strings by id, empty where there is none; ids beyond the output matrix do not exist."""
-    texts = [""] * min(tokenizer.size, rows)
-    for text, i in tokenizer.vocabulary().items():
+    texts = [""] * min(of.tokenizer.size, of.rows)
+    for text, i in of.tokenizer.vocabulary().items():
         if i < len(texts):
             texts[i] = text
     return texts

@@ -13,10 +13,12 @@ from opd_jax import data, models
 from opd_jax.checkpoint.best import Best, forget_after
 from opd_jax.checkpoint.checkpoint import Checkpoints
 from opd_jax.config.validate import BEST
-from opd_jax.evaluation.in_training import evaluate
+from opd_jax.evaluation.in_training import Exam, evaluate
 from opd_jax.grading.grader import Grader
+from opd_jax.metrics import make_repetition_rule
 from opd_jax.metrics.tracing import stage
 from opd_jax.rng import Stream, key_for
+from opd_jax.rollout import Batching, SamplingParams
 from opd_jax.sharding import multihost
 from opd_jax.training.setup import Setup
 from opd_jax.training.step import Stepper, Summary
@@ -77,24 +79,45 @@ class HeldOut:
         assert params is not None
         with stage("evaluate"):
             return evaluate(
-                params,
-                model,
-                tokenizer,
-                setup.held_out,
-                prompts,
-                max_prompt_tokens=width,
+                models.Model(model, params),
+                self._exam(tokenizer, prompts),
+                self._sampling(ids),
                 key=key_for(config.seed, 0, Stream.EVAL),
-                section=config.eval,
-                rollout=config.rollout,
-                repetition=config.metrics,
-                stop_ids=ids.stop_ids,
-                vocabulary=ids.vocabulary,
-                drawn_V=None if ids.drawn.all() else ids.drawn,
+                batching=Batching(
+                    slots=config.eval.slots or config.rollout.slots or 256,
+                    max_prompt_tokens=width,
+                    mesh=setup.mesh,
+                ),
                 grader=self.grader,
                 protocol=self.protocol(prompts, ids),
                 out=self.folder / "eval" / str(step) / f"{self.name}.jsonl",
-                mesh=setup.mesh,
             )
+
+    def _exam(self, tokenizer: data.Tokenizer, prompts: list[list[int]]) -> Exam:
+        """The held-out problems as a model is asked them."""
+        section = self.config.eval
+        return Exam(
+            tokenizer,
+            self.setup.held_out,
+            prompts,
+            samples=section.samples,
+            repetition=make_repetition_rule(self.config.metrics),
+            fallbacks=tuple(section.fallbacks),
+            match=section.match,
+        )
+
+    def _sampling(self, ids: data.Alignment) -> SamplingParams:
+        """How a model answers; `ids` says what its answers may hold."""
+        section = self.config.eval
+        return SamplingParams(
+            section.max_response_tokens or self.config.rollout.max_response_tokens,
+            temperature=section.temperature,
+            top_p=section.top_p,
+            top_k=section.top_k,
+            stop_ids=ids.stop_ids,
+            vocabulary=ids.vocabulary,
+            drawn_V=None if ids.drawn.all() else ids.drawn,
+        )
 
     def keep_best(self, step: int, summary: Summary, save: Callable[[Checkpoints], None]) -> None:
         """The checkpoint with the best `eval.best` so far lies in best/; `save` writes one."""

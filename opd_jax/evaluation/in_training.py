@@ -1,9 +1,11 @@
 """Answers to held-out problems: sampled, graded, written down one by one, and summarised."""
 
+import dataclasses
 import json
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -12,103 +14,77 @@ import numpy as np
 from opd_jax import data, metrics
 from opd_jax.evaluation import statistics
 from opd_jax.grading.grader import Grade, Grader
-from opd_jax.models import ModelConfig, Params
-from opd_jax.rollout import generate
+from opd_jax.models import Model
+from opd_jax.rollout import Batching, SamplingParams, row_keys, sample_responses
 from opd_jax.sharding import multihost
-from opd_jax.sharding.mesh import ONE, Mesh
 from opd_jax.types import Outcome, Rollout
 from opd_jax.workdir import atomic
 
 
+@dataclasses.dataclass(frozen=True)
+class Exam:
+    """Held-out problems, as one model is asked them, and how its answers are read.
+
+    Attributes:
+      tokenizer: the model's. problems: with `prompts`, one each, in the model's ids.
+      samples: answers to each problem.
+      repetition: when an answer counts as repetitive.
+      fallbacks: where an answer is looked for without a box (extract.FALLBACKS).
+      match: a regular expression; `matched` is the share of answers that it is found in. "" is off.
+    """
+
+    tokenizer: data.Tokenizer
+    problems: Sequence[data.Problem]
+    prompts: Sequence[Sequence[int]]
+    samples: int
+    repetition: metrics.RepetitionRule
+    fallbacks: tuple[str, ...] = ()
+    match: str = ""
+
+
 def evaluate(
-    params: Params,
-    model_config: ModelConfig,
-    tokenizer: data.Tokenizer,
-    problems: Sequence[data.Problem],
-    prompts: Sequence[Sequence[int]],
+    model: Model,
+    exam: Exam,
+    sampling: SamplingParams,
     *,
-    max_prompt_tokens: int,
     key: jax.Array,
-    section: Any,
-    rollout: Any,
-    repetition: Any,
-    stop_ids: Sequence[int],
-    vocabulary: int,
-    drawn_V: np.ndarray | None = None,
+    batching: Batching,
     grader: Grader,
     out: pathlib.Path,
-    protocol: dict[str, Any] | None = None,
-    mesh: Mesh = ONE,
+    protocol: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, float]:
     """avg@k of a model on problems, with everything needed to look behind it.
 
-    `section`, `rollout`, `repetition` are the config sections eval, rollout and metrics. Writes one
-    line an answer to `out` (JSONL: id, prompt, answer, gold, grade, outcome, length) and the summary
-    beside it (`out` with .json), together with `protocol`: how the answers were made. Answers are
-    drawn from `key`, so evaluation leaves training alone.
+    Writes one line an answer to `out` (JSONL: id, prompt, answer, gold, grade, outcome, length) and the
+    summary beside it (`out` with .json), together with `protocol`: how the answers were made. Answers
+    are drawn from `key`, so evaluation leaves training alone.
 
     Returns truncation_rate, repetition_rate, length_mean; over the problems with a gold answer, where
     there are any, accuracy (mean over problems of the mean over samples), stderr (over problems),
-    unparsed and timeouts (shares of answers); and with `section.match` the share of answers it is found in,
-    `matched`.
+    unparsed and timeouts (shares of answers); and with `exam.match` the share `matched`.
     """
-    k = section.samples
-    sampled = generate(
-        params,
-        model_config,
-        [prompt for prompt in prompts for _ in range(k)],
-        key=key,
-        max_response_tokens=section.max_response_tokens or rollout.max_response_tokens,
-        temperature=section.temperature,
-        top_p=section.top_p,
-        top_k=section.top_k,
-        stop_ids=stop_ids,
-        slots=section.slots or rollout.slots or 256,
-        max_prompt_tokens=max_prompt_tokens,
-        vocabulary=vocabulary,
-        drawn_V=drawn_V,
-        mesh=mesh,
+    prompts = [prompt for prompt in exam.prompts for _ in range(exam.samples)]
+    sampled = sample_responses(
+        model, prompts, sampling, keys=row_keys(key, len(prompts)), batching=batching
     )
     return multihost.from_first(
-        lambda: _report(
-            sampled,
-            tokenizer,
-            problems,
-            section=section,
-            repetition=repetition,
-            grader=grader,
-            out=out,
-            protocol=protocol or {},
-        )
+        lambda: _report(sampled, exam, grader=grader, out=out, protocol=protocol)
     )
 
 
 def _report(
-    sampled: Rollout,
-    tokenizer: data.Tokenizer,
-    problems: Sequence[data.Problem],
-    *,
-    section: Any,
-    repetition: Any,
-    grader: Grader,
-    out: pathlib.Path,
-    protocol: dict[str, Any],
+    sampled: Rollout, exam: Exam, *, grader: Grader, out: pathlib.Path, protocol: Mapping[str, Any]
 ) -> dict[str, float]:
     """Grade, write down, summarise."""
-    k = section.samples
-    answers = [problem for problem in problems for _ in range(k)]
+    k, tokenizer = exam.samples, exam.tokenizer
+    answers = [problem for problem in exam.problems for _ in range(k)]
     texts = [tokenizer.decode(sampled.response(i)) for i in range(len(answers))]
     grades = grader.grade_answered(
         ((text, p.answer) for text, p in zip(texts, answers, strict=True)),
-        fallbacks=tuple(section.fallbacks),
+        fallbacks=exam.fallbacks,
     )
     graded = [grade for grade in grades if grade is not None]  # k of each problem with an answer
-    flagged = metrics.flagged(
-        texts,
-        tail=repetition.repetition_tail,
-        threshold=repetition.repetition_threshold,
-        level=repetition.repetition_level,
-    ).tolist()
+    flagged = metrics.flagged(texts, exam.repetition).tolist()
     summary = {
         "truncation_rate": float(metrics.truncated(sampled.outcome_B).mean()),
         "repetition_rate": float(np.mean(flagged)),
@@ -122,8 +98,8 @@ def _report(
             "unparsed": float(np.mean([g is Grade.UNPARSED for g in graded])),
             "timeouts": float(np.mean([g is Grade.TIMEOUT for g in graded])),
         }
-    if section.match:
-        summary["matched"] = float(np.mean([bool(re.search(section.match, t)) for t in texts]))
+    if exam.match:
+        summary["matched"] = float(np.mean([bool(re.search(exam.match, t)) for t in texts]))
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("w", encoding="utf-8") as file:
         for i, (problem, grade) in enumerate(zip(answers, grades, strict=True)):
@@ -138,6 +114,6 @@ def _report(
                 "repetitive": flagged[i],
             }
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    told = summary | {"protocol": protocol}
+    told = summary | {"protocol": dict(protocol)}
     atomic.write_json(out.with_suffix(".json"), told, indent=2)  # last: it says that all is there
     return summary

@@ -34,7 +34,7 @@ from opd_jax.evaluation.subject import Subject, open_subject
 from opd_jax.grading.extract import find, letters
 from opd_jax.grading.grader import Grader, make_grader
 from opd_jax.rng import Stream, key_for
-from opd_jax.rollout import generate
+from opd_jax.rollout import Batching, SamplingParams, sample_responses
 from opd_jax.types import Outcome
 from opd_jax.workdir import console
 
@@ -326,21 +326,24 @@ class _Evaluation:
             self.params = subject.load()
         which = [divmod(i, task.samples) for i in answers]
         began = time.perf_counter()
-        sampled = generate(
-            self.params,
-            subject.config,
+        sampled = sample_responses(
+            models.Model(subject.config, self.params),
             [task.prompts[problem] for problem, _ in which],
-            row_keys=answer_keys(self.config.seed, task.texts, which),
-            max_response_tokens=budget(self.config),
-            temperature=section.temperature,
-            top_p=section.top_p,
-            top_k=section.top_k,
-            stop_ids=subject.stop_ids,
-            slots=task.slots(self.config, subject),
-            max_prompt_tokens=task.width,
-            vocabulary=subject.vocabulary,
+            SamplingParams(
+                budget(self.config),
+                temperature=section.temperature,
+                top_p=section.top_p,
+                top_k=section.top_k,
+                stop_ids=subject.stop_ids,
+                vocabulary=subject.vocabulary,
+            ),
+            keys=answer_keys(self.config.seed, task.texts, which),
+            batching=Batching(
+                slots=task.slots(self.config, subject),
+                max_prompt_tokens=task.width,
+                mesh=subject.mesh,
+            ),
             on_finished=on_finished,
-            mesh=subject.mesh,
         )
         self.seconds += time.perf_counter() - began
         self.tokens += int(sampled.response_length_B.sum())
@@ -350,11 +353,8 @@ class _Evaluation:
         grades = grader.grade(
             zip(texts, golds, strict=True), fallbacks=fallbacks, rule=task.benchmark.rule
         )
-        repetition = self.config.metrics
-        flagged = metrics.flagged(
-            texts, tail=repetition.repetition_tail, threshold=repetition.repetition_threshold,
-            level=repetition.repetition_level,
-        ).tolist()  # fmt: skip
+        rule = metrics.make_repetition_rule(self.config.metrics)
+        flagged = metrics.flagged(texts, rule).tolist()
         rows = []
         for i, (problem, sample) in enumerate(which):
             answer = find(texts[i], fallbacks)

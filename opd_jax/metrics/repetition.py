@@ -1,12 +1,64 @@
-"""Which tokens of a response repeat what was there before: as a mask, for metrics and losses."""
+"""Repetition: which texts repeat themselves, and which of their tokens do, for metrics and losses."""
 
-from collections.abc import Callable
+import dataclasses
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from opd_jax.types import Outcome, Rollout
 
 RULES = ("tail", "ngram")
+
+
+@dataclasses.dataclass(frozen=True)
+class RepetitionRule:
+    """When a text counts as repetitive (2604.08527, section 3.2: L = 10,000, tau = 10).
+
+    Attributes:
+      tail: L, how many of the last characters are compressed.
+      threshold: tau, the compression ratio above which they repeat themselves.
+      level: of zlib; the paper calls it "fixed" and does not name it.
+    """
+
+    tail: int
+    threshold: float
+    level: int = 6
+
+
+def make_repetition_rule(section: Mapping[str, Any]) -> RepetitionRule:
+    """The rule of the config section `metrics`."""
+    return RepetitionRule(
+        tail=section["repetition_tail"],
+        threshold=section["repetition_threshold"],
+        level=section["repetition_level"],
+    )
+
+
+def compression_ratio(text: str, *, tail: int, level: int = 6) -> float:
+    """CompRatio = |bytes(tail_L)| / |zlib(bytes(tail_L))|, tail_L the last L characters, in UTF-8.
+
+    2604.08527, section 3.2. About 1 to 3 for prose, above 10 for text that repeats itself. zlib's own
+    11 bytes cap the ratio of short texts. 0 for an empty text.
+    """
+    data = text[-tail:].encode("utf-8", errors="replace")
+    return len(data) / len(zlib.compress(data, level)) if data else 0.0
+
+
+def repetitive(text: str, rule: RepetitionRule) -> bool:
+    """rep(o) = 1{|o| > L and CompRatio(o) > tau}: long, and its tail repeats. RepRate is its mean.
+
+    2604.08527, section 3.2; texts of L characters or fewer are never flagged.
+    """
+    if len(text) <= rule.tail:
+        return False
+    return compression_ratio(text, tail=rule.tail, level=rule.level) > rule.threshold
+
+
+def flagged(texts: Sequence[str], rule: RepetitionRule) -> np.ndarray:
+    """`repetitive` of each text; bool [B]."""
+    return np.fromiter((repetitive(text, rule) for text in texts), bool, len(texts))
 
 
 def repeated_mask(

@@ -3,8 +3,8 @@
 docs/metrics.md lists their keys with their sources. Sums are taken in float64.
 """
 
+import dataclasses
 import re
-import zlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,39 +16,51 @@ from opd_jax.types import Outcome, Rollout, Scores
 _WORD = re.compile(r"[^\W\d_]+")
 
 
+@dataclasses.dataclass(frozen=True)
+class Findings:
+    """What is known of a step's rollouts beside the scores; host arrays.
+
+    Attributes:
+      texts: the responses.
+      mask_BT: tokens that are scored (batch.scored_mask).
+      repeated_BT: tokens that repeat earlier ones (repetition.repeated_mask).
+      flagged_B: rollouts that repeat themselves (repetition.flagged).
+      correct_B: rollouts with a correct answer; None where nobody has graded them.
+      graded_B: rollouts of which `correct_B` is known; None for all.
+    """
+
+    texts: Sequence[str]
+    mask_BT: np.ndarray
+    repeated_BT: np.ndarray
+    flagged_B: np.ndarray
+    correct_B: np.ndarray | None = None
+    graded_B: np.ndarray | None = None
+
+
 def step_metrics(
     rollout: Rollout,
     scores: Scores,
-    mask_BT: np.ndarray,
-    texts: Sequence[str],
-    flagged_B: np.ndarray,
-    repeated_BT: np.ndarray,
+    findings: Findings,
     *,
-    correct_B: np.ndarray | None = None,
-    graded_B: np.ndarray | None = None,
     positions: Sequence[int],
     max_response_tokens: int,
     hedging: Sequence[str],
     stops_on_repetition: bool = False,
 ) -> dict[str, float]:
-    """The `rollout/*` and `score/*` keys of a step.
+    """The `rollout/*` and `score/*` keys of a step; without a teacher those that need one are absent.
 
     Args:
-      rollout, scores: the step's records; where no teacher has scored, its keys are not there.
-      mask_BT: the tokens that are scored (rows.scored_mask).
-      texts: of the responses.
-      flagged_B, repeated_BT: see `flagged`, `repetition.repeated_mask`.
-      correct_B: whether each answer is right; None where nobody has graded them.
-      graded_B: those of which this is known; None = all.
+      rollout, scores, findings: the step's records.
       positions, max_response_tokens: see `score_metrics`.
       hedging: see `hedging_rate`.
       stops_on_repetition: whether decoding stops rollouts that repeat themselves.
     """
+    mask_BT = findings.mask_BT
     row = rollout_metrics(
         rollout,
         scores.student_logprob_BT,
         mask_BT,
-        flagged_B,
+        findings.flagged_B,
         stops_on_repetition=stops_on_repetition,
     )
     row |= score_metrics(
@@ -56,16 +68,16 @@ def step_metrics(
         positions=positions, max_response_tokens=max_response_tokens,
     )  # fmt: skip
     if hedging:
-        row["score/hedging_rate"] = hedging_rate(texts, hedging)
+        row["score/hedging_rate"] = hedging_rate(findings.texts, hedging)
     advantage_BT = _advantage(scores)
-    row |= repeated_metrics(advantage_BT, mask_BT, repeated_BT)
+    row |= repeated_metrics(advantage_BT, mask_BT, findings.repeated_BT)
     if advantage_BT is not None and mask_BT.any():
         row["score/extreme_probability_difference"] = extreme_probability_difference(
             scores, mask_BT
         )
-    if correct_B is not None:
+    if findings.correct_B is not None:
         reward_B = None if advantage_BT is None else sequence_reward(advantage_BT, mask_BT)
-        row |= right_against_wrong(reward_B, correct_B, graded_B)
+        row |= right_against_wrong(reward_B, findings.correct_B, findings.graded_B)
     return row
 
 
@@ -76,31 +88,6 @@ def truncated(outcome_B: np.ndarray) -> np.ndarray:
     is a rollout that was stopped because it repeated itself.
     """
     return np.asarray(outcome_B) == Outcome.BUDGET
-
-
-def compression_ratio(text: str, *, tail: int, level: int = 6) -> float:
-    """CompRatio = |bytes(tail_L)| / |zlib(bytes(tail_L))|, tail_L the last L characters, in UTF-8.
-
-    2604.08527, section 3.2; its zlib level is "fixed" and not named. About 1 to 3 for prose, above
-    10 for text that repeats itself. zlib's own 11 bytes cap the ratio of short texts. 0 for an empty
-    text.
-    """
-    data = text[-tail:].encode("utf-8", errors="replace")
-    return len(data) / len(zlib.compress(data, level)) if data else 0.0
-
-
-def repetitive(text: str, *, tail: int, threshold: float, level: int = 6) -> bool:
-    """rep(o) = 1{|o| > L and CompRatio(o) > tau}: long, and its tail repeats. RepRate is its mean.
-
-    2604.08527, section 3.2 (L = 10,000, tau = 10); texts of L characters or fewer are never flagged.
-    """
-    return len(text) > tail and compression_ratio(text, tail=tail, level=level) > threshold
-
-
-def flagged(texts: Sequence[str], *, tail: int, threshold: float, level: int = 6) -> np.ndarray:
-    """`repetitive` of each text; bool [B]."""
-    found = (repetitive(text, tail=tail, threshold=threshold, level=level) for text in texts)
-    return np.fromiter(found, bool, len(texts))
 
 
 def rollout_metrics(

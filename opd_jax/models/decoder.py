@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 
@@ -28,6 +29,19 @@ from opd_jax.types import Array
 Params = dict[str, Any]
 EXCLUDED = -1e30  # a finite logit of no mass: exp gives 0 exactly, and 0 * EXCLUDED is not nan
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+
+
+class Model(flax.struct.PyTreeNode):
+    """A model: its architecture, which is static under jit, and its parameters.
+
+    Attributes:
+      config: the architecture.
+      params: weights, stacked or as a tuple of layers; shapes and dtypes where programs are compiled
+        ahead.
+    """
+
+    config: ModelConfig = flax.struct.field(pytree_node=False)
+    params: Params
 
 
 class RMSNorm(nn.Module):

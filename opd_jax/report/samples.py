@@ -183,10 +183,7 @@ def _repeated(
         sampler_logprob_BT=np.zeros((1, len(whole)), np.float32),
         outcome_B=np.array([ends.get(outcome, 0)]),
     )
-    flagged_B = metrics.flagged(
-        [decode(ids)], tail=rule["repetition_tail"],
-        threshold=rule["repetition_threshold"], level=rule["repetition_level"],
-    )  # fmt: skip
+    flagged_B = metrics.flagged([decode(ids)], metrics.make_repetition_rule(rule))
     mask_BT = repetition.repeated_mask(
         rollout, flagged_B, rule=rule["repeated_tokens"], tail=rule["repetition_tail"],
         ngram=rule["repeated_ngram"], decode=decode,

@@ -1,5 +1,13 @@
 """The student's own rollouts: sampling and generation."""
 
-from opd_jax.rollout.generate import generate, programs
+from opd_jax.rollout.generate import Batching, generate, programs, row_keys, sample_responses
+from opd_jax.rollout.sampling import SamplingParams
 
-__all__ = ["generate", "programs"]
+__all__ = [
+    "Batching",
+    "SamplingParams",
+    "generate",
+    "programs",
+    "row_keys",
+    "sample_responses",
+]

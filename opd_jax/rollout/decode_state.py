@@ -12,12 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from opd_jax.models import decoder, kv_cache
-from opd_jax.models.config import ModelConfig
-from opd_jax.models.end_tokens import Events
-from opd_jax.rollout.sampling import sample
+from opd_jax.models.decoder import Model
+from opd_jax.rollout.sampling import SamplingParams, sample
 from opd_jax.sharding.mesh import ONE, ROWS, WHOLE, Mesh
 from opd_jax.sharding.partition import unwrapped
-from opd_jax.types import Outcome
+from opd_jax.types import Array, Outcome
 
 
 class Cycles(flax.struct.PyTreeNode):
@@ -55,6 +54,23 @@ class Slots(flax.struct.PyTreeNode):
     cycles: Cycles | None = None
 
 
+class Admitted(flax.struct.PyTreeNode):
+    """Prompts on their way into slots, right-padded.
+
+    Attributes:
+      tokens_BT, length_B: the prompts.
+      limit_B: length at which each row's budget is spent.
+      slot_B: where each row goes; a slot that does not exist drops it.
+      key_B2: the data of each row's PRNG key.
+    """
+
+    tokens_BT: Array
+    length_B: Array
+    limit_B: Array
+    slot_B: Array
+    key_B2: Array
+
+
 def outcomes(state: Slots, stop_on_repetition: int) -> np.ndarray:
     """The `Outcome` of every slot, were it done; of host arrays."""
     outcome_B = np.where(state.ended_B, Outcome.EOS, Outcome.BUDGET)
@@ -66,26 +82,19 @@ def outcomes(state: Slots, stop_on_repetition: int) -> np.ndarray:
 
 
 @partial(jax.jit, static_argnames=("mesh",))
-def unstack(params: decoder.Params, mesh: Mesh = ONE) -> decoder.Params:
-    """One copy of the weights as a tuple of layers, made once a rollout and not once a token."""
-    layers = decoder.unstack(unwrapped(params))
-    return mesh.constrain(layers, mesh.weights(layers))
+def unstack(model: Model, mesh: Mesh = ONE) -> Model:
+    """The model with a copy of its weights as a tuple of layers, made once a rollout, not once a token."""
+    layers = decoder.unstack(unwrapped(model.params))
+    return model.replace(params=mesh.constrain(layers, mesh.weights(layers)))
 
 
-@partial(jax.jit, static_argnames=("config", "slots", "total", "periods", "mesh"))
-def empty(
-    layers: decoder.Params,
-    config: ModelConfig,
-    slots: int,
-    total: int,
-    periods: int,
-    mesh: Mesh = ONE,
-) -> Slots:
-    """Slots without a row, of `total` tokens each; `periods` for `Cycles`, 0 for none.
+@partial(jax.jit, static_argnames=("slots", "total", "periods", "mesh"))
+def empty(model: Model, slots: int, total: int, periods: int, mesh: Mesh = ONE) -> Slots:
+    """Slots without a row, of `total` tokens each, for an unstacked model.
 
-    `slots` are those of a replica.
+    `slots` counts those of one replica; `periods` is the size of `Cycles`, 0 for none.
     """
-    dtype, slots = layers["embed"]["embedding"].dtype, slots * mesh.replicas
+    dtype, slots = model.params["embed"]["embedding"].dtype, slots * mesh.replicas
     state = Slots(
         tokens_BT=jnp.zeros((slots, total), jnp.int32),
         logprob_BT=jnp.zeros((slots, total), jnp.float32),
@@ -94,7 +103,7 @@ def empty(
         live_B=jnp.zeros(slots, bool),
         ended_B=jnp.zeros(slots, bool),
         key_B=jax.random.split(jax.random.key(0), slots),
-        caches=kv_cache.init(config, slots, total, dtype),
+        caches=kv_cache.init(model.config, slots, total, dtype),
         cycles=Cycles(jnp.zeros(slots, jnp.int32), jnp.zeros((slots, periods), jnp.int32))
         if periods
         else None,
@@ -115,44 +124,23 @@ def slot_places(state: Slots, mesh: Mesh) -> Slots:
     )
 
 
-@partial(jax.jit, static_argnames=("config", "mesh"), donate_argnames=("state",))
-def prefill(
-    layers: decoder.Params,
-    config: ModelConfig,
-    state: Slots,
-    tokens_BT: jax.Array,
-    length_B: jax.Array,
-    limit_B: jax.Array,
-    slot_B: jax.Array,
-    key_B2: jax.Array,
-    mesh: Mesh = ONE,
-) -> Slots:
+@partial(jax.jit, static_argnames=("mesh",), donate_argnames=("state",))
+def prefill(model: Model, state: Slots, prompts: Admitted, mesh: Mesh = ONE) -> Slots:
     """Run the prompts and place rows, keys and caches into their slots.
 
     The last prompt token is fed again by the first decode step, which samples the first response
-    token: sampling then has one place. `key_B2` holds the data of each row's key.
+    token: sampling then has one place.
     """
-    own = partial(_prefill, config=config)
-    each = mesh.each(own, (WHOLE, *[ROWS] * 6), ROWS)
-    state = each(layers, state, tokens_BT, length_B, limit_B, slot_B, key_B2)
-    return _where_slots_lie(state, mesh)
+    each = mesh.each(_prefill, (WHOLE, ROWS, ROWS), ROWS)
+    return _where_slots_lie(each(model, state, prompts), mesh)
 
 
-def _prefill(
-    layers: decoder.Params,
-    state: Slots,
-    tokens_BT: jax.Array,
-    length_B: jax.Array,
-    limit_B: jax.Array,
-    slot_B: jax.Array,
-    key_B2: jax.Array,
-    *,
-    config: ModelConfig,
-) -> Slots:
+def _prefill(model: Model, state: Slots, prompts: Admitted) -> Slots:
     """`prefill` on one replica."""
-    key_B = jax.random.wrap_key_data(key_B2)
+    tokens_BT, length_B, slot_B = prompts.tokens_BT, prompts.length_B, prompts.slot_B
+    key_B = jax.random.wrap_key_data(prompts.key_B2)
     width, total = tokens_BT.shape[1], state.tokens_BT.shape[1]
-    new = decoder.prefill(layers, config, tokens_BT, length_B)
+    new = decoder.prefill(model.params, model.config, tokens_BT, length_B)
     caches = tuple(
         kv_cache.place(before, *pair, slot_B)
         for before, pair in zip(state.caches, new, strict=True)
@@ -168,7 +156,7 @@ def _prefill(
         tokens_BT=state.tokens_BT.at[slot_B].set(rows_BT, mode="drop"),
         logprob_BT=state.logprob_BT.at[slot_B].set(0.0, mode="drop"),
         length_B=state.length_B.at[slot_B].set(length_B, mode="drop"),
-        limit_B=state.limit_B.at[slot_B].set(limit_B, mode="drop"),
+        limit_B=state.limit_B.at[slot_B].set(prompts.limit_B, mode="drop"),
         live_B=state.live_B.at[slot_B].set(True, mode="drop"),
         ended_B=state.ended_B.at[slot_B].set(False, mode="drop"),
         key_B=state.key_B.at[slot_B].set(key_B, mode="drop"),
@@ -177,89 +165,47 @@ def _prefill(
     )
 
 
-@partial(
-    jax.jit,
-    static_argnames=(
-        "mesh",
-        "config",
-        "steps",
-        "temperature",
-        "top_p",
-        "top_k",
-        "stop_ids",
-        "vocabulary",
-        "stop_on_repetition",
-    ),
-    donate_argnames=("state",),
-)
+@partial(jax.jit, static_argnames=("steps", "mesh"), donate_argnames=("state",))
 def decode_chunk(
-    layers: decoder.Params,
-    config: ModelConfig,
+    model: Model,
     state: Slots,
     few_live: jax.Array,
+    sampling: SamplingParams,
     *,
     steps: int,
-    temperature: float,
-    top_p: float,
-    top_k: int,
-    stop_ids: tuple[int, ...],
-    vocabulary: int | None,
-    drawn_V: jax.Array | None,
-    events: Events,
-    stop_on_repetition: int,
     mesh: Mesh = ONE,
 ) -> Slots:
     """Up to `steps` tokens for every live slot; stops early when no more than `few_live` are live.
 
     On a mesh every replica stops when it has no more, whatever the others do.
     """
-    own = partial(
-        _decode_chunk, config=config, steps=steps, temperature=temperature, top_p=top_p,
-        top_k=top_k, stop_ids=stop_ids, vocabulary=vocabulary,
-        stop_on_repetition=stop_on_repetition,
-    )  # fmt: skip
-    each = mesh.each(own, (WHOLE, ROWS, WHOLE, WHOLE, WHOLE), ROWS)
-    return _where_slots_lie(each(layers, state, few_live, drawn_V, events), mesh)
+    own = partial(_decode_chunk, steps=steps)
+    each = mesh.each(own, (WHOLE, ROWS, WHOLE, WHOLE), ROWS)
+    return _where_slots_lie(each(model, state, few_live, sampling), mesh)
 
 
 def _decode_chunk(
-    layers: decoder.Params,
-    state: Slots,
-    few_live: jax.Array,
-    drawn_V: jax.Array | None,
-    events: Events,
-    *,
-    config: ModelConfig,
-    steps: int,
-    temperature: float,
-    top_p: float,
-    top_k: int,
-    stop_ids: tuple[int, ...],
-    vocabulary: int | None,
-    stop_on_repetition: int,
+    model: Model, state: Slots, few_live: jax.Array, sampling: SamplingParams, *, steps: int
 ) -> Slots:
     """`decode_chunk` on one replica."""
-    head_VD = decoder.head(layers)  # whole: a slice of it would be a copy
+    head_VD = decoder.head(model.params)  # whole: a slice of it would be a copy
     rows = jnp.arange(len(state.live_B))
-    stops = jnp.array(stop_ids, jnp.int32)
+    stops = jnp.array(sampling.stop_ids, jnp.int32)
 
     def one_token(carry: tuple[jax.Array, Slots]) -> tuple[jax.Array, Slots]:
         step, state = carry
         position_B = jnp.where(state.live_B, state.length_B - 1, 0)
         hidden_BD, caches = decoder.decode(
-            layers, config, state.tokens_BT[rows, position_B], position_B, state.caches
+            model.params,
+            model.config,
+            state.tokens_BT[rows, position_B],
+            position_B,
+            state.caches,
         )
         # The key of a token is folded from its position in the row.
         key_B = jax.vmap(jax.random.fold_in)(state.key_B, state.length_B)
-        token_B, logprob_B = sample(
-            decoder.logits(head_VD, hidden_BD)[:, :vocabulary],
-            key_B,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            drawn_V=drawn_V,
-            events=events,
-        )
+        logits_BV = decoder.logits(head_VD, hidden_BD)[:, : sampling.vocabulary]
+        token_B, logprob_B = sample(logits_BV, key_B, sampling)
         target_B = jnp.where(state.live_B, state.length_B, state.tokens_BT.shape[1])  # else dropped
         length_B = state.length_B + state.live_B
         stopped_B = state.live_B & jnp.any(token_B[:, None] == stops[None], axis=-1)
@@ -267,7 +213,7 @@ def _decode_chunk(
         cycles = state.cycles
         if cycles is not None:
             cycles = _extended(cycles, state, token_B)
-            live_B &= ~jnp.any(cycles.run_BZ >= stop_on_repetition, axis=-1)
+            live_B &= ~jnp.any(cycles.run_BZ >= sampling.stop_on_repetition, axis=-1)
         state = state.replace(
             tokens_BT=state.tokens_BT.at[rows, target_B].set(token_B, mode="drop"),
             logprob_BT=state.logprob_BT.at[rows, target_B].set(logprob_B, mode="drop"),

@@ -8,7 +8,6 @@ alone, never on slots, chunks or neighbours.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +17,9 @@ from opd_jax.aot import Program
 from opd_jax.errors import DataError
 from opd_jax.models import decoder
 from opd_jax.models.config import ModelConfig
-from opd_jax.models.end_tokens import EVERY_ID, Events
+from opd_jax.models.decoder import Model
 from opd_jax.rollout import decode_state
+from opd_jax.rollout.sampling import SamplingParams
 from opd_jax.sharding.mesh import ONE, Mesh
 from opd_jax.types import Rollout
 
@@ -58,7 +58,7 @@ class Shapes:
         chunk: int | None,
         replicas: int = 1,
     ) -> "Shapes":
-        """`slots` and `chunk` as in `generate`."""
+        """`slots` and `chunk` as in `Batching`."""
         slots = -(-min(slots or prompts, prompts) // replicas)
         quarter = -(-prompt_tokens // 4)
         few = -(-slots // 16)
@@ -73,80 +73,103 @@ class Shapes:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class Batching:
+    """How prompts are batched while they decode. No sample depends on it.
+
+    Attributes:
+      slots: sequences decoded at one time (vLLM: max_num_seqs); None for all.
+      max_prompt_tokens: fixes the width of the rows, so that batches of other prompts meet the same
+        compiled program; None for the longest prompt.
+      chunk: decode steps between two checks by the host; None for 1/16 of the budget, 8 to 128.
+      mesh: the devices, on which the weights lie; slots are divided among its replicas.
+    """
+
+    slots: int | None = None
+    max_prompt_tokens: int | None = None
+    chunk: int | None = None
+    mesh: Mesh = ONE
+
+    def shapes(self, prompts: int, prompt_tokens: int, response_tokens: int) -> Shapes:
+        """The shapes of a generation of so many prompts."""
+        return Shapes.of(
+            prompts, slots=self.slots, prompt_tokens=prompt_tokens,
+            response_tokens=response_tokens, chunk=self.chunk, replicas=self.mesh.replicas,
+        )  # fmt: skip
+
+
+ALL_AT_ONCE = Batching()  # every prompt has a slot
+
+
 def generate(
     params: decoder.Params,
     model_config: ModelConfig,
     prompts: Sequence[Sequence[int]],
     *,
-    key: jax.Array | None = None,
-    row_keys: jax.Array | None = None,
-    max_response_tokens: int | Sequence[int],
+    key: jax.Array,
+    max_response_tokens: int,
     temperature: float = 1.0,
     top_p: float = 1.0,
-    top_k: int = 0,
     stop_ids: Sequence[int] = (),
     slots: int | None = None,
-    max_prompt_tokens: int | None = None,
-    vocabulary: int | None = None,
-    drawn_V: np.ndarray | None = None,
-    events: Events = EVERY_ID,
-    stop_on_repetition: int = 0,
-    repetition_period: int = 16,
-    chunk: int | None = None,
+) -> Rollout:
+    """Sample one response a prompt: `sample_responses` for a few plain settings, without its records.
+
+    Row i samples with keys derived from (key, i, position). See `sample_responses`, `SamplingParams`
+    and `Batching` for the arguments. They are nine because this is the form for a notebook or a
+    script, where records would be in the way.
+    """
+    sampling = SamplingParams(
+        max_response_tokens, temperature=temperature, top_p=top_p, stop_ids=tuple(stop_ids)
+    )
+    return sample_responses(
+        Model(model_config, params), prompts, sampling,
+        keys=row_keys(key, len(prompts)), batching=Batching(slots=slots),
+    )  # fmt: skip
+
+
+def row_keys(key: jax.Array, rows: int) -> jax.Array:
+    """A key for each row of a batch: row i has the key folded with i."""
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(rows))
+
+
+def sample_responses(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    sampling: SamplingParams,
+    *,
+    keys: jax.Array,
+    batching: Batching = ALL_AT_ONCE,
     on_finished: Callable[[int], None] | None = None,
-    mesh: Mesh = ONE,
 ) -> Rollout:
     """Sample one response a prompt.
 
     Args:
-      params: stacked parameters, in the dtype to compute in.
+      model: with stacked parameters, in the dtype to compute in.
       prompts: token ids, any lengths from 1 up.
-      key: PRNG key of this batch; row i samples with keys derived from (key, i, position).
-      row_keys: instead of `key`, [prompts]: row i samples with keys of (row_keys[i], position).
-      max_response_tokens: budget of a response, the end token included; or one for each prompt.
-      temperature, top_p, top_k: see `sampling.sample`; temperature 0 is greedy.
-      stop_ids: end tokens; the one emitted is kept as the response's last token.
-      slots: sequences decoded at one time; None for all.
-      max_prompt_tokens: fixes the width of the rows (default: the longest prompt), so that batches
-        of other prompts meet the same compiled program.
-      vocabulary: sample among the first ids only.
-      drawn_V, events: see `sampling.sample`; drawn_V is bool [vocabulary].
-      stop_on_repetition: a row ends when its last so many response tokens each equal the response
-        token d before them, for one period d from 1 to `repetition_period`; 0 for never.
-      chunk: decode steps between two looks from the host; None for 1/16 of the budget, 8 to 128.
-      on_finished: told how many responses are finished, whenever these are more.
-      mesh: the devices, on which `params` lie; slots are divided among its replicas.
+      keys: PRNG keys [prompts]; row i samples with keys derived from (keys[i], position).
+      on_finished: called with the number of finished responses, whenever it has grown.
 
     Returns: `Rollout` with rows of max_prompt_tokens + the (largest) budget, in the prompts' order.
 
-    Raises DataError: no prompts, an empty or over-long one, more positions than the model has, or a
-    repetition that cannot be.
+    Raises DataError: no prompts, an empty or over-long one, more positions than the model has, or an
+    impossible repetition rule.
     """
-    width = max_prompt_tokens or max(map(len, prompts), default=0)
-    budget_P = np.broadcast_to(np.asarray(max_response_tokens, np.int32), len(prompts))
-    _check(prompts, width, budget_P, model_config)
+    width = batching.max_prompt_tokens or max(map(len, prompts), default=0)
+    budget_P = np.broadcast_to(np.asarray(sampling.max_response_tokens, np.int32), len(prompts))
+    _check(prompts, width, budget_P, model.config)
     budget = int(budget_P.max())
-    if stop_on_repetition < 0 or (stop_on_repetition and repetition_period < 1):
+    stop_on_repetition, mesh = sampling.stop_on_repetition, batching.mesh
+    if stop_on_repetition < 0 or (stop_on_repetition and sampling.repetition_period < 1):
         raise DataError(
-            f"stop_on_repetition={stop_on_repetition}, repetition_period={repetition_period}, wanted "
+            f"stop_on_repetition={stop_on_repetition}, "
+            f"repetition_period={sampling.repetition_period}, wanted "
             "0 for never, or a number of tokens and a period of at least 1"
         )
-    shapes = Shapes.of(
-        len(prompts), slots=slots, prompt_tokens=width, response_tokens=budget, chunk=chunk,
-        replicas=mesh.replicas,
-    )  # fmt: skip
-    settings = _settings(
-        shapes, temperature=temperature, top_p=top_p, top_k=top_k, stop_ids=stop_ids,
-        vocabulary=vocabulary, drawn_V=drawn_V, events=events,
-        stop_on_repetition=stop_on_repetition,
-    )  # fmt: skip
-    layers = decode_state.unstack(params, mesh)
-    if row_keys is None:
-        assert key is not None, "generate: one of key and row_keys is wanted"
-        row_keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(len(prompts)))
-    key_P2 = np.asarray(jax.random.key_data(row_keys))
-    periods = repetition_period if stop_on_repetition else 0
-    state = decode_state.empty(layers, model_config, shapes.slots, shapes.total, periods, mesh)
+    shapes = batching.shapes(len(prompts), width, budget)
+    unstacked = decode_state.unstack(model, mesh)
+    key_P2 = np.asarray(jax.random.key_data(keys))
+    state = decode_state.empty(unstacked, shapes.slots, shapes.total, sampling.periods, mesh)
     owner = np.full((shapes.replicas, shapes.slots), -1)  # which prompt sits in each slot
     waiting = list(range(len(prompts)))[::-1]
     out = Rollout(
@@ -160,14 +183,13 @@ def generate(
         while (count := _to_admit(shapes, owner, len(waiting))) > 0:
             slots_taken = _assign(owner, waiting, count)
             admitted = _admitted(shapes, count, prompts, budget_P, key_P2, owner, slots_taken)
-            state = decode_state.prefill(
-                layers, model_config, state, *mesh.rows(admitted), mesh=mesh
-            )
+            state = decode_state.prefill(unstacked, state, mesh.rows(admitted), mesh=mesh)
         share = -(-len(waiting) // shapes.replicas)
         few_live = shapes.slots - min(shapes.few, share) if waiting else 0
         state = decode_state.decode_chunk(
-            layers, model_config, state, np.int32(few_live), mesh=mesh, **settings
-        )
+            unstacked, state, np.int32(few_live), _compiled(sampling),
+            steps=shapes.chunk, mesh=mesh,
+        )  # fmt: skip
         if _take_out(out, owner, state, stop_on_repetition, mesh) and on_finished is not None:
             on_finished(int((out.length_B > 0).sum()))
     return out
@@ -213,36 +235,26 @@ def _assign(owner: np.ndarray, waiting: list[int], count: int) -> list[np.ndarra
 
 
 def programs(
-    params: decoder.Params,
-    model_config: ModelConfig,
-    prompts: int,
-    *,
-    max_prompt_tokens: int,
-    max_response_tokens: int,
-    slots: int | None = None,
-    stop_on_repetition: int = 0,
-    repetition_period: int = 16,
-    chunk: int | None = None,
-    mesh: Mesh = ONE,
-    **sampling: Any,
+    model: Model, prompts: int, sampling: SamplingParams, *, batching: Batching
 ) -> list[Program]:
-    """Everything that `generate` compiles for so many prompts with these settings.
+    """Everything that `sample_responses` compiles for so many prompts with these settings.
 
-    `params` may be shapes and dtypes alone.
+    The parameters may be shapes and dtypes alone. One budget holds for all prompts, and
+    `batching.max_prompt_tokens` is not None.
     """
-    shapes = Shapes.of(
-        prompts, slots=slots, prompt_tokens=max_prompt_tokens,
-        response_tokens=max_response_tokens, chunk=chunk, replicas=mesh.replicas,
-    )  # fmt: skip
-    periods = repetition_period if stop_on_repetition else 0
-    state_shape = (model_config, shapes.slots, shapes.total, periods, mesh)
-    layers = jax.eval_shape(lambda params: decode_state.unstack(params, mesh), params)
-    layers = mesh.structs(layers, mesh.weights(layers))
-    state = jax.eval_shape(lambda layers: decode_state.empty(layers, *state_shape), layers)
+    assert batching.max_prompt_tokens is not None
+    assert isinstance(sampling.max_response_tokens, int)
+    mesh = batching.mesh
+    shapes = batching.shapes(prompts, batching.max_prompt_tokens, sampling.max_response_tokens)
+    state_shape = (shapes.slots, shapes.total, sampling.periods, mesh)
+    unstacked = jax.eval_shape(lambda model: decode_state.unstack(model, mesh), model)
+    layers = mesh.structs(unstacked.params, mesh.weights(unstacked.params))
+    unstacked = unstacked.replace(params=layers)
+    state = jax.eval_shape(lambda model: decode_state.empty(model, *state_shape), unstacked)
     state = mesh.structs(state, decode_state.slot_places(state, mesh))
     out = [
-        Program("unstack", decode_state.unstack, (params, mesh)),
-        Program("empty slots", decode_state.empty, (layers, *state_shape)),
+        Program("unstack", decode_state.unstack, (model, mesh)),
+        Program("empty slots", decode_state.empty, (unstacked, *state_shape)),
     ]
     for count in sorted({shapes.many, shapes.few} if prompts > shapes.slots else {shapes.many}):
         rows = count * shapes.replicas
@@ -252,13 +264,13 @@ def programs(
         )
         for width in shapes.prompt_widths:
             tokens_BT = jax.ShapeDtypeStruct((rows, width), jnp.int32)
-            admitted = mesh.row_structs((tokens_BT, row, row, row, key_B2))
-            given = (layers, model_config, state, *admitted)
+            admitted = decode_state.Admitted(tokens_BT, row, row, row, key_B2)
+            given = (unstacked, state, mesh.row_structs(admitted))
             name = f"prefill {rows} x {width}"
             out.append(Program(name, decode_state.prefill, given, {"mesh": mesh}))
-    settings = _settings(shapes, stop_on_repetition=stop_on_repetition, **sampling)
-    settings["mesh"] = mesh
-    chunk_of = (layers, model_config, state, jax.ShapeDtypeStruct((), jnp.int32))
+    few_live = jax.ShapeDtypeStruct((), jnp.int32)
+    chunk_of = (unstacked, state, few_live, _compiled(sampling))
+    settings = {"steps": shapes.chunk, "mesh": mesh}
     name = f"decode {shapes.slots * shapes.replicas} x {shapes.total}"
     out.append(Program(name, decode_state.decode_chunk, chunk_of, settings))
     return out
@@ -290,24 +302,9 @@ def _check(
         )
 
 
-def _settings(
-    shapes: Shapes,
-    *,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    stop_ids: Sequence[int] = (),
-    vocabulary: int | None = None,
-    drawn_V: np.ndarray | None = None,
-    events: Events = EVERY_ID,
-    stop_on_repetition: int = 0,
-) -> dict[str, Any]:
-    """The keyword arguments of `decoding.decode_chunk`."""
-    return {
-        "steps": shapes.chunk, "temperature": temperature, "top_p": top_p, "top_k": top_k,
-        "stop_ids": tuple(stop_ids), "vocabulary": vocabulary, "drawn_V": drawn_V,
-        "events": events, "stop_on_repetition": stop_on_repetition,
-    }  # fmt: skip
+def _compiled(sampling: SamplingParams) -> SamplingParams:
+    """What decoding is compiled for: budgets and the number of periods are in the state's arrays."""
+    return sampling.replace(max_response_tokens=0, repetition_period=0)
 
 
 def _admitted(
@@ -318,8 +315,8 @@ def _admitted(
     key_P2: np.ndarray,
     owner: np.ndarray,
     taken: list[np.ndarray],
-) -> tuple:
-    """What `decoding.prefill` takes, `count` rows a replica, for the slots `taken` of each."""
+) -> decode_state.Admitted:
+    """The rows to prefill, `count` a replica, for the slots `taken` of each."""
     longest = max(len(prompts[owner[r, s]]) for r, slots in enumerate(taken) for s in slots)
     width = min(width for width in shapes.prompt_widths if width >= longest)
     # Surplus rows of the batch aim at a slot that does not exist: the scatter drops them.
@@ -333,4 +330,4 @@ def _admitted(
             prompt = prompts[source[i]]
             length[i], budget[i] = len(prompt), budget_P[source[i]]
             tokens[i, : len(prompt)] = prompt
-    return tokens, length, length + budget, target, key_P2[source]
+    return decode_state.Admitted(tokens, length, length + budget, target, key_P2[source])

@@ -1,25 +1,55 @@
 """From logits to a token and its log-prob: temperature, top-k, top-p, a draw; no vocabulary is sorted."""
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 
 from opd_jax.models import decoder
 from opd_jax.models.end_tokens import EVERY_ID, Events
 from opd_jax.scoring import topk
+from opd_jax.types import Array
 
 _BISECTIONS = 30
 
 
+class SamplingParams(flax.struct.PyTreeNode):
+    """How responses are sampled: the distribution of a token, and what ends a response.
+
+    Numbers are static under jit, arrays are not.
+
+    Attributes:
+      max_response_tokens: budget of a response, the end token included; a tuple holds one a prompt.
+      temperature: logits are divided by it; 0 is greedy.
+      top_p, top_k: nucleus and top-k truncation; 1 and 0 are off.
+      stop_ids: end tokens; the one emitted is kept as the response's last token.
+      vocabulary: sample among the first ids only; None for all.
+      drawn_V: bool [vocabulary], ids that may be drawn; None for all.
+      events: what the recorded log-probs are normalised over.
+      stop_on_repetition: end a response whose last so many tokens all equal the token one period
+        before them; 0 is off.
+      repetition_period: longest period that counts.
+    """
+
+    max_response_tokens: int | tuple[int, ...] = flax.struct.field(pytree_node=False)
+    temperature: float = flax.struct.field(pytree_node=False, default=1.0)
+    top_p: float = flax.struct.field(pytree_node=False, default=1.0)
+    top_k: int = flax.struct.field(pytree_node=False, default=0)
+    stop_ids: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
+    vocabulary: int | None = flax.struct.field(pytree_node=False, default=None)
+    drawn_V: Array = None
+    events: Events = EVERY_ID
+    stop_on_repetition: int = flax.struct.field(pytree_node=False, default=0)
+    repetition_period: int = flax.struct.field(pytree_node=False, default=16)
+
+    @property
+    def periods(self) -> int:
+        """Periods whose repetition is tracked while decoding."""
+        return self.repetition_period if self.stop_on_repetition else 0
+
+
 @jax.named_scope("sample")
 def sample(
-    logits_BV: jax.Array,
-    key_B: jax.Array,
-    *,
-    temperature: float,
-    top_p: float,
-    top_k: int = 0,
-    drawn_V: jax.Array | None = None,
-    events: Events = EVERY_ID,
+    logits_BV: jax.Array, key_B: jax.Array, sampling: SamplingParams
 ) -> tuple[jax.Array, jax.Array]:
     """Draw one token a row -> (token_B int32, logprob_B float32).
 
@@ -29,18 +59,19 @@ def sample(
     so it can be compared with the scorer's: over `events`, where every end token has the log-prob of
     the end. Only ids in `drawn_V` are drawn; one that is drawn and not scored has log-prob 0.
     """
+    events = sampling.events
     logits_BV = logits_BV.astype(jnp.float32)
     scored_BV = events.restrict(logits_BV)
-    if drawn_V is not None:
-        logits_BV = decoder.exclude(logits_BV, drawn_V)
-    if temperature == 0.0:
+    if sampling.drawn_V is not None:
+        logits_BV = decoder.exclude(logits_BV, sampling.drawn_V)
+    if sampling.temperature == 0.0:
         token_B = jnp.argmax(logits_BV, axis=-1)
     else:
-        tempered_BV = logits_BV / temperature
-        if 0 < top_k < tempered_BV.shape[-1]:
-            tempered_BV = most_likely(tempered_BV, top_k)
-        if top_p < 1.0:
-            tempered_BV = nucleus(tempered_BV, top_p)
+        tempered_BV = logits_BV / sampling.temperature
+        if 0 < sampling.top_k < tempered_BV.shape[-1]:
+            tempered_BV = most_likely(tempered_BV, sampling.top_k)
+        if sampling.top_p < 1.0:
+            tempered_BV = nucleus(tempered_BV, sampling.top_p)
         token_B = draw(tempered_BV, key_B)
     event_B = events.of_tokens(token_B)
     chosen_B = jnp.take_along_axis(scored_BV, event_B[:, None], axis=-1)[:, 0]

@@ -1,9 +1,18 @@
 """Student, teacher and reference on given rows: log-probs, entropies, divergences, top-k sets."""
 
-from opd_jax.scoring.chunked import align, map_tokens, take
-from opd_jax.scoring.score import programs, score, score_part, teacher_states, token_logprob
+from opd_jax.scoring.chunked import Readout, align, map_tokens, take
+from opd_jax.scoring.score import (
+    ScoreSpec,
+    programs,
+    score,
+    score_part,
+    teacher_states,
+    token_logprob,
+)
 
 __all__ = [
+    "Readout",
+    "ScoreSpec",
     "align",
     "map_tokens",
     "programs",

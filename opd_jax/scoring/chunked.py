@@ -4,42 +4,54 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 
 from opd_jax.models import decoder
 from opd_jax.models.end_tokens import EVERY_ID, Events
+from opd_jax.types import Array
 
 TokenFn = Callable[..., Any]
 
 
+class Readout(flax.struct.PyTreeNode):
+    """What a model's next-token log-probs are computed from.
+
+    Attributes:
+      head_VD: the output matrix [>= V, D]. It is cast to the dtype of the hidden states chunk by chunk,
+        so that the gradient of a float32 one is summed in float32.
+      hidden_BTD: final hidden states.
+      role: student, teacher or reference: whose end tokens count as the end.
+    """
+
+    head_VD: Array
+    hidden_BTD: Array
+    role: str = flax.struct.field(pytree_node=False, default="student")
+
+
 def map_tokens(
     fn: TokenFn,
-    heads: tuple[jax.Array, ...],
-    hiddens: tuple[jax.Array, ...],
+    readouts: Sequence[Readout],
     tokens_BT: jax.Array,
     per_token: Mapping[str, jax.Array] | None = None,
     *,
     token_chunk: int,
     vocabulary: int | None = None,
     events: Events = EVERY_ID,
-    names: Sequence[str] = ("student", "teacher"),
 ) -> Any:
     """Apply `fn` to the next-token log-probs of each model, a chunk of tokens at a time.
 
     Args:
       fn: called with one float32 log-softmax [C, V] per model, `token_C` (the ids to score) and
         each array of `per_token` as [C, ...]; returns a tree of [C, ...].
-      heads, hiddens: per model the output matrix [>= V, D] and final hidden states [B, T, D]. A head
-        is cast to the dtype of its hidden states chunk by chunk, so that the gradient of a float32
-        one is summed in float32.
+      readouts: one a model.
       tokens_BT: the student's ids; ids of V or more are clamped (callers mask them).
       per_token: more [B, T, ...] arrays, aligned with `tokens_BT`.
       token_chunk: most tokens whose logits exist at one time.
       vocabulary: V, the first ids that all models have, over which alone log-probs are normalised
         (None: all of the heads; no slice of a head is copied).
       events: which of them are scored, and which end a response and count as one.
-      names: whose each head is: student, teacher or reference.
 
     Returns: tree of [B, T, ...], aligned with `tokens_BT`; position 0, which nothing predicts, is 0.
     """
@@ -61,14 +73,14 @@ def map_tokens(
     def one_chunk(_: None, chunk: tuple) -> tuple[None, dict[str, jax.Array]]:
         hidden_CDs, token_C, extras = chunk
         logprobs = []
-        for name, head_VD, hidden_CD in zip(names, heads, hidden_CDs, strict=False):
-            logit_CV = decoder.logits(head_VD.astype(hidden_CD.dtype), hidden_CD)
-            logit_CV = events.restrict(logit_CV, vocabulary=vocabulary, model=name)
+        for of, hidden_CD in zip(readouts, hidden_CDs, strict=True):
+            logit_CV = decoder.logits(of.head_VD.astype(hidden_CD.dtype), hidden_CD)
+            logit_CV = events.restrict(logit_CV, vocabulary=vocabulary, model=of.role)
             logprobs.append(jax.nn.log_softmax(logit_CV, axis=-1))
         return None, fn(*logprobs, token_C=events.of_tokens(token_C), **extras)
 
     extras = {name: shifted(array) for name, array in (per_token or {}).items()}
-    chunked = (tuple(cut(hidden) for hidden in hiddens), shifted(tokens_BT), extras)
+    chunked = (tuple(cut(of.hidden_BTD) for of in readouts), shifted(tokens_BT), extras)
     _, out = jax.lax.scan(one_chunk, None, chunked)
 
     def aligned(values: jax.Array) -> jax.Array:

@@ -9,6 +9,7 @@ chunk's logits are made again.
 from functools import partial
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,25 +19,42 @@ from opd_jax.aot import Program
 from opd_jax.data import microbatches
 from opd_jax.models import decoder
 from opd_jax.models.config import ModelConfig
+from opd_jax.models.decoder import Model
 from opd_jax.models.end_tokens import EVERY_ID, Events
 from opd_jax.scoring import topk
-from opd_jax.scoring.chunked import TokenFn, align, map_tokens, take
+from opd_jax.scoring.chunked import Readout, TokenFn, align, map_tokens, take
 from opd_jax.shapes import check_shapes
 from opd_jax.sharding.mesh import ONE, ROWS, WHOLE, Mesh
 from opd_jax.types import Scores, Support, TeacherRows
 
 
+class ScoreSpec(flax.struct.PyTreeNode):
+    """What scoring is asked for. Numbers are static under jit, arrays are not.
+
+    Attributes:
+      vocabulary: ids that both models have, the first of their logits.
+      top_k: k of the overlap metrics.
+      token_chunk: most tokens whose logits exist at one time, on one replica.
+      events: what log-probs are normalised over (see data.vocabulary).
+      support: the name of a support (topk.SUPPORTS) and its own k, for losses over one; None without.
+      keep_hidden: keep the teacher's hidden states, for losses over the whole vocabulary.
+    """
+
+    vocabulary: int = flax.struct.field(pytree_node=False)
+    top_k: int = flax.struct.field(pytree_node=False)
+    token_chunk: int = flax.struct.field(pytree_node=False)
+    events: Events = EVERY_ID
+    support: tuple[str, int] | None = flax.struct.field(pytree_node=False, default=None)
+    keep_hidden: bool = flax.struct.field(pytree_node=False, default=False)
+
+
 def teacher_states(
-    teacher: decoder.Params,
-    config: ModelConfig,
-    tokens_BT: jax.Array,
-    length_B: jax.Array,
-    other: TeacherRows | None,
+    teacher: Model, tokens_BT: jax.Array, length_B: jax.Array, other: TeacherRows | None
 ) -> jax.Array:
     """The teacher's hidden states [B, T, D] over the student's rows, read behind its own prompts if any."""
     if other is None:
-        return decoder.hidden_states(teacher, config, tokens_BT, length_B)
-    hidden = decoder.hidden_states(teacher, config, other.tokens_BT, other.length_B)
+        return decoder.hidden_states(teacher.params, teacher.config, tokens_BT, length_B)
+    hidden = decoder.hidden_states(teacher.params, teacher.config, other.tokens_BT, other.length_B)
     return align(hidden, other.offset_B, tokens_BT.shape[1])
 
 
@@ -57,8 +75,7 @@ def token_logprob(
     check_shapes(tokens_BT=tokens_BT, length_B=length_B)
     out = map_tokens(
         lambda logprob_CV, token_C: {"logprob": take(logprob_CV, token_C)},
-        (decoder.head(params),),
-        (decoder.hidden_states(params, config, tokens_BT, length_B),),
+        [Readout(decoder.head(params), decoder.hidden_states(params, config, tokens_BT, length_B))],
         tokens_BT,
         token_chunk=token_chunk,
         vocabulary=vocabulary,
@@ -67,31 +84,21 @@ def token_logprob(
 
 
 def score(
-    student: decoder.Params,
-    student_config: ModelConfig,
-    teacher: decoder.Params | None,
-    teacher_config: ModelConfig | None,
+    student: Model,
+    teacher: Model | None,
     tokens_BT: np.ndarray,
     length_B: np.ndarray,
+    spec: ScoreSpec,
     *,
-    vocabulary: int,
-    top_k: int,
-    token_chunk: int,
     microbatch_tokens: int,
     teacher_rows: TeacherRows | None = None,
-    events: Events = EVERY_ID,
-    support: tuple[str, int] | None = None,
-    keep_hidden: bool = False,
     mesh: Mesh = ONE,
 ) -> Scores:
     """Student and teacher on the same responses, in one pass over chunks of tokens; see `Scores`.
 
-    `top_k` is that of the overlap; `support` names a support (supports.SUPPORTS) and its own k, for
-    losses over one; `keep_hidden` keeps the teacher's hidden states, for losses over the whole
-    vocabulary. `teacher_rows` holds the responses behind the teacher's own prompts, where those
-    are others; `events` is what log-probs are normalised over (see data.alignment). Rows go
+    `teacher_rows` holds the responses behind the teacher's own prompts, where those differ. Rows go
     through the models in micro-batches of at most `microbatch_tokens` tokens, which bounds the
-    activations as `token_chunk` bounds the logits; both are those of one replica of the `mesh`.
+    activations as `spec.token_chunk` bounds the logits; both apply to one replica of the `mesh`.
     Returns host arrays of the shape of `tokens_BT`.
     """
     tokens_BT, length_B = np.asarray(tokens_BT), np.asarray(length_B)
@@ -112,11 +119,8 @@ def score(
     ):  # fmt: skip
         tokens, length = microbatches.gather((tokens_BT, length_B), part)
         other = None if teacher_rows is None else microbatches.gather_teacher(teacher_rows, part)
-        scores = score_part(
-            student, student_config, teacher, teacher_config,
-            *mesh.rows((tokens, length, other)), events, vocabulary=vocabulary, top_k=top_k,
-            token_chunk=token_chunk, support=support, keep_hidden=keep_hidden, mesh=mesh,
-        )  # fmt: skip
+        rows = mesh.rows((tokens, length, other))
+        scores = score_part(student, teacher, *rows, spec, mesh=mesh)
         under_way.append((part, scores))
         if len(under_way) > 2:  # the device has work while one is fetched; no more lie on it
             put(*under_way.pop(0))
@@ -126,23 +130,20 @@ def score(
 
 
 def programs(
-    student: decoder.Params,
-    student_config: ModelConfig,
-    teacher: decoder.Params | None,
-    teacher_config: ModelConfig | None,
+    student: Model,
+    teacher: Model | None,
     batch: int,
     width: int,
+    spec: ScoreSpec,
     *,
     microbatch_tokens: int,
     teacher_width: int = 0,
-    events: Events = EVERY_ID,
     mesh: Mesh = ONE,
-    **settings: Any,
 ) -> list[Program]:
     """All that `score` compiles for `batch` rows of `width`, whatever their lengths.
 
-    `teacher_width` is that of the teacher's own rows, 0 where it has none; the models may be shapes
-    and dtypes alone.
+    `teacher_width` is that of the teacher's own rows, 0 where it has none; the parameters may be
+    shapes and dtypes alone.
     """
     out = []
     for part in microbatches.shapes(
@@ -155,77 +156,53 @@ def programs(
         if teacher_width:
             theirs_BT = np.zeros((part.count, part.teacher_width), np.int32)
             other = TeacherRows(tokens_BT=theirs_BT, length_B=length_B, offset_B=length_B)
-        models = (student, student_config, teacher, teacher_config)
-        given = (*models, *mesh.row_structs((tokens_BT, length_B, other)), events)
+        given = (student, teacher, *mesh.row_structs((tokens_BT, length_B, other)), spec)
         name = f"score {part.count} x {part.width}"
-        out.append(Program(name, score_part, given, settings | {"mesh": mesh}))
+        out.append(Program(name, score_part, given, {"mesh": mesh}))
     return out
 
 
-@partial(
-    jax.jit,
-    static_argnames=(
-        "student_config", "teacher_config", "vocabulary", "top_k", "token_chunk", "support",
-        "keep_hidden", "mesh",
-    ),
-)  # fmt: skip
+@partial(jax.jit, static_argnames=("mesh",))
 def score_part(
-    student: decoder.Params,
-    student_config: ModelConfig,
-    teacher: decoder.Params | None,
-    teacher_config: ModelConfig | None,
+    student: Model,
+    teacher: Model | None,
     tokens_BT: jax.Array,
     length_B: jax.Array,
     other: TeacherRows | None,
-    events: Events,
+    spec: ScoreSpec,
     *,
-    vocabulary: int,
-    top_k: int,
-    token_chunk: int,
-    support: tuple[str, int] | None = None,
-    keep_hidden: bool = False,
     mesh: Mesh = ONE,
 ) -> Scores:
     """`score` of one micro-batch, traced once for each of its shapes."""
-    own = partial(
-        _score_rows, student_config=student_config, teacher_config=teacher_config,
-        vocabulary=vocabulary, top_k=top_k, token_chunk=token_chunk, support=support,
-        keep_hidden=keep_hidden,
-    )  # fmt: skip
-    each = mesh.each(own, (WHOLE, WHOLE, ROWS, ROWS, ROWS, WHOLE), ROWS)
-    return each(student, teacher, tokens_BT, length_B, other, events)
+    each = mesh.each(_score_rows, (WHOLE, WHOLE, ROWS, ROWS, ROWS, WHOLE), ROWS)
+    return each(student, teacher, tokens_BT, length_B, other, spec)
 
 
 def _score_rows(
-    student: decoder.Params,
-    teacher: decoder.Params | None,
+    student: Model,
+    teacher: Model | None,
     tokens_BT: jax.Array,
     length_B: jax.Array,
     other: TeacherRows | None,
-    events: Events,
-    *,
-    student_config: ModelConfig,
-    teacher_config: ModelConfig | None,
-    vocabulary: int,
-    top_k: int,
-    token_chunk: int,
-    support: tuple[str, int] | None,
-    keep_hidden: bool,
+    spec: ScoreSpec,
 ) -> Scores:
     """`score_part` on one replica."""
-    heads = [decoder.head(student)]
-    hiddens = [decoder.hidden_states(student, student_config, tokens_BT, length_B)]
+    hidden_BTD = decoder.hidden_states(student.params, student.config, tokens_BT, length_B)
+    readouts = [Readout(decoder.head(student.params), hidden_BTD)]
     fn: TokenFn = _student_statistics
     if teacher is not None:
-        assert teacher_config is not None
-        heads.append(decoder.head(teacher))
-        hiddens.append(teacher_states(teacher, teacher_config, tokens_BT, length_B, other))
-        fn = partial(_pair_statistics, top_k=top_k, support=support)
+        head_VD = decoder.head(teacher.params)
+        hidden_BTD = teacher_states(teacher, tokens_BT, length_B, other)
+        readouts.append(Readout(head_VD, hidden_BTD, "teacher"))
+        fn = partial(_pair_statistics, top_k=spec.top_k, support=spec.support)
     scores = map_tokens(
-        fn, tuple(heads), tuple(hiddens), tokens_BT,
-        token_chunk=token_chunk, vocabulary=vocabulary, events=events,
+        fn, readouts, tokens_BT,
+        token_chunk=spec.token_chunk, vocabulary=spec.vocabulary, events=spec.events,
     )  # fmt: skip
-    return scores.replace(teacher_hidden_BTD=hiddens[1]) if keep_hidden else scores
+    if not spec.keep_hidden:
+        return scores
+    assert teacher is not None, "keep_hidden: there are no hidden states of a teacher"
+    return scores.replace(teacher_hidden_BTD=hidden_BTD)
 
 
 def _student_statistics(student_CV: jax.Array, *, token_C: jax.Array) -> Scores:

@@ -3,19 +3,18 @@
 import dataclasses
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import jax
 import numpy as np
 
 from opd_jax import data, metrics, models, scoring
+from opd_jax import rollout as sampler
 from opd_jax.aot import Program
 from opd_jax.grading.grader import Grade, Grader, decided
 from opd_jax.metrics import repetition
 from opd_jax.metrics.timing import Clock
 from opd_jax.metrics.tracing import stage
-from opd_jax.rollout import generate
-from opd_jax.rollout import programs as rollout_programs
+from opd_jax.scoring import ScoreSpec
 from opd_jax.sharding import multihost
 from opd_jax.training import batch as rows
 from opd_jax.training.setup import Setup, events_of
@@ -98,12 +97,7 @@ class Collector:
     ) -> Experience:
         """Which tokens count and which repeat, which rollouts are right: only a CORRECT one is."""
         section, alignment = self.config.metrics, self.setup.alignment
-        flagged_B = metrics.flagged(
-            texts,
-            tail=section.repetition_tail,
-            threshold=section.repetition_threshold,
-            level=section.repetition_level,
-        )
+        flagged_B = metrics.flagged(texts, metrics.make_repetition_rule(section))
         repeated_BT = repetition.repeated_mask(
             rollout,
             flagged_B,
@@ -126,10 +120,12 @@ class Collector:
         """The `rollout/*` and `score/*` keys."""
         section, rollout = self.config.metrics, self.config.rollout
         asked = any(given.grades)
+        findings = metrics.Findings(
+            given.texts, given.mask_BT, given.repeated_BT, given.flagged_B,
+            correct_B=given.correct_B if asked else None, graded_B=given.graded_B,
+        )  # fmt: skip
         row = metrics.step_metrics(
-            given.rollout, given.scores, given.mask_BT, given.texts, given.flagged_B,
-            given.repeated_BT, correct_B=given.correct_B if asked else None, graded_B=given.graded_B,
-            positions=section.positions,
+            given.rollout, given.scores, findings, positions=section.positions,
             hedging=section.hedging, max_response_tokens=rollout.max_response_tokens,
             stops_on_repetition=rollout.stop_on_repetition > 0,
         )  # fmt: skip
@@ -142,54 +138,75 @@ class Collector:
         rollout, setup = self.config.rollout, self.setup
         batch = rollout.prompts_per_step * rollout.samples_per_prompt
         return [
-            *rollout_programs(student, setup.student, batch, **self._generation),
+            *sampler.programs(
+                models.Model(setup.student, student), batch, self.sampling, batching=self.batching
+            ),
             *scoring.programs(
-                student, setup.student, teacher, setup.teacher, batch, setup.width,
+                *self._models(student, teacher), batch, setup.width, self.scoring,
                 teacher_width=setup.teacher_width if setup.separate_prompts else 0,
                 microbatch_tokens=self.config.optim.microbatch_tokens, mesh=setup.mesh,
-                **self.scoring,
             ),
         ]  # fmt: skip
 
     @property
-    def _generation(self) -> dict[str, Any]:
-        """How the student's rollouts are made."""
+    def sampling(self) -> sampler.SamplingParams:
+        """How the student's rollouts are sampled."""
         section, alignment = self.config.rollout, self.setup.alignment
-        return {
-            "max_prompt_tokens": section.max_prompt_tokens,
-            "max_response_tokens": section.max_response_tokens,
-            "slots": section.slots or None,
-            "temperature": section.temperature,
-            "top_p": section.top_p,
-            "top_k": section.top_k,
-            "stop_ids": alignment.stop_ids,
-            "vocabulary": alignment.vocabulary,
-            "drawn_V": self.drawn_V,
-            "events": self.events,
-            "stop_on_repetition": section.stop_on_repetition,
-            "repetition_period": section.repetition_period,
-            "mesh": self.setup.mesh,
-        }
+        return sampler.SamplingParams(
+            section.max_response_tokens,
+            temperature=section.temperature,
+            top_p=section.top_p,
+            top_k=section.top_k,
+            stop_ids=alignment.stop_ids,
+            vocabulary=alignment.vocabulary,
+            drawn_V=self.drawn_V,
+            events=self.events,
+            stop_on_repetition=section.stop_on_repetition,
+            repetition_period=section.repetition_period,
+        )
 
     @property
-    def scoring(self) -> dict[str, Any]:
-        """What is asked of both models about them."""
+    def batching(self) -> sampler.Batching:
+        """How they are batched while they decode."""
+        section = self.config.rollout
+        return sampler.Batching(
+            slots=section.slots or None,
+            max_prompt_tokens=section.max_prompt_tokens,
+            mesh=self.setup.mesh,
+        )
+
+    @property
+    def scoring(self) -> ScoreSpec:
+        """What both models are asked about them."""
         config = self.config
-        return {
-            "vocabulary": self.setup.alignment.vocabulary,
-            "top_k": config.scoring.overlap_top_k,
-            "token_chunk": config.scoring.token_chunk,
-            "events": self.events,
-            "support": self.setup.terms.scored_support,
-            "keep_hidden": self.setup.terms.over_vocabulary,
-        }
+        return ScoreSpec(
+            vocabulary=self.setup.alignment.vocabulary,
+            top_k=config.scoring.overlap_top_k,
+            token_chunk=config.scoring.token_chunk,
+            events=self.events,
+            support=self.setup.terms.scored_support,
+            keep_hidden=self.setup.terms.over_vocabulary,
+        )
+
+    def _models(
+        self, student: models.Params, teacher: models.Params | None
+    ) -> tuple[models.Model, models.Model | None]:
+        """Both models, each with its architecture."""
+        setup, other = self.setup, None
+        if teacher is not None:
+            assert setup.teacher is not None
+            other = models.Model(setup.teacher, teacher)
+        return models.Model(setup.student, student), other
 
     def _rollout(
         self, student: models.Params, prompts: Sequence[Sequence[int]], key: jax.Array
     ) -> Rollout:
         group = self.config.rollout.samples_per_prompt
         grouped = [prompt for prompt in prompts for _ in range(group)]
-        return generate(student, self.setup.student, grouped, key=key, **self._generation)
+        return sampler.sample_responses(
+            models.Model(self.setup.student, student), grouped, self.sampling,
+            keys=sampler.row_keys(key, len(grouped)), batching=self.batching,
+        )  # fmt: skip
 
     def _teacher_rows(
         self, rollout: Rollout, prompts: Sequence[Sequence[int]] | None
@@ -214,10 +231,9 @@ class Collector:
     ) -> Scores:
         """Student and teacher on the rollouts; the student alone where no term asks the teacher."""
         return scoring.score(
-            student, self.setup.student, teacher, self.setup.teacher,
-            rollout.tokens_BT, rollout.length_B, teacher_rows=teacher_rows,
+            *self._models(student, teacher),
+            rollout.tokens_BT, rollout.length_B, self.scoring, teacher_rows=teacher_rows,
             microbatch_tokens=self.config.optim.microbatch_tokens, mesh=self.setup.mesh,
-            **self.scoring,
         )  # fmt: skip
 
     def _read(self, rollout: Rollout, answers: list[str]) -> tuple[list[str], list[Grade | None]]:

@@ -181,31 +181,29 @@ def make_rollout_loss(
         return out
 
     def loss(params: decoder.Params, frozen: Frozen, rows: RolloutRows) -> Parts:
-        heads = [decoder.head(params)]
-        hiddens = [
-            decoder.hidden_states(params, config, rows.tokens_BT, rows.length_B, remat=remat)
-        ]
+        head_VD = decoder.head(params)
+        hidden_BTD = decoder.hidden_states(
+            params, config, rows.tokens_BT, rows.length_B, remat=remat
+        )
+        student, others = scoring.Readout(head_VD, hidden_BTD), []
         if "teacher" in beside:
-            heads.append(decoder.head(frozen.teacher))
-            hiddens.append(rows.teacher_hidden_BTD)
+            head_VD = decoder.head(frozen.teacher)
+            others.append(scoring.Readout(head_VD, rows.teacher_hidden_BTD, "teacher"))
         if "reference" in beside:
             assert reference_config is not None
-            heads.append(decoder.head(frozen.reference))
-            hiddens.append(
-                decoder.hidden_states(
-                    frozen.reference, reference_config, rows.tokens_BT, rows.length_B
-                )
+            head_VD = decoder.head(frozen.reference)
+            hidden_BTD = decoder.hidden_states(
+                frozen.reference, reference_config, rows.tokens_BT, rows.length_B
             )
+            others.append(scoring.Readout(head_VD, hidden_BTD, "reference"))
         parts = scoring.map_tokens(
             token_terms,
-            (heads[0], *jax.lax.stop_gradient(heads[1:])),
-            (hiddens[0], *jax.lax.stop_gradient(hiddens[1:])),
+            [student, *jax.lax.stop_gradient(others)],
             rows.tokens_BT,
             _per_token(terms, rows),
             token_chunk=token_chunk,
             vocabulary=vocabulary,
             events=events,
-            names=("student", *beside),
         )
         return {name: _weighted_sum(x_BT, rows.weight_BT) for name, x_BT in parts.items()}
 
@@ -221,12 +219,15 @@ def make_golden_loss(
     """
 
     def loss(params: decoder.Params, rows: GoldenRows) -> Parts:
+        head_VD = decoder.head(params)
+        hidden_BTD = decoder.hidden_states(
+            params, config, rows.tokens_BT, rows.length_B, remat=remat
+        )
         parts = scoring.map_tokens(
             lambda student_CV, token_C: {
                 "sft": losses.sft_nll(logprob_BT=scoring.take(student_CV, token_C))
             },
-            (decoder.head(params),),
-            (decoder.hidden_states(params, config, rows.tokens_BT, rows.length_B, remat=remat),),
+            [scoring.Readout(head_VD, hidden_BTD)],
             rows.tokens_BT,
             token_chunk=token_chunk,
             vocabulary=vocabulary,

@@ -5,7 +5,7 @@ What is compiled here goes into the cache of compiled programs, from which the r
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from opd_jax import losses, scoring
+from opd_jax import losses, models, scoring
 from opd_jax.aot import Program
 from opd_jax.sharding.partition import unwrapped
 from opd_jax.training import batch as rows
@@ -38,7 +38,7 @@ def compile_all(programs: Sequence[Program]) -> float:
 
 
 def blank_rollout_rows(
-    setup: Setup, student: Any, teacher: Any, asked: Mapping[str, Any]
+    setup: Setup, student: Any, teacher: Any, asked: scoring.ScoreSpec
 ) -> RolloutRows:
     """Rows of the shapes and dtypes of one update's share of the rollouts, all zeros.
 
@@ -57,11 +57,12 @@ def blank_rollout_rows(
     if setup.separate_prompts:
         width = setup.teacher_width
         theirs = TeacherRows(np.zeros((batch, width), np.int32), length_B, length_B)
-    score = partial(scoring.score_part, student_config=setup.student, teacher_config=setup.teacher)
-    scores = jax.eval_shape(
-        partial(score, **asked),
-        unwrapped(student), teacher=unwrapped(teacher), tokens_BT=tokens_BT, length_B=length_B, other=theirs,
-    )  # fmt: skip
+    own = models.Model(setup.student, unwrapped(student))
+    other = None
+    if teacher is not None:
+        assert setup.teacher is not None
+        other = models.Model(setup.teacher, unwrapped(teacher))
+    scores = jax.eval_shape(scoring.score_part, own, other, tokens_BT, length_B, theirs, asked)
     nothing_BT = np.zeros(shape, np.float32)
     return rows.rollout_rows(
         Rollout(tokens_BT, length_B, length_B, nothing_BT, length_B),

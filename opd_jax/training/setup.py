@@ -115,17 +115,15 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
     if terms.needs_teacher:
         teacher, teacher_tokenizer = open_model(config.teacher, today)
         notes += data.prompt_notes("teacher", teacher_tokenizer)
+        vocabularies = (
+            data.Vocabulary(tokenizer, student.vocab_size, student.eos_token_ids),
+            data.Vocabulary(teacher_tokenizer, teacher.vocab_size, teacher.eos_token_ids),
+        )
         alignment = data.align(
-            tokenizer, teacher_tokenizer,
-            student_ends=student.eos_token_ids, teacher_ends=teacher.eos_token_ids,
-            student_rows=student.vocab_size, teacher_rows=teacher.vocab_size,
-            special_tokens=config.scoring.special_tokens,
+            *vocabularies, special_tokens=config.scoring.special_tokens,
             end=end, reference_ends=reference_ends,
         )  # fmt: skip
-        notes += data.alignment_report(
-            alignment, tokenizer, teacher_tokenizer, teacher_ends=teacher.eos_token_ids,
-            rows=(student.vocab_size, teacher.vocab_size),
-        )  # fmt: skip
+        notes += data.alignment_report(alignment, *vocabularies)
     else:
         vocabulary = min(tokenizer.size, student.vocab_size)
         alignment = data.alone(

@@ -44,11 +44,20 @@ SETTINGS = {
 
 
 def align(student, teacher, mode: str = "remap", **changes):
-    return data.align(student, teacher, special_tokens=mode, **SETTINGS | changes)
+    given = SETTINGS | changes
+    pair = (
+        data.Vocabulary(model, given.pop(f"{role}_rows"), given.pop(f"{role}_ends"))
+        for role, model in (("student", student), ("teacher", teacher))
+    )
+    return data.align(*pair, special_tokens=mode, **given)
 
 
 def lines_of(alignment, student, teacher, *, teacher_ends=(256,), rows=(300, 320)) -> list[str]:
-    return data.alignment_report(alignment, student, teacher, teacher_ends=teacher_ends, rows=rows)
+    mine, theirs = (
+        data.Vocabulary(model, count, ends)
+        for model, count, ends in zip((student, teacher), rows, ((), teacher_ends), strict=True)
+    )
+    return data.alignment_report(alignment, mine, theirs)
 
 
 @pytest.mark.parametrize("mode", ["remap", "mask", "keep"])

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from opd_jax.models import decoder
-from opd_jax.models.end_tokens import EVERY_ID
 from opd_jax.rollout.decode_state import decode_chunk, empty
+from opd_jax.rollout.sampling import SamplingParams
 from tests.h200.conftest import QWEN_1_5B
 
 SLOTS, TOTAL = 64, 8192
@@ -25,12 +25,11 @@ def dump(tmp_path_factory):
 def compiled(on_h200, fused_attention, dump):
     params = decoder.abstract_params(QWEN_1_5B)
     params = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, jnp.bfloat16), params)
-    layers = jax.eval_shape(decoder.unstack, params)
-    state = jax.eval_shape(lambda layers: empty(layers, QWEN_1_5B, SLOTS, TOTAL, 0), layers)
+    model = decoder.Model(QWEN_1_5B, jax.eval_shape(decoder.unstack, params))
+    state = jax.eval_shape(lambda model: empty(model, SLOTS, TOTAL, 0), model)
+    sampling = SamplingParams(0, stop_ids=(151_643,), vocabulary=151_665)
     return decode_chunk.lower(
-        on_h200(layers), QWEN_1_5B, on_h200(state), on_h200(np.int32(0)),
-        steps=128, temperature=1.0, top_p=1.0, top_k=0, stop_ids=(151_643,), vocabulary=151_665,
-        drawn_V=None, events=EVERY_ID, stop_on_repetition=0,
+        on_h200(model), on_h200(state), on_h200(np.int32(0)), sampling, steps=128
     ).compile(compiler_options={"xla_dump_to": str(dump)})  # fmt: skip
 
 

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from opd_jax import metrics
+from opd_jax.metrics import RepetitionRule
 from opd_jax.types import Outcome, Rollout, Scores
 
 pytestmark = pytest.mark.short
-PAPER = {"tail": 10_000, "threshold": 10.0}
-SMALL = {"tail": 200, "threshold": 5.0}
+PAPER = RepetitionRule(tail=10_000, threshold=10.0)
+SMALL = RepetitionRule(tail=200, threshold=5.0)
 PROSE = (
     "Take the train at nine, change at the second stop, and walk along the river until you see "
     "an old mill; my aunt lives in the low brick house behind it and expects us for lunch, so "
@@ -46,29 +47,29 @@ def test_compression_ratio_of_odd_texts():
 
 
 def test_repetitive_needs_a_text_longer_than_the_tail():
-    assert not metrics.repetitive("ab" * 5_000, **PAPER)  # exactly L = 10,000 characters
-    assert metrics.repetitive("ab" * 5_000 + "a", **PAPER)
-    assert not metrics.repetitive("ab" * 100, **SMALL)
-    assert metrics.repetitive("ab" * 101, **SMALL)
+    assert not metrics.repetitive("ab" * 5_000, PAPER)  # exactly L = 10,000 characters
+    assert metrics.repetitive("ab" * 5_000 + "a", PAPER)
+    assert not metrics.repetitive("ab" * 100, SMALL)
+    assert metrics.repetitive("ab" * 101, SMALL)
 
 
 def test_short_texts_are_never_flagged_by_the_papers_numbers():
     # The trap: a response of 2,000 tokens that says one word is below L, so RepRate misses it.
     looping = "wait " * 1_900
     assert metrics.compression_ratio(looping, tail=10_000) > 100
-    assert not metrics.repetitive(looping, **PAPER)
+    assert not metrics.repetitive(looping, PAPER)
 
 
 def test_a_short_tail_cannot_reach_the_papers_threshold():
     # 100 characters shrink to no less than zlib's 11 bytes of its own and a copy: below 10.
-    assert not metrics.repetitive("a" * 500, tail=100, threshold=10.0)
+    assert not metrics.repetitive("a" * 500, RepetitionRule(tail=100, threshold=10.0))
 
 
 def test_prose_is_not_repetitive_but_its_repetition_is():
-    assert len(PROSE) > SMALL["tail"]
-    assert not metrics.repetitive(PROSE, **SMALL)
-    assert metrics.repetitive(PROSE + "So it is. " * 20, **SMALL)
-    assert not metrics.repetitive("So it is. " * 20 + PROSE, **SMALL)  # it found its way out
+    assert len(PROSE) > SMALL.tail
+    assert not metrics.repetitive(PROSE, SMALL)
+    assert metrics.repetitive(PROSE + "So it is. " * 20, SMALL)
+    assert not metrics.repetitive("So it is. " * 20 + PROSE, SMALL)  # it found its way out
 
 
 def test_the_level_is_zlibs():
@@ -80,15 +81,15 @@ def test_the_level_is_zlibs():
     ratios = [metrics.compression_ratio(loop, tail=999, level=level) for level in (1, 9)]
     assert ratios[0] < ratios[1]
     between = sum(ratios) / 2
-    flags = [metrics.repetitive(loop, tail=999, threshold=between, level=i) for i in (1, 9)]
+    flags = [metrics.repetitive(loop, RepetitionRule(999, between, i)) for i in (1, 9)]
     assert flags == [False, True]
 
 
 def test_flagged_is_repetitive_of_each():
-    got = metrics.flagged(["ab" * 101, "ab" * 100, PROSE, ""], **SMALL)
+    got = metrics.flagged(["ab" * 101, "ab" * 100, PROSE, ""], SMALL)
     assert got.dtype == bool
     assert got.tolist() == [True, False, False, False]
-    assert metrics.flagged([], **SMALL).shape == (0,)
+    assert metrics.flagged([], SMALL).shape == (0,)
 
 
 def rollout() -> Rollout:
@@ -358,10 +359,11 @@ def step(scores: Scores, mask_BT: np.ndarray = MASK, **more) -> dict[str, float]
         outcome_B=np.array([Outcome.EOS, Outcome.BUDGET], np.int32),
     )
     options = {"positions": (1, 5), "max_response_tokens": 4, "hedging": HEDGING} | more
-    return metrics.step_metrics(
-        made, scores, mask_BT, ["but why", "so what"], np.array([False, True]),
-        np.array([[False, False, True], [False, True, False]]), **options,
+    findings = metrics.Findings(
+        ["but why", "so what"], mask_BT, np.array([[False, False, True], [False, True, False]]),
+        np.array([False, True]), correct_B=options.pop("correct_B", None),
     )  # fmt: skip
+    return metrics.step_metrics(made, scores, findings, **options)
 
 
 def test_step_metrics_hold_every_part():

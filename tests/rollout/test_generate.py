@@ -12,6 +12,7 @@ from opd_jax.rollout import generate
 from opd_jax.rollout.decode_state import decode_chunk, prefill
 from opd_jax.types import Outcome, Rollout
 from tests.conftest import noisy_params, tiny_config
+from tests.support import calls
 
 pytestmark = pytest.mark.short
 
@@ -32,7 +33,7 @@ def params() -> decoder.Params:
 
 def roll(params, prompts=PROMPTS, *, config=QWEN2, **changes) -> Rollout:
     settings = {"key": KEY, "max_response_tokens": BUDGET, "stop_ids": STOPS, "chunk": 64}
-    return generate(params, config, prompts, **settings | changes)
+    return calls.roll(params, config, prompts, **settings | changes)
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +85,14 @@ def test_sampler_and_scorer_agree(config):
     wider = jnp.pad(tokens[4:0:-1], ((0, 0), (0, 3)))
     scored = np.asarray(scoring.token_logprob(params, config, wider, length[4:0:-1]))[:, :-3]
     np.testing.assert_allclose(scored[mask[4:0:-1]], sampled[4:0:-1][mask[4:0:-1]], atol=1e-4)
+
+
+def test_the_short_form_is_the_long_one(params, plain):
+    got = generate(
+        params, QWEN2, PROMPTS, key=KEY, max_response_tokens=BUDGET, temperature=1.0, top_p=1.0,
+        stop_ids=list(STOPS), slots=3,
+    )  # fmt: skip
+    assert_same_rows(got, plain)
 
 
 @pytest.mark.parametrize(("slots", "chunk"), [(None, 4), (1, 64), (3, 4), (5, 64), (100, 1)])

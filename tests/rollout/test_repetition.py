@@ -10,11 +10,11 @@ import pytest
 from opd_jax import metrics
 from opd_jax.errors import DataError
 from opd_jax.models import decoder
-from opd_jax.rollout import generate
 from opd_jax.rollout.decode_state import Cycles, Slots, _extended, decode_chunk, empty
 from opd_jax.training import batch
 from opd_jax.types import Outcome, Rollout, Scores
 from tests.conftest import noisy_params, tiny_config
+from tests.support import calls
 
 pytestmark = pytest.mark.short
 
@@ -42,7 +42,7 @@ def params() -> decoder.Params:
 
 def roll(params: decoder.Params, prompts: list[list[int]] = PROMPTS, **changes) -> Rollout:
     settings = FEW | {"key": jax.random.key(4)} | changes
-    return generate(params, MODEL, prompts, **settings)
+    return calls.roll(params, MODEL, prompts, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -125,8 +125,8 @@ def test_off_is_the_default_and_holds_no_state(params, free):
     for name in ("tokens_BT", "length_B", "sampler_logprob_BT", "outcome_B"):
         np.testing.assert_array_equal(getattr(off, name), getattr(free, name))
     assert (free.outcome_B == Outcome.BUDGET).all()
-    layers = decoder.unstack(params)
-    assert empty(layers, MODEL, 2, 9, 0).cycles is None
+    unstacked = decoder.Model(MODEL, decoder.unstack(params))
+    assert empty(unstacked, 2, 9, 0).cycles is None
     programs = decode_chunk._cache_size()
     roll(params, stop_on_repetition=0, repetition_period=5)
     assert decode_chunk._cache_size() == programs

@@ -8,7 +8,7 @@ import scipy.special
 import scipy.stats
 
 from opd_jax.models.end_tokens import Events
-from opd_jax.rollout.sampling import most_likely, nucleus, sample
+from opd_jax.rollout.sampling import SamplingParams, most_likely, nucleus, sample
 
 LOGITS = np.array([1.5, -0.5, 0.0, 2.0, -2.0, 0.5, 1.0], np.float32)
 
@@ -16,9 +16,8 @@ LOGITS = np.array([1.5, -0.5, 0.0, 2.0, -2.0, 0.5, 1.0], np.float32)
 def draw(logits_BV, seed: int = 0, *, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0):
     """(tokens, logprobs) with one key a row."""
     keys = jax.random.split(jax.random.key(seed), len(logits_BV))
-    token, logprob = sample(
-        jnp.asarray(logits_BV), keys, temperature=temperature, top_p=top_p, top_k=top_k
-    )
+    sampling = SamplingParams(1, temperature=temperature, top_p=top_p, top_k=top_k)
+    token, logprob = sample(jnp.asarray(logits_BV), keys, sampling)
     return np.asarray(token), np.asarray(logprob)
 
 
@@ -96,10 +95,10 @@ def test_draws_over_several_blocks_of_the_vocabulary_follow_the_exact_distributi
 def test_a_draw_depends_on_its_key_alone():
     logits = np.random.default_rng(0).standard_normal((6, 30))
     keys = jax.random.split(jax.random.key(3), 6)
-    together, _ = sample(jnp.asarray(logits), keys, temperature=1.0, top_p=0.9)
+    sampling = SamplingParams(1, top_p=0.9)
+    together, _ = sample(jnp.asarray(logits), keys, sampling)
     alone = [
-        sample(jnp.asarray(logits[i : i + 1]), keys[i : i + 1], temperature=1.0, top_p=0.9)[0][0]
-        for i in range(6)
+        sample(jnp.asarray(logits[i : i + 1]), keys[i : i + 1], sampling)[0][0] for i in range(6)
     ]
     np.testing.assert_array_equal(together, alone)
 
@@ -161,10 +160,8 @@ def test_only_allowed_ids_are_drawn_and_logprobs_are_over_the_scored_ones():
     drawn_V = np.array([0, 1, 1, 0, 1, 1, 1], bool)
     scored_V = np.array([0, 1, 1, 0, 1, 1, 0], bool)
     keys = jax.random.split(jax.random.key(0), 20_000)
-    token, logprob = sample(
-        jnp.tile(LOGITS, (20_000, 1)), keys, temperature=1.0, top_p=1.0,
-        drawn_V=drawn_V, events=Events(scored_V=scored_V),
-    )  # fmt: skip
+    sampling = SamplingParams(1, drawn_V=drawn_V, events=Events(scored_V=scored_V))
+    token, logprob = sample(jnp.tile(LOGITS, (20_000, 1)), keys, sampling)
     prob = np.where(drawn_V, scipy.special.softmax(LOGITS.astype(np.float64)), 0.0)
     expected = 20_000 * prob[drawn_V] / prob.sum()
     count = np.bincount(np.asarray(token), minlength=7)
@@ -179,7 +176,7 @@ def test_only_allowed_ids_are_drawn_and_logprobs_are_over_the_scored_ones():
 def test_bfloat16_logits_give_float32_logprobs(strict_dtypes):
     logits = jnp.asarray(np.tile(LOGITS, (4, 1)), jnp.bfloat16)
     keys = jax.random.split(jax.random.key(0), 4)
-    token, logprob = sample(logits, keys, temperature=0.7, top_p=0.9)
+    token, logprob = sample(logits, keys, SamplingParams(1, temperature=0.7, top_p=0.9))
     assert (token.dtype, logprob.dtype) == (jnp.int32, jnp.float32)
     want = scipy.special.log_softmax(LOGITS.astype(np.float64))[np.asarray(token)]
     np.testing.assert_allclose(logprob, want, atol=1e-6)  # LOGITS are exact in bfloat16

@@ -11,9 +11,10 @@ import scipy.special
 from opd_jax import scoring
 from opd_jax.errors import ShapeError
 from opd_jax.models import decoder
-from opd_jax.models.end_tokens import EVERY_ID, Events
+from opd_jax.models.end_tokens import Events
 from opd_jax.types import TeacherRows
 from tests.conftest import noisy_params, random_rows, tiny_config
+from tests.support import calls
 
 pytestmark = pytest.mark.short
 
@@ -51,7 +52,7 @@ def of_tokens(logprob_BTV: np.ndarray) -> np.ndarray:
 
 def scores(student, teacher, *, teacher_config=TEACHER, **changes):
     settings = {"vocabulary": VOCAB, "top_k": 8, "token_chunk": 16, "microbatch_tokens": 30}
-    return scoring.score(
+    return calls.score(
         student, STUDENT, teacher, teacher_config, TOKENS, LENGTH, **settings | changes
     )
 
@@ -90,8 +91,7 @@ def test_map_tokens_aligns_tokens_models_and_extras(token_chunk, rows):
 
     out = scoring.map_tokens(
         fn,
-        tuple(map(jnp.asarray, heads)),
-        (hidden, hidden),
+        [scoring.Readout(jnp.asarray(head), hidden) for head in heads],
         jnp.asarray(tokens),
         {"extra": jnp.asarray(extra)},
         token_chunk=token_chunk,
@@ -273,10 +273,8 @@ def test_no_array_of_batch_time_vocabulary(student):
         return scoring.token_logprob(params, config, TOKENS, LENGTH, token_chunk=8).sum()
 
     def pair(params):
-        return scoring.score_part(
-            params, config, params, config, TOKENS, LENGTH, None, EVERY_ID,
-            vocabulary=1000, top_k=4, token_chunk=8,
-        )  # fmt: skip
+        model, spec = decoder.Model(config, params), scoring.ScoreSpec(1000, 4, 8)
+        return scoring.score_part(model, model, TOKENS, LENGTH, None, spec)
 
     def everything(params):
         return decoder.forward(params, config, TOKENS, LENGTH)

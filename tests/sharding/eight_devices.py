@@ -13,15 +13,15 @@ from ml_collections import ConfigDict
 
 import configs.evaluate
 import opd_jax
-from opd_jax import checkpoint, data, losses, scoring, train
+from opd_jax import checkpoint, data, losses, train
 from opd_jax.config.fields import default
 from opd_jax.data import microbatches
 from opd_jax.errors import CopiesError
 from opd_jax.evaluation import run as runner
 from opd_jax.evaluation import subject as subjects
 from opd_jax.models import decoder
-from opd_jax.models.end_tokens import EVERY_ID, Events
-from opd_jax.rollout import decode_state, generate
+from opd_jax.models.end_tokens import Events
+from opd_jax.rollout import SamplingParams, decode_state
 from opd_jax.sharding import mesh, replica_check
 from opd_jax.sharding.mesh import ONE, Mesh
 from opd_jax.tools.profile import trace
@@ -29,6 +29,7 @@ from opd_jax.training import objective, setup, update
 from opd_jax.training.objective import Terms
 from opd_jax.types import Ends, Frozen, GoldenRows, RolloutRows
 from tests.conftest import distance, noisy_params, random_rows, tiny_config
+from tests.support import calls
 from tests.support.small_run import lines, small, without_times
 
 # Neither 5 rows nor 11 prompts divide among 8; nothing of the model is divided by more than 4.
@@ -81,7 +82,7 @@ def on(devices: Mesh, params: decoder.Params) -> decoder.Params:
 def roll(devices: Mesh, params: decoder.Params, count: int, **settings: int):
     generator = np.random.default_rng(0)
     prompts = [generator.integers(2, 99, 1 + i % 6).tolist() for i in range(count)]
-    return generate(
+    return calls.roll(
         on(devices, params), CONFIG, prompts, key=jax.random.key(3), max_response_tokens=14,
         max_prompt_tokens=6, stop_ids=tuple(range(8)), chunk=4, mesh=devices,
         events=Events(ends=Ends(id=3, student=tuple(range(8)))), **settings,
@@ -112,20 +113,18 @@ def test_rollouts_are_the_same_on_any_mesh(devices, params, settings):
 
 def test_decoding_moves_no_cache_between_devices(devices, params):
     slots, total = 4, 256
-    layers = decode_state.unstack(on(devices, params), devices)
-    state = decode_state.empty(layers, CONFIG, slots, total, 0, devices)
-    settings = {
-        "steps": 4, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "stop_ids": (1,),
-        "vocabulary": None, "drawn_V": None, "events": EVERY_ID, "stop_on_repetition": 0,
-    }  # fmt: skip
+    model = decode_state.unstack(decoder.Model(CONFIG, on(devices, params)), devices)
+    state = decode_state.empty(model, slots, total, 0, devices)
+    sampling = SamplingParams(0, stop_ids=(1,))
     rows = 2 * devices.replicas
     row, wide = np.zeros(rows, np.int32), np.zeros((rows, 6), np.int32)
-    admitted = devices.rows((wide, row + 1, row + 9, row, np.zeros((rows, 2), np.uint32)))
+    keys_B2 = np.zeros((rows, 2), np.uint32)
+    admitted = devices.rows(decode_state.Admitted(wide, row + 1, row + 9, row, keys_B2))
     texts = [
         decode_state.decode_chunk.lower(
-            layers, CONFIG, state, np.int32(0), mesh=devices, **settings
+            model, state, np.int32(0), sampling, steps=4, mesh=devices
         ).compile(),
-        decode_state.prefill.lower(layers, CONFIG, state, *admitted, mesh=devices).compile(),
+        decode_state.prefill.lower(model, state, admitted, mesh=devices).compile(),
     ]
     _, values = state.caches[0][0]
     part = values.sharding.shard_shape(values.shape)
@@ -149,7 +148,7 @@ def test_decoding_moves_no_cache_between_devices(devices, params):
 
 def score(devices: Mesh, student: decoder.Params, teacher: decoder.Params, **settings):
     tokens_BT, length_B = random_rows(CONFIG, B, T)
-    return scoring.score(
+    return calls.score(
         on(devices, student), CONFIG, on(devices, teacher), TEACHER, tokens_BT, length_B,
         vocabulary=90, top_k=3, token_chunk=7, microbatch_tokens=2 * T, mesh=devices,
         support=("union", 2), events=EVENTS, **settings,

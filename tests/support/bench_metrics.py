@@ -27,6 +27,7 @@ from opd_jax import models as hf
 from opd_jax.grading import Grade, Grader
 from opd_jax.training.experience import Collector
 from opd_jax.types import Outcome, Rollout, Scores
+from tests.support import calls
 
 PIECES = 5_000
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -125,7 +126,7 @@ def scoring_statistics(folder: str, chunk: int, rows: int = 4, tokens: int = 384
     length = np.full(rows, tokens, np.int32)
 
     def everything() -> None:
-        scoring.score(
+        calls.score(
             params, config, params, config, ids, length,
             vocabulary=config.vocab_size, top_k=16, token_chunk=chunk, microbatch_tokens=rows * tokens,
         )  # fmt: skip

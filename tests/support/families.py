@@ -142,8 +142,8 @@ def _align(
 ) -> data.Alignment:
     end = roles.golden_end(student, tokenizer, tokenizer.path)
     return data.align(
-        tokenizer, teacher_tokenizer, student_ends=student.eos_token_ids,
-        teacher_ends=teacher.eos_token_ids, student_rows=300, teacher_rows=300,
+        data.Vocabulary(tokenizer, 300, student.eos_token_ids),
+        data.Vocabulary(teacher_tokenizer, 300, teacher.eos_token_ids),
         special_tokens="remap", end=end,
     )  # fmt: skip
 

@@ -11,7 +11,6 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,6 @@ import numpy as np
 
 from opd_jax import scoring
 from opd_jax.models import decoder
-from opd_jax.models.end_tokens import EVERY_ID
 from opd_jax.training import objective
 from opd_jax.training.objective import Terms
 from opd_jax.training.update import make_add
@@ -54,11 +52,11 @@ def score(vocabulary: int, tokens: int) -> Case:
     """Student and teacher, everything that the objective and the metrics need."""
     config = model(vocabulary)
     params, given = decoder.abstract_params(config), rows(tokens)
-    fn = partial(scoring.score_part, vocabulary=vocabulary, top_k=16, token_chunk=CHUNK)
-    one = jax.jit(lambda s, t, tokens_BT, length_B: fn(
-        s, config, t, config, tokens_BT, length_B, None, EVERY_ID
+    model_of, spec = decoder.Model(config, params), scoring.ScoreSpec(vocabulary, 16, CHUNK)
+    one = jax.jit(lambda s, t, tokens_BT, length_B: scoring.score_part(
+        s, t, tokens_BT, length_B, None, spec
     ))  # fmt: skip
-    return one, (params, params, given.tokens_BT, given.length_B)
+    return one, (model_of, model_of, given.tokens_BT, given.length_B)
 
 
 def naive_score(vocabulary: int, tokens: int) -> Case:

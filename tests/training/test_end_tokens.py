@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 import scipy.special
 
-from opd_jax import losses, scoring
+from opd_jax import losses
 from opd_jax.models import decoder
 from opd_jax.models.end_tokens import Events
-from opd_jax.rollout import generate
 from opd_jax.scoring.topk import SUPPORTS
 from opd_jax.training import batch, objective
 from opd_jax.training.objective import Terms
 from opd_jax.types import Ends, Frozen, Outcome, Rollout
 from tests.conftest import noisy_params, random_rows, tiny_config
+from tests.support import calls
 
 pytestmark = pytest.mark.short
 
@@ -97,7 +97,7 @@ def of_tokens(logprob: np.ndarray) -> np.ndarray:
 
 
 def scores(**asked):
-    return scoring.score(
+    return calls.score(
         weights("student"), STUDENT, weights("teacher"), TEACHER, TOKENS, LENGTH,
         vocabulary=SHARED, top_k=3, token_chunk=7, microbatch_tokens=20, events=EVENTS, **asked,
     )  # fmt: skip
@@ -129,7 +129,7 @@ def test_sampler_and_scorer_agree_on_the_end():
     """Whatever end token is drawn, the sampler's record is the scorer's log-prob of the end."""
     drawn_V = SCORED.copy()
     drawn_V[[7, 50]] = True
-    rollout = generate(
+    rollout = calls.roll(
         weights("student"), STUDENT, [[5, 6, 8]] * 64, key=jax.random.key(0),
         max_response_tokens=24, stop_ids=ENDS.student, vocabulary=SHARED, drawn_V=drawn_V,
         events=EVENTS,
@@ -137,7 +137,7 @@ def test_sampler_and_scorer_agree_on_the_end():
     last = rollout.tokens_BT[np.arange(64), rollout.length_B - 1]
     ended = rollout.outcome_B == Outcome.EOS
     assert set(last[ended].tolist()) == {7, 50}  # both are drawn, and nothing else ends a row
-    got = scoring.score(
+    got = calls.score(
         weights("student"), STUDENT, None, None, rollout.tokens_BT, rollout.length_B,
         vocabulary=SHARED, top_k=0, token_chunk=64, microbatch_tokens=512, events=EVENTS,
     )  # fmt: skip
@@ -163,12 +163,12 @@ def test_the_sampler_records_what_the_scorer_says_at_its_temperature():
     tempered = Events(scored_V=SCORED, ends=ENDS, temperature=0.7)
     counted = SCORED.copy()
     counted[[7, 50]] = True
-    rollout = generate(
+    rollout = calls.roll(
         weights("student"), STUDENT, [[5, 6, 8]] * 8, key=jax.random.key(0), temperature=0.7,
         max_response_tokens=12, stop_ids=ENDS.student, vocabulary=SHARED, drawn_V=counted,
         events=tempered,
     )  # fmt: skip
-    got = scoring.score(
+    got = calls.score(
         weights("student"), STUDENT, None, None, rollout.tokens_BT, rollout.length_B,
         vocabulary=SHARED, top_k=0, token_chunk=64, microbatch_tokens=512, events=tempered,
     )  # fmt: skip

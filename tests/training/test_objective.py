@@ -14,6 +14,7 @@ from opd_jax.training import objective
 from opd_jax.training.objective import Terms
 from opd_jax.types import Frozen, GoldenRows, RolloutRows, TeacherRows
 from tests.conftest import distance, random_params, random_rows, tiny_config
+from tests.support import calls
 
 CONFIG = tiny_config(num_layers=2)
 VOCABULARY = CONFIG.vocab_size
@@ -135,7 +136,7 @@ def test_rollout_loss_in_float64(rows):
 
 
 def test_a_teacher_equal_to_the_student_teaches_nothing(rows):
-    scores = scoring.score(
+    scores = calls.score(
         STUDENT, CONFIG, STUDENT, CONFIG, rows.tokens_BT, rows.length_B,
         vocabulary=VOCABULARY, top_k=2, token_chunk=7, microbatch_tokens=40,
     )  # fmt: skip
@@ -255,7 +256,7 @@ def test_divergence_equals_the_direct_sum_behind_a_prompt_of_the_teachers_own(ro
     terms = dataclasses.replace(
         TERMS, pg_weight=0.0, beta_kl=0.0, divergence_weight=0.6, direction=direction
     )
-    scores = scoring.score(
+    scores = calls.score(
         STUDENT, CONFIG, REFERENCE, CONFIG, rows.tokens_BT, rows.length_B, teacher_rows=own,
         keep_hidden=True, vocabulary=VOCABULARY, top_k=2, token_chunk=7, microbatch_tokens=40,
     )  # fmt: skip

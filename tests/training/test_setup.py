@@ -9,6 +9,7 @@ import pathlib
 import shutil
 import types
 
+import jax
 import numpy as np
 import pytest
 
@@ -19,6 +20,8 @@ from opd_jax.evaluation import in_training
 from opd_jax.evaluation import run as runner
 from opd_jax.evaluation import subject as subjects
 from opd_jax.grading import Grader
+from opd_jax.metrics import make_repetition_rule
+from opd_jax.rollout import Batching, SamplingParams
 from opd_jax.tools import probe
 from opd_jax.tools.cold_start import run as sample
 from opd_jax.tools.probe import workload, writing
@@ -130,13 +133,13 @@ RESPONSE = THOUGHTS.removeprefix("<think>\n")
 
 
 def writes(tokenizer: data.Tokenizer):
-    """In place of `generate`: every response is RESPONSE and the end token."""
+    """In place of `sample_responses`: every response is RESPONSE and the end token."""
 
-    def generate(params, model, prompts, **_):
+    def sample_responses(model, prompts, sampling, **_):
         ids = [tokenizer.encode(RESPONSE)] * len(prompts)
         return rollout_of(prompts, ids, tokenizer.end_of_turn())
 
-    return generate
+    return sample_responses
 
 
 def test_a_cold_start_round_trips_its_thoughts(folders, tmp_path, monkeypatch):
@@ -146,7 +149,7 @@ def test_a_cold_start_round_trips_its_thoughts(folders, tmp_path, monkeypatch):
     config.rollout.max_prompt_tokens, config.rollout.max_response_tokens = 60, 100
     config.data.train = problems(tmp_path / "asked.jsonl", "", "")
     planned = sample.make_plan(config)
-    monkeypatch.setattr(sample, "generate", writes(planned.tokenizer))
+    monkeypatch.setattr(sample, "sample_responses", writes(planned.tokenizer))
     report = sample.run(config, str(tmp_path / "out.jsonl"), command=[])
     assert report["grades"]["CORRECT"] == 2
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
@@ -173,14 +176,16 @@ def test_held_out_answers_are_written_with_their_thoughts_and_graded_as_before(
             graded.extend(pairs := list(pairs))
             return super().grade(pairs, **more)
 
-    monkeypatch.setattr(in_training, "generate", writes(made.tokenizer))
+    monkeypatch.setattr(in_training, "sample_responses", writes(made.tokenizer))
     out = tmp_path / "eval" / "x.jsonl"
     with Watching() as grader:
         summary = in_training.evaluate(
-            {}, made.student, made.tokenizer, asked,
-            made.student_style.prompts(asked, made.tokenizer),
-            max_prompt_tokens=60, key=None, section=config.eval, rollout=config.rollout,
-            repetition=config.metrics, stop_ids=(), vocabulary=1, grader=grader, out=out,
+            models.Model(made.student, {}),
+            in_training.Exam(
+                made.tokenizer, asked, made.student_style.prompts(asked, made.tokenizer),
+                samples=config.eval.samples, repetition=make_repetition_rule(config.metrics),
+            ),
+            SamplingParams(1), key=jax.random.key(0), batching=Batching(), grader=grader, out=out,
         )  # fmt: skip
     row = json.loads(out.read_text())
     assert (row["answer"], row["grade"]) == (THOUGHTS, "CORRECT")
@@ -200,7 +205,9 @@ def test_no_grade_depends_on_the_opening(fallbacks, response):
 def test_answers_to_benchmarks_are_written_with_their_thoughts(folders, tmp_path, monkeypatch):
     config = evaluation()
     config.student.chat_template = write(tmp_path / "opens.jinja", OPENS)
-    monkeypatch.setattr(runner, "generate", writes(data.Tokenizer(str(folders / "student"))))
+    monkeypatch.setattr(
+        runner, "sample_responses", writes(data.Tokenizer(str(folders / "student")))
+    )
     runner.run(config, str(folders / "student"), str(tmp_path / "out"), command=[])
     rows = [json.loads(x) for x in (tmp_path / "out/eval/tiny.jsonl").read_text().splitlines()]
     assert [row["answer"] for row in rows] == [THOUGHTS] * 2
@@ -419,8 +426,8 @@ def test_evaluations_and_cold_starts_keep_their_day(folders, tmp_path, clock, mo
     cold = dated(folders, tmp_path)
     cold.data.train = problems(tmp_path / "asked.jsonl", "")
     tokenizer = data.Tokenizer(student)
-    monkeypatch.setattr(runner, "generate", writes(tokenizer))
-    monkeypatch.setattr(sample, "generate", writes(tokenizer))
+    monkeypatch.setattr(runner, "sample_responses", writes(tokenizer))
+    monkeypatch.setattr(sample, "sample_responses", writes(tokenizer))
     cold.rollout.max_response_tokens = 60
     for day in ("2026-01-31", "2026-02-01"):
         clock(day)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opd_jax import losses, scoring
+from opd_jax import losses
 from opd_jax.models import decoder
 from opd_jax.scoring.topk import SUPPORTS
 from opd_jax.training import batch, objective
@@ -16,6 +16,7 @@ from opd_jax.training.objective import Terms
 from opd_jax.types import Frozen, Outcome, Rollout, RolloutRows, Scores
 from tests.conftest import distance, random_params, random_rows, tiny_config
 from tests.scoring.test_score import sizes
+from tests.support import calls
 
 CONFIG = tiny_config(num_layers=1)
 VOCABULARY, K = CONFIG.vocab_size, 5
@@ -38,7 +39,7 @@ WEIGHT = np.asarray(losses.token_weights(MASK, "token"))
 
 @functools.cache
 def scored(support: str | None, k: int = K) -> Scores:
-    return scoring.score(
+    return calls.score(
         STUDENT, CONFIG, TEACHER, CONFIG, SAMPLED.tokens_BT, SAMPLED.length_B,
         vocabulary=VOCABULARY, top_k=3, token_chunk=7, microbatch_tokens=20,
         support=support and (support, k), keep_hidden=support is None,
@@ -187,7 +188,7 @@ def test_as_many_ids_as_there_are_is_the_whole_vocabulary():
 
 def test_a_teacher_that_is_the_student_teaches_nothing():
     """Renormalised over any support: value and gradient are 0, with the student's own scores."""
-    itself = scoring.score(
+    itself = calls.score(
         STUDENT, CONFIG, STUDENT, CONFIG, SAMPLED.tokens_BT, SAMPLED.length_B,
         vocabulary=VOCABULARY, top_k=3, token_chunk=7, microbatch_tokens=40, support=("teacher", K),
     )  # fmt: skip

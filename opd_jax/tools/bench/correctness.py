@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from opd_jax import scoring
-from opd_jax.models import ModelConfig, decoder
-from opd_jax.rollout import generate
+from opd_jax.models import Model, ModelConfig, decoder
+from opd_jax.rollout import Batching, SamplingParams, row_keys, sample_responses
 from opd_jax.tools.bench import reference
 from opd_jax.tools.bench.measure import Row, make_check
 from opd_jax.training import objective, update
@@ -46,9 +46,10 @@ def decoding(dtype: str) -> list[Row]:
     params = weights()
     given = _cast(params, dtype)
     prompts = [row[:n].tolist() for row, n in zip(token_rows(), (40, 17, 5, 1), strict=True)]
-    rollout = generate(
-        given, CONFIG, prompts, key=jax.random.key(0), max_response_tokens=24, slots=2, chunk=8
-    )
+    rollout = sample_responses(
+        Model(CONFIG, given), prompts, SamplingParams(24),
+        keys=row_keys(jax.random.key(0), len(prompts)), batching=Batching(slots=2, chunk=8),
+    )  # fmt: skip
     scored_BT = scoring.token_logprob(given, CONFIG, rollout.tokens_BT, rollout.length_B)
     mask_BT = rollout.response_mask_BT
     gap = (np.asarray(scored_BT) - rollout.sampler_logprob_BT)[mask_BT]

@@ -16,7 +16,7 @@ import numpy as np
 
 from opd_jax import config as training
 from opd_jax import losses, scoring
-from opd_jax.models import ModelConfig, Params, decoder, load, with_head_rows
+from opd_jax.models import Model, ModelConfig, Params, decoder, load, with_head_rows
 from opd_jax.rollout import generate
 from opd_jax.training import batch, objective, update
 from opd_jax.training.objective import Terms
@@ -125,12 +125,10 @@ def score(
     token_chunk: int,
 ) -> Scores:
     """What both models say of rows: all that the objective and the metrics of a run ask for."""
+    spec = scoring.ScoreSpec(student.config.vocab_size, TOP_K, token_chunk)
     return scoring.score(
-        student.params, student.config,
-        teacher.params if teacher else None, teacher.config if teacher else None,
-        tokens_BT, length_B,
-        vocabulary=student.config.vocab_size, top_k=TOP_K,
-        token_chunk=token_chunk, microbatch_tokens=microbatch_tokens,
+        Model(student.config, student.params), Model(teacher.config, teacher.params) if teacher else None,
+        tokens_BT, length_B, spec, microbatch_tokens=microbatch_tokens,
     )  # fmt: skip
 
 

@@ -30,7 +30,7 @@ from opd_jax.data import length_filter
 from opd_jax.errors import ConfigError, DataError, ModelError
 from opd_jax.grading.grader import Grade, Grader, make_grader
 from opd_jax.rng import Stream, key_for
-from opd_jax.rollout import generate
+from opd_jax.rollout import Batching, SamplingParams, row_keys, sample_responses
 from opd_jax.tools.cold_start import sample_file
 from opd_jax.training import roles
 from opd_jax.types import Outcome
@@ -177,24 +177,27 @@ def sample_batch(
     plan: Plan, number: int, params: models.Params, grader: Grader
 ) -> tuple[Batch, list[dict[str, Any]]]:
     """Sample, grade and filter batch `number` of the problems; returns it and the rows to write."""
-    section, repetition = plan.config.sample, plan.config.metrics
+    section = plan.config.sample
+    repetition = metrics.make_repetition_rule(plan.config.metrics)
     first = number * section.batch
     problems = plan.problems[first : min(first + section.batch, plan.count)]
-    prompts = plan.style.prompts(problems, plan.tokenizer)
+    each = plan.style.prompts(problems, plan.tokenizer)
+    prompts = [prompt for prompt in each for _ in range(section.samples)]
+    key = key_for(plan.config.seed, number, Stream.SAMPLE)
     began = time.perf_counter()
-    sampled = generate(
-        params,
-        plan.teacher,
-        [prompt for prompt in prompts for _ in range(section.samples)],
-        key=key_for(plan.config.seed, number, Stream.SAMPLE),
-        max_response_tokens=section.max_response_tokens,
-        temperature=section.temperature,
-        top_p=section.top_p,
-        top_k=section.top_k,
-        stop_ids=plan.stop_ids,
-        slots=section.slots or None,
-        max_prompt_tokens=plan.width,
-        vocabulary=plan.vocabulary,
+    sampled = sample_responses(
+        models.Model(plan.teacher, params),
+        prompts,
+        SamplingParams(
+            section.max_response_tokens,
+            temperature=section.temperature,
+            top_p=section.top_p,
+            top_k=section.top_k,
+            stop_ids=plan.stop_ids,
+            vocabulary=plan.vocabulary,
+        ),
+        keys=row_keys(key, len(prompts)),
+        batching=Batching(slots=section.slots or None, max_prompt_tokens=plan.width),
     )
     seconds = time.perf_counter() - began
     texts = [plan.tokenizer.decode(sampled.response(i)) for i in range(len(sampled.length_B))]
@@ -227,20 +230,22 @@ def sample_batch(
     return batch, rows
 
 
-def fate(text: str, *, truncated: bool, grade: Grade | None, section: Any, repetition: Any) -> Fate:
-    """What becomes of one solution. `section`, `repetition`: the config sections sample, metrics."""
+def fate(
+    text: str,
+    *,
+    truncated: bool,
+    grade: Grade | None,
+    section: Any,
+    repetition: metrics.RepetitionRule,
+) -> Fate:
+    """What becomes of one solution. `section` is the config section sample."""
     if truncated:
         return Fate.TRUNCATED
     if not text.strip():
         return Fate.EMPTY
     if grade not in (None, Grade.CORRECT) and not section.keep_wrong:
         return Fate[grade.name]
-    if not section.keep_repetitive and metrics.repetitive(
-        text,
-        tail=repetition.repetition_tail,
-        threshold=repetition.repetition_threshold,
-        level=repetition.repetition_level,
-    ):
+    if not section.keep_repetitive and metrics.repetitive(text, repetition):
         return Fate.REPETITIVE
     return Fate.KEPT
 

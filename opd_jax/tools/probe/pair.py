@@ -214,18 +214,18 @@ def _score(
         width = max(map(len, prompts)) + config.rollout.max_response_tokens
         teacher_rows = batch.teacher_rows(rollout, prompts, alignment.teacher_ids, width=width)
     scores = scoring.score(
-        student,
-        setup.student,
-        scorer,
-        setup.teacher,
+        models.Model(setup.student, student),
+        models.Model(setup.teacher, scorer),
         rollout.tokens_BT,
         rollout.length_B,
-        vocabulary=alignment.vocabulary,
-        top_k=config.scoring.overlap_top_k,
-        token_chunk=config.scoring.token_chunk,
+        scoring.ScoreSpec(
+            vocabulary=alignment.vocabulary,
+            top_k=config.scoring.overlap_top_k,
+            token_chunk=config.scoring.token_chunk,
+            events=events_of(setup),
+        ),
         microbatch_tokens=config.optim.microbatch_tokens,
         teacher_rows=teacher_rows,
-        events=events_of(setup),
     )
     return scores, batch.scored_mask(rollout, alignment.counted, setup.first_pieces)
 

@@ -14,7 +14,7 @@ from opd_jax import data, metrics, models
 from opd_jax.data import template_boundary
 from opd_jax.grading.grader import Grade, Grader
 from opd_jax.rng import Stream, key_for
-from opd_jax.rollout import generate
+from opd_jax.rollout import Batching, SamplingParams, row_keys, sample_responses
 from opd_jax.tools.probe.means import mean
 from opd_jax.tools.probe.workload import Plan
 from opd_jax.training.setup import Setup
@@ -127,24 +127,26 @@ def write(
     width = max(map(len, writer.prompts)) + depth
     size = min(config.probe.batch, len(rows))
     key = jax.random.fold_in(key_for(config.seed, depth, Stream.PROBE), int(part))
+    sampling = SamplingParams(
+        section.max_response_tokens - depth,
+        temperature=section.temperature,
+        top_p=section.top_p,
+        top_k=section.top_k,
+        stop_ids=writer.stop_ids,
+        vocabulary=writer.vocabulary,
+        drawn_V=writer.drawn_V,
+    )
+    model = models.Model(writer.model, params)
     began, tokens, parts = time.perf_counter(), 0, []
     for batch, start in enumerate(range(0, len(rows), size)):
         taken = rows[start : start + size]
         full = [*taken, *[rows[0]] * (size - len(taken))]  # the same shapes in the last batch
-        sampled = generate(
-            params,
-            writer.model,
+        sampled = sample_responses(
+            model,
             full,
-            key=jax.random.fold_in(key, batch),
-            max_response_tokens=section.max_response_tokens - depth,
-            temperature=section.temperature,
-            top_p=section.top_p,
-            top_k=section.top_k,
-            stop_ids=writer.stop_ids,
-            slots=section.slots or None,
-            max_prompt_tokens=width,
-            vocabulary=writer.vocabulary,
-            drawn_V=writer.drawn_V,
+            sampling,
+            keys=row_keys(jax.random.fold_in(key, batch), len(full)),
+            batching=Batching(slots=section.slots or None, max_prompt_tokens=width),
         )
         parts.append(jax.tree.map(operator.itemgetter(slice(len(taken))), sampled))
         done, seconds = min(start + size, len(rows)), time.perf_counter() - began
@@ -175,13 +177,7 @@ def read(
     golds = [plan.problems[problem].answer for problem in which]
     grades = grader.grade_answered(zip(texts, golds, strict=True))
     cut = metrics.truncated(written.outcome_B).tolist()
-    section = plan.config.metrics
-    looping = metrics.flagged(
-        texts,
-        tail=section.repetition_tail,
-        threshold=section.repetition_threshold,
-        level=section.repetition_level,
-    ).tolist()
+    looping = metrics.flagged(texts, metrics.make_repetition_rule(plan.config.metrics)).tolist()
     return [
         Answer(text, grades[i], cut[i], looping[i], len(whole[i]))
         for i, text in enumerate(complete)

@@ -63,10 +63,13 @@ def main() -> None:
         assert (rollout.response_length_B == case.new).all()
         generated = time.perf_counter()
         scores = scoring.score(
-            state.params, config, teacher, teacher_config, rollout.tokens_BT, rollout.length_B,
-            vocabulary=config.vocab_size, top_k=given.scoring.overlap_top_k,
-            token_chunk=given.scoring.token_chunk, microbatch_tokens=optim.microbatch_tokens,
-            support=terms.scored_support, keep_hidden=terms.over_vocabulary,
+            models.Model(config, state.params), models.Model(teacher_config, teacher),
+            rollout.tokens_BT, rollout.length_B,
+            scoring.ScoreSpec(
+                config.vocab_size, given.scoring.overlap_top_k, given.scoring.token_chunk,
+                support=terms.scored_support, keep_hidden=terms.over_vocabulary,
+            ),
+            microbatch_tokens=optim.microbatch_tokens,
         )  # fmt: skip
         scored = time.perf_counter()
         mask_BT = rollout.response_mask_BT

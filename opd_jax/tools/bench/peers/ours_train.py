@@ -78,15 +78,19 @@ def _score(case: Any) -> Step:
 
 def _score_all(case: Any) -> Step:
     from opd_jax import config as fields
-    from opd_jax import scoring
+    from opd_jax import models, scoring
 
     (student_config, student), (teacher_config, teacher) = _pair(case)
     given = fields.default()
     tokens_BT, length_B = _rows(case)
     step = partial(
-        scoring.score, student, student_config, teacher, teacher_config, tokens_BT, length_B,
-        vocabulary=student_config.vocab_size, top_k=given.scoring.overlap_top_k,
-        token_chunk=given.scoring.token_chunk, microbatch_tokens=given.optim.microbatch_tokens,
+        scoring.score,
+        models.Model(student_config, student), models.Model(teacher_config, teacher),
+        tokens_BT, length_B,
+        scoring.ScoreSpec(
+            student_config.vocab_size, given.scoring.overlap_top_k, given.scoring.token_chunk
+        ),
+        microbatch_tokens=given.optim.microbatch_tokens,
     )  # fmt: skip
     scores = step()
     return step, {

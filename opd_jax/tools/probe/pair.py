@@ -26,7 +26,7 @@ from opd_jax.tools.probe.writing import (
     write,
 )
 from opd_jax.training import batch
-from opd_jax.training.setup import Setup, events_of
+from opd_jax.training.setup import Setup
 from opd_jax.types import Rollout, Scores
 from opd_jax.workdir import console
 
@@ -225,7 +225,7 @@ def _score(
         token_chunk=config.scoring.token_chunk,
         microbatch_tokens=config.optim.microbatch_tokens,
         teacher_rows=teacher_rows,
-        events=events_of(setup),
+        events=setup.spec.events,
     )
     return scores, batch.scored_mask(rollout, alignment.counted, setup.first_pieces)
 

@@ -2,10 +2,15 @@
 
 import pathlib
 
-from tests import families
+from tests import families, test_two_vocabularies
 
 
 def test_the_table_is_that_of_the_command():
     page = pathlib.Path(__file__).parents[1] / "docs/end_tokens.md"
     table = [line for line in page.read_text(encoding="utf-8").splitlines() if line[:1] == "|"]
     assert table == list(families.rows())  # python -m tests.families prints it again
+
+
+def test_the_special_tokens_of_a_family_are_listed_once():
+    assert test_two_vocabularies.QWEN is families.QWEN
+    assert test_two_vocabularies.R1 is families.R1

@@ -127,6 +127,13 @@ def scalar(value: Any) -> str:
     raise Unusable(f"is {kind(value)}")
 
 
+def option(value: Any) -> str:
+    """Text of one of several answers to choose from, where `None` says something: none of these."""
+    if isinstance(value, str) and value.strip():
+        return unicode(value).strip()
+    return scalar(value)
+
+
 def number(value: decimal.Decimal) -> str:
     r"""A finite number as mathematics writes it: 142.0 is `142`, 1e5 `100000`, 1e-7 `1 \times 10^{-7}`."""
     size = value.adjusted()

@@ -152,8 +152,8 @@ def _choices(value: Any, name: str) -> list[tuple[str, str]]:
         value = [{"label": label, "text": one} for label, one in value.items() if cells.holds(one)]
     try:
         if all(isinstance(item, dict) for item in value):
-            return [(str(item["label"]), cells.scalar(item["text"])) for item in value]
-        texts = [cells.scalar(item) for item in value]
+            return [(str(item["label"]), cells.option(item["text"])) for item in value]
+        texts = [cells.option(item) for item in value]
     except (KeyError, TypeError, Unusable):
         raise Unusable(
             f"comes with {name!r}, which is no list of texts or labels with texts", "no problem"

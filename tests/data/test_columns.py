@@ -282,6 +282,24 @@ def test_a_number_beside_choices_has_to_be_named():
     assert read(row | {"choices": []}).answer == "1"
 
 
+@pytest.mark.parametrize("none", ["None", "none", "N/A", "unknown", "-", "Not given"])
+def test_a_choice_that_reads_like_a_placeholder_is_a_choice(none):
+    """`None` of the others: elsewhere the word says that there is nothing."""
+    shown = f"Who?\n\nA. Tom\nB. {none}"
+    listed = {"question": "Who?", "choices": ["Tom", none], "answer": none}
+    in_columns = {"question": "Who?", "A": "Tom", "B": none}
+    arc = {"text": ["Tom", none], "label": ["A", "B"]}
+    rows = [listed, in_columns, {"question": "Who?", "choices": arc},
+            {"question": "Who?", "options": {"A": "Tom", "B": none}},
+            {"question": "Who?", "options": ["A. Tom", f"B. {none}"]}]  # fmt: skip
+    assert [read(row).prompt for row in rows] == [shown] * 5
+    assert read(listed, need_answer=True).answer == none
+    assert read(listed, columns=Columns(answer="answer")).answer == none
+    refused(listed | {"answer": "nan"}, need_answer=True)  # not one of the choices
+    for empty in (None, "  "):
+        assert "no list of texts" in str(refused(listed | {"choices": ["Tom", empty]}))
+
+
 def test_a_placeholder_in_a_named_column_is_no_answer():
     row = {"problem": "?", "a": "notfound"}
     error = refused(row, columns=Columns(answer="a"), need_answer=True)

@@ -370,7 +370,12 @@ def test_the_file_is_what_sft_trains_on(straight):
 
 @pytest.mark.parametrize(
     ("arguments", "status", "says"),
-    [(["--out=a.jsonl"], 1, "--config.teacher.path=DIR"), ([], 2, "--out")],
+    [
+        (["--out=a.jsonl"], 1, "--config.teacher.path=DIR"),
+        (["--out=a.jsonl", "--config.n=4"], 1, "did you mean 'sample.samples'?"),
+        (["--out=a.jsonl", "--batch_size=4"], 2, "did you mean 'sample.batch'?"),
+        ([], 2, "--out"),
+    ],
 )
 def test_command(arguments, status, says, tmp_path):
     root = pathlib.Path(__file__).parents[1]

@@ -144,12 +144,20 @@ def reach(row: Row, column: str) -> Any:
 
 
 def count(counts: Counts, row: Row, problem: Problem, taken: Columns) -> None:
-    """Add a row to `counts`: what its problem was taken from, what was not read, earlier turns."""
+    """Add a row to `counts`: what its problem was taken from, what was not read, earlier turns.
+
+    What was not read are columns, and keys of the turns of a chat: `messages[].tool_calls`.
+    """
     paths = {path for part in dataclasses.astuple(taken) for path in part.split(" + ")}
     known = paths | {path.split(".")[0] for path in paths}
     known |= set(_MARKS) if "generations" in known else set()
     found = {part: [column] for part, column in dataclasses.asdict(taken).items()} | {
-        "not read": [name for name in row if name not in known and cells.holds(row[name])],
+        "not read": [name for name in row if name not in known and cells.holds(row[name])]
+        + [
+            f"{path}[].{key}"
+            for path in sorted(paths)
+            for key in sorted(cells.unread(reach(row, path)))
+        ],
         "earlier turns": ["rows"] * bool(problem.history),
     }
     for kind, names in found.items():

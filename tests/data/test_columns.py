@@ -1,10 +1,20 @@
 """Which column is what: the shapes that people publish, named columns, and what an error says."""
 
 import decimal
+import json
 
 import pytest
 
-from opd_jax.data.columns import UNFINISHED, WRONG, Columns, Counts, count, reach, read_problem
+from opd_jax.data.columns import (
+    UNFINISHED,
+    WRONG,
+    Columns,
+    Counts,
+    count,
+    describe,
+    reach,
+    read_problem,
+)
 from opd_jax.data.files import RowError
 from opd_jax.data.problem import Problem
 
@@ -239,6 +249,67 @@ def test_columns_that_are_named_are_taken_alone():
     assert problem.solution == "<think>\nTom says so.\n</think>\n\nIt is 7."
     assert columns.problem == "context + question + A + B"
     assert columns.solution == "reasoning + solution"
+
+
+def not_read(row: dict, **options) -> list[str]:
+    problem, columns = taken(row, **options)
+    counts: Counts = {}
+    count(counts, row, problem, columns)
+    names = sorted(counts["not read"])
+    assert describe(counts).partition("not read: ")[2] == ", ".join(names)
+    return names
+
+
+@pytest.mark.parametrize("key", ["thought", "reasoning_details", "tool_calls", "name", "weight"])
+@pytest.mark.parametrize("held", ["Add.", 0.5, [{"text": "Add."}], {"id": "x"}])
+def test_what_a_turn_holds_beside_its_text_is_said(key, held):
+    """In whichever column the chat stands, and in whichever of its turns; also where it is a text."""
+    turns = chat(("user", "1+1?"), ("assistant", "2"))
+    for turn in turns:
+        other = [one | {key: held} if one is turn else one for one in turns]
+        assert not_read({"messages": other}) == [f"messages[].{key}"]
+        assert not_read({"messages": json.dumps(other)}) == [f"messages[].{key}"]
+        assert not_read({"problem": "And 2?", "history": other}) == [f"history[].{key}"]
+        row = {"extra": {"chat": other}, "solution": "2"}
+        assert not_read(row, columns=Columns(problem="extra.chat", solution="extra.chat")) == [
+            f"extra.chat[].{key}", "solution"
+        ]  # fmt: skip
+    for nothing in (None, "", [], {}, [None], float("nan")):
+        assert not_read({"messages": [turns[0], turns[1] | {key: nothing}]}) == []
+
+
+def test_what_a_turn_says_twice_or_in_other_keys():
+    asked, said = chat(("user", "1+1?"), ("assistant", "2"))
+
+    def of(**more):
+        return not_read({"messages": [asked, said | more]})
+
+    assert (
+        of(reasoning="Add.") == of(reasoning="Add.", reasoning_content="<think>Add.</think>") == []
+    )
+    assert of(reasoning="Add.", thinking="Count.") == ["messages[].reasoning"]
+    assert of(thinking="on") == ["messages[].thinking"]  # a switch: no thoughts, as in a row
+    assert of(thinking="on", content="Go on.") == ["messages[].thinking"]
+    assert of(content="<think>Add.</think>2", reasoning="Add.") == []
+    assert of(content="<think>Add.</think>2", reasoning="Count.") == ["messages[].reasoning"]
+    assert of(value="3") == ["messages[].value"]
+    assert not_read({"messages": [asked | {"thinking": "Hm."}, said]}) == ["messages[].thinking"]
+    shared = {"conversations": [{"from": "human", "value": "1+1?"}, {"from": "gpt", "value": "2"}]}
+    assert not_read(shared) == []
+
+
+@pytest.mark.parametrize("key", ["images", "image", "video", "audios"])
+def test_a_turn_with_what_a_text_model_cannot_see_is_refused(key):
+    """As a row with such a column is; a named column is taken alone, and the rest is said."""
+    asked, said = chat(("user", "What is it?"), ("assistant", "A cat."))
+    seen = [asked | {key: ["x.png"]}, said]
+    for row in ({"messages": seen}, {"problem": "And now?", "history": seen}):
+        error = refused(row)
+        assert f"comes with {key!r}, which a text model cannot see" in str(error)
+        assert error.reason == "no problem"
+    named = Columns(problem="messages", solution="messages")
+    assert not_read({"messages": seen}, columns=named) == [f"messages[].{key}"]
+    assert not_read({"messages": [asked | {key: []}, said]}) == []
 
 
 def test_earlier_turns_are_kept_whichever_column_they_stand_in():

@@ -363,16 +363,6 @@ def _that_fit(
     longest = setup.config.rollout.max_prompt_tokens
 
     def misfits(block: list[data.Problem]) -> list[Misfit | None]:
-        try:
-            return fit(block)
-        except ModelError as error:  # of one row's turns, or of those that the config gives to all
-            if not any(problem.system or problem.history for problem in block):
-                raise
-            if len(block) == 1:
-                return [("template refuses the turns", str(error))]
-            return [misfit for problem in block for misfit in misfits([problem])]
-
-    def fit(block: list[data.Problem]) -> list[Misfit | None]:
         nonlocal longest
         texts = setup.student_style.texts(block, setup.tokenizer)
         own = setup.tokenizer.prompt_ids(texts)

@@ -16,7 +16,6 @@ from opd_jax.config import aliases
 from opd_jax.config.fields import default as training_fields
 from opd_jax.config.schema import explain, flatten, near, suggest
 from opd_jax.errors import AGAIN, Interrupted, OpdError
-from opd_jax.workdir import stop
 
 FLAGS = flags.FLAGS
 EXIT_USER, EXIT_FLAGS = 1, 2
@@ -126,6 +125,8 @@ def _guarded(run: Callable[..., None], *, stops: bool) -> None:
     hardware.set_memory_fraction()
     several = False
     if stops:
+        from opd_jax.workdir import stop  # which imports JAX
+
         run = functools.partial(run, stop=stop.listen())
     try:
         several = _one_of_several()

@@ -9,7 +9,7 @@ import json
 import re
 from typing import Any
 
-from opd_jax.data.boxed import last_boxed
+from opd_jax.grading.boxed import last_boxed
 
 Turns = list[tuple[str, str]]  # (role, text), in order
 

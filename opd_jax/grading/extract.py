@@ -7,7 +7,7 @@ import dataclasses
 import math
 import re
 
-from opd_jax.data.boxed import boxed_answer
+from opd_jax.grading.boxed import boxed_answer
 
 # What is done where a text has no box, by name and in the order given (config: eval.fallbacks).
 # answer_line: DAPO's prompt asks for a last line "Answer: $Answer" (2604.13016, section 5.2).

@@ -9,7 +9,7 @@ import jax
 from ml_collections import ConfigDict
 
 from opd_jax import data, hardware, host_memory, models
-from opd_jax.config import validate
+from opd_jax.config.validate import validate
 from opd_jax.data.length_filter import (
     Misfit,
     golden_misfit,

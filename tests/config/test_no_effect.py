@@ -10,8 +10,8 @@ import pytest
 
 from configs import opd
 from opd_jax import losses
-from opd_jax.config import validate
 from opd_jax.config.no_effect import unused
+from opd_jax.config.validate import validate
 from opd_jax.errors import ConfigError
 from opd_jax.grading.grader import Grade
 from opd_jax.models import decoder

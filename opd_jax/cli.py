@@ -16,16 +16,21 @@ from opd_jax.config import aliases
 from opd_jax.config.fields import default as training_fields
 from opd_jax.config.schema import explain, flatten, near, suggest
 from opd_jax.errors import AGAIN, Interrupted, OpdError
-from opd_jax.workdir import stop
 
 FLAGS = flags.FLAGS
 EXIT_USER, EXIT_FLAGS = 1, 2
 
 
-def define_config(default: str, *, fields: Callable[[], ConfigDict] = training_fields) -> None:
+def define_config(
+    default: str,
+    *,
+    fields: Callable[[], ConfigDict] = training_fields,
+    reads: aliases.Reads = aliases.TRAINING,
+) -> None:
     """The `--config=FILE.py[:RECIPE]` flag; every field can be overridden (`--config.steps=10`).
 
-    `fields` makes the tree that the entry point's config files start from.
+    `fields` makes the tree that the entry point's config files start from, `reads` says what it reads
+    of it; `main` takes the same two.
     """
     sys.path.insert(
         0, str(pathlib.Path(__file__).parents[1])
@@ -33,7 +38,7 @@ def define_config(default: str, *, fields: Callable[[], ConfigDict] = training_f
     try:
         config_flags.DEFINE_config_file("config", default, "experiment file, with :RECIPE after it")
     except Exception as error:  # overrides of the default file are applied here already
-        _fail(str(explain(error, sys.argv[1:], fields())), EXIT_USER)
+        _fail(str(explain(error, sys.argv[1:], fields(), reads)), EXIT_USER)
     show("config")
 
 
@@ -55,6 +60,7 @@ def main(
     run: Callable[..., None],
     *,
     fields: Callable[[], ConfigDict] = training_fields,
+    reads: aliases.Reads = aliases.TRAINING,
     names: Sequence[str] = (),
     folders: bool = False,
     stops: bool = False,
@@ -62,7 +68,7 @@ def main(
     """Parse the command line and call `run`; exits 0, 1 (an OpdError, one line), 2 (wrong flags) or
     75 (Interrupted: the same command goes on).
 
-    `fields` makes the tree that the entry point's config files start from. With `names`, the first
+    `fields` and `reads` are those of `define_config`. With `names`, the first
     argument must be one of them, and `run` is called with it; with `folders`, it is called with all
     arguments, of which there must be one. With `stops`, `run` is called with what says whether it is to
     end, `stop`.
@@ -70,7 +76,9 @@ def main(
     host_memory.keep_freed()
     app.run(
         lambda rest: _guarded(functools.partial(run, *rest[1:]), stops=stops),
-        flags_parser=functools.partial(_parse, fields=fields, names=names, folders=folders),
+        flags_parser=functools.partial(
+            _parse, fields=fields, reads=reads, names=names, folders=folders
+        ),
     )
 
 
@@ -78,6 +86,7 @@ def _parse(
     arguments: list[str],
     *,
     fields: Callable[[], ConfigDict],
+    reads: aliases.Reads,
     names: Sequence[str],
     folders: bool = False,
 ) -> list[str]:
@@ -87,8 +96,8 @@ def _parse(
             _ = FLAGS.config.seed  # a file that is missing is reported at first use
     except Exception as error:  # absl's own, or whatever a config file or an override raises
         if isinstance(error, flags.Error) and "--config" not in str(error):
-            _fail(f"{error}{_meant(error, fields)}; see --help", EXIT_FLAGS)
-        _fail(str(explain(error, arguments, fields())), EXIT_USER)
+            _fail(f"{error}{_meant(error, fields, reads)}; see --help", EXIT_FLAGS)
+        _fail(str(explain(error, arguments, fields(), reads)), EXIT_USER)
     if names and len(rest) == 1:
         _fail(f"a name is missing, wanted {' or '.join(names)}, then flags; see --help", EXIT_FLAGS)
     if names and rest[1] not in names:
@@ -100,13 +109,13 @@ def _parse(
     return rest
 
 
-def _meant(error: flags.Error, fields: Callable[[], ConfigDict]) -> str:
+def _meant(error: flags.Error, fields: Callable[[], ConfigDict], reads: aliases.Reads) -> str:
     """Of a flag that is not known: the config field that it is, or that others call so."""
     known = list(flatten(fields().to_dict()))
     name = getattr(error, "flagname", "").replace("-", "_")
     if "config" not in FLAGS or name not in {*aliases.FIELDS, *(f.split(".")[-1] for f in known)}:
         return ""
-    return f"; fields are set by --config.FIELD=VALUE: {suggest(name, known)}"
+    return f"; fields are set by --config.FIELD=VALUE: {suggest(name, known, reads)}"
 
 
 def _guarded(run: Callable[..., None], *, stops: bool) -> None:
@@ -116,6 +125,8 @@ def _guarded(run: Callable[..., None], *, stops: bool) -> None:
     hardware.set_memory_fraction()
     several = False
     if stops:
+        from opd_jax.workdir import stop  # which imports JAX
+
         run = functools.partial(run, stop=stop.listen())
     try:
         several = _one_of_several()

@@ -26,7 +26,8 @@ from opd_jax.metrics.tracing import Tracer, stage
 from opd_jax.sharding import multihost
 from opd_jax.training import collapse_guard, nonfinite, precompile
 from opd_jax.training.setup import Setup, make_setup
-from opd_jax.training.step import Stepper, Summary, abstract_state
+from opd_jax.training.step import Step, StepState, Summary, require_equal_replicas
+from opd_jax.training.step_functions import make_step_functions
 from opd_jax.training.weights import Weights, load_weights
 from opd_jax.types import TrainState
 from opd_jax.workdir import console
@@ -125,8 +126,9 @@ class _Run:
         config = setup.config
         self.setup, self.config, self.folder = setup, config, folder
         self.saved, self.stop = saved, stop
-        self.stepper = Stepper(setup, weights, grader, folder)
-        self.held_out = HeldOut(setup, self.stepper, folder, grader)
+        self.weights, self.functions = weights, make_step_functions(setup.spec)
+        self.step = Step(setup, self.functions, weights, grader, folder)
+        self.held_out = HeldOut(setup, self.functions, weights, folder, grader)
         self.batches = data.make_batches(
             setup.train,
             batch=config.rollout.prompts_per_step,
@@ -136,23 +138,23 @@ class _Run:
         )
         self.rules = collapse_guard.make_rules(config)
         self.guard = collapse_guard.State()
-        self.like = self.stepper.like()
+        self.like = self.functions.abstract_state()
         self.first = newest = saved.latest or 0
         self.pending: resume.Pending | None = None
         kept = -1  # without a checkpoint even step 0 is written anew
         if newest:
             point = resume.point(folder, saved)
             self.first, self.guard, self.pending = point.step, point.guard, point.pending
-            self.stepper.numerics = point.numerics
             if self.first < newest:  # a rollback was cut short
                 discard_after(folder, self.first)
             saved.delete_after(self.first)
-            self.stepper.state = saved.restore(self.first, self.like, self.batches)
+            train = saved.restore(self.first, self.like, self.batches)
+            self.state = StepState(train, point.numerics)
             kept = newest - (self.pending is not None)
         else:
             student, weights.student = weights.student, None  # the state takes it over
             assert student is not None  # read where there is no checkpoint
-            self.stepper.begin(student)
+            self.state = StepState(self.functions.initial_state(student))
         self.cut_short = self.first < newest  # a rollback
         self.log: workdir.Lines | workdir.NoLines = workdir.NoLines()
         self.samples: workdir.Lines | workdir.NoLines = workdir.NoLines()
@@ -171,7 +173,9 @@ class _Run:
         )
         tracer = Tracer(self.folder, config.profile, memory=used_bytes)
         if precompile.worthwhile():
-            programs = self.stepper.programs(self._weights())
+            programs = self.functions.programs(
+                self.weights.scorer, self.weights.reference, self._weights()
+            )
             progress.say(
                 f"{len(programs)} programs compiled in {precompile.compile_all(programs):.1f} s"
             )
@@ -191,14 +195,15 @@ class _Run:
         while step < config.steps and not last:
             step += 1
             with tracer.step(step):
-                row, sampled = self.stepper.step(
+                self.state, row, sampled = self.step(
                     step,
+                    self.state,
                     next(self.batches),
                     self._weights(),
                     masking=collapse_guard.masking(self.guard, self.rules),
                 )
             if config.guard.copies and step % config.guard.copies == 0:
-                self.stepper.require_equal_copies(step)
+                require_equal_replicas(step, self.state.train, self.functions, self.weights)
             progress.step(step, row)
             response = self._watch(step, row)
             for line in response.lines:
@@ -220,7 +225,7 @@ class _Run:
             if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
                 self._save(step)
         tracer.stop()
-        table = self.held_out.table(step) if self.held_out else {}
+        table = self.held_out.table(step, self.state.train) if self.held_out else {}
         if table and "student before" not in table:
             progress.say(
                 "note: the student before training is left out of the table: it was not evaluated, or with "
@@ -230,7 +235,7 @@ class _Run:
             progress.say(f"\n{console.table(table)}\n")
         self.saved.wait()  # what cannot be written is said before all is said to be
         progress.say(f"written to {self.folder}")
-        return Result(self.stepper.state, table)
+        return Result(self.state.train, table)
 
     def _finish(
         self, step: int, row: Summary, sampled: list[dict], *, due: bool, last: bool = False
@@ -244,7 +249,7 @@ class _Run:
 
     def _evaluate(self, step: int) -> Summary:
         """The `eval/*` keys of the student as it is now; said, and kept if it is the best."""
-        summary = self.held_out.evaluate(step)
+        summary = self.held_out.evaluate(step, self.state.train)
         self.progress.say(f"step {step}: {console.headline(summary)}")
         self._keep_best(step, summary)
         return self.held_out.keys(summary)
@@ -255,7 +260,7 @@ class _Run:
             step,
             summary,
             lambda saved: saved.save(
-                step, self.stepper.state, self.batches, collapse_guard.to_json(self.guard)
+                step, self.state.train, self.batches, collapse_guard.to_json(self.guard)
             ),
         )
 
@@ -264,12 +269,12 @@ class _Run:
         self.log.sync()
         self.samples.sync()
         told, every = collapse_guard.to_json(self.guard), self.config.checkpoint.every
-        beside: dict[str, Any] = {"numerics": nonfinite.to_json(self.stepper.numerics)}
+        beside: dict[str, Any] = {"numerics": nonfinite.to_json(self.state.numerics)}
         if pending is not None:
             beside["pending"] = pending
         with stage("checkpoint"):
             self.saved.save(
-                step, self.stepper.state, self.batches, told, beside=beside,
+                step, self.state.train, self.batches, told, beside=beside,
                 scheduled=not every or step % every == 0,
             )  # fmt: skip
 
@@ -307,8 +312,9 @@ class _Run:
         resume.note_rollback(self.folder, step, self.guard)
         discard_after(self.folder, step)
         self.saved.delete_after(step)
-        del self.stepper.state  # makes room for the one that is read
-        self.stepper.state = self.saved.restore(step, self.like, self.batches)
+        numerics = self.state.numerics
+        del self.state  # makes room for the one that is read
+        self.state = StepState(self.saved.restore(step, self.like, self.batches), numerics)
         self.log.go_back(step)
         self.samples.go_back(step)
         if summary := self.held_out.summary(step):
@@ -343,7 +349,7 @@ def _require_disk(setup: Setup, folder: pathlib.Path, first: int) -> None:
     copies += (
         2 if setup.config.eval.best and to_come else 0
     )  # the old one goes when a better is complete
-    size = checkpoint.bytes_of(abstract_state(setup))
+    size = checkpoint.bytes_of(make_step_functions(setup.spec).abstract_state())
     manifest.require_room(folder, size, copies, what=f"a run with checkpoint.keep={section.keep}")
 
 

@@ -154,3 +154,8 @@ def test_it_is_said_in_one_line_where_it_is_done():
     assert host_memory.lines({}) == host_memory.lines({"OPD_JAX_MALLOC": "system"}) == []
     (line,) = host_memory.lines({"OPD_JAX_MALLOC": "keep"})
     assert "OPD_JAX_MALLOC=system switches that off" in line
+
+
+def test_the_command_line_is_read_before_jax_is_imported():
+    code = "import sys, opd_jax.cli; assert not {'jax', 'flax', 'grain'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

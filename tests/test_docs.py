@@ -13,8 +13,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from opd_jax.config import validate
-from opd_jax.config.validate import validate_evaluation
+from opd_jax.config.validate import validate, validate_evaluation
 from tests.support.paths import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

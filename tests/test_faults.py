@@ -15,7 +15,7 @@ import pytest
 
 from opd_jax import train, workdir
 from opd_jax.errors import Interrupted, PlanError, WorkdirError
-from opd_jax.training import step as stepping
+from opd_jax.training.step import Step
 from opd_jax.workdir.stop import AGAIN, Stop
 from tests.support import faulty
 
@@ -57,7 +57,7 @@ def test_a_process_asked_to_end_saves_its_step_and_says_so(wanted, tmp_path):
 @pytest.mark.parametrize("when", [0, 4])
 def test_a_wish_between_or_before_the_steps(wanted, tmp_path, monkeypatch, when):
     stop = Stop(reason=None if when else "SIGINT")
-    original = stepping.Stepper.step
+    original = Step.__call__
 
     def step(self, number, *args, **kwargs):
         if number == when:
@@ -65,7 +65,7 @@ def test_a_wish_between_or_before_the_steps(wanted, tmp_path, monkeypatch, when)
         return original(self, number, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stepping.Stepper, "step", step)
+        patch.setattr(Step, "__call__", step)
         says = "SIGINT: step 4 is saved" if when else "SIGINT: ended before anything was loaded"
         with pytest.raises(Interrupted, match=says):
             train.run(faulty.config(), str(tmp_path / "run"), command=[], stop=stop)
@@ -210,7 +210,7 @@ def test_a_device_out_of_memory_is_answered_with_the_plan_and_the_fields(tmp_pat
             "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 123456789 bytes."
         )
 
-    monkeypatch.setattr(stepping.Stepper, "_update", update)
+    monkeypatch.setattr(Step, "_start_updates", update)
     with pytest.raises(PlanError) as raised:
         go_on(tmp_path / "run")
     text = str(raised.value)

@@ -8,8 +8,8 @@ from tests.support.paths import PACKAGE
 LAYER = {
     "aot": 0, "errors": 0, "host_memory": 0, "rng": 0, "types": 0,
     "hardware": 1, "shapes": 1,
-    "losses": 2, "metrics": 2, "sharding": 2, "data": 2,
-    "grading": 3, "models": 3,
+    "grading": 1, "losses": 2, "metrics": 2, "sharding": 2, "data": 2,
+    "models": 3,
     "scoring": 4,
     "rollout": 5,
     "config": 6,

@@ -7,8 +7,8 @@ import pathlib
 import pytest
 
 from launch import reproduce
-from opd_jax.config import validate
 from opd_jax.config.schema import flatten
+from opd_jax.config.validate import validate
 from opd_jax.errors import ConfigError, OpdError
 from opd_jax.tools import sweep
 

@@ -1,7 +1,9 @@
-"""The config: its fields, the checks of their values, and the rules between them."""
+"""The config: its fields, the checks of their values, and the rules between them (validate.py).
+
+Imports no JAX: the command line is read, and memory is set up, before JAX is loaded.
+"""
 
 from opd_jax.config.fields import default
 from opd_jax.config.schema import explain, flatten, near, suggest, to_json
-from opd_jax.config.validate import validate
 
-__all__ = ["default", "explain", "flatten", "near", "suggest", "to_json", "validate"]
+__all__ = ["default", "explain", "flatten", "near", "suggest", "to_json"]

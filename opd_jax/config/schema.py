@@ -35,18 +35,23 @@ def near(name: str, known: list[str]) -> str:
     return f"did you mean {match[0]!r}?" if match else f"known: {', '.join(sorted(known))}"
 
 
-def suggest(name: str, known: list[str]) -> str:
+def suggest(name: str, known: list[str], reads: aliases.Reads = aliases.TRAINING) -> str:
     """The fields among `known` that somebody means by `name`, dotted or not; or the list of sections.
 
-    In this order: what other programs call so, what ends so, and what is spelt nearly so.
+    In this order: what other programs call so, what ends so, and what is spelt nearly so; only fields
+    that the entry point reads.
     """
+    known = reads.of(known)
     last = name.rpartition(".")[2].lower().replace("-", "_")
     ours = aliases.FIELDS.get(name) or aliases.FIELDS.get(last, [])
+    ours = [reads.instead.get(field, field) for field in ours]
     if aliases.WORKDIR in ours:
         return f"a folder for results is given by the flag {aliases.WORKDIR}=DIR, or --out"
-    if aliases.OPTIMIZER in ours:
-        fields = ", ".join(field for field in known if field.startswith("optim."))
-        return f"the optimizer is AdamW; its fields are {fields}"
+    if aliases.MODEL in ours:
+        return f"the model is given by the flag {aliases.MODEL}=DIR"
+    optimizer = [field for field in known if field.startswith("optim.")]
+    if aliases.OPTIMIZER in ours and optimizer:
+        return f"the optimizer is AdamW; its fields are {', '.join(optimizer)}"
     meant = [field for field in ours if field in known]
     meant = meant or [field for field in known if field.rpartition(".")[2] == last]
     meant = meant or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
@@ -57,11 +62,15 @@ def suggest(name: str, known: list[str]) -> str:
 
 
 def explain(
-    error: Exception, arguments: list[str], fields: ConfigDict | None = None
+    error: Exception,
+    arguments: list[str],
+    fields: ConfigDict | None = None,
+    reads: aliases.Reads = aliases.TRAINING,
 ) -> ConfigError:
     """One line of ours for what ml_collections raises about a `--config` file or override.
 
-    `fields` is the tree that the file starts from; None = the training config's.
+    `fields` is the tree that the file starts from, None = the training config's; `reads` says what of
+    it the entry point reads.
     """
     known = flatten((fields or default()).to_dict())
     config_at = [i for i, x in enumerate(arguments) if re.match(r"--?config(=|$)", x)]
@@ -74,7 +83,7 @@ def explain(
         match = re.match(r"--?config\.([\w.-]+)(?:=(.*))?$", argument)
         if match and match[1] not in known:
             return ConfigError(
-                f"config.{match[1]} is not a field; {suggest(match[1], list(known))}"
+                f"config.{match[1]} is not a field; {suggest(match[1], list(known), reads)}"
             )
         if match and match[2] is not None and not _parses(match[2], known[match[1]]):
             kind = type(known[match[1]]).__name__

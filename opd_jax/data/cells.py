@@ -9,7 +9,7 @@ import json
 import re
 from typing import Any
 
-from opd_jax.data.boxed import last_boxed
+from opd_jax.grading.boxed import last_boxed
 
 Turns = list[tuple[str, str]]  # (role, text), in order
 
@@ -125,6 +125,13 @@ def scalar(value: Any) -> str:
             raise Unusable(f"is {value}")
         return number(exact)
     raise Unusable(f"is {kind(value)}")
+
+
+def option(value: Any) -> str:
+    """Text of one of several answers to choose from, where `None` says something: none of these."""
+    if isinstance(value, str) and value.strip():
+        return unicode(value).strip()
+    return scalar(value)
 
 
 def number(value: decimal.Decimal) -> str:
@@ -281,17 +288,41 @@ def chat(value: Any) -> Turns:
     for turn in value:
         if not isinstance(turn, dict):
             raise Unusable("is a list, but not of chat turns")
-        role, said = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        if not isinstance(role, str) or not isinstance(said, str):
-            raise Unusable("has a chat turn without role and content")
-        if role.lower() not in _ROLES:
-            raise Unusable(f"has a turn of role {role!r}, wanted system, user or assistant")
-        role = _ROLES[role.lower()]
-        if role == "assistant":
-            for name in THOUGHTS:
-                said = with_thoughts(turn.get(name), said)
+        role, said, _ = _turn(turn)
         turns.append((role, unicode(said)))
     return turns
+
+
+def _turn(turn: dict[str, Any]) -> tuple[str, str, set[str]]:
+    """(role, what was said, keys of both) of a chat turn; a key of thoughts that say the same is one."""
+    keys = {"role" if "role" in turn else "from", "content" if "content" in turn else "value"}
+    role, said = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+    if not isinstance(role, str) or not isinstance(said, str):
+        raise Unusable("has a chat turn without role and content")
+    if role.lower() not in _ROLES:
+        raise Unusable(f"has a turn of role {role!r}, wanted system, user or assistant")
+    role = _ROLES[role.lower()]
+    if role == "assistant":
+        for name in THOUGHTS:
+            said = with_thoughts(turn.get(name), said)
+        inner, mark, _ = said.partition("</think>")
+        texts = {name: turn[name] for name in THOUGHTS if mark and isinstance(turn.get(name), str)}
+        keys |= {name for name, text in texts.items() if _thoughts(text) in inner}
+    return role, said, keys
+
+
+def unread(value: Any) -> set[str]:
+    """Keys of chat turns that hold something and that `chat` does not read; none of another value."""
+    value = chat_of(value)
+    turns = [turn for turn in value if isinstance(turn, dict)] if isinstance(value, list) else []
+    found: set[str] = set()
+    for turn in turns:
+        try:
+            keys = _turn(turn)[2]
+        except Unusable:  # nothing was taken from it
+            continue
+        found |= {key for key, held in turn.items() if key not in keys and holds(held)}
+    return found
 
 
 def history(value: list[Any]) -> Turns:
@@ -313,10 +344,14 @@ def with_thoughts(thoughts: Any, said: str) -> str:
     """
     if not isinstance(thoughts, str) or "</think>" in said:
         return said
-    inner = thoughts.strip().removeprefix("<think>").removesuffix("</think>").strip()
+    inner = _thoughts(thoughts)
     if inner.lower() in _SWITCHES or is_placeholder(inner):
         return said
     return f"<think>\n{unicode(inner)}\n</think>\n\n{said}"
+
+
+def _thoughts(text: str) -> str:
+    return text.strip().removeprefix("<think>").removesuffix("</think>").strip()
 
 
 def kind(value: Any) -> str:

@@ -101,7 +101,7 @@ def read_problem(
     # One column may hold two parts: GSM8K's answer the solution too, a solution's box the answer.
     read_solution = functools.partial(_solution, named=bool(columns.solution))
     solution, taken_solution = part("solution", SOLUTION, read_solution, False)
-    read = functools.partial(_answer, choices=() if columns.answer else question.choices)
+    read = functools.partial(_answer, choices=question.choices, named=bool(columns.answer))
     answer, taken_answer = part("answer", ANSWER, read, False)
     if solution is None and answer is not None:
         solution = _before_mark(reach(row, taken_answer))
@@ -144,12 +144,20 @@ def reach(row: Row, column: str) -> Any:
 
 
 def count(counts: Counts, row: Row, problem: Problem, taken: Columns) -> None:
-    """Add a row to `counts`: what its problem was taken from, what was not read, earlier turns."""
+    """Add a row to `counts`: what its problem was taken from, what was not read, earlier turns.
+
+    What was not read are columns, and keys of the turns of a chat: `messages[].tool_calls`.
+    """
     paths = {path for part in dataclasses.astuple(taken) for path in part.split(" + ")}
     known = paths | {path.split(".")[0] for path in paths}
     known |= set(_MARKS) if "generations" in known else set()
     found = {part: [column] for part, column in dataclasses.asdict(taken).items()} | {
-        "not read": [name for name in row if name not in known and cells.holds(row[name])],
+        "not read": [name for name in row if name not in known and cells.holds(row[name])]
+        + [
+            f"{path}[].{key}"
+            for path in sorted(paths)
+            for key in sorted(cells.unread(reach(row, path)))
+        ],
         "earlier turns": ["rows"] * bool(problem.history),
     }
     for kind, names in found.items():
@@ -221,8 +229,13 @@ def _with_thoughts(solution: str, row: Row, column: str) -> tuple[str, str]:
     return solution, column
 
 
-def _answer(value: Any, row: Row, column: str, *, choices: tuple[tuple[str, str], ...]) -> str:
-    if choices and _may_be_place(value, choices):
+def _answer(
+    value: Any, row: Row, column: str, *, choices: tuple[tuple[str, str], ...], named: bool
+) -> str:
+    shown = {part for choice in choices for part in choice}
+    if isinstance(value, str) and cells.is_placeholder(value) and value.strip() in shown - {""}:
+        return cells.option(value)  # the choice `None`, which elsewhere says nothing
+    if choices and not named and _may_be_place(value, choices):
         raise Unusable(
             "is a number beside choices: the place of one, or its text (a named column is taken as it "
             "stands)",

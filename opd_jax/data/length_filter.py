@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from opd_jax import data
 from opd_jax.data import template_boundary
-from opd_jax.errors import DataError
+from opd_jax.errors import DataError, ModelError
 
 # Why a problem cannot be used: in short, for the count, and in a sentence that ends with the fix.
 Misfit = tuple[str, str]
@@ -21,12 +21,24 @@ def without_misfits(
 ) -> data.Problems:
     """The problems less those of the first `count` in which `misfits` finds something wrong.
 
-    `misfits` is called on blocks, in order. Raises DataError at the first misfit, unless `skip`.
+    `misfits` is called on blocks, in order. Where it raises ModelError, because a chat template refuses
+    turns that are a row's own, that row is a misfit. Raises DataError at the first misfit, unless `skip`.
     """
+
+    def each(block: list[data.Problem]) -> list[Misfit | None]:
+        try:
+            return misfits(block)
+        except ModelError as error:  # of one row's turns, or of those that the config gives to all
+            if not any(problem.system or problem.history for problem in block):
+                raise
+            if len(block) == 1:
+                return [("template refuses the turns", str(error))]
+            return [misfit for problem in block for misfit in each([problem])]
+
     bad: dict[str, list[int]] = {}
     for start in range(0, count, _BLOCK):
         block = problems[start : min(start + _BLOCK, count)]
-        for i, misfit in enumerate(misfits(block)):
+        for i, misfit in enumerate(each(block)):
             if misfit is None:
                 continue
             if not skip:

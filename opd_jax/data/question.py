@@ -50,10 +50,12 @@ def read_question(
     solutions are read from them. Raises Unusable.
     """
     value = cells.chat_of(value)
-    media = [name for name in UNSEEN if isinstance(row.get(name), str | bytes | list | dict)]
-    if not alone and (names := [name for name in media if cells.holds(row[name])]):
+    earlier = cells.chat_of(row.get(HISTORY))
+    turns_of = [item for chat in (value, earlier) if isinstance(chat, list) for item in chat]
+    media = [name for holder in (row, *turns_of) for name in _media(holder)]
+    if not alone and media:
         raise Unusable(
-            f"comes with {names[0]!r}, which a text model cannot see (a named column is taken alone)",
+            f"comes with {media[0]!r}, which a text model cannot see (a named column is taken alone)",
             "no problem",
         )
     parts: list[str] = [""]
@@ -63,7 +65,6 @@ def read_question(
         if not alone:
             text, parts, choices = _joined(text, row)
         turns = [("user", text)]
-        earlier = cells.chat_of(row.get(HISTORY))
         if isinstance(earlier, list) and cells.holds(earlier):
             turns, parts = [*cells.history(earlier), *turns], [HISTORY, *parts]
     else:
@@ -87,6 +88,14 @@ def read_question(
     return Question(
         cells.text(turns[last][1]), system, tuple(turns[:last]), tuple(parts), tuple(choices)
     )
+
+
+def _media(holder: Any) -> list[str]:
+    """Columns of a row, or keys of a turn, that hold what these models cannot see."""
+    if not isinstance(holder, dict):
+        return []
+    there = [name for name in UNSEEN if isinstance(holder.get(name), str | bytes | list | dict)]
+    return [name for name in there if cells.holds(holder[name])]
 
 
 def _is_said(system: Any) -> bool:
@@ -152,8 +161,8 @@ def _choices(value: Any, name: str) -> list[tuple[str, str]]:
         value = [{"label": label, "text": one} for label, one in value.items() if cells.holds(one)]
     try:
         if all(isinstance(item, dict) for item in value):
-            return [(str(item["label"]), cells.scalar(item["text"])) for item in value]
-        texts = [cells.scalar(item) for item in value]
+            return [(str(item["label"]), cells.option(item["text"])) for item in value]
+        texts = [cells.option(item) for item in value]
     except (KeyError, TypeError, Unusable):
         raise Unusable(
             f"comes with {name!r}, which is no list of texts or labels with texts", "no problem"

@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 import sys
 import threading
 from typing import Any
@@ -19,11 +20,8 @@ from transformers import PreTrainedTokenizerFast
 from opd_jax.data.problem import History
 from opd_jax.errors import ModelError
 
-# Of strftime; the time of day is 00:00:00.
-_DIRECTIVES = ("%a", "%A", "%b", "%B", "%d", "%-d", "%e", "%m", "%-m", "%y", "%Y", "%j", "%H", "%I",
-               "%M", "%S", "%p", "%F", "%D", "%c", "%x", "%X", "%Z", "%z", "%U", "%V", "%W", "%u",
-               "%w", "%G", "%C", "%h", "%R", "%T", "%r", "%f", "%-y", "%-j", "%-H", "%-I", "%-M",
-               "%-S")  # fmt: skip
+# Directives of strftime in a template, wherever one may begin: flags, a width, a modifier, a letter.
+_DIRECTIVE = re.compile(r"(?=(%[-_0^#+:]*\d*[EO]?[A-Za-z]))")
 _PERCENT = "\ue000"  # in place of %% until all directives are replaced
 
 
@@ -143,16 +141,7 @@ class Tokenizer:
     def _dated_template(self) -> str:
         """The template, in which `strftime_now` is that of `day` instead of the clock."""
         template = self.hf.get_chat_template()
-        if not self.prints_date:
-            return template
-        # A macro, for transformers hands no functions to a template.
-        pairs = [
-            ("%%", _PERCENT),
-            *((d, self.day.strftime(d)) for d in _DIRECTIVES),
-            (_PERCENT, "%"),
-        ]
-        filters = "".join(f"|replace('{old}', '{new}')" for old, new in pairs)
-        return f"{{% macro strftime_now(format) %}}{{{{ format{filters} }}}}{{% endmacro %}}\n{template}"
+        return _dated(template, self.day) if self.prints_date else template
 
     def chat(self, text: str, *, system: str = "", history: History = ()) -> list[int]:
         """Ids of a prompt; see `render`."""
@@ -239,6 +228,20 @@ class Tokenizer:
     def added(self) -> set[int]:
         """Ids of the tokens added to the trained vocabulary: special ones and their like."""
         return set(self.hf.get_added_vocab().values())
+
+
+@functools.lru_cache(maxsize=16)
+def _dated(template: str, day: datetime.date) -> str:
+    """A template behind a `strftime_now` that gives the day, at 00:00:00, in each of its directives."""
+    # A macro, for transformers hands no functions to a template.
+    directives = sorted(set(_DIRECTIVE.findall(template)))
+    pairs = [("%%", _PERCENT), *((d, day.strftime(d)) for d in directives), (_PERCENT, "%")]
+    filled = "".join(
+        f"{{% set format = format|replace({json.dumps(old)}, {json.dumps(new)}) %}}"
+        for old, new in pairs
+        if old != new
+    )
+    return f"{{% macro strftime_now(format) %}}{filled}{{{{ format }}}}{{% endmacro %}}\n{template}"
 
 
 def _adds_beginning(path: str) -> bool:

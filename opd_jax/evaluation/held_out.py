@@ -21,7 +21,10 @@ from opd_jax.rng import Stream, key_for
 from opd_jax.rollout import Batching, SamplingParams
 from opd_jax.sharding import multihost
 from opd_jax.training.setup import Setup
-from opd_jax.training.step import Stepper, Summary
+from opd_jax.training.step import Summary
+from opd_jax.training.step_functions import StepFunctions
+from opd_jax.training.weights import Weights
+from opd_jax.types import TrainState
 
 # Fields of the section `eval`, and the beginning of those of `metrics`, that change answers or figures.
 _TOUCHES = ("samples", "temperature", "top_p", "top_k", "match", "fallbacks")
@@ -47,24 +50,33 @@ def discard_after(folder: pathlib.Path, step: int) -> None:
 class HeldOut:
     """The held-out problems of a run, and what its student and teacher make of them."""
 
-    def __init__(self, setup: Setup, stepper: Stepper, folder: pathlib.Path, grader: Grader):
+    def __init__(
+        self,
+        setup: Setup,
+        functions: StepFunctions,
+        weights: Weights,
+        folder: pathlib.Path,
+        grader: Grader,
+    ):
         self.setup, self.config, self.folder = setup, setup.config, folder
-        self.stepper, self.grader = stepper, grader
+        self.functions, self.weights, self.grader = functions, weights, grader
         self.name = pathlib.PurePath(self.config.eval.data.partition(":")[0]).stem
 
     def __bool__(self) -> bool:
         """Whether there are any."""
         return bool(self.setup.held_out)
 
-    def evaluate(self, step: int | str) -> Summary:
+    def evaluate(self, step: int | str, state: TrainState) -> Summary:
         """Held-out answers of the student as it is, or of the "teacher", written to eval/STEP/.
 
         The teacher answers as itself: its own prompts, ids and end tokens.
         """
-        setup, config, stepper = self.setup, self.config, self.stepper
+        setup, config = self.setup, self.config
         params: models.Params | None
         if step == "teacher" and setup.teacher is not None:
-            params = stepper.teacher_now() if stepper.teacher is None else stepper.teacher
+            params = self.weights.teacher
+            if params is None:  # it follows the student
+                params = self.functions.teacher_weights(self.weights.scorer, state)
             model, tokenizer, prompts = (
                 setup.teacher,
                 setup.teacher_tokenizer,
@@ -73,7 +85,7 @@ class HeldOut:
             width = setup.teacher_width - config.rollout.max_response_tokens
             ids = data.alone(min(tokenizer.size, model.vocab_size), model.eos_token_ids)
         else:
-            params = setup.mesh.compute(stepper.state.params, stepper.dtype)
+            params = self.functions.compute_weights(state.params)
             model, tokenizer, prompts = setup.student, setup.tokenizer, setup.prompts
             width, ids = config.rollout.max_prompt_tokens, setup.alignment
         assert params is not None
@@ -127,15 +139,15 @@ class HeldOut:
                 step, summary, save, comparable=lambda kept: self.summary(kept) is not None
             )
 
-    def table(self, last: int) -> dict[str, Summary]:
+    def table(self, last: int, state: TrainState) -> dict[str, Summary]:
         """The rows of the closing table. What an earlier part of the run did not measure is measured
         now, or left out where its weights are gone."""
         table = {}
         if before := self.summary(0):
             table["student before"] = before
-        table["student after"] = self.summary(last) or self.evaluate(last)
+        table["student after"] = self.summary(last) or self.evaluate(last, state)
         if self.setup.teacher is not None and self.config.eval.teacher:
-            table["teacher"] = self.evaluate("teacher")
+            table["teacher"] = self.evaluate("teacher", state)
         return table
 
     def summary(self, step: int) -> Summary | None:

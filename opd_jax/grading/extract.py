@@ -7,7 +7,7 @@ import dataclasses
 import math
 import re
 
-from opd_jax.data.boxed import boxed_answer
+from opd_jax.grading.boxed import boxed_answer
 
 # What is done where a text has no box, by name and in the order given (config: eval.fallbacks).
 # answer_line: DAPO's prompt asks for a last line "Answer: $Answer" (2604.13016, section 5.2).
@@ -78,6 +78,15 @@ _BLANK = r"(?<![\d\s])\s+|\s+(?![\d\s])|\s+(?=\d{3}(?!\d))"
 _SPACE = re.compile(rf"\\[,;:!\s]|\\q?quad(?![a-z])|~|{_BLANK}|\\left(?![a-z])|\\right(?![a-z])|\$")
 
 
+_GREEK = (
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma tau"
+    " upsilon phi chi psi omega varepsilon vartheta varkappa varpi varrho varsigma varphi Gamma Delta"
+    " Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega"
+).replace(" ", "|")
+# A variable: one letter, maybe with an index and primes; \ln x, which `letters` makes \lnx, is none.
+NAME = rf"(?:[A-Za-z]|\\(?:{_GREEK}))(?:_\{{?\w+\}}?)?'*"
+
+
 def letters(text: str) -> str:
     """An expression without what changes only how it looks; equal letters are equal answers."""
     text = _SPACE.sub("", text).replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
@@ -89,7 +98,7 @@ def same_letters(answer: str, gold: str) -> bool:
     answer, gold = letters(answer), letters(gold)
     if answer == gold or "=" in gold:
         return answer == gold
-    named = re.fullmatch(r"(?:[A-Za-z]|\\[a-z]+)=(.+)", answer, re.DOTALL)
+    named = re.fullmatch(rf"{NAME}=(.+)", answer, re.DOTALL)
     return named is not None and named[1] == gold
 
 

@@ -12,8 +12,8 @@ from enum import Enum
 from types import TracebackType
 from typing import Any
 
-from opd_jax.data.boxed import same_whole_number
 from opd_jax.errors import GradingError
+from opd_jax.grading.boxed import same_whole_number
 from opd_jax.grading.extract import Found, find, same_letters
 
 _WARM_UP_S = 60.0  # for the imports of a new process; not part of any answer's time

@@ -9,17 +9,18 @@ import re
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from opd_jax.grading.extract import letters, parts
-from opd_jax.grading.number_rules import Same, colons, numeral
+from opd_jax.grading.extract import NAME, letters, parts
+from opd_jax.grading.number_rules import FONT, Same, colons, numeral
 
 T = TypeVar("T")
-_GREEK = (
-    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma tau"
-    " upsilon phi chi psi omega varepsilon vartheta varkappa varpi varrho varsigma varphi Gamma Delta"
-    " Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega"
-).replace(" ", "|")
-# A variable: one letter, maybe with an index and primes; \ln x, which `letters` makes \lnx, is none.
-NAME = rf"(?:[A-Za-z]|\\(?:{_GREEK}))(?:_\{{?\w+\}}?)?'*"
+# What may stand before a value in a list of them: AB, \text{length}, \angle ABC, \overline{AB}, f(1).
+_LONG = re.compile(
+    rf"(?:\\?[A-Za-z]+|{FONT}\{{[^{{}}=]*\}}|\\[a-z]+\{{[A-Za-z]+\}})(?:_(?:\w|\{{\w+\}}))?'*(?:\([^()=]*\))?"
+)
+# A value of a function at numbers: f(1), P(-2,3).
+_AT = re.compile(
+    r"(?:[A-Za-z]|\\[A-Za-z]+)(?:_(?:\w|\{\w+\}))?'*\([+-]?[\d./]+(?:,[+-]?[\d./]+)*\)"
+)
 _ELLIPSIS = re.compile(r"\\(?:[lc]?dots|dots[cbmio])(?![a-z])|\.\.\.|…")
 
 
@@ -134,17 +135,25 @@ def _progression(shown: list[str]) -> tuple[int, int, int | None] | None:
 
 
 def named(text: str) -> list[tuple[str, str]] | None:
-    """(name, value) of x=3, y=4 or (x,y)=(3,4), at least two; None for others."""
+    """(name, value) of x=3, y=4 or (x,y)=(3,4), at least two, or of f(1)=3 alone; None for others.
+
+    math-verify reads no more than the f of f(1)=3.
+    """
     if tuples := re.fullmatch(r"(\(.*\))=(\(.*\))", letters(text)):
         left, right = members(tuples[1])[1], members(tuples[2])[1]
         found = [*zip(left, right, strict=False)] if len(left) == len(right) else []
     else:
         listed = parts(re.sub(r"\\q?quad(?![a-z])|\\\\", ",", text))
         found = [(one[0], one[2]) for one in (letters(part).partition("=") for part in listed)]
-    plain = len(found) > 1 and all(
-        re.fullmatch(NAME, name) and value and "=" not in value for name, value in found
+    plain = all(
+        (re.fullmatch(NAME, name) or _LONG.fullmatch(name)) and value and "=" not in value
+        for name, value in found
     )
-    return [(re.sub(r"[{}]", "", name), value) for name, value in found] if plain else None
+    if not plain or not found:
+        return None
+    if len(found) == 1 and (not _AT.fullmatch(found[0][0]) or _AT.search(found[0][1])):
+        return None
+    return [(re.sub(rf"{FONT}(?=\{{)|[{{}}]", "", name), value) for name, value in found]
 
 
 def names(answer: str, gold: str, same: Same) -> bool | None:
@@ -162,6 +171,9 @@ def names(answer: str, gold: str, same: Same) -> bool | None:
     if one is None:
         return None
     kind, (_, others) = bracket(text), members(text)
+    if len(one) == 1:
+        value = one[0][1]
+        return None if "=" in text else same(value, text) if given else same(text, value)
     if len(others) < 2 or any("=" in other for other in others):
         return None
     several = len({name for name, _ in one}) > 1

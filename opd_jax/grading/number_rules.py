@@ -15,7 +15,11 @@ from opd_jax.grading.extract import letters
 
 Same = Callable[[str, str], bool]  # whether a part of an answer agrees with a part of a gold answer
 
-FONT = r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|it|sf|tt)|mbox|boldsymbol|bm)\s*"
+FONT = (
+    r"\\(?:text(?:bf|it|rm|sf|tt|sc|sl|up|md|lf|normal)?|math(?:rm|bf|it|sf|tt|normal)|operatorname\*?"
+    r"|[mhf]box|emph|underline|boldsymbol|pmb|bm)\s*"
+)
+_MINUS = str.maketrans("−－﹣", "---")  # Unicode's
 # A number in any font, and e, i and pi in roman type.
 _WRAPPED = re.compile(
     rf"{FONT}\{{\s*((?:\\?\$|[-+(.])*\d[^{{}}]*)\}}|\\math(?:rm|it)\{{\s*([ei]|\\pi)\s*\}}"
@@ -27,8 +31,11 @@ _SCIENTIFIC = re.compile(
 
 
 def without_fonts(text: str) -> str:
-    r"""Take numbers out of \text{} and its kin: \text{073} becomes 073, x=\mathbf{5} becomes x=5."""
-    return _WRAPPED.sub(lambda match: match[1] or f"{match[2]} ", text)
+    r"""Take numbers out of \text{} and its kin: \text{073} becomes 073, x=\mathbf{5} becomes x=5.
+
+    Unicode's minus signs become that of a keyboard.
+    """
+    return _WRAPPED.sub(lambda match: match[1] or f"{match[2]} ", text.translate(_MINUS))
 
 
 def without_exponents(text: str) -> str:
@@ -95,16 +102,20 @@ _BASES = (
 _WORDS = {word: base for base, word in enumerate(_BASES, start=2)} | {"sixteen": 16}
 _NUMERAL = re.compile(
     r"([+-]?)\(?([0-9A-Za-z]+(?:,[0-9A-Za-z]+)*(?:\.[0-9A-Za-z]+)?)\)?"
-    r"(?:_\{?\(?(?:base)?|\(?base)(\d{1,2}|[a-z]+)\)?\}?\)?"
+    r"(?:_\{?\(?(?:base)?|\(?base)(\d{1,2}|[A-Za-z]+)\)?\}?\)?"
+)
+# Inside an expression: 52_9+1. An index of a letter, a_2, is no base.
+_INSIDE = re.compile(
+    r"(?<![\w.\\}])\(?(\d[0-9A-Z]*)\)?_(?:\{\(?(\d{1,2}|[A-Za-z]+)\)?\}|(\d|[A-Za-z]))"
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Numeral:
-    """Digits without leading zeros, and their base."""
+    """Digits without leading zeros, and their base: a number, or a letter in its place."""
 
     digits: str
-    base: int
+    base: int | str
 
 
 def numeral(text: str) -> Numeral | None:
@@ -113,8 +124,11 @@ def numeral(text: str) -> Numeral | None:
     match = _NUMERAL.fullmatch(plain)
     if match is None:
         return None
-    base = int(match[3]) if match[3].isdigit() else _WORDS.get(match[3], 0)
+    base = _base(match[3])
     digits = match[2].replace(",", "").upper()
+    if isinstance(base, str):
+        is_number = digits.replace(".", "").isdigit()
+        return Numeral(match[1].strip("+") + _shortest(digits), base) if is_number else None
     if not 2 <= base <= 36:
         return None
     if not digits.replace(".", "").isdigit():  # a_{12} is a term of a sequence
@@ -122,6 +136,10 @@ def numeral(text: str) -> Numeral | None:
         if not is_number or any(int(digit, 36) >= base for digit in digits.replace(".", "")):
             return None
     return Numeral(match[1].strip("+") + _shortest(digits), base)
+
+
+def _base(text: str) -> int | str:
+    return int(text) if text.isdigit() else _WORDS.get(text.lower(), text)
 
 
 def _shortest(digits: str) -> str:
@@ -132,10 +150,23 @@ def _shortest(digits: str) -> str:
 
 
 def bases(answer: str, gold: str, same: Same) -> bool | None:
-    """Numerals agree in digits and base; a base that one side leaves out is the other side's."""
+    """Numerals agree in digits and base; a base that one side leaves out is the other side's.
+
+    Inside expressions they count as their values, 52_9+1 as 47+1; of bases that are letters the two
+    sides have the same.
+    """
     given, wanted = numeral(answer), numeral(gold)
     if given and wanted:
         return given == wanted
+    if _INSIDE.search(answer) and _INSIDE.search(gold):
+        letters_of = [
+            sorted(b for m in _INSIDE.finditer(text) if isinstance(b := _base(m[2] or m[3]), str))
+            for text in (answer, gold)
+        ]
+        if letters_of[0] != letters_of[1]:
+            return False
+        values = [_INSIDE.sub(_value_of, text) for text in (answer, gold)]
+        return same(*values) if values != [answer, gold] else None
     one = given or wanted
     if one is None:
         return None
@@ -143,6 +174,15 @@ def bases(answer: str, gold: str, same: Same) -> bool | None:
     if not re.fullmatch(r"[+-]?[0-9A-Z]+(\.[0-9A-Z]+)?", bare):
         return None
     return "-" * bare.startswith("-") + _shortest(bare.lstrip("+-")) == one.digits
+
+
+def _value_of(match: re.Match[str]) -> str:
+    """What a numeral inside an expression is worth; itself where its base is a letter or too small."""
+    base = _base(match[2] or match[3])
+    try:
+        return f"{int(match[1], base)}" if isinstance(base, int) else match[0]
+    except ValueError:
+        return match[0]
 
 
 _TERM = r"(?:\d|\.|\\sqrt|\\pi|\\frac|[{}+\-/^])+"

@@ -7,8 +7,8 @@ None where it does not apply and math-verify decides (equivalence.decide).
 import dataclasses
 import re
 
-from opd_jax.grading.extract import letters, parts
-from opd_jax.grading.list_rules import NAME, matched
+from opd_jax.grading.extract import NAME, letters, parts
+from opd_jax.grading.list_rules import matched
 from opd_jax.grading.number_rules import Same, exact
 
 _FUNCTIONS = re.compile(r"\\(?:frac|sqrt|pi|cdot|times|div|left|right|log|ln|sin|cos|tan)(?![a-z])")

@@ -1,14 +1,13 @@
 """The programs of a run from its config alone: abstract arguments, no weights, no tokenizer, no device.
 
-They are those that training compiles (a test compares the two lists); they can be lowered for devices
-that are not there.
+They come from `make_step_functions`, as in training, and can be lowered for devices that are not there.
 """
 
 import contextlib
 import pathlib
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +22,8 @@ from opd_jax.memory_plan.workload import Job
 from opd_jax.models import attention, decoder
 from opd_jax.models.end_tokens import Events
 from opd_jax.sharding.mesh import ONE, Mesh
-from opd_jax.training import objective, precompile, setup, update
-from opd_jax.training.experience import Collector
-from opd_jax.training.objective import Terms
-from opd_jax.training.setup import Setup
-from opd_jax.types import Frozen
+from opd_jax.training.objective import make_terms
+from opd_jax.training.step_functions import StepSpec, make_step_functions
 
 Place = Callable[[Any], Any]
 
@@ -39,71 +35,24 @@ def programs(config: ConfigDict, job: Job, mesh: Mesh = ONE) -> list[Program]:
 
 
 def _programs(config: ConfigDict, job: Job, mesh: Mesh) -> list[Program]:
-    blank = blank_setup(config, job, mesh)
-    terms = blank.terms
-    collector = Collector(blank, cast(Any, None))
-    dtype = jnp.dtype(_dtype(job.itemsize))
-    tx = update.make_optimizer(config.optim, config.steps)
-    shared: dict[str, Any] = {
-        "vocabulary": job.vocabulary,
-        "token_chunk": config.optim.token_chunk,
-        "remat": config.optim.remat,
-    }
-    rollout_loss = golden_loss = None
-    if terms.needs_rollouts:
-        rollout_loss = objective.make_rollout_loss(
-            terms, job.student, blank.reference, events=collector.events, **shared
-        )
-    if terms.needs_golden:
-        golden_loss = objective.make_golden_loss(job.student, **shared)
-    accumulate = update.make_accumulate(
-        rollout_loss, golden_loss,
-        microbatch_tokens=config.optim.microbatch_tokens, dtype=dtype, mesh=mesh,
+    spec = StepSpec(
+        config=config, terms=make_terms(config), student=job.student, teacher=job.teacher,
+        reference=job.reference or job.student,
+        alignment=data.alone(job.vocabulary, job.student.eos_token_ids or (0,)),
+        dtype=jnp.dtype(_dtype(job.itemsize)), teacher_width=job.teacher_width, mesh=mesh,
     )  # fmt: skip
-    begin = partial(update.init_state, tx=tx, average=job.teacher_follows == "average")
-    state = jax.eval_shape(begin, decoder.abstract_params(job.student))
-    state = mesh.structs(state, mesh.masters(state))
-    lend = partial(_lent, mesh=mesh)
-    student = lend(_weights(job.student, job.itemsize), "student")
     teacher = reference = None
-    if job.teacher is not None:
+    if job.teacher is not None and job.teacher_follows == "frozen":
         teacher = _weights(job.teacher, job.teacher_itemsize)
         if job.renumbered:
             teacher = jax.eval_shape(
                 decoder.with_head_rows, teacher, jnp.zeros(job.vocabulary, jnp.int32)
             )
-        teacher = lend(teacher, "teacher" if job.teacher_follows == "frozen" else "student")
+        teacher = _resharded(teacher, "teacher", mesh)
     if job.reference is not None:
-        reference = lend(_weights(job.reference, job.reference_itemsize), "reference")
-    rollout_rows = golden_rows = None
-    out = mesh.weight_programs(state.params, dtype)
-    if terms.needs_rollouts:
-        rollout_rows = precompile.blank_rollout_rows(blank, student, teacher, collector.scoring)
-        out += collector.programs(student, teacher)
-    if terms.needs_golden:
-        golden_rows = precompile.blank_golden_rows(blank)
-    beside = decoder.head_alone(teacher) if teacher and terms.over_vocabulary else None
-    frozen = Frozen(reference, beside)
-    own = state.params if mesh.devices is None else student
-    given = (own, frozen, rollout_rows, golden_rows, terms.weights)
-    after = update.make_update(tx, accumulate, decay=config.teacher.decay, mesh=mesh)
-    return [*out, *accumulate.programs(*given), after.program(state)]
-
-
-def blank_setup(config: ConfigDict, job: Job, mesh: Mesh) -> Setup:
-    """A setup of the right shapes, without tokenizers and data."""
-    terms: Terms = setup.make_terms(config)
-    alignment = data.alone(job.vocabulary, job.student.eos_token_ids or (0,))
-    styles = setup.prompt_styles(config.data)
-    missing = cast(Any, None)
-    return Setup(
-        config=config, mesh=mesh, terms=terms, student=job.student, teacher=job.teacher,
-        reference=job.reference or job.student, reference_section=config.student,
-        tokenizer=missing, teacher_tokenizer=missing, student_style=styles[0],
-        teacher_style=styles[1], separate_prompts=job.teacher_width > 0, alignment=alignment,
-        first_pieces=(), golden_end=0, width=job.width, teacher_width=job.teacher_width,
-        train=[], held_out=[], prompts=[], teacher_prompts=[], notes=[],
-    )  # fmt: skip
+        reference = _weights(job.reference, job.reference_itemsize)
+        reference = _resharded(reference, "reference", mesh)
+    return make_step_functions(spec).programs(teacher, reference, spec.terms.weights)
 
 
 def compile_for(program: Program, place: Place | None, *, gpu: bool = False) -> jax.stages.Compiled:
@@ -164,8 +113,8 @@ def _weights(model: Any, itemsize: int) -> Any:
     return jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, dtype), params)
 
 
-def _lent(params: Any, role: str, *, mesh: Mesh) -> Any:
-    """Shapes as the role's compute weights, each where it belongs."""
+def _resharded(params: Any, role: str, mesh: Mesh) -> Any:
+    """Shapes and dtypes of `params`, in the layout of the role's compute weights."""
     params = mesh.slices(params, role)
     return mesh.structs(params, mesh.weights(params))
 

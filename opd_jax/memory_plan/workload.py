@@ -7,7 +7,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from opd_jax import models
-from opd_jax.config import validate
+from opd_jax.config.validate import validate
 from opd_jax.errors import ConfigError, ModelError
 from opd_jax.hardware import Device
 from opd_jax.models import ModelConfig, catalog

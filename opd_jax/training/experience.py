@@ -7,17 +7,15 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import numpy as np
 
-from opd_jax import data, metrics, models, scoring
-from opd_jax import rollout as sampler
-from opd_jax.aot import Program
+from opd_jax import data, metrics, models
 from opd_jax.grading.grader import Grade, Grader, decided
 from opd_jax.metrics import repetition
 from opd_jax.metrics.timing import Clock
 from opd_jax.metrics.tracing import stage
-from opd_jax.scoring import ScoreSpec
 from opd_jax.sharding import multihost
 from opd_jax.training import batch as rows
-from opd_jax.training.setup import Setup, events_of
+from opd_jax.training.setup import Setup
+from opd_jax.training.step_functions import StepFunctions
 from opd_jax.types import Rollout, Scores, TeacherRows
 
 
@@ -55,10 +53,9 @@ class Experience:
 class Collector:
     """Makes `Experience` as the config says; keeps nothing between steps."""
 
-    def __init__(self, setup: Setup, grader: Grader):
+    def __init__(self, setup: Setup, functions: StepFunctions, grader: Grader):
         self.setup, self.config, self.grader = setup, setup.config, grader
-        self.events = events_of(setup)
-        self.drawn_V = None if setup.alignment.drawn.all() else setup.alignment.drawn
+        self.functions = functions
         self._background = ThreadPoolExecutor(max_workers=1)  # reads the texts
 
     def collect(
@@ -73,13 +70,14 @@ class Collector:
         """Roll out, score, grade. `student` and `teacher` are in the dtypes they compute in."""
         group = self.config.rollout.samples_per_prompt
         with stage("rollout"):
-            rollout = self._rollout(student, batch.prompts, key)
+            grouped = [prompt for prompt in batch.prompts for _ in range(group)]
+            rollout = self.functions.generate(student, grouped, key)
         clock.lap("rollout", rollout.response_length_B.sum())
         teacher_rows = self._teacher_rows(rollout, batch.teacher_prompts)
         answers = [problem.answer for problem in batch.problems for _ in range(group)]
         reading = self._background.submit(self._read, rollout, answers)  # while the models score
         with stage("score"):
-            scores = self._score(student, teacher, rollout, teacher_rows)
+            scores = self.functions.score(student, teacher, rollout, teacher_rows)
         clock.lap("score", rollout.response_length_B.sum())
         with stage("read"):
             texts, grades = reading.result()
@@ -133,81 +131,6 @@ class Collector:
             row["rollout/grading_timeouts"] = float(given.grades.count(Grade.TIMEOUT))
         return row
 
-    def programs(self, student: models.Params, teacher: models.Params | None) -> list[Program]:
-        """All that `collect` compiles, whatever the prompts; models may be shapes and dtypes alone."""
-        rollout, setup = self.config.rollout, self.setup
-        batch = rollout.prompts_per_step * rollout.samples_per_prompt
-        return [
-            *sampler.programs(
-                models.Model(setup.student, student), batch, self.sampling, batching=self.batching
-            ),
-            *scoring.programs(
-                *self._models(student, teacher), batch, setup.width, self.scoring,
-                teacher_width=setup.teacher_width if setup.separate_prompts else 0,
-                microbatch_tokens=self.config.optim.microbatch_tokens, mesh=setup.mesh,
-            ),
-        ]  # fmt: skip
-
-    @property
-    def sampling(self) -> sampler.SamplingParams:
-        """How the student's rollouts are sampled."""
-        section, alignment = self.config.rollout, self.setup.alignment
-        return sampler.SamplingParams(
-            section.max_response_tokens,
-            temperature=section.temperature,
-            top_p=section.top_p,
-            top_k=section.top_k,
-            stop_ids=alignment.stop_ids,
-            vocabulary=alignment.vocabulary,
-            drawn_V=self.drawn_V,
-            events=self.events,
-            stop_on_repetition=section.stop_on_repetition,
-            repetition_period=section.repetition_period,
-        )
-
-    @property
-    def batching(self) -> sampler.Batching:
-        """How they are batched while they decode."""
-        section = self.config.rollout
-        return sampler.Batching(
-            slots=section.slots or None,
-            max_prompt_tokens=section.max_prompt_tokens,
-            mesh=self.setup.mesh,
-        )
-
-    @property
-    def scoring(self) -> ScoreSpec:
-        """What both models are asked about them."""
-        config = self.config
-        return ScoreSpec(
-            vocabulary=self.setup.alignment.vocabulary,
-            top_k=config.scoring.overlap_top_k,
-            token_chunk=config.scoring.token_chunk,
-            events=self.events,
-            support=self.setup.terms.scored_support,
-            keep_hidden=self.setup.terms.over_vocabulary,
-        )
-
-    def _models(
-        self, student: models.Params, teacher: models.Params | None
-    ) -> tuple[models.Model, models.Model | None]:
-        """Both models, each with its architecture."""
-        setup, other = self.setup, None
-        if teacher is not None:
-            assert setup.teacher is not None
-            other = models.Model(setup.teacher, teacher)
-        return models.Model(setup.student, student), other
-
-    def _rollout(
-        self, student: models.Params, prompts: Sequence[Sequence[int]], key: jax.Array
-    ) -> Rollout:
-        group = self.config.rollout.samples_per_prompt
-        grouped = [prompt for prompt in prompts for _ in range(group)]
-        return sampler.sample_responses(
-            models.Model(self.setup.student, student), grouped, self.sampling,
-            keys=sampler.row_keys(key, len(grouped)), batching=self.batching,
-        )  # fmt: skip
-
     def _teacher_rows(
         self, rollout: Rollout, prompts: Sequence[Sequence[int]] | None
     ) -> TeacherRows | None:
@@ -221,20 +144,6 @@ class Collector:
             setup.alignment.teacher_ids,
             width=setup.teacher_width,
         )
-
-    def _score(
-        self,
-        student: models.Params,
-        teacher: models.Params | None,
-        rollout: Rollout,
-        teacher_rows: TeacherRows | None,
-    ) -> Scores:
-        """Student and teacher on the rollouts; the student alone where no term asks the teacher."""
-        return scoring.score(
-            *self._models(student, teacher),
-            rollout.tokens_BT, rollout.length_B, self.scoring, teacher_rows=teacher_rows,
-            microbatch_tokens=self.config.optim.microbatch_tokens, mesh=self.setup.mesh,
-        )  # fmt: skip
 
     def _read(self, rollout: Rollout, answers: list[str]) -> tuple[list[str], list[Grade | None]]:
         """Texts of the responses, and their grades, made by other processes; None without an answer."""

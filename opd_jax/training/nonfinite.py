@@ -16,6 +16,8 @@ import numpy as np
 import optax
 
 from opd_jax.data import microbatches
+from opd_jax.errors import NonFiniteError
+from opd_jax.sharding import multihost
 from opd_jax.training.update import Gradients
 from opd_jax.types import Frozen, Rollout, Scores
 from opd_jax.workdir import atomic
@@ -153,8 +155,13 @@ def bad_rows(
 
 def save_texts(
     folder: pathlib.Path, step: int, bad: Sequence[Bad], text: Callable[[Bad], str]
-) -> pathlib.Path:
-    """WORKDIR/nonfinite/STEP.json: each bad row, what was not finite in it, and its text."""
+) -> pathlib.Path | None:
+    """Write WORKDIR/nonfinite/STEP.json: each bad row, what was not finite in it, and its text.
+
+    Returns None where there is no such row, and in every process but the first.
+    """
+    if not bad or not multihost.first():
+        return None
     file = folder / FOLDER / f"{step}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     rows = [dataclasses.asdict(one) | {"text": text(one)} for one in bad]
@@ -173,3 +180,19 @@ def described(
     rows = ", ".join(f"{one.kind} {one.row}" for one in bad)
     more = " and maybe others" if len(bad) >= _MOST else ""
     return f"{said} in {rows}{more}" + (f" (texts in {file})" if file else "")
+
+
+def leave_out(state: State, rules: Rules, problem: str) -> tuple[State, dict[str, float]]:
+    """Count an update that is left out, with a warning; returns the new state and its metrics.
+
+    Raises NonFiniteError where `guard.skip_nonfinite` updates were left out before.
+    """
+    if state.skipped >= rules.skip_nonfinite:
+        raise NonFiniteError(
+            f"{problem}; the parameters were left as they were: lower --config.optim.learning_rate, or "
+            f"leave such updates out: --config.guard.skip_nonfinite={rules.skip_nonfinite + 10}"
+        )
+    if multihost.first():
+        print(f"warning: {problem}; left out", flush=True)
+    state = dataclasses.replace(state, skipped=state.skipped + 1)
+    return state, {"guard/skipped": float(state.skipped)}

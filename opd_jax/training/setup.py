@@ -9,7 +9,7 @@ import jax
 from ml_collections import ConfigDict
 
 from opd_jax import data, hardware, host_memory, models
-from opd_jax.config import validate
+from opd_jax.config.validate import validate
 from opd_jax.data.length_filter import (
     Misfit,
     golden_misfit,
@@ -19,7 +19,6 @@ from opd_jax.data.length_filter import (
     without_misfits,
 )
 from opd_jax.errors import ConfigError, ModelError
-from opd_jax.models.end_tokens import Events
 from opd_jax.sharding.mesh import Mesh, make_mesh
 from opd_jax.training import objective
 from opd_jax.training.objective import make_terms
@@ -27,11 +26,13 @@ from opd_jax.training.roles import (
     _reference_ends,
     _same_prompts,
     architecture,
+    compute_dtype,
     golden_end,
     open_model,
     prompt_styles,
     resolved,
 )
+from opd_jax.training.step_functions import StepSpec
 
 _GENERATED_CHECKED = 2048  # generated prompts are all alike, their solutions are not
 
@@ -77,6 +78,21 @@ class Setup:
     prompts: list[list[int]]
     teacher_prompts: list[list[int]]
     notes: list[str]
+
+    @property
+    def spec(self) -> StepSpec:
+        """What decides which programs a step compiles."""
+        return StepSpec(
+            config=self.config,
+            terms=self.terms,
+            student=self.student,
+            teacher=self.teacher,
+            reference=self.reference,
+            alignment=self.alignment,
+            dtype=compute_dtype(self.config.student.dtype),
+            teacher_width=self.teacher_width if self.separate_prompts else 0,
+            mesh=self.mesh,
+        )
 
     def read(self, problems: list[data.Problem]) -> data.Batch:
         """The problems of a step as ids."""
@@ -245,17 +261,6 @@ def _pieces(text: str, tokenizer: data.Tokenizer) -> tuple[int, ...]:
     return tuple(sorted(ids))
 
 
-def events_of(setup: Setup) -> Events:
-    """What the log-probs of a run are normalised over, in sampler, scorer and losses."""
-    alignment = setup.alignment
-    ends = alignment.ends
-    return Events(
-        scored_V=None if alignment.scored.all() else alignment.scored,
-        ends=None if ends is None or ends.one_token else ends,
-        temperature=setup.config.scoring.temperature,
-    )
-
-
 def _check_models(
     config: ConfigDict,
     terms: objective.Terms,
@@ -356,16 +361,6 @@ def _that_fit(
     longest = setup.config.rollout.max_prompt_tokens
 
     def misfits(block: list[data.Problem]) -> list[Misfit | None]:
-        try:
-            return fit(block)
-        except ModelError as error:  # of one row's turns, or of those that the config gives to all
-            if not any(problem.system or problem.history for problem in block):
-                raise
-            if len(block) == 1:
-                return [("template refuses the turns", str(error))]
-            return [misfit for problem in block for misfit in misfits([problem])]
-
-    def fit(block: list[data.Problem]) -> list[Misfit | None]:
         nonlocal longest
         texts = setup.student_style.texts(block, setup.tokenizer)
         own = setup.tokenizer.prompt_ids(texts)

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,15 @@ Accumulate = Callable[
     [Any, Frozen, RolloutRows | None, GoldenRows | None, Weights],
     tuple[Any, dict[str, jax.Array]],
 ]
+
+
+class Inputs(NamedTuple):
+    """What an update reads beside the state: frozen weights, rows of both kinds, weights of the terms."""
+
+    frozen: Frozen
+    rollout_rows: RolloutRows | None
+    golden_rows: GoldenRows | None
+    weights: Weights
 
 
 def make_schedule(section: Any, steps: int) -> optax.Schedule:

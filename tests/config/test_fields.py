@@ -221,6 +221,40 @@ def test_aliases_lead_to_fields_and_are_none():
     assert sum(len(line.split()) for line in aliases._NAMES.values()) == len(aliases.FIELDS)
 
 
+@pytest.mark.parametrize(
+    ("reads", "name", "says"),
+    [
+        (aliases.SAMPLING, "n", "did you mean 'sample.samples'?"),
+        (aliases.SAMPLING, "model", "did you mean 'teacher.path'?"),
+        (aliases.SAMPLING, "batch_size", "did you mean 'sample.batch'?"),
+        (aliases.SAMPLING, "max_new_tokens", "did you mean 'sample.max_response_tokens'?"),
+        (aliases.SAMPLING, "rollout.temprature", "did you mean 'sample.temperature'?"),
+        (aliases.SAMPLING, "optimizer", "known: data.*, grading.*, metrics.*, rollout.*, sample.*, seed, "
+         "teacher.*"),
+        (aliases.EVALUATION, "batch_size", "did you mean 'eval.batch'?"),
+        (aliases.EVALUATION, "n", "did you mean 'eval.samples'?"),
+        (aliases.EVALUATION, "model", "the model is given by the flag --model=DIR"),
+        (aliases.EVALUATION, "dataset", "did you mean 'eval.benchmarks'?"),
+        (aliases.EVALUATION, "output_dir",
+         "a folder for results is given by the flag --workdir=DIR, or --out"),
+    ],
+)  # fmt: skip
+def test_an_entry_point_names_fields_that_it_reads(reads, name, says):
+    error = configuration.explain(ValueError("?"), [f"--config.{name}=1"], reads=reads)
+    assert str(error) == f"config.{name} is not a field; {says}"
+
+
+@pytest.mark.parametrize("reads", [aliases.SAMPLING, aliases.EVALUATION])
+def test_no_name_leads_to_a_field_of_another_entry_point(reads):
+    own = set(reads.of(FIELDS))
+    assert set(reads.instead) <= set(FIELDS)
+    assert set(reads.instead.values()) <= own | {aliases.MODEL}
+    assert all(any(field.startswith(start) for field in FIELDS) for start in reads.fields)
+    for name in {*aliases.FIELDS, *(field.rpartition(".")[2] for field in FIELDS)}:
+        told = configuration.suggest(name, FIELDS, reads)
+        assert set(re.findall(r"'([\w.]+)'", told)) <= own
+
+
 @pytest.mark.parametrize("given", [["--config=FILE"], ["--config", "FILE"]])
 def test_overrides_before_the_config_file(given):
     error = configuration.explain(ValueError("?"), ["train.py", "--config.steps=1", *given])

@@ -10,15 +10,15 @@ import pytest
 
 from configs import opd
 from opd_jax import losses
-from opd_jax.config import validate
 from opd_jax.config.no_effect import unused
+from opd_jax.config.validate import validate
 from opd_jax.errors import ConfigError
 from opd_jax.grading.grader import Grade
 from opd_jax.models import decoder
 from opd_jax.training import objective
 from opd_jax.training.experience import Experience
 from opd_jax.training.objective import make_terms
-from opd_jax.training.step import Stepper
+from opd_jax.training.step import Step
 from opd_jax.types import Frozen, Scores, Support
 from tests.conftest import tiny_config
 from tests.training.test_topk_objective import MASK, SAMPLED
@@ -84,13 +84,15 @@ def computed(config) -> tuple:
     given = experience()
     config.log.rollouts = 0
     config.rollout.samples_per_prompt = 2
-    stepper = SimpleNamespace(
+    weigh = functools.partial(losses.token_weights, aggregation=loss.aggregation, length=7)
+    step = SimpleNamespace(
         setup=SimpleNamespace(terms=terms, tokenizer=SimpleNamespace(decode=str)), config=config,
-        weigh=functools.partial(losses.token_weights, aggregation=loss.aggregation, length=7),
+        functions=SimpleNamespace(weigh=weigh),
     )  # fmt: skip
+    batch = SimpleNamespace(problems=[SimpleNamespace(id="a"), SimpleNamespace(id="b")])
     programs, rows = "", ()
     if terms.needs_rollouts:
-        rows, _ = Stepper._rollout_rows(stepper, 1, given, ids=["a", "b"], masking=False)
+        rows, _ = Step._rollout_rows(step, 1, given, batch, masking=False)
         if terms.scored_support is None:
             rows = rows.replace(support=None)
         params = decoder.abstract_params(CONFIG)

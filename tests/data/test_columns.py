@@ -1,10 +1,20 @@
 """Which column is what: the shapes that people publish, named columns, and what an error says."""
 
 import decimal
+import json
 
 import pytest
 
-from opd_jax.data.columns import UNFINISHED, WRONG, Columns, Counts, count, reach, read_problem
+from opd_jax.data.columns import (
+    UNFINISHED,
+    WRONG,
+    Columns,
+    Counts,
+    count,
+    describe,
+    reach,
+    read_problem,
+)
 from opd_jax.data.files import RowError
 from opd_jax.data.problem import Problem
 
@@ -241,6 +251,67 @@ def test_columns_that_are_named_are_taken_alone():
     assert columns.solution == "reasoning + solution"
 
 
+def not_read(row: dict, **options) -> list[str]:
+    problem, columns = taken(row, **options)
+    counts: Counts = {}
+    count(counts, row, problem, columns)
+    names = sorted(counts["not read"])
+    assert describe(counts).partition("not read: ")[2] == ", ".join(names)
+    return names
+
+
+@pytest.mark.parametrize("key", ["thought", "reasoning_details", "tool_calls", "name", "weight"])
+@pytest.mark.parametrize("held", ["Add.", 0.5, [{"text": "Add."}], {"id": "x"}])
+def test_what_a_turn_holds_beside_its_text_is_said(key, held):
+    """In whichever column the chat stands, and in whichever of its turns; also where it is a text."""
+    turns = chat(("user", "1+1?"), ("assistant", "2"))
+    for turn in turns:
+        other = [one | {key: held} if one is turn else one for one in turns]
+        assert not_read({"messages": other}) == [f"messages[].{key}"]
+        assert not_read({"messages": json.dumps(other)}) == [f"messages[].{key}"]
+        assert not_read({"problem": "And 2?", "history": other}) == [f"history[].{key}"]
+        row = {"extra": {"chat": other}, "solution": "2"}
+        assert not_read(row, columns=Columns(problem="extra.chat", solution="extra.chat")) == [
+            f"extra.chat[].{key}", "solution"
+        ]  # fmt: skip
+    for nothing in (None, "", [], {}, [None], float("nan")):
+        assert not_read({"messages": [turns[0], turns[1] | {key: nothing}]}) == []
+
+
+def test_what_a_turn_says_twice_or_in_other_keys():
+    asked, said = chat(("user", "1+1?"), ("assistant", "2"))
+
+    def of(**more):
+        return not_read({"messages": [asked, said | more]})
+
+    assert (
+        of(reasoning="Add.") == of(reasoning="Add.", reasoning_content="<think>Add.</think>") == []
+    )
+    assert of(reasoning="Add.", thinking="Count.") == ["messages[].reasoning"]
+    assert of(thinking="on") == ["messages[].thinking"]  # a switch: no thoughts, as in a row
+    assert of(thinking="on", content="Go on.") == ["messages[].thinking"]
+    assert of(content="<think>Add.</think>2", reasoning="Add.") == []
+    assert of(content="<think>Add.</think>2", reasoning="Count.") == ["messages[].reasoning"]
+    assert of(value="3") == ["messages[].value"]
+    assert not_read({"messages": [asked | {"thinking": "Hm."}, said]}) == ["messages[].thinking"]
+    shared = {"conversations": [{"from": "human", "value": "1+1?"}, {"from": "gpt", "value": "2"}]}
+    assert not_read(shared) == []
+
+
+@pytest.mark.parametrize("key", ["images", "image", "video", "audios"])
+def test_a_turn_with_what_a_text_model_cannot_see_is_refused(key):
+    """As a row with such a column is; a named column is taken alone, and the rest is said."""
+    asked, said = chat(("user", "What is it?"), ("assistant", "A cat."))
+    seen = [asked | {key: ["x.png"]}, said]
+    for row in ({"messages": seen}, {"problem": "And now?", "history": seen}):
+        error = refused(row)
+        assert f"comes with {key!r}, which a text model cannot see" in str(error)
+        assert error.reason == "no problem"
+    named = Columns(problem="messages", solution="messages")
+    assert not_read({"messages": seen}, columns=named) == [f"messages[].{key}"]
+    assert not_read({"messages": [asked | {key: []}, said]}) == []
+
+
 def test_earlier_turns_are_kept_whichever_column_they_stand_in():
     wanted = Problem("rows-3", "And 3?", "", "", "think", EARLIER)
     system = ("system", "think")
@@ -280,6 +351,24 @@ def test_a_number_beside_choices_has_to_be_named():
     assert "is a number beside choices" in str(error)
     assert read(row, columns=Columns(answer="answer")).answer == "1"
     assert read(row | {"choices": []}).answer == "1"
+
+
+@pytest.mark.parametrize("none", ["None", "none", "N/A", "unknown", "-", "Not given"])
+def test_a_choice_that_reads_like_a_placeholder_is_a_choice(none):
+    """`None` of the others: elsewhere the word says that there is nothing."""
+    shown = f"Who?\n\nA. Tom\nB. {none}"
+    listed = {"question": "Who?", "choices": ["Tom", none], "answer": none}
+    in_columns = {"question": "Who?", "A": "Tom", "B": none}
+    arc = {"text": ["Tom", none], "label": ["A", "B"]}
+    rows = [listed, in_columns, {"question": "Who?", "choices": arc},
+            {"question": "Who?", "options": {"A": "Tom", "B": none}},
+            {"question": "Who?", "options": ["A. Tom", f"B. {none}"]}]  # fmt: skip
+    assert [read(row).prompt for row in rows] == [shown] * 5
+    assert read(listed, need_answer=True).answer == none
+    assert read(listed, columns=Columns(answer="answer")).answer == none
+    refused(listed | {"answer": "nan"}, need_answer=True)  # not one of the choices
+    for empty in (None, "  "):
+        assert "no list of texts" in str(refused(listed | {"choices": ["Tom", empty]}))
 
 
 def test_a_placeholder_in_a_named_column_is_no_answer():

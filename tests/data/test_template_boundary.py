@@ -2,6 +2,7 @@ r"""The seam between prompt and response: openings, ids behind a prompt, texts t
 
 import datetime
 import json
+import string
 
 import pytest
 
@@ -227,8 +228,10 @@ def test_the_day_of_a_prompt_is_fixed(tmp_path, day):
 
 
 def test_every_directive_of_a_date_is_rendered(tmp_path):
-    directives = "%a %A %b %B %c %C %d %D %e %f %F %G %h %H %I %j %m %M %p %r %R %S %T %u %U %V %w"
-    directives += " %W %x %X %y %Y %z %Z %-d %-m %-y %-j %-H %-I %-M %-S"
+    """Whatever strftime knows: each letter with each flag, a width and the modifiers, a new line too."""
+    letters = string.ascii_letters.replace("E", "").replace("O", "")
+    flags = ("", "-", "_", "0", "^", "#", "E", "O", "4", "_10")
+    directives = " ".join(f"%{flag}{letter}" for flag in flags for letter in letters)
     made.byte_level(tmp_path, f"{{{{ strftime_now('{directives} %% %%d') }}}}")
     day = datetime.date(2024, 2, 29)
     text = data.Tokenizer(str(tmp_path), date=str(day)).render("?")

@@ -20,21 +20,11 @@ from transformers import PreTrainedTokenizerFast
 from opd_jax import config as configuration
 from opd_jax import models, train
 from opd_jax.models import decoder
+from tests.families import CHATML, QWEN, R1
 
 pytestmark = pytest.mark.real
 
 ORDINARY = 151_643
-_FIM = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
-        "<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>",
-        "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>")  # fmt: skip
-QWEN = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>",
-        "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", *_FIM)  # fmt: skip
-R1 = ("<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<｜begin▁of▁sentence｜>", "<|EOT|>",
-      "<think>", "</think>", "<|quad_start|>", "<|quad_end|>", *_FIM)  # fmt: skip
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 R1_TEMPLATE = (
     "<｜begin▁of▁sentence｜>{% for m in messages %}{% if m.role == 'user' %}<｜User｜>{{ m.content }}"
     "{% else %}{{ m.content }}{% endif %}{% endfor %}"

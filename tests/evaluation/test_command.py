@@ -47,8 +47,9 @@ def without_template(folder: pathlib.Path) -> str:
         (GOOD, "", ["--config=configs/evaluate.py:qwen2.5-math", "--model={bare}"],
          "no chat template, wanted one"),
         (GOOD, "", ["--config=configs/evaluate.py:lufy"], "did you mean 'luffy'"),
+        (GOOD, "", ["--config.batch_size=4"], "did you mean 'eval.batch'"),
     ],
-    ids=["column", "empty answer", "broken line", "size", "template", "protocol"],
+    ids=["column", "empty answer", "broken line", "size", "template", "protocol", "field"],
 )  # fmt: skip
 def test_bad_input_is_one_line(rows, broken, arguments, says, tmp_path):
     given = {

@@ -127,7 +127,10 @@ def test_what_the_rules_read():
     assert sequence("1,2") is None
     assert sequence(r"0.142857\ldots") is None
     assert sequence(r"0.5,\ldots") == ["0.5", "…"]
-    assert named("x=3") is None
+    assert named("x=3") is named("AB=3") is named("f(x)=3") is named("f(1)=f(2)") is None
+    assert named("f(1)=3") == [("f(1)", "3")]
+    assert named(r"\text{side length}=3,\;\mathrm{AB}=4") == [("sidelength", "3"), ("AB", "4")]
+    assert numeral("52_{b}") == numeral("52_b") != numeral("52_{c}")
     assert named("(x,y)=(3,4)") == named(r"x=3,\;y=4") == [("x", "3"), ("y", "4")]
     assert bracket("(7)") is None
     assert sides("x=3,y=4") is None

@@ -113,7 +113,8 @@ def test_letters_leaves_out_what_only_looks():
     [
         ("5", "5", True), ("x = 5", "5", True), (r"\lambda=5", "5", True), ("x=5", "x = 5", True),
         ("5", "x=5", False), ("y=5", "x=5", False), ("2x=5", "5", False), ("x=y=5", "5", False),
-        ("x=", "", False), ("", "", True),
+        ("x=", "", False), ("", "", True), (r"\ln x=5", "5", False), (r"\sin\alpha=5", "5", False),
+        (r"\alpha_1=5", "5", True), ("x_{12}'=5", "5", True), (r"\ln=5", "5", False),
     ],
 )  # fmt: skip
 def test_same_letters(answer, gold, same):

@@ -9,9 +9,9 @@ import time
 import pytest
 
 from opd_jax import data
-from opd_jax.data.boxed import last_boxed
 from opd_jax.evaluation.benchmarks import BENCHMARKS, load
 from opd_jax.grading import Grade, Grader, worker
+from opd_jax.grading.boxed import last_boxed
 from opd_jax.grading.extract import Found, same_letters
 from tests.support.real_data import FILES, LUFFY, TRAINING, needs_data
 

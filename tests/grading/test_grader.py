@@ -12,10 +12,10 @@ import time
 import pytest
 
 from opd_jax.config.fields import default
-from opd_jax.data.boxed import boxed_answer, last_boxed, same_whole_number
 from opd_jax.errors import GradingError
 from opd_jax.grading import Grade, Grader
 from opd_jax.grading import worker as grading_worker
+from opd_jax.grading.boxed import boxed_answer, last_boxed, same_whole_number
 from opd_jax.grading.grader import make_grader
 
 grading = importlib.import_module(
@@ -113,7 +113,7 @@ def test_the_parent_does_not_import_sympy():
 
 
 def test_a_grading_process_does_not_import_jax():
-    code = "import sys, opd_jax.eval.grading_worker; assert 'jax' not in sys.modules"
+    code = "import sys, opd_jax.grading.worker; assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 

@@ -13,7 +13,7 @@ from jax.sharding import AxisType
 from ml_collections import ConfigDict
 
 from opd_jax import config as configuration
-from opd_jax.config import validate
+from opd_jax.config.validate import validate
 from opd_jax.errors import ConfigError
 from opd_jax.sharding import mesh, partition
 from tests.conftest import tiny_config

@@ -87,7 +87,7 @@ def prepare(recipe: str, tokenizer: data.Tokenizer, *, rows: int, tokens: int) -
         first_pieces=(),
         alignment=data.alone(tokenizer.size, ()),
     )
-    return Collector(setup, None), *records(rows, tokens, tokenizer.size, looping=0.5)  # type: ignore[arg-type]
+    return Collector(setup, None, None), *records(rows, tokens, tokenizer.size, looping=0.5)  # type: ignore[arg-type]
 
 
 def measure(

@@ -35,18 +35,18 @@ QUICK = ("--config=configs/sft.py:tiny", *SMALL[1:])
 STEPS = 8
 # Where a child may be killed: a function of opd_jax, before it is called for the n-th time.
 POINTS = {
-    "rollout": "opd_jax.collect.Collector._rollout",
-    "score": "opd_jax.collect.Collector._score",
-    "update": "opd_jax.stepping.Stepper._update",
-    "evaluate": "opd_jax.held_out.HeldOut.evaluate",
-    "evaluated": "opd_jax.held_out.HeldOut.keep_best",
-    "line": "opd_jax.workdir.Lines.write",
-    "save": "opd_jax.checkpoint.Checkpoints.save",
-    "seal": "opd_jax.checkpoint.Checkpoints._seal",
+    "rollout": "opd_jax.training.step_functions.StepFunctions.generate",
+    "score": "opd_jax.training.step_functions.StepFunctions.score",
+    "update": "opd_jax.training.step.Step._start_updates",
+    "evaluate": "opd_jax.evaluation.held_out.HeldOut.evaluate",
+    "evaluated": "opd_jax.evaluation.held_out.HeldOut.keep_best",
+    "line": "opd_jax.workdir.jsonl.Lines.write",
+    "save": "opd_jax.checkpoint.checkpoint.Checkpoints.save",
+    "seal": "opd_jax.checkpoint.checkpoint.Checkpoints._seal",
     "remove": "opd_jax.checkpoint.manifest.remove",
-    "read": "opd_jax.setup.Setup.read",
-    "restore": "opd_jax.checkpoint.Checkpoints.restore",
-    "start": "opd_jax.workdir.folder.create",
+    "read": "opd_jax.training.setup.Setup.read",
+    "restore": "opd_jax.checkpoint.checkpoint.Checkpoints.restore",
+    "start": "opd_jax.workdir.create",
 }
 
 

@@ -34,11 +34,11 @@ from configs import stable_opd
 from opd_jax import config as configuration
 from opd_jax import data, models, workdir
 from opd_jax.checkpoint import manifest as intact
-from opd_jax.config import validate
 from opd_jax.config.fields import default
-from opd_jax.data.boxed import boxed_answer, same_whole_number
+from opd_jax.config.validate import validate
 from opd_jax.errors import OpdError
 from opd_jax.grading import extract
+from opd_jax.grading.boxed import boxed_answer, same_whole_number
 from opd_jax.grading.grader import Grade, Grader
 from opd_jax.models.safetensors_files import open_tensors
 from tests.support.paths import ROOT

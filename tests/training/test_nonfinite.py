@@ -12,8 +12,8 @@ import pytest
 from opd_jax import checkpoint, train
 from opd_jax.errors import NonFiniteError
 from opd_jax.training import batch, nonfinite, update
-from opd_jax.training.experience import Collector
 from opd_jax.training.nonfinite import Rules, State
+from opd_jax.training.step_functions import StepFunctions
 from opd_jax.types import Rollout, Scores
 from tests.support.small_run import lines, small
 
@@ -87,7 +87,7 @@ def test_rollouts_with_log_probs_that_are_not_finite_are_named():
 
 def spoilt(monkeypatch, at: int) -> None:
     """The teacher's log-probs of the third rollout of one step are NaN."""
-    original, calls = Collector._score, []
+    original, calls = StepFunctions.score, []
 
     def score(self, *args):
         calls.append(1)
@@ -98,7 +98,7 @@ def spoilt(monkeypatch, at: int) -> None:
         logprob_BT[2] = np.nan
         return scores.replace(teacher_logprob_BT=logprob_BT)
 
-    monkeypatch.setattr(Collector, "_score", score)
+    monkeypatch.setattr(StepFunctions, "score", score)
 
 
 def test_a_log_prob_that_is_not_finite_stops_the_run_and_its_text_is_kept(

@@ -177,7 +177,10 @@ def updating(
     """Forward, backward and AdamW over full rows."""
     given = workloads.random_rows(config, rows, width)
     with watch_memory() as peak:
-        learner = _learner(bench, config, dtype, remat)
+        learner = workloads.Learner(
+            config, None, dtype, remat=remat,
+            microbatch_tokens=bench.microbatch_tokens, token_chunk=bench.token_chunk,
+        )  # fmt: skip
 
         def run() -> Any:
             return learner.update(given), learner.state.params
@@ -205,14 +208,13 @@ def whole_step(
     """Roll out, score, update; every response fills its budget."""
     prompts = workloads.prompts_at_random(config, batch, prompt)
     with watch_memory() as peak:
-        learner = _learner(bench, config, dtype, remat)
+        learner = workloads.Learner(
+            config, teacher.config, dtype, remat=remat, prompt=prompt, new=new,
+            microbatch_tokens=bench.microbatch_tokens, token_chunk=bench.token_chunk,
+        )  # fmt: skip
 
         def run() -> Any:
-            made = workloads.step(
-                learner, teacher, prompts, new,
-                microbatch_tokens=bench.microbatch_tokens, token_chunk=bench.token_chunk,
-            )  # fmt: skip
-            return made[1], learner.state.params
+            return learner.step(teacher.params, prompts), learner.state.params
 
         timing = bench.time(run)
     itemsize, lengths = np.dtype(dtype).itemsize, [prompt] * batch
@@ -244,13 +246,6 @@ def decode_seconds(
 def decode_point(row: Row, *, prompt: int, steps: int) -> tuple[float, float]:
     """Mean positions a sequence, and seconds, of a step of a `decoding` row."""
     return prompt + _SHORT + (steps - 1) / 2, (row.median_s or 0.0) / steps
-
-
-def _learner(bench: Bench, config: ModelConfig, dtype: Any, remat: str) -> workloads.Learner:
-    return workloads.Learner(
-        config, dtype,
-        remat=remat, microbatch_tokens=bench.microbatch_tokens, token_chunk=bench.token_chunk,
-    )  # fmt: skip
 
 
 def _evenly(

@@ -14,12 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opd_jax import config as training
-from opd_jax import losses, scoring
+from opd_jax import data, scoring
+from opd_jax.config import default
 from opd_jax.models import Model, ModelConfig, Params, decoder, load, with_head_rows
 from opd_jax.rollout import generate
-from opd_jax.training import batch, objective, update
+from opd_jax.training import batch
 from opd_jax.training.objective import Terms
+from opd_jax.training.step_functions import StepSpec, make_step_functions
 from opd_jax.types import Frozen, Rollout, RolloutRows, Scores
 
 TERMS = Terms(pg_weight=1.0)  # OPD: the sampled token's log-ratio as advantage
@@ -133,71 +134,56 @@ def score(
 
 
 class Learner:
-    """A student in training: master weights and AdamW's state, and the compiled update."""
+    """A student in training: its state, and the step functions that a run has.
+
+    `prompt` and `new` are the tokens of prompts and responses, where whole steps are taken.
+    """
 
     def __init__(
         self,
-        config: ModelConfig,
+        student: ModelConfig,
+        teacher: ModelConfig | None,
         dtype: Any,
         *,
         remat: str,
         microbatch_tokens: int,
         token_chunk: int,
+        prompt: int = 1,
+        new: int = 1,
     ):
-        section = training.default().optim
-        tx = update.make_optimizer(section, 1000)
-        loss = objective.make_rollout_loss(
-            TERMS, config,
-            vocabulary=config.vocab_size, token_chunk=token_chunk, remat=remat,
+        config = default().unlock()
+        config.optim.update({"remat": remat, "microbatch_tokens": microbatch_tokens})
+        config.optim.token_chunk = config.scoring.token_chunk = token_chunk
+        config.rollout.update({"max_prompt_tokens": prompt, "max_response_tokens": new})
+        config.loss.aggregation = "token"
+        spec = StepSpec(
+            config=config, terms=TERMS, student=student, teacher=teacher, reference=None,
+            alignment=data.alone(student.vocab_size, ()), dtype=jnp.dtype(dtype),
         )  # fmt: skip
-        accumulate = update.make_accumulate(
-            loss, None, microbatch_tokens=microbatch_tokens, dtype=jnp.dtype(dtype)
-        )
-        self.config, self.dtype = config, dtype
-        self._update = update.make_update(tx, accumulate)
-        self.state = update.init_state(random_subject(config, jnp.float32).params, tx)
+        self.functions = make_step_functions(spec)
+        self.state = self.functions.initial_state(random_subject(student, jnp.float32).params)
 
-    def student(self) -> Subject:
-        """The weights as they are now, in the dtype to compute in."""
-        return Subject(
-            self.config, self.dtype, _cast(self.state.params, jnp.dtype(self.dtype).name)
-        )
-
-    def update(self, given: RolloutRows) -> dict[str, jax.Array]:
+    def update(self, rollout_rows: RolloutRows) -> dict[str, jax.Array]:
         """One optimizer step; returns its metrics."""
-        self.state, metrics = self._update(self.state, Frozen(), given, None, TERMS.weights)
+        self.state, metrics = self.functions.update(
+            self.state, Frozen(), rollout_rows, None, TERMS.weights
+        )
         return metrics
 
-
-def step(
-    learner: Learner,
-    teacher: Subject,
-    prompts: Sequence[Sequence[int]],
-    budget: int,
-    *,
-    microbatch_tokens: int,
-    token_chunk: int,
-) -> tuple[Rollout, dict[str, jax.Array]]:
-    """A whole OPD step as a run makes it: roll out, score, update. Grading and metrics are left out."""
-    student = learner.student()
-    rollout = decode(student, prompts, budget)
-    scores = score(
-        student, teacher, rollout.tokens_BT, rollout.length_B,
-        microbatch_tokens=microbatch_tokens, token_chunk=token_chunk,
-    )  # fmt: skip
-    del student  # the update has no need of it
-    mask_BT = rollout.response_mask_BT
-    advantage_BT = batch.advantages(rollout, scores, mask_BT, TERMS, reward_B=None, group=1)
-    weigh = partial(losses.token_weights, aggregation="token")
-    given = batch.rollout_rows(rollout, scores, mask_BT, advantage_BT, TERMS, weigh=weigh)
-    return rollout, learner.update(given)
+    def step(self, teacher: Params, prompts: Sequence[Sequence[int]]) -> dict[str, jax.Array]:
+        """A whole OPD step as in a run: roll out, score, update. Grading and metrics are left out."""
+        functions = self.functions
+        student = functions.compute_weights(self.state.params)
+        rollout = functions.generate(student, prompts, jax.random.key(1))
+        scores = functions.score(student, teacher, rollout)
+        del student  # the update does not need it
+        mask_BT = rollout.response_mask_BT
+        advantage_BT = batch.advantages(rollout, scores, mask_BT, TERMS, reward_B=None, group=1)
+        return self.update(
+            batch.rollout_rows(rollout, scores, mask_BT, advantage_BT, TERMS, weigh=functions.weigh)
+        )
 
 
 @partial(jax.jit, static_argnames=("config", "dtype"))
 def _random(key: jax.Array, config: ModelConfig, dtype: str) -> Params:
     return jax.tree.map(lambda w: w.astype(dtype), decoder.init(key, config))
-
-
-@partial(jax.jit, static_argnames=("dtype",))
-def _cast(params: Params, dtype: str) -> Params:
-    return jax.tree.map(lambda w: w.astype(dtype), params)

@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 
 from opd_jax import config as configuration
 from opd_jax import data, hardware, metrics, models, workdir
-from opd_jax.config import validate
+from opd_jax.config.validate import validate
 from opd_jax.data import length_filter
 from opd_jax.errors import ConfigError, DataError, ModelError
 from opd_jax.grading.grader import Grade, Grader, make_grader

@@ -26,7 +26,7 @@ from opd_jax.tools.probe.writing import (
     write,
 )
 from opd_jax.training import batch
-from opd_jax.training.setup import Setup, events_of
+from opd_jax.training.setup import Setup
 from opd_jax.types import Rollout, Scores
 from opd_jax.workdir import console
 
@@ -218,12 +218,7 @@ def _score(
         models.Model(setup.teacher, scorer),
         rollout.tokens_BT,
         rollout.length_B,
-        scoring.ScoreSpec(
-            vocabulary=alignment.vocabulary,
-            top_k=config.scoring.overlap_top_k,
-            token_chunk=config.scoring.token_chunk,
-            events=events_of(setup),
-        ),
+        setup.spec.scoring.replace(support=None, keep_hidden=False),
         microbatch_tokens=config.optim.microbatch_tokens,
         teacher_rows=teacher_rows,
     )

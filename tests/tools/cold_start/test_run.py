@@ -284,6 +284,26 @@ def test_answers_that_miss_are_dropped_and_problems_without_one_are_kept(tmp_pat
 
 
 @pytest.mark.short
+def test_turns_that_a_template_refuses_are_left_out_or_named(tmp_path):
+    """As in training: of a block the one row is counted, and the others stay."""
+    source, template = tmp_path / "problems.jsonl", tmp_path / "one_turn.jinja"
+    rows = [{"id": f"p{i}", "problem": data.problem("train", i).prompt} for i in range(3)]
+    rows[1]["history"] = [["?", "!"]]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = small(data__train=str(source), sample__problems=0)
+    config.rollout.max_prompt_tokens = 60
+    own = data.Tokenizer(config.teacher.path).hf.chat_template
+    template.write_text("{% if messages|length > 2 %}{{ raise_exception('one') }}{% endif %}" + own)
+    config.teacher.chat_template = str(template)
+    with pytest.raises(DataError, match=r"problem p1: .* and earlier turns \(one\).*bad_rows=skip"):
+        sample.make_plan(config)
+    config.data.bad_rows = "skip"
+    plan = sample.make_plan(config)
+    assert [problem.id for problem in plan.problems] == ["p0", "p2"]
+    assert plan.problems.skipped == {"template refuses the turns": 1}
+
+
+@pytest.mark.short
 def test_only_what_ended_can_be_kept():
     """One outcome each: ended, out of budget, stopped on repetition."""
     config = small(sample__batch=3, sample__keep_wrong=True, sample__keep_repetitive=True)
@@ -354,7 +374,12 @@ def test_the_file_is_what_sft_trains_on(straight):
 
 @pytest.mark.parametrize(
     ("arguments", "status", "says"),
-    [(["--out=a.jsonl"], 1, "--config.teacher.path=DIR"), ([], 2, "--out")],
+    [
+        (["--out=a.jsonl"], 1, "--config.teacher.path=DIR"),
+        (["--out=a.jsonl", "--config.n=4"], 1, "did you mean 'sample.samples'?"),
+        (["--out=a.jsonl", "--batch_size=4"], 2, "did you mean 'sample.batch'?"),
+        ([], 2, "--out"),
+    ],
 )
 def test_command(arguments, status, says, tmp_path):
     root = pathlib.Path(__file__).parents[3]

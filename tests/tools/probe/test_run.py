@@ -12,7 +12,7 @@ import pytest
 from configs import opd
 from opd_jax import config as configuration
 from opd_jax import models
-from opd_jax.config import validate
+from opd_jax.config.validate import validate
 from opd_jax.errors import ConfigError, DataError, OpdError, WorkdirError
 from opd_jax.tools import probe
 from opd_jax.tools.probe import continuation, pair, workload, writing

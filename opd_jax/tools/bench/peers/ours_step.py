@@ -8,7 +8,6 @@ tokens (sampled, this library's default). Either way all statistics of training 
 
 import itertools
 import time
-from functools import partial
 
 from timing import SHARPER, measure, prompts, read_case, report
 
@@ -19,34 +18,37 @@ def main() -> None:
     import jax
     import jax.numpy as jnp
 
-    from opd_jax import config as fields
-    from opd_jax import losses, models, scoring
+    from opd_jax import data, models
+    from opd_jax.config import default
     from opd_jax.models import decoder
-    from opd_jax.rollout import generate
-    from opd_jax.training import batch, objective, update
+    from opd_jax.training import batch
+    from opd_jax.training.objective import Terms
+    from opd_jax.training.step_functions import StepSpec, make_step_functions
     from opd_jax.types import Frozen
 
-    given = fields.default().unlock()
-    optim = given.optim
-    optim.learning_rate = case.learning_rate
-    config, params = models.load(case.model, dtype=jnp.float32)
+    config = default().unlock()
+    config.optim.learning_rate = case.learning_rate
+    config.rollout.update({"max_prompt_tokens": case.prompt, "max_response_tokens": case.new})
+    student, params = models.load(case.model, dtype=jnp.float32)
     teacher_config, teacher = models.load(case.teacher or case.model, dtype=jnp.float32)
     teacher["norm"]["scale"] *= SHARPER
     terms = {
-        "full": objective.Terms(divergence_weight=1.0, direction="reverse", support="full"),
-        "sampled": objective.Terms(pg_weight=1.0),
+        "full": Terms(divergence_weight=1.0, direction="reverse", support="full"),
+        "sampled": Terms(pg_weight=1.0),
     }[case.loss]
-    tx = update.make_optimizer(optim, 1000)
-    loss = objective.make_rollout_loss(
-        terms, config,
-        vocabulary=config.vocab_size, token_chunk=optim.token_chunk, remat=optim.remat,
-    )  # fmt: skip
-    accumulate = update.make_accumulate(
-        loss, None, microbatch_tokens=optim.microbatch_tokens, dtype=jnp.float32
+    functions = make_step_functions(
+        StepSpec(
+            config=config,
+            terms=terms,
+            student=student,
+            teacher=teacher_config,
+            reference=None,
+            alignment=data.alone(student.vocab_size, ()),
+            dtype=jnp.dtype(jnp.float32),
+        )
     )
-    apply = update.make_update(tx, accumulate)
     frozen = Frozen(teacher=decoder.head_alone(teacher) if terms.over_vocabulary else None)
-    states = [update.init_state(params, tx)]
+    states = [functions.initial_state(params)]
     del params
     given_prompts = prompts(case)
     count = itertools.count()
@@ -56,29 +58,19 @@ def main() -> None:
     def step() -> None:
         state = states.pop()
         start = time.perf_counter()
-        rollout = generate(
-            state.params, config, given_prompts,
-            key=jax.random.key(next(count)), max_response_tokens=case.new,
-        )  # fmt: skip
+        weights = functions.compute_weights(state.params)
+        rollout = functions.generate(weights, given_prompts, jax.random.key(next(count)))
         assert (rollout.response_length_B == case.new).all()
         generated = time.perf_counter()
-        scores = scoring.score(
-            models.Model(config, state.params), models.Model(teacher_config, teacher),
-            rollout.tokens_BT, rollout.length_B,
-            scoring.ScoreSpec(
-                config.vocab_size, given.scoring.overlap_top_k, given.scoring.token_chunk,
-                support=terms.scored_support, keep_hidden=terms.over_vocabulary,
-            ),
-            microbatch_tokens=optim.microbatch_tokens,
-        )  # fmt: skip
+        scores = functions.score(weights, teacher, rollout)
+        del weights
         scored = time.perf_counter()
         mask_BT = rollout.response_mask_BT
         advantage_BT = batch.advantages(rollout, scores, mask_BT, terms, reward_B=None, group=1)
-        made = batch.rollout_rows(
-            rollout, scores, mask_BT, advantage_BT, terms,
-            weigh=partial(losses.token_weights, aggregation="sequence", length=case.new),
-        )  # fmt: skip
-        state, metrics = apply(state, frozen, made, None, terms.weights)
+        rows = batch.rollout_rows(
+            rollout, scores, mask_BT, advantage_BT, terms, weigh=functions.weigh
+        )
+        state, metrics = functions.update(state, frozen, rows, None, terms.weights)
         states.append(jax.block_until_ready(state))
         values.append(float(metrics["loss/total"]))
         for name, seconds in (

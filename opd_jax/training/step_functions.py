@@ -1,0 +1,305 @@
+"""The compiled functions of a training step, wired in one place.
+
+A run, its memory plan and the benchmarks all call `make_step_functions`, so what is planned and measured
+is what trains. It needs the numbers of a config and architectures: no weights, no tokenizer, no data.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from opd_jax import data, losses, scoring
+from opd_jax.aot import Program
+from opd_jax.models import Model, ModelConfig, Params, decoder
+from opd_jax.models.end_tokens import Events
+from opd_jax.rollout import Batching, SamplingParams, row_keys, sample_responses
+from opd_jax.rollout import programs as rollout_programs
+from opd_jax.scoring import ScoreSpec
+from opd_jax.sharding.mesh import ONE, Mesh
+from opd_jax.sharding.partition import unwrapped
+from opd_jax.training import batch, objective, update
+from opd_jax.training.objective import Terms
+from opd_jax.types import Frozen, GoldenRows, Rollout, RolloutRows, Scores, TeacherRows, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSpec:
+    """Everything that decides what a training step compiles.
+
+    Attributes:
+      config: read are the sections rollout, scoring, loss, optim and teacher, and `steps`.
+      terms: the loss.
+      student, teacher, reference: architectures; None where no term needs the model.
+      alignment: the ids that are sampled, those that are scored, and the end tokens.
+      dtype: compute dtype of the student.
+      teacher_width: tokens of the teacher's own rows; 0 where it reads the student's.
+      mesh: the devices.
+    """
+
+    config: ConfigDict
+    terms: Terms
+    student: ModelConfig
+    teacher: ModelConfig | None
+    reference: ModelConfig | None
+    alignment: data.Alignment
+    dtype: Any
+    teacher_width: int = 0
+    mesh: Mesh = ONE
+
+    @property
+    def width(self) -> int:
+        """Tokens of a row: prompt and response."""
+        return self.config.rollout.max_prompt_tokens + self.config.rollout.max_response_tokens
+
+    @property
+    def rollouts(self) -> int:
+        """Rollouts of a step."""
+        return self.config.rollout.prompts_per_step * self.config.rollout.samples_per_prompt
+
+    @property
+    def events(self) -> Events:
+        """The outcomes over which the sampler, the scorer and the losses normalise log-probs."""
+        scored, ends = self.alignment.scored, self.alignment.ends
+        return Events(
+            scored_V=None if scored.all() else scored,
+            ends=None if ends is None or ends.one_token else ends,
+            temperature=self.config.scoring.temperature,
+        )
+
+    @property
+    def sampling(self) -> SamplingParams:
+        """How the student's rollouts are sampled."""
+        section, alignment = self.config.rollout, self.alignment
+        return SamplingParams(
+            section.max_response_tokens,
+            temperature=section.temperature,
+            top_p=section.top_p,
+            top_k=section.top_k,
+            stop_ids=alignment.stop_ids,
+            vocabulary=alignment.vocabulary,
+            drawn_V=None if alignment.drawn.all() else alignment.drawn,
+            events=self.events,
+            stop_on_repetition=section.stop_on_repetition,
+            repetition_period=section.repetition_period,
+        )
+
+    @property
+    def batching(self) -> Batching:
+        """How rollouts are batched while they decode."""
+        section = self.config.rollout
+        return Batching(
+            slots=section.slots or None,
+            max_prompt_tokens=section.max_prompt_tokens,
+            mesh=self.mesh,
+        )
+
+    @property
+    def scoring(self) -> ScoreSpec:
+        """What is computed of each token of the rollouts."""
+        return ScoreSpec(
+            vocabulary=self.alignment.vocabulary,
+            top_k=self.config.scoring.overlap_top_k,
+            token_chunk=self.config.scoring.token_chunk,
+            events=self.events,
+            support=self.terms.scored_support,
+            keep_hidden=self.terms.over_vocabulary,
+        )
+
+    def models(self, student: Params, teacher: Params | None) -> tuple[Model, Model | None]:
+        """Student and teacher, each with its architecture; weights may be shapes and dtypes alone."""
+        other = None
+        if teacher is not None:
+            assert self.teacher is not None
+            other = Model(self.teacher, teacher)
+        return Model(self.student, student), other
+
+
+@dataclasses.dataclass(frozen=True)
+class StepFunctions:
+    """The stages of a step as functions of arrays; see `make_step_functions`.
+
+    Attributes:
+      schedule: learning rate by the number of updates that were applied.
+      accumulate: gradients of the loss, summed over micro-batches.
+      update: gradients and AdamW; donates the state.
+    """
+
+    spec: StepSpec
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    accumulate: update.Gradients
+    update: update.Update
+
+    def initial_state(self, student: Params) -> TrainState:
+        """The state before the first update; takes the buffers of `student` over."""
+        return self.spec.mesh.masters_of(self._begin, student)
+
+    def abstract_state(self) -> TrainState:
+        """Shapes, dtypes and shardings of the state."""
+        state = jax.eval_shape(self._begin, decoder.abstract_params(self.spec.student))
+        return self.spec.mesh.structs(state, self.spec.mesh.masters(state))
+
+    def compute_weights(self, masters: Params) -> Params:
+        """Reshard and cast float32 weights to the student's compute weights."""
+        return self.spec.mesh.compute(masters, self.spec.dtype)
+
+    def teacher_weights(
+        self, scorer: Params | None, state: TrainState, student: Params | None = None
+    ) -> Params | None:
+        """The weights that score: the frozen `scorer`, the student's average, or the student's own.
+
+        `student`: the student's compute weights, where they exist already. None without a teacher.
+        """
+        if scorer is not None or self.spec.teacher is None:
+            return scorer
+        if state.average is None and student is not None:
+            return student
+        return self.compute_weights(state.params if state.average is None else state.average)
+
+    def generate(
+        self, student: Params, prompts: Sequence[Sequence[int]], key: jax.Array
+    ) -> Rollout:
+        """Sample one response to each prompt from the student's compute weights."""
+        spec = self.spec
+        return sample_responses(
+            Model(spec.student, student), prompts, spec.sampling,
+            keys=row_keys(key, len(prompts)), batching=spec.batching,
+        )  # fmt: skip
+
+    def score(
+        self,
+        student: Params,
+        teacher: Params | None,
+        rollout: Rollout,
+        teacher_rows: TeacherRows | None = None,
+    ) -> Scores:
+        """Score rollouts with the student and, where a term needs it, the teacher."""
+        spec = self.spec
+        return scoring.score(
+            *spec.models(student, teacher), rollout.tokens_BT, rollout.length_B, spec.scoring,
+            teacher_rows=teacher_rows,
+            microbatch_tokens=spec.config.optim.microbatch_tokens, mesh=spec.mesh,
+        )  # fmt: skip
+
+    def weigh(self, counted_BT: np.ndarray) -> Any:
+        """Share of each rollout token in the loss; see `losses.token_weights`."""
+        aggregation, length = (
+            self.spec.config.loss.aggregation,
+            self.spec.config.rollout.max_response_tokens,
+        )
+        return losses.token_weights(counted_BT, aggregation=aggregation, length=length)
+
+    def weigh_golden(self, counted_BT: np.ndarray) -> Any:
+        """Share of each token of a golden solution in the loss."""
+        return losses.token_weights(counted_BT, aggregation=self.spec.config.loss.gold_aggregation)
+
+    def programs(self, teacher: Any, reference: Any, weights: Mapping[str, float]) -> list[Program]:
+        """Every program that a step compiles, whatever the lengths of its rows.
+
+        `teacher`, `reference`: their weights, or shapes, dtypes and shardings of these; None where no term
+        needs the model, and for a teacher that follows the student. `weights` of the terms.
+        """
+        spec, mesh, terms = self.spec, self.spec.mesh, self.spec.terms
+        state = self.abstract_state()
+        student = jax.eval_shape(partial(mesh.compute, dtype=spec.dtype), state.params)
+        student = mesh.structs(student, mesh.weights(student))
+        if teacher is None and spec.teacher is not None:
+            teacher = student
+        elif teacher is not None:
+            teacher = mesh.structs(teacher, mesh.weights(teacher))
+        out = mesh.weight_programs(state.params, spec.dtype)
+        rollout_rows = golden_rows = None
+        if terms.needs_rollouts:
+            rollout_rows = _blank_rollout_rows(spec, student, teacher)
+            own, other = spec.models(student, teacher)
+            out += rollout_programs(own, spec.rollouts, spec.sampling, batching=spec.batching)
+            out += scoring.programs(
+                own, other, spec.rollouts, spec.width, spec.scoring,
+                teacher_width=spec.teacher_width,
+                microbatch_tokens=spec.config.optim.microbatch_tokens, mesh=mesh,
+            )  # fmt: skip
+        if terms.needs_golden:
+            golden_rows = _blank_golden_rows(spec)
+        head = decoder.head_alone(teacher) if teacher and terms.over_vocabulary else None
+        frozen = Frozen(reference, head)
+        frozen = mesh.structs(frozen, mesh.weights(frozen))
+        params = state.params if mesh.devices is None else student
+        out += self.accumulate.programs(params, frozen, rollout_rows, golden_rows, weights)
+        limited = bool(spec.config.guard.spike) and spec.config.guard.spike_action == "skip"
+        return [*out, self.update.program(state, limited=limited)]
+
+    @property
+    def _begin(self) -> Any:
+        average = self.spec.config.teacher.follow == "average"
+        return partial(update.init_state, tx=self.optimizer, average=average)
+
+
+def make_step_functions(spec: StepSpec) -> StepFunctions:
+    """Wire sampler, scorer, losses and optimizer. Compiles nothing: each function compiles when called."""
+    optim = spec.config.optim
+    shared: dict[str, Any] = {
+        "vocabulary": spec.alignment.vocabulary,
+        "token_chunk": optim.token_chunk,
+        "remat": optim.remat,
+    }
+    rollout_loss = golden_loss = None
+    if spec.terms.needs_rollouts:
+        rollout_loss = objective.make_rollout_loss(
+            spec.terms, spec.student, spec.reference, events=spec.events, **shared
+        )
+    if spec.terms.needs_golden:
+        golden_loss = objective.make_golden_loss(spec.student, **shared)
+    accumulate = update.make_accumulate(
+        rollout_loss, golden_loss,
+        microbatch_tokens=optim.microbatch_tokens, dtype=spec.dtype, mesh=spec.mesh,
+    )  # fmt: skip
+    updates = spec.config.steps * optim.updates_per_rollout
+    optimizer = update.make_optimizer(optim, updates)
+    return StepFunctions(
+        spec=spec,
+        optimizer=optimizer,
+        schedule=update.make_schedule(optim, updates),
+        accumulate=accumulate,
+        update=update.make_update(
+            optimizer, accumulate, decay=spec.config.teacher.decay, mesh=spec.mesh
+        ),
+    )
+
+
+def _blank_rollout_rows(spec: StepSpec, student: Any, teacher: Any) -> RolloutRows:
+    """Zeros of the shapes and dtypes of one update's share of the rollouts."""
+    count = spec.rollouts // spec.config.optim.updates_per_rollout
+    shape = (count, spec.width)
+    tokens_BT, length_B = np.zeros(shape, np.int32), np.zeros(count, np.int32)
+    teacher_rows = None
+    if spec.teacher_width:
+        teacher_BT = np.zeros((count, spec.teacher_width), np.int32)
+        teacher_rows = TeacherRows(teacher_BT, length_B, length_B)
+    pair = spec.models(unwrapped(student), unwrapped(teacher))
+    scores = jax.eval_shape(
+        scoring.score_part, *pair, tokens_BT, length_B, teacher_rows, spec.scoring
+    )
+    zeros_BT = np.zeros(shape, np.float32)
+    return batch.rollout_rows(
+        Rollout(tokens_BT, length_B, length_B, zeros_BT, length_B),
+        jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), scores),
+        np.zeros(shape, bool),
+        zeros_BT,
+        spec.terms,
+        weigh=partial(losses.token_weights, aggregation="token", length=1),
+    )
+
+
+def _blank_golden_rows(spec: StepSpec) -> GoldenRows:
+    """Zeros of the shapes and dtypes of one update's share of the golden solutions."""
+    count = spec.config.rollout.prompts_per_step // spec.config.optim.updates_per_rollout
+    shape = (count, spec.width)
+    return GoldenRows(
+        np.zeros(shape, np.int32), np.zeros(count, np.int32), np.zeros(shape, np.float32)
+    )

@@ -7,7 +7,6 @@ from typing import Any
 import grain
 
 from opd_jax.data.problem import Problem
-from opd_jax.errors import DataError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +32,6 @@ def make_batches(
     seed: int,
     shuffle: bool,
     read: Callable[[list[Problem]], Any] = list,
-    shard: tuple[int, int] = (0, 1),
 ) -> grain.DatasetIterator:
     """Endless batches, each what `read` makes of a list of `Problem`, two of them ahead of time.
 
@@ -41,21 +39,12 @@ def make_batches(
     checkpoints, is that of the last batch taken, whatever has been read ahead.
 
     Every epoch visits each problem once, in an order of its own drawn from the seed; batches run on
-    over the end of an epoch. `shard` = (index, count) takes this process's part of every batch of
-    `batch` problems, so that the processes together see what one process alone would see.
-
-    Raises DataError where the batch does not divide among the processes.
+    over the end of an epoch. Every process reads whole batches; its devices take their rows of them.
     """
-    index, count = shard
-    if batch % count:
-        raise DataError(
-            f"rollout.prompts_per_step={batch} does not divide among {count} processes; "
-            f"set --config.rollout.prompts_per_step={-(-batch // count) * count}"
-        )
     dataset = grain.MapDataset.range(len(problems)).seed(seed)
     if shuffle:
         dataset = dataset.shuffle()
-    mine = dataset.repeat()[index::count].map(lambda i: problems[int(i)])
-    batches = mine.batch(batch // count, drop_remainder=True, batch_fn=list).map(read)
+    endless = dataset.repeat().map(lambda i: problems[int(i)])
+    batches = endless.batch(batch, drop_remainder=True, batch_fn=list).map(read)
     ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
     return iter(batches.to_iter_dataset(ahead))

@@ -90,20 +90,6 @@ def test_state_resumes_exactly(taken):
     assert indices(resumed, 7) == indices(straight, 7)
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_processes_together_see_what_one_alone_sees(count):
-    alone = indices(batches_of(5, batch=4), 7)
-    shards = [indices(batches_of(5, batch=4, shard=(i, count)), 7) for i in range(count)]
-    for whole, *parts in zip(alone, *shards, strict=True):
-        assert sorted(itertools.chain(*parts)) == sorted(whole)
-        assert all(len(part) == 4 // count for part in parts)
-
-
-def test_a_batch_that_does_not_divide_among_the_processes_is_refused():
-    with pytest.raises(DataError, match=r"3 processes; set --config\.rollout\.prompts_per_step=6"):
-        batches_of(0, batch=4, shard=(0, 3))
-
-
 # prompts
 
 PROBLEM = data.Problem(

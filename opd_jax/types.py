@@ -79,6 +79,10 @@ class Rollout(flax.struct.PyTreeNode):
         """Response ids of one row, the end token included."""
         return self.tokens_BT[row, self.prompt_length_B[row] : self.length_B[row]].tolist()
 
+    def responses(self) -> list[list[int]]:
+        """Response ids of every row."""
+        return [self.response(row) for row in range(len(self.length_B))]
+
     def prompt(self, row: int) -> list[int]:
         """Prompt ids of one row."""
         return self.tokens_BT[row, : self.prompt_length_B[row]].tolist()

@@ -15,7 +15,7 @@ from opd_jax import data, metrics
 from opd_jax.evaluation import statistics
 from opd_jax.grading.grader import Grade, Grader
 from opd_jax.models import Model
-from opd_jax.rollout import Batching, SamplingParams, row_keys, sample_responses
+from opd_jax.rollout import Batching, SamplingParams, read_responses, row_keys, sample_responses
 from opd_jax.sharding import multihost
 from opd_jax.types import Outcome, Rollout
 from opd_jax.workdir import atomic
@@ -78,16 +78,18 @@ def _report(
     """Grade, write down, summarise."""
     k, tokenizer = exam.samples, exam.tokenizer
     answers = [problem for problem in exam.problems for _ in range(k)]
-    texts = [tokenizer.decode(sampled.response(i)) for i in range(len(answers))]
-    grades = grader.grade_answered(
-        ((text, p.answer) for text, p in zip(texts, answers, strict=True)),
+    read = read_responses(
+        sampled.responses(),
+        [problem.answer for problem in answers],
+        tokenizer,
+        grader=grader,
+        repetition=exam.repetition,
         fallbacks=exam.fallbacks,
     )
-    graded = [grade for grade in grades if grade is not None]  # k of each problem with an answer
-    flagged = metrics.flagged(texts, exam.repetition).tolist()
+    graded = [grade for grade in read.grades if grade is not None]  # k of each with an answer
     summary = {
         "truncation_rate": float(metrics.truncated(sampled.outcome_B).mean()),
-        "repetition_rate": float(np.mean(flagged)),
+        "repetition_rate": float(np.mean(read.flagged_B)),
         "length_mean": float(sampled.response_length_B.mean()),
     }
     if graded:
@@ -99,10 +101,10 @@ def _report(
             "timeouts": float(np.mean([g is Grade.TIMEOUT for g in graded])),
         }
     if exam.match:
-        summary["matched"] = float(np.mean([bool(re.search(exam.match, t)) for t in texts]))
+        summary["matched"] = float(np.mean([bool(re.search(exam.match, t)) for t in read.texts]))
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("w", encoding="utf-8") as file:
-        for i, (problem, grade) in enumerate(zip(answers, grades, strict=True)):
+        for i, (problem, grade) in enumerate(zip(answers, read.grades, strict=True)):
             row = {
                 "id": problem.id,
                 "prompt": problem.question,
@@ -111,7 +113,7 @@ def _report(
                 "grade": grade.value if grade else None,
                 "outcome": Outcome(int(sampled.outcome_B[i])).name.lower(),
                 "length": int(sampled.response_length_B[i]),
-                "repetitive": flagged[i],
+                "repetitive": bool(read.flagged_B[i]),
             }
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     told = summary | {"protocol": dict(protocol)}

@@ -34,7 +34,7 @@ from opd_jax.evaluation.subject import Subject, open_subject
 from opd_jax.grading.extract import find, letters
 from opd_jax.grading.grader import Grader, make_grader
 from opd_jax.rng import Stream, key_for
-from opd_jax.rollout import Batching, SamplingParams, sample_responses
+from opd_jax.rollout import Batching, SamplingParams, read_responses, sample_responses
 from opd_jax.types import Outcome
 from opd_jax.workdir import console
 
@@ -347,17 +347,17 @@ class _Evaluation:
         )
         self.seconds += time.perf_counter() - began
         self.tokens += int(sampled.response_length_B.sum())
-        texts = [subject.tokenizer.decode(sampled.response(i)) for i in range(len(which))]
         golds = [task.problems[problem].answer for problem, _ in which]
         fallbacks = tuple(section.fallbacks)
-        grades = grader.grade(
-            zip(texts, golds, strict=True), fallbacks=fallbacks, rule=task.benchmark.rule
-        )
-        rule = metrics.make_repetition_rule(self.config.metrics)
-        flagged = metrics.flagged(texts, rule).tolist()
+        read = read_responses(
+            sampled.responses(), golds, subject.tokenizer,
+            grader=grader, repetition=metrics.make_repetition_rule(self.config.metrics),
+            fallbacks=fallbacks, rule=task.benchmark.rule,
+        )  # fmt: skip
         rows = []
         for i, (problem, sample) in enumerate(which):
-            answer = find(texts[i], fallbacks)
+            answer, grade = find(read.texts[i], fallbacks), read.grades[i]
+            assert grade is not None, "a benchmark has problems with answers alone"
             rows.append({
                 "problem": problem, "sample": sample, "id": task.problems[problem].id,
                 "prompt": task.texts[problem],
@@ -366,8 +366,8 @@ class _Evaluation:
                 ),
                 "gold": golds[i],
                 "extracted": letters(answer.text)[:200] if answer else None,
-                "grade": grades[i].value, "outcome": Outcome(int(sampled.outcome_B[i])).name.lower(),
-                "length": int(sampled.response_length_B[i]), "repetitive": flagged[i],
+                "grade": grade.value, "outcome": Outcome(int(sampled.outcome_B[i])).name.lower(),
+                "length": int(sampled.response_length_B[i]), "repetitive": bool(read.flagged_B[i]),
             })  # fmt: skip
         return rows
 

@@ -124,11 +124,16 @@ class Grader:
         return grades
 
     def grade_answered(
-        self, pairs: Iterable[tuple[str, str]], *, fallbacks: tuple[str, ...] = ()
+        self,
+        pairs: Iterable[tuple[str, str]],
+        *,
+        fallbacks: tuple[str, ...] = (),
+        rule: str = "plain",
     ) -> list[Grade | None]:
         """`grade` of the pairs that have a gold answer; None for those whose gold answer is ""."""
         pairs = list(pairs)
-        grades = iter(self.grade([pair for pair in pairs if pair[1]], fallbacks=fallbacks))
+        answered = [pair for pair in pairs if pair[1]]
+        grades = iter(self.grade(answered, fallbacks=fallbacks, rule=rule))
         return [next(grades) if gold else None for _, gold in pairs]
 
 

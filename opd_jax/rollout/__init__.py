@@ -1,13 +1,16 @@
 """The student's own rollouts: sampling and generation."""
 
 from opd_jax.rollout.generate import Batching, generate, programs, row_keys, sample_responses
+from opd_jax.rollout.responses import Responses, read_responses
 from opd_jax.rollout.sampling import SamplingParams
 
 __all__ = [
     "Batching",
+    "Responses",
     "SamplingParams",
     "generate",
     "programs",
+    "read_responses",
     "row_keys",
     "sample_responses",
 ]

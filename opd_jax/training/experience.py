@@ -12,6 +12,7 @@ from opd_jax.grading.grader import Grade, Grader, decided
 from opd_jax.metrics import repetition
 from opd_jax.metrics.timing import Clock
 from opd_jax.metrics.tracing import stage
+from opd_jax.rollout import Responses, read_responses
 from opd_jax.sharding import multihost
 from opd_jax.training import batch as rows
 from opd_jax.training.setup import Setup
@@ -80,25 +81,19 @@ class Collector:
             scores = self.functions.score(student, teacher, rollout, teacher_rows)
         clock.lap("score", rollout.response_length_B.sum())
         with stage("read"):
-            texts, grades = reading.result()
+            read = reading.result()
             if multihost.several():  # an answer that timed out in one might not in another
-                told = multihost.from_first(lambda: [grade and grade.value for grade in grades])
+                told = multihost.from_first(lambda: [g and g.value for g in read.grades])
                 grades = [value and Grade(value) for value in told]
-            return self.understand(rollout, scores, texts, grades)
+                read = dataclasses.replace(read, grades=grades)
+            return self.understand(rollout, scores, read)
 
-    def understand(
-        self,
-        rollout: Rollout,
-        scores: Scores,
-        texts: list[str],
-        grades: Sequence[Grade | None],
-    ) -> Experience:
-        """Which tokens count and which repeat, which rollouts are right: only a CORRECT one is."""
+    def understand(self, rollout: Rollout, scores: Scores, read: Responses) -> Experience:
+        """Mark the tokens that count and those that repeat."""
         section, alignment = self.config.metrics, self.setup.alignment
-        flagged_B = metrics.flagged(texts, metrics.make_repetition_rule(section))
         repeated_BT = repetition.repeated_mask(
             rollout,
-            flagged_B,
+            read.flagged_B,
             rule=section.repeated_tokens,
             tail=section.repetition_tail,
             ngram=section.repeated_ngram,
@@ -109,9 +104,9 @@ class Collector:
             scores=scores,
             mask_BT=rows.scored_mask(rollout, alignment.counted, self.setup.first_pieces),
             repeated_BT=repeated_BT,
-            flagged_B=flagged_B,
-            grades=grades,
-            texts=texts,
+            flagged_B=read.flagged_B,
+            grades=read.grades,
+            texts=read.texts,
         )
 
     def measure(self, given: Experience) -> dict[str, float]:
@@ -145,10 +140,12 @@ class Collector:
             width=setup.teacher_width,
         )
 
-    def _read(self, rollout: Rollout, answers: list[str]) -> tuple[list[str], list[Grade | None]]:
-        """Texts of the responses, and their grades, made by other processes; None without an answer."""
-        decode = self.setup.tokenizer.decode
-        texts = [decode(rollout.response(i)) for i in range(len(rollout.length_B))]
-        if not multihost.first():
-            return texts, [None] * len(texts)
-        return texts, self.grader.grade_answered(zip(texts, answers, strict=True))
+    def _read(self, rollout: Rollout, answers: list[str]) -> Responses:
+        """Decode, grade and flag the responses; of several processes only the first one grades."""
+        return read_responses(
+            rollout.responses(),
+            answers,
+            self.setup.tokenizer,
+            grader=self.grader if multihost.first() else None,
+            repetition=metrics.make_repetition_rule(self.config.metrics),
+        )

@@ -6,6 +6,7 @@ Records made at random go through `Collector.understand` and `measure`: decoding
 tokens, means by position, hedging, right against wrong. Not collected by pytest.
 """
 
+import dataclasses
 import statistics
 import sys
 import tempfile
@@ -25,6 +26,8 @@ from configs import recipes
 from opd_jax import data, scoring
 from opd_jax import models as hf
 from opd_jax.grading import Grade, Grader
+from opd_jax.metrics import make_repetition_rule
+from opd_jax.rollout import read_responses
 from opd_jax.training.experience import Collector
 from opd_jax.types import Outcome, Rollout, Scores
 from tests.support import calls
@@ -94,11 +97,12 @@ def measure(
     collector: Collector, rollout: Rollout, scores: Scores, grades: list[Grade] | None
 ) -> dict[str, float]:
     """What a step does after scoring: decode, understand, measure."""
-    decode = collector.setup.tokenizer.decode
-    texts = [decode(rollout.response(i)) for i in range(len(rollout.length_B))]
-    return collector.measure(
-        collector.understand(rollout, scores, texts, grades or [None] * len(texts))
-    )
+    read = read_responses(
+        rollout.responses(), [""] * len(rollout.length_B), collector.setup.tokenizer,
+        grader=None, repetition=make_repetition_rule(collector.config.metrics),
+    )  # fmt: skip
+    read = dataclasses.replace(read, grades=grades or read.grades)
+    return collector.measure(collector.understand(rollout, scores, read))
 
 
 def milliseconds(work: Callable[[], Any], clock: Callable[[], float], repeats: int = 7) -> float:

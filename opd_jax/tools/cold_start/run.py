@@ -30,7 +30,7 @@ from opd_jax.data import length_filter
 from opd_jax.errors import ConfigError, DataError, ModelError
 from opd_jax.grading.grader import Grade, Grader, make_grader
 from opd_jax.rng import Stream, key_for
-from opd_jax.rollout import Batching, SamplingParams, row_keys, sample_responses
+from opd_jax.rollout import Batching, SamplingParams, read_responses, row_keys, sample_responses
 from opd_jax.tools.cold_start import sample_file
 from opd_jax.training import roles
 from opd_jax.types import Outcome
@@ -178,7 +178,6 @@ def sample_batch(
 ) -> tuple[Batch, list[dict[str, Any]]]:
     """Sample, grade and filter batch `number` of the problems; returns it and the rows to write."""
     section = plan.config.sample
-    repetition = metrics.make_repetition_rule(plan.config.metrics)
     first = number * section.batch
     problems = plan.problems[first : min(first + section.batch, plan.count)]
     each = plan.style.prompts(problems, plan.tokenizer)
@@ -200,16 +199,20 @@ def sample_batch(
         batching=Batching(slots=section.slots or None, max_prompt_tokens=plan.width),
     )
     seconds = time.perf_counter() - began
-    texts = [plan.tokenizer.decode(sampled.response(i)) for i in range(len(sampled.length_B))]
     cut = (sampled.outcome_B != Outcome.EOS).tolist()  # also what was stopped on repetition
     golds = [problem.answer for problem in problems for _ in range(section.samples)]
-    asked = [
-        gold if t.strip() and not c else "" for gold, t, c in zip(golds, texts, cut, strict=True)
-    ]
-    grades = grader.grade_answered(zip(texts, asked, strict=True))
+    read = read_responses(
+        sampled.responses(),
+        ["" if c else gold for gold, c in zip(golds, cut, strict=True)],
+        plan.tokenizer,
+        grader=grader,
+        repetition=metrics.make_repetition_rule(plan.config.metrics),
+    )
+    # An empty text has no grade: it is counted as empty, not as unparsed.
+    grades = [g if t.strip() else None for g, t in zip(read.grades, read.texts, strict=True)]
     fates = [
-        fate(text, truncated=cut[i], grade=grades[i], section=section, repetition=repetition)
-        for i, text in enumerate(texts)
+        fate(text, truncated=cut[i], grade=grades[i], repetitive=repetitive, section=section)
+        for i, (text, repetitive) in enumerate(zip(read.texts, read.flagged_B, strict=True))
     ]
     batch = Batch(
         lengths=sampled.response_length_B.tolist(),
@@ -231,12 +234,7 @@ def sample_batch(
 
 
 def fate(
-    text: str,
-    *,
-    truncated: bool,
-    grade: Grade | None,
-    section: Any,
-    repetition: metrics.RepetitionRule,
+    text: str, *, truncated: bool, grade: Grade | None, repetitive: bool, section: Any
 ) -> Fate:
     """What becomes of one solution. `section` is the config section sample."""
     if truncated:
@@ -245,7 +243,7 @@ def fate(
         return Fate.EMPTY
     if grade not in (None, Grade.CORRECT) and not section.keep_wrong:
         return Fate[grade.name]
-    if not section.keep_repetitive and metrics.repetitive(text, repetition):
+    if not section.keep_repetitive and repetitive:
         return Fate.REPETITIVE
     return Fate.KEPT
 

@@ -14,7 +14,7 @@ from opd_jax import data, metrics, models
 from opd_jax.data import template_boundary
 from opd_jax.grading.grader import Grade, Grader
 from opd_jax.rng import Stream, key_for
-from opd_jax.rollout import Batching, SamplingParams, row_keys, sample_responses
+from opd_jax.rollout import Batching, SamplingParams, read_responses, row_keys, sample_responses
 from opd_jax.tools.probe.means import mean
 from opd_jax.tools.probe.workload import Plan
 from opd_jax.training.setup import Setup
@@ -169,17 +169,18 @@ def read(
 ) -> list[Answer]:
     """The whole answers as text, prefixes included, graded where their problems have answers."""
     whole = [[*(prefixes[i] if prefixes else ()), *written.response(i)] for i in range(len(which))]
-    texts = [writer.tokenizer.decode(ids) for ids in whole]
     complete = [
         data.response_text(writer.tokenizer, writer.prompts[problem], ids)
         for problem, ids in zip(which, whole, strict=True)
     ]
     golds = [plan.problems[problem].answer for problem in which]
-    grades = grader.grade_answered(zip(texts, golds, strict=True))
+    found = read_responses(
+        whole, golds, writer.tokenizer,
+        grader=grader, repetition=metrics.make_repetition_rule(plan.config.metrics),
+    )  # fmt: skip
     cut = metrics.truncated(written.outcome_B).tolist()
-    looping = metrics.flagged(texts, metrics.make_repetition_rule(plan.config.metrics)).tolist()
     return [
-        Answer(text, grades[i], cut[i], looping[i], len(whole[i]))
+        Answer(text, found.grades[i], cut[i], bool(found.flagged_B[i]), len(whole[i]))
         for i, text in enumerate(complete)
     ]
 

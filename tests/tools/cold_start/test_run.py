@@ -15,7 +15,7 @@ from opd_jax import config as configuration
 from opd_jax import data, models
 from opd_jax.errors import ConfigError, DataError, ModelError, WorkdirError
 from opd_jax.grading.grader import Grade, Grader
-from opd_jax.metrics import make_repetition_rule
+from opd_jax.metrics import make_repetition_rule, repetitive
 from opd_jax.tools.cold_start import run as sample
 from opd_jax.tools.cold_start import sample_file
 from opd_jax.tools.cold_start.run import Fate
@@ -217,13 +217,14 @@ def test_nothing_kept_is_told_with_its_reasons(tmp_path):
 
 
 def test_fates_come_in_order():
-    section, repetition = small().sample, make_repetition_rule(small().metrics)
+    section, rule = small().sample, make_repetition_rule(small().metrics)
     loop = "7+5=12; " * 40
 
     def of(text, *, truncated=False, grade=None):
         return sample.fate(
-            text, truncated=truncated, grade=grade, section=section, repetition=repetition
-        )
+            text, truncated=truncated, grade=grade, repetitive=repetitive(text, rule),
+            section=section,
+        )  # fmt: skip
 
     assert of(loop, truncated=True, grade=Grade.WRONG) is Fate.TRUNCATED
     assert of(" \n") is Fate.EMPTY

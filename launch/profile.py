@@ -4,7 +4,6 @@ Trains a few steps, traces the last ones, prints where their time went. The trac
 xprof (`xprof DIR/profile`) and, its trace.json.gz, in https://ui.perfetto.dev. docs/profiling.md.
 """
 
-import json
 import os
 import pathlib
 import shutil
@@ -29,6 +28,7 @@ def main() -> None:
     import jax  # its backend starts later, with these flags
 
     from opd_jax.tools.profile import run as profile
+    from opd_jax.workdir import atomic
 
     jax.config.update("jax_enable_compilation_cache", False)
     found = profile.run(
@@ -36,8 +36,7 @@ def main() -> None:
     )
     if not cli.FLAGS.hlo:
         shutil.rmtree(hlo, ignore_errors=True)
-    text = json.dumps(profile.to_json(found), indent=2) + "\n"
-    (folder / "summary.json").write_text(text, encoding="utf-8")
+    atomic.write_json(folder / "summary.json", profile.to_json(found), indent=2)
     print(f"\n{profile.report(found)}\n\nwritten to {folder}", flush=True)
 
 

@@ -20,6 +20,7 @@ from opd_jax.data import arithmetic
 from opd_jax.data.problem import Problem
 from opd_jax.tools import sweep
 from opd_jax.tools.sweep import ROOT, Command, Figures, run_folder, train_command
+from opd_jax.workdir import atomic
 
 EMBEDDED = ROOT / "opd_jax" / "tiny"
 BUDGET = 192  # response tokens; a golden solution has 50 to 70
@@ -81,7 +82,7 @@ def main() -> None:
     write_data(out)
     failed = sweep.run_missing(plan, out)
     text = table(out, chosen, given.seeds, given.steps)
-    (out / "results.md").write_text(text + "\n")
+    atomic.write_text(out / "results.md", text + "\n")
     print(text)
     sweep.require_none(failed, out)
 
@@ -128,7 +129,7 @@ def write_data(out: pathlib.Path) -> None:
     for name, count, solution in DATA:
         if not (file := out / name).exists():
             rows = (solution(index) for index in range(count))
-            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            atomic.write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def careless(index: int) -> dict[str, str]:

@@ -6,6 +6,7 @@ from opd_jax import checkpoint, data, models
 from opd_jax.errors import ConfigError
 from opd_jax.models import decoder
 from opd_jax.training.roles import with_ends
+from opd_jax.workdir import atomic
 from opd_jax.workdir.folder import read_config
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -47,6 +48,5 @@ def export(workdir: str, out: str, *, step: int | None = None, dtype: str = "flo
     tokenizer = data.Tokenizer(source, chat_template=template)
     models.save(out, with_ends(config, tokenizer), params, source=source, dtype=dtype)
     if template:  # the template that the run used, in place of the folder's own
-        file = pathlib.Path(out) / "chat_template.jinja"
-        file.write_text(tokenizer.hf.chat_template, encoding="utf-8")
+        atomic.write_text(pathlib.Path(out) / "chat_template.jinja", tokenizer.hf.chat_template)
     return step

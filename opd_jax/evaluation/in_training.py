@@ -1,7 +1,6 @@
 """Answers to held-out problems: sampled, graded, written down one by one, and summarised."""
 
 import dataclasses
-import json
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from opd_jax.rollout import Batching, SamplingParams, read_responses, row_keys, 
 from opd_jax.sharding import multihost
 from opd_jax.types import Outcome, Rollout
 from opd_jax.workdir import atomic
+from opd_jax.workdir.jsonl import encoded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +103,7 @@ def _report(
     if exam.match:
         summary["matched"] = float(np.mean([bool(re.search(exam.match, t)) for t in read.texts]))
     out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("w", encoding="utf-8") as file:
+    with atomic.replacing(out) as file:
         for i, (problem, grade) in enumerate(zip(answers, read.grades, strict=True)):
             row = {
                 "id": problem.id,
@@ -115,7 +115,7 @@ def _report(
                 "length": int(sampled.response_length_B[i]),
                 "repetitive": bool(read.flagged_B[i]),
             }
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(encoded(row))
     told = summary | {"protocol": dict(protocol)}
     atomic.write_json(out.with_suffix(".json"), told, indent=2)  # last: it says that all is there
     return summary

@@ -5,79 +5,35 @@ always the same. So the file of a run that was killed and went on is the file of
 for byte; slots, batches and the order of the problems change no answer beyond rounding.
 """
 
-import collections
-import dataclasses
 import datetime
-import hashlib
 import json
 import pathlib
 import time
-import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 
 from opd_jax import config as configuration
 from opd_jax import data, metrics, models, workdir
 from opd_jax.config.validate import validate_evaluation
-from opd_jax.data.length_filter import unknown_id
-from opd_jax.errors import ConfigError, DataError, WorkdirError
+from opd_jax.errors import ConfigError, WorkdirError
 from opd_jax.evaluation import protocols
 from opd_jax.evaluation import table as results
-from opd_jax.evaluation.answer_file import AnswerFile
-from opd_jax.evaluation.benchmarks import Benchmark, load, parse
 from opd_jax.evaluation.subject import Subject, open_subject
+from opd_jax.evaluation.tasks import Task, answer_keys, budget, make_tasks
 from opd_jax.grading.extract import find, letters
 from opd_jax.grading.grader import Grader, make_grader
-from opd_jax.rng import Stream, key_for
 from opd_jax.rollout import Batching, SamplingParams, read_responses, sample_responses
 from opd_jax.types import Outcome
-from opd_jax.workdir import console
+from opd_jax.workdir import atomic, console
+from opd_jax.workdir.jsonl import JsonlFile
 
-_WIDTH = 64  # prompts' rows are a multiple of this wide: benchmarks share compiled programs
 # Fields that answers, or what is counted in them, depend on.
 _TOUCHES = ("seed", "student.", "data.prompt_template", "data.system_prompt", "data.columns.",
             "eval.samples", "eval.temperature", "eval.top_", "eval.problems", "eval.max_response_tokens",
             "eval.fallbacks", "grading.grader", "eval.batch", "eval.any_size",
             "metrics.repetition_")  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """One benchmark, ready: its problems, and each one's prompt as text and as ids."""
-
-    benchmark: Benchmark
-    file: str
-    samples: int
-    problems: list[data.Problem]
-    skipped: dict[str, int]
-    texts: list[str]
-    prompts: list[list[int]]
-    columns: str = ""
-
-    @property
-    def total(self) -> int:
-        """Answers."""
-        return len(self.problems) * self.samples
-
-    @property
-    def width(self) -> int:
-        """Of its prompts' rows."""
-        return -(-max(map(len, self.prompts)) // _WIDTH) * _WIDTH
-
-    def slots(self, config: ConfigDict, subject: Subject) -> int:
-        """Sequences decoded at one time."""
-        return config.eval.slots or subject.slots(self.width + budget(config))
-
-    @property
-    def sha256(self) -> str:
-        """Of ids, prompt texts and gold answers: with it a result says what was asked."""
-        shown = [[p.id, text, p.answer] for p, text in zip(self.problems, self.texts, strict=True)]
-        return hashlib.sha256(json.dumps(shown).encode()).hexdigest()
 
 
 def run(
@@ -119,57 +75,6 @@ def run(
     _write(out / "config.json", configuration.to_json(config))
     _write(out / "run.json", json.dumps(workdir.provenance(command), indent=2))
     return _Evaluation(config, subject, out, header).all(tasks)
-
-
-def budget(config: ConfigDict) -> int:
-    """Tokens an answer may have."""
-    return config.eval.max_response_tokens or config.rollout.max_response_tokens
-
-
-def make_tasks(config: ConfigDict, subject: Subject) -> list[Task]:
-    """The benchmarks that the config names, their prompts rendered and measured."""
-    style = data.PromptStyle(config.data.prompt_template, config.data.system_prompt)
-    tasks = []
-    for benchmark, file in parse(config.eval.benchmarks):
-        loaded = load(
-            benchmark, file, columns=config.data.columns, bad_rows=config.data.bad_rows,
-            any_size=config.eval.any_size,
-        )  # fmt: skip
-        problems = loaded.problems[: config.eval.problems or None]
-        samples = config.eval.samples or benchmark.samples
-        if config.eval.temperature == 0 and samples > 1:
-            raise ConfigError(
-                f"{benchmark.title} is measured by {benchmark.metric}, but eval.temperature=0 gives the "
-                "same answer every time; set --config.eval.samples=1 or a temperature above 0"
-            )
-        texts = style.texts(problems, subject.tokenizer)
-        prompts = subject.tokenizer.prompt_ids(texts)
-        task = Task(
-            benchmark, file, samples, problems, loaded.skipped, texts, prompts, loaded.columns
-        )
-        _check_lengths(task, config, subject)
-        tasks.append(task)
-    return tasks
-
-
-def _check_lengths(task: Task, config: ConfigDict, subject: Subject) -> None:
-    for problem, ids in zip(task.problems, task.prompts, strict=True):
-        if not ids:
-            raise DataError(
-                f"{task.file}: problem {problem.id}: its prompt is empty; correct "
-                "--config.data.prompt_template"
-            )
-        rows = {"student": subject.config.vocab_size}
-        if misfit := unknown_id(ids, subject.tokenizer, what="prompt", rows=rows):
-            raise DataError(f"{task.file}: problem {problem.id}: {misfit[1]}")
-    need, room = task.width + budget(config), subject.config.max_position
-    if need > room:
-        raise ConfigError(
-            f"{task.benchmark.title}: prompts of {task.width} tokens and "
-            f"eval.max_response_tokens={budget(config)} are more than the model's {room} positions; set "
-            f"--config.eval.max_response_tokens={max(room - task.width, 1)} or less, or stretch the model: "
-            f"--config.student.max_position={need}"
-        )
 
 
 def make_header(config: ConfigDict, subject: Subject, tasks: Sequence[Task]) -> dict[str, Any]:
@@ -246,6 +151,55 @@ def _identity(header: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(fields | prompts | model))
 
 
+class _Answers(JsonlFile):
+    """The answers of one benchmark, a line each in a fixed order, so that a killed run goes on.
+
+    Attributes:
+      rows: the answers so far. dropped: broken lines that were cut off with all after them (`skip`).
+    """
+
+    def __init__(self, path: pathlib.Path, task: Task, *, skip: bool):
+        """Open NAME.jsonl. Any line that is not the answer that belongs there raises WorkdirError, or
+        is cut off with all after it (`skip`): they are made again. So is a last line that is broken.
+        """
+        with atomic.reported(path, "give another --workdir"):
+            super().__init__(path, elsewhere="--workdir")
+        self.rows: list[dict[str, Any]] = []
+        self.dropped = end = 0
+        for number, (line_end, row) in enumerate(self.lines(), start=1):
+            if not self.dropped and _is_answer(row, len(self.rows), task):
+                self.rows.append(row)
+                end = line_end
+                continue
+            self.dropped += 1
+            # A machine that loses power can leave zeros where a last line was being written.
+            last = line_end == path.stat().st_size
+            if self.dropped == 1 and not skip and not last:
+                self.close()
+                raise WorkdirError(
+                    f"{path}, line {number}: not the answer that belongs there; remove it and all after "
+                    "it, give a new --workdir, or let it be done: --config.data.bad_rows=skip"
+                )
+        self.cut(end)
+
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        """Append answers; they are on the disk when this returns."""
+        advice = "mend that and give the same command again: what is done is kept"
+        with atomic.reported(self.path, advice):
+            self.append(rows)
+        self.rows += rows
+
+
+def _is_answer(row: Any, index: int, task: Task) -> bool:
+    """Whether a line holds the answer with this index."""
+    try:
+        place = row["problem"], row["sample"]
+        complete = isinstance(row["answer"], str) and isinstance(row["grade"], str)
+    except (KeyError, TypeError):
+        return False
+    return complete and index < task.total and place == divmod(index, task.samples)
+
+
 class _Evaluation:
     """The moving parts: the weights (read when the first answer is missing) and the graders."""
 
@@ -284,7 +238,7 @@ class _Evaluation:
         """The answers of one benchmark: those that are there, and the missing ones."""
         path, title = self.out / "eval" / f"{task.benchmark.name}.jsonl", task.benchmark.title
         size, skip = self.config.eval.batch, self.config.data.bad_rows == "skip"
-        with AnswerFile(path, samples=task.samples, total=task.total, skip=skip) as file:
+        with _Answers(path, task, skip=skip) as file:
             progress = console.Progress(task.total, len(file.rows))
             if file.dropped:
                 progress.say(
@@ -302,7 +256,7 @@ class _Evaluation:
 
                 told(0)
                 rows = self.batch(task, answers, grader, on_finished=told)
-                file.append(rows[there - start :])
+                file.add(rows[there - start :])
                 line = _progress(task, file.rows, first, time.perf_counter() - began)
                 progress.show(line, always=False)
             if len(file.rows) > first:
@@ -372,28 +326,6 @@ class _Evaluation:
         return rows
 
 
-def answer_keys(seed: int, texts: Sequence[str], which: Sequence[tuple[int, int]]) -> jax.Array:
-    """The key of each (problem, sample): of the seed, the problem's prompt and the sample, no more.
-
-    So a problem's answers do not depend on its place in the file. Where a prompt is there several
-    times (a file that repeats its problems), each time counts as another.
-    """
-    times: collections.Counter[str] = collections.Counter()
-    prompt_P = []
-    for text in texts:
-        prompt_P.append((zlib.crc32(text.encode(errors="replace")), times[text]))
-        times[text] += 1
-    folds_NF = np.array([(*prompt_P[problem], sample) for problem, sample in which], np.uint32)
-
-    def key(fold_F: jax.Array) -> jax.Array:
-        made = key_for(seed, 0, Stream.BENCHMARK)
-        for fold in fold_F:
-            made = jax.random.fold_in(made, fold)
-        return made
-
-    return jax.vmap(key)(jnp.asarray(folds_NF))
-
-
 def _progress(task: Task, rows: Sequence[dict], first: int, elapsed: float) -> str:
     """`AIME24  256/960  correct 12.1%  truncated 3%  1,234 tok/s  0:03:20 left`; rates of this process."""
     done = len(rows)
@@ -415,13 +347,6 @@ def _progress(task: Task, rows: Sequence[dict], first: int, elapsed: float) -> s
 
 
 def _write(path: pathlib.Path, text: str) -> None:
-    """The file appears whole."""
-    try:
+    with atomic.reported(path, "give another --workdir"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(text if text.endswith("\n") else text + "\n", encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise WorkdirError(
-            f"{path} cannot be written ({error.strerror}); give another --workdir"
-        ) from None
+        atomic.write_text(path, text if text.endswith("\n") else text + "\n")

@@ -1,6 +1,5 @@
 """The plan at the start of a run, before weights are loaded: made, said, written, and held to."""
 
-import json
 import pathlib
 
 import jax
@@ -11,6 +10,7 @@ from opd_jax.memory_plan import memory, report
 from opd_jax.memory_plan.report import Plan
 from opd_jax.memory_plan.workload import of_setup
 from opd_jax.training.setup import Setup
+from opd_jax.workdir import atomic
 
 
 def of_run(setup: Setup) -> Plan | None:
@@ -49,8 +49,7 @@ def require_fit(plan: Plan | None) -> None:
 def write(plan: Plan | None, folder: pathlib.Path) -> None:
     """plan.json of the workdir."""
     if plan is not None:
-        text = json.dumps(report.to_json(plan), indent=2) + "\n"
-        (folder / "plan.json").write_text(text, encoding="utf-8")
+        atomic.write_json(folder / "plan.json", report.to_json(plan), indent=2)
 
 
 def _pool(device: Device) -> float | None:

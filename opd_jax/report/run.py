@@ -8,6 +8,7 @@ from opd_jax import workdir
 from opd_jax.errors import ConfigError, WorkdirError
 from opd_jax.report.read import read_all
 from opd_jax.report.summary import summary
+from opd_jax.workdir import atomic
 
 
 def run(
@@ -65,13 +66,6 @@ def _place(out: str) -> pathlib.Path:
 
 
 def _write(path: pathlib.Path, text: str) -> None:
-    """The file appears whole."""
-    try:
+    with atomic.reported(f"out={str(path)!r}", "give another one with --out"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise WorkdirError(
-            f"out={str(path)!r} cannot be written ({error.strerror or error}); give another one with --out"
-        ) from None
+        atomic.write_text(path, text)

@@ -1,100 +1,142 @@
-"""JSON Lines files of a run: appended, flushed line by line, cut back on resume."""
+"""JSON Lines files that grow and resume: metrics and rollouts of a run, answers, samples.
 
+A file that is opened again goes on behind its last good line; a line that a kill has torn is cut off.
+"""
+
+import fcntl
 import json
 import os
 import pathlib
 import shutil
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Self
+
+from opd_jax.errors import WorkdirError
 
 
-class Lines:
-    """A JSONL file of the run, one object a line, each with its `step`, flushed line by line."""
+class JsonlFile:
+    """A JSONL file, open for appending; a context manager."""
 
-    def __init__(self, path: pathlib.Path, *, resume_step: int):
-        """Open for appending, cutting off lines of steps after `resume_step` and a torn last line."""
-        self._path = path
-        self._open(resume_step)
+    def __init__(self, path: pathlib.Path, *, elsewhere: str = ""):
+        """Open it, or make it. Raises OSError where it cannot be written.
 
-    def _open(self, resume_step: int) -> None:
-        if self._path.exists():
-            _cut(self._path, _end(self._path, resume_step))
-        self._file = self._path.open("a", encoding="utf-8")
+        With `elsewhere`, the option that names another place, it is locked as well: raises WorkdirError
+        where another process is at work on it.
+        """
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self._file = path.open("a+b")
+        if elsewhere:
+            self._lock(elsewhere)
+
+    def lines(self) -> Iterator[tuple[int, Any]]:
+        """(end, value) of every complete line: where it ends in the file; None where it is no JSON."""
+        self._file.seek(0)
+        end = 0
+        for line in self._file:  # bytes: only a line feed ends a line
+            if not line.endswith(b"\n"):
+                return
+            end += len(line)
+            try:
+                yield end, json.loads(line)
+            except (ValueError, RecursionError):
+                yield end, None
+
+    def cut(self, end: int) -> None:
+        """Drop what stands behind the first `end` bytes."""
+        self._file.truncate(end)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one object."""
-        self._file.write(_line(row))
+        """Append one object and flush it: a kill of the process does not lose it."""
+        self._file.write(encoded(row))
         self._file.flush()
 
-    def amend(self, row: dict[str, Any]) -> None:
-        """Add keys to the last line where it has the same step, else append a line."""
-        last = b"".join(self._path.read_bytes().splitlines(keepends=True)[-1:])
-        there = json.loads(last) if last else {"step": None}
-        if there["step"] == row["step"]:
-            _cut(self._path, self._path.stat().st_size - len(last))
-            row = there | row
-        self.write(row)
+    def append(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Append objects; they are on the disk when this returns."""
+        self._file.writelines(map(encoded, rows))
+        self.sync()
 
     def sync(self) -> None:
-        """Until all lines are on the disk itself."""
+        """Wait until all lines are on the disk."""
+        self._file.flush()
         os.fsync(self._file.fileno())
-
-    def go_back(self, step: int) -> None:
-        """Move the lines of steps after `step` to `NAME.rolled_back.jsonl` beside it; go on after `step`."""
-        self._file.close()
-        end = _end(self._path, step)
-        aside = self._path.with_suffix(".rolled_back.jsonl")
-        with self._path.open("rb") as file, aside.open("ab") as out:
-            file.seek(end)
-            shutil.copyfileobj(file, out)
-        self._open(step)
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
 
+    def __enter__(self) -> Self:
+        return self
 
-class NoLines:
-    """In the place of `Lines` in a process that writes nothing."""
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
-    def write(self, row: dict[str, Any]) -> None:
-        """Nothing."""
+    def _lock(self, elsewhere: str) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise WorkdirError(
+                f"{self.path} is being written by another process; wait for it, or give a new {elsewhere}"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+
+
+class Lines(JsonlFile):
+    """A JSONL file of a training run: each line holds its `step`, and lines of later steps can be undone."""
+
+    def __init__(self, path: pathlib.Path, *, resume_step: int):
+        """Open for appending; lines of steps after `resume_step`, and what follows them, are cut off."""
+        super().__init__(path)
+        self.cut(self._end(resume_step))
 
     def amend(self, row: dict[str, Any]) -> None:
-        """Nothing."""
-
-    def sync(self) -> None:
-        """Nothing."""
+        """Add keys to the last line where it has the same step, else append a line."""
+        begin = end = 0
+        last: dict[str, Any] = {"step": None}
+        for line_end, value in self.lines():
+            begin, end, last = end, line_end, value
+        if last["step"] == row["step"]:
+            self.cut(begin)
+            row = last | row
+        self.write(row)
 
     def go_back(self, step: int) -> None:
-        """Nothing."""
+        """Move the lines of steps after `step` to `NAME.rolled_back.jsonl` beside it; go on after `step`."""
+        end = self._end(step)
+        self._file.seek(end)
+        with self.path.with_suffix(".rolled_back.jsonl").open("ab") as aside:
+            shutil.copyfileobj(self._file, aside)
+        self.cut(end)
 
-    def close(self) -> None:
-        """Nothing."""
-
-
-def _line(row: dict[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
-
-
-def _end(path: pathlib.Path, step: int) -> int:
-    """How many bytes of a file are whole lines of steps up to `step`; later ones come behind these."""
-    end = 0
-    with path.open("rb") as file:
-        for line in file:
-            if not line.endswith(b"\n") or not _is_of(line, step):
+    def _end(self, step: int) -> int:
+        """How many bytes are lines of steps up to `step`; later ones come behind these."""
+        end = 0
+        for line_end, value in self.lines():
+            if not _is_of(value, step):
                 break
-            end += len(line)
-    return end
+            end = line_end
+        return end
 
 
-def _is_of(line: bytes, step: int) -> bool:
-    """Whether a line is an object of a step up to `step`; one torn by a kill is none."""
+class NoLines:
+    """In place of `Lines` in a process that writes nothing."""
+
+    def _nothing(self, *_: Any) -> None:
+        """Do nothing."""
+
+    write = amend = go_back = sync = close = _nothing
+
+
+def encoded(value: Any) -> bytes:
+    """One line of a JSONL file. Half a character, which no file can hold, becomes a question mark."""
+    return (json.dumps(value, ensure_ascii=False) + "\n").encode(errors="replace")
+
+
+def _is_of(value: Any, step: int) -> bool:
+    """Whether a line is an object of a step up to `step`."""
     try:
-        return json.loads(line)["step"] <= step
-    except (ValueError, KeyError, TypeError, RecursionError):
+        return value["step"] <= step
+    except (KeyError, TypeError):
         return False
-
-
-def _cut(path: pathlib.Path, end: int) -> None:
-    with path.open("rb+") as file:
-        file.truncate(end)

@@ -14,6 +14,7 @@ from opd_jax.tools.bench import cases, ceilings, choices, correctness, workloads
 from opd_jax.tools.bench.cases import Bench
 from opd_jax.tools.bench.measure import Row, Timing, make_row
 from opd_jax.tools.bench.run import Case, Options, on_gpu, run_cases
+from opd_jax.workdir import atomic
 
 QWEN_1_5B = ModelConfig(
     model_type="qwen2", vocab_size=151_936, hidden_size=1536, intermediate_size=8960, num_layers=28,
@@ -221,5 +222,5 @@ def _write_target(path: pathlib.Path) -> list[Row]:
 
     target = xla_client.get_topology_for_devices(jax.devices()).target_config
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(str(target), encoding="utf-8")
+    atomic.write_text(path, str(target))
     return [Row("target config", note=f"written to {path}")]

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from opd_jax.tools.bench.measure import Row
+from opd_jax.workdir import atomic
 
 WIDTH = 100
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
@@ -43,9 +44,7 @@ def write(path: pathlib.Path, suite: str, rows: Sequence[Row], about: dict[str, 
     """The rows so far as JSON; the file is replaced as a whole."""
     given = {"suite": suite, "environment": about, "rows": [dataclasses.asdict(r) for r in rows]}
     path.parent.mkdir(parents=True, exist_ok=True)
-    whole = path.with_name(path.name + ".tmp")
-    whole.write_text(json.dumps(given, indent=1) + "\n", encoding="utf-8")
-    whole.replace(path)
+    atomic.write_json(path, given, indent=1)
 
 
 def read(path: pathlib.Path) -> list[Row]:

@@ -361,7 +361,7 @@ def _sample_rest(plan: Plan, partial: sample_file.Partial, done: list[Batch]) ->
         began = time.perf_counter()
         for number in range(first, total):
             batch, rows = sample_batch(plan, number, params, grader)
-            partial.append(dataclasses.asdict(batch), rows)
+            partial.add(dataclasses.asdict(batch), rows)
             done.append(batch)
             line = _progress(plan, done, first, time.perf_counter() - began)
             progress.show(line, always=number in (first, total - 1))

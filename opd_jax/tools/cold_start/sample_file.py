@@ -5,17 +5,17 @@ a kill is cut off, and its batch is sampled again. When all is done, the rows be
 the report FILE.report.json, each whole or not at all, and the partial file goes.
 """
 
-import contextlib
-import fcntl
+import itertools
 import json
-import os
 import pathlib
 from collections.abc import Iterator
-from typing import IO, Any
+from typing import Any
 
 from opd_jax import config as configuration
 from opd_jax import workdir
 from opd_jax.errors import WorkdirError
+from opd_jax.workdir import atomic
+from opd_jax.workdir.jsonl import JsonlFile, encoded
 
 # Fields that samples depend on, and those among them that change none.
 _TOUCHES = ("seed", "teacher.", "data.", "rollout.max_prompt_tokens", "sample.", "grading.grader",
@@ -23,11 +23,14 @@ _TOUCHES = ("seed", "teacher.", "data.", "rollout.max_prompt_tokens", "sample.",
 _SAFE = ("sample.slots", "data.shuffle", "data.epochs", "teacher.follow", "teacher.decay")
 
 
-class Partial:
+_AGAIN = "mend that and give the same command again: what is done is kept"
+
+
+class Partial(JsonlFile):
     """FILE.jsonl.partial, open and locked; a context manager.
 
     Attributes:
-      done: what `append` was given for each batch so far.
+      done: what `add` was given for each batch so far.
     """
 
     def __init__(self, file: pathlib.Path, header: dict[str, Any]):
@@ -35,62 +38,38 @@ class Partial:
 
         Raises WorkdirError where it belongs to another config, or another process is at work on it.
         """
-        self.file, self.path = file, partial_path(file)
-        with _writing(file):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a+b")
-        try:
-            self._lock()
-            with _writing(file):
+        self.file = file
+        with atomic.reported(file, _AGAIN):
+            super().__init__(partial_path(file), elsewhere="--out")
+            try:
                 self.done = self._resume(header)
-        except BaseException:
-            self._file.close()
-            raise
+            except BaseException:
+                self.close()
+                raise
 
-    def append(self, batch: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    def add(self, batch: dict[str, Any], rows: list[dict[str, Any]]) -> None:
         """Add a batch: what is said of it, and its rows. On disk when this returns."""
-        with _writing(self.file):
-            self._file.write(_line({"batch": batch, "rows": rows}))
-            self._file.flush()
-            os.fsync(self._file.fileno())
+        with atomic.reported(self.file, _AGAIN):
+            self.append([{"batch": batch, "rows": rows}])
 
     def finish(self, report: dict[str, Any], *, write: bool) -> None:
         """Write the report and, if `write`, the rows of all batches as the file; then go."""
-        with _writing(self.file):
+        with atomic.reported(self.file, _AGAIN):
             text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
-            with _replacing(report_path(self.file)) as target:
-                target.write(text.encode())
+            atomic.write_text(report_path(self.file), text)
             if write:
-                with _replacing(self.file) as target:
+                with atomic.replacing(self.file) as target:
                     for _, line in self._batches():
-                        target.writelines(map(_line, line["rows"]))
+                        target.writelines(map(encoded, line["rows"]))
             self.path.unlink(missing_ok=True)
-
-    def __enter__(self) -> "Partial":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise WorkdirError(
-                f"{self.path} is being written by another process; wait for it, or give a new --out"
-            ) from None
-        except OSError:  # a file system without locks
-            pass
 
     def _resume(self, header: dict[str, Any]) -> list[dict[str, Any]]:
         """Check whose file it is, cut off torn lines, and return what is said of each batch."""
-        ours = _line(header)
-        self._file.seek(0)
-        first = self._file.readline()
+        ours = encoded(header)
+        first = self._first_line()
         if not first.endswith(b"\n") and ours.startswith(first):  # new, or torn in the first line
-            self._file.truncate(0)
-            self._file.write(ours)
-            self._file.flush()
+            self.cut(0)
+            self.write(header)
             return []
         try:
             there = _identity(json.loads(first))
@@ -101,23 +80,22 @@ class Partial:
             ) from None
         _require_same(self.path, there, header)
         end, done = len(first), []
-        for size, line in self._batches():
-            end += size
+        for line_end, line in self._batches():
+            end = line_end
             done.append(line["batch"])
-        self._file.truncate(end)
+        self.cut(end)
         return done
 
-    def _batches(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """(bytes, object) of every line after the first, up to one that is torn."""
+    def _first_line(self) -> bytes:
         self._file.seek(0)
-        next(self._file)
-        for line in self._file:  # bytes: only a line feed ends a line
-            if not line.endswith(b"\n"):
+        return self._file.readline()
+
+    def _batches(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """`lines` after the first, up to one that is broken."""
+        for line_end, line in itertools.islice(self.lines(), 1, None):
+            if line is None:
                 return
-            try:
-                yield len(line), json.loads(line)
-            except ValueError:
-                return
+            yield line_end, line
 
 
 def check_place(file: pathlib.Path) -> None:
@@ -198,32 +176,3 @@ def _require_same(path: pathlib.Path, there: Any, header: dict[str, Any]) -> Non
             f"{path} belongs to another config ({'; '.join(changed)}); "
             "give a new --out, or the old values to go on with it"
         )
-
-
-@contextlib.contextmanager
-def _writing(file: pathlib.Path) -> Iterator[None]:
-    """Whatever the operating system refuses, as one line."""
-    try:
-        yield
-    except WorkdirError:
-        raise
-    except OSError as error:
-        raise WorkdirError(
-            f"{file} cannot be written ({error.strerror or error}); mend that and give the same "
-            "command again: what is done is kept"
-        ) from None
-
-
-@contextlib.contextmanager
-def _replacing(path: pathlib.Path) -> Iterator[IO[bytes]]:
-    """A file beside `path` that takes its place when all is written."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as target:
-        yield target
-        target.flush()
-        os.fsync(target.fileno())
-    temporary.replace(path)
-
-
-def _line(found: Any) -> bytes:
-    return (json.dumps(found, ensure_ascii=False) + "\n").encode()

@@ -33,6 +33,7 @@ from opd_jax.tools.prepare_data.decontaminate import (
     read_benchmarks,
 )
 from opd_jax.tools.prepare_data.filters import judge, row_key
+from opd_jax.workdir import atomic
 
 Say = Callable[[str], None]
 
@@ -300,15 +301,7 @@ def _text_lines(file: pathlib.Path) -> Iterator[str]:
 
 
 def _write(file: pathlib.Path, lines: Iterable[str]) -> None:
-    """The whole file or nothing of it: a kill leaves no half-written one."""
-    temporary = file.with_name(file.name + ".tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as opened:
-            opened.writelines(lines)
-            opened.flush()
-            os.fsync(opened.fileno())
-        temporary.replace(file)
-    except OSError as error:
-        raise WorkdirError(
-            f"{file} cannot be written ({error.strerror}); make room and run the same command again"
-        ) from None
+    """Write a file of many lines, which appears complete or not at all."""
+    advice = "make room and run the same command again"
+    with atomic.reported(file, advice), atomic.replacing(file) as opened:
+        opened.writelines(line.encode() for line in lines)

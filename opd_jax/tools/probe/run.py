@@ -13,7 +13,7 @@ from opd_jax.errors import ConfigError, WorkdirError
 from opd_jax.grading.grader import make_grader
 from opd_jax.tools.probe import continuation, pair
 from opd_jax.tools.probe.workload import Plan, config_of_run, load_student, make_plan
-from opd_jax.workdir import console
+from opd_jax.workdir import atomic, console
 
 NAMES = ("pair", "continuation")
 __all__ = ["NAMES", "config_of_run", "run"]
@@ -118,13 +118,7 @@ def _check_place(file: pathlib.Path) -> None:
 
 
 def _write(file: pathlib.Path, report: dict[str, Any]) -> None:
-    try:
+    with atomic.reported(file, "give another --out"):
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(".tmp")
         text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
-        temporary.write_text(text + "\n", encoding="utf-8")
-        temporary.replace(file)
-    except OSError as error:
-        raise WorkdirError(
-            f"{file} cannot be written ({error.strerror}); give another --out"
-        ) from None
+        atomic.write_text(file, text + "\n")

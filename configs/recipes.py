@@ -14,8 +14,8 @@ import opd_jax
 from opd_jax.config.fields import default
 from opd_jax.config.schema import near
 from opd_jax.errors import ConfigError
+from opd_jax.evaluation.protocols import BOXED
 
-BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
 # A privileged teacher sees the golden solution; the wording is that of 2605.11182 (OPSD, "full").
 PRIVILEGED = (
     "{problem}\n\nHere is a reference solution to this problem:\n{solution}\n"

@@ -94,6 +94,13 @@ def find(kind: str) -> Device:
     return dataclasses.replace(device, memory_gib=free_host_bytes() / GIB)
 
 
+def dtype_name(name: str, *, gpu: bool) -> str:
+    """The dtype that a role's field `dtype` stands for: auto is bfloat16 on a GPU, float32 on a CPU."""
+    if name != "auto":
+        return name
+    return "bfloat16" if gpu else "float32"
+
+
 def require_supported(platform: str) -> None:
     """Refuse a platform of JAX (`jax.default_backend()`) that nothing here is written for, such as TPUs.
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from opd_jax.evaluation import statistics
 from opd_jax.evaluation.benchmarks import BENCHMARKS, PAPER
+from opd_jax.workdir.console import aligned
 
 Row = dict[str, Any]
 _BASELINES = pathlib.Path(__file__).with_name("baselines.json")
@@ -129,12 +130,5 @@ def _laid_out(lines: list[list[str]], *, markdown: bool) -> str:
         rule = "|" + "---|" * len(lines[0])
         rows = ["| " + " | ".join(line) + " |" for line in clean]
         return "\n".join([rows[0], rule, *rows[1:]])
-    width = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    left = [i == 0 or name == "source" for i, name in enumerate(lines[0])]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(w) if at_left else cell.rjust(w)
-            for cell, w, at_left in zip(line, width, left, strict=True)
-        ).rstrip()
-        for line in lines
-    )
+    left = [i for i, name in enumerate(lines[0]) if i == 0 or name == "source"]
+    return "\n".join(aligned(lines, left=left))

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import jax
 from ml_collections import ConfigDict
 
+from opd_jax import hardware
 from opd_jax.aot import Program
 from opd_jax.errors import ConfigError
 from opd_jax.hardware import Device
@@ -69,8 +70,7 @@ def compare(config: ConfigDict, job: Job, device: Device, target: pathlib.Path) 
         mesh = make_mesh(config.mesh)
     config = config.copy_and_resolve_references()
     for role in ("student", "teacher", "reference"):
-        if config[role].dtype == "auto":
-            config[role].dtype = "bfloat16" if device.gpu else "float32"
+        config[role].dtype = hardware.dtype_name(config[role].dtype, gpu=device.gpu)
     planned = report.programs(job)
     for kind, program in widest(real.programs(config, job, mesh), planned).items():
         began = time.perf_counter()

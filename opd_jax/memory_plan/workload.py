@@ -6,9 +6,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from opd_jax import models
+from opd_jax import hardware, models
 from opd_jax.config.validate import validate
-from opd_jax.errors import ConfigError, ModelError
+from opd_jax.errors import ModelError
 from opd_jax.hardware import Device
 from opd_jax.models import ModelConfig, catalog
 from opd_jax.sharding import partition
@@ -262,16 +262,8 @@ def layout_of(config: ConfigDict, devices: int) -> Layout:
     Raises ConfigError: axes that do not multiply to the number of devices.
     """
     section = config.mesh
-    inner = section.fsdp * section.tensor
-    data = section.data if section.data > 0 else max(devices // inner, 1)
-    if data * inner != devices:
-        raise ConfigError(
-            f"mesh.data={section.data} x mesh.fsdp={section.fsdp} x mesh.tensor={section.tensor} is "
-            f"not the number of devices, {devices}; set --config.mesh.data=-1 and fsdp x tensor to "
-            f"a divisor of {devices}"
-        )
     roles = {role: section[role] for role in partition.ROLES}
-    return Layout(data, section.fsdp, section.tensor, **roles)
+    return Layout(partition.data_size(section, devices), section.fsdp, section.tensor, **roles)
 
 
 def _architecture(section: Any) -> tuple[ModelConfig, int]:
@@ -290,9 +282,7 @@ def _architecture(section: Any) -> tuple[ModelConfig, int]:
 
 
 def _itemsize(dtype: str, device: Device) -> int:
-    if dtype == "auto":
-        return 2 if device.gpu else 4
-    return 4 if dtype == "float32" else 2
+    return 4 if hardware.dtype_name(dtype, gpu=device.gpu) == "float32" else 2
 
 
 def _even(batch: int, most: int) -> int:

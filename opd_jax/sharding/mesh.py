@@ -22,7 +22,6 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from opd_jax.aot import Program
-from opd_jax.errors import ConfigError
 from opd_jax.sharding import partition
 from opd_jax.sharding.partition import (
     AXES,
@@ -273,19 +272,8 @@ def make_mesh(section: Any, devices: Sequence[jax.Device] | None = None) -> Mesh
     Raises ConfigError: as many devices as the section asks for are not there.
     """
     devices = jax.devices() if devices is None else devices
-    count, rest = len(devices), section.fsdp * section.tensor
-    data = count // rest if section.data == -1 else section.data
-    if data * rest != count:
-        asked = f"mesh.data={section.data}, mesh.fsdp={section.fsdp}, mesh.tensor={section.tensor}"
-        wanted = f"a multiple of {rest}" if section.data == -1 else str(data * rest)
-        fits = math.gcd(count, section.tensor)
-        fix = "--config.mesh.data=-1"
-        if count % rest:
-            fix += f" --config.mesh.fsdp=1 --config.mesh.tensor={fits}"
-        raise ConfigError(
-            f"{asked} asks for {wanted} devices, here are {count}; set {fix}, or start on as many"
-        )
-    if count == 1:
+    data = partition.data_size(section, len(devices))
+    if len(devices) == 1:
         return ONE
     shape = (data, section.fsdp, section.tensor)
     # Auto, said explicitly: the default has changed before. What may be apart is kept so by shard_map.

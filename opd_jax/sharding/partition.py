@@ -99,6 +99,26 @@ def is_slice(leaf: Any) -> bool:
     return isinstance(leaf, Slice)
 
 
+def data_size(section: Any, devices: int) -> int:
+    """Devices along `data`, where the config section `mesh` is laid over so many devices.
+
+    Raises ConfigError: its axes do not multiply to that number.
+    """
+    rest = section.fsdp * section.tensor
+    data = devices // rest if section.data == -1 else section.data
+    if data * rest != devices:
+        asked = f"mesh.data={section.data}, mesh.fsdp={section.fsdp}, mesh.tensor={section.tensor}"
+        wanted = f"a multiple of {rest}" if section.data == -1 else str(data * rest)
+        fits = math.gcd(devices, section.tensor)
+        fix = "--config.mesh.data=-1"
+        if devices % rest:
+            fix += f" --config.mesh.fsdp=1 --config.mesh.tensor={fits}"
+        raise ConfigError(
+            f"{asked} asks for {wanted} devices, here are {devices}; set {fix}, or start on as many"
+        )
+    return data
+
+
 def check(role: str, model: Any, sizes: Sizes, *, sharded: bool) -> None:
     """Raises ConfigError for a model that does not divide over `tensor`, or is to be divided twice."""
     size = sizes[TENSOR]

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from opd_jax import data, models
+from opd_jax import data, hardware, models
 from opd_jax.errors import ModelError
 
 
@@ -79,10 +79,8 @@ def _same_prompts(student: data.Tokenizer, teacher: data.Tokenizer) -> bool:
 
 
 def compute_dtype(name: str) -> jnp.dtype:
-    """The dtype of a role's `dtype` field: auto is bfloat16 on a GPU and float32 on a CPU."""
-    if name == "auto":
-        name = "bfloat16" if jax.default_backend() == "gpu" else "float32"
-    return jnp.dtype(name)
+    """The dtype of a role's field `dtype` on this machine."""
+    return jnp.dtype(hardware.dtype_name(name, gpu=jax.default_backend() == "gpu"))
 
 
 def architecture(section: Any) -> models.ModelConfig:

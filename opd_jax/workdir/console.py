@@ -4,6 +4,7 @@ import collections
 import os
 import sys
 import time
+from collections.abc import Collection, Sequence
 
 
 class Progress:
@@ -80,3 +81,15 @@ def table(rows: dict[str, dict[str, float]]) -> str:
         cells = (f"{show(row):>{width[name]}}" for name, show in columns.items())
         lines.append(f"{who:16}" + "".join(cells))
     return "\n".join(lines)
+
+
+def aligned(rows: Sequence[Sequence[str]], *, left: Collection[int] = (0,)) -> list[str]:
+    """Rows of cells as lines: columns two spaces apart, those in `left` flush left, the others right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if i in left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

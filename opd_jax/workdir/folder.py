@@ -137,9 +137,9 @@ def provenance(command: list[str]) -> dict[str, Any]:
     return {
         "command": [without_secrets(word) for word in command],
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "commit": _commit(),
+        "commit": commit(),
         "python": platform.python_version(),
-        "packages": {name: metadata.version(name) for name in _PACKAGES},
+        "packages": versions(),
         "devices": [device.device_kind for device in jax.devices()],
         "settings": hardware.record(hardware.of_jax(first.device_kind, first.platform)),
         "processor": platform.machine(),
@@ -181,7 +181,12 @@ def _changes(file: pathlib.Path) -> list[Any]:
         return []  # not there yet, or of no use
 
 
-def _commit() -> str | None:
+def versions() -> dict[str, str]:
+    """Versions of the packages that results depend on."""
+    return {name: metadata.version(name) for name in _PACKAGES}
+
+
+def commit() -> str | None:
     """Commit of the source tree the package runs from, `+` where it has changes; None outside git."""
     here = pathlib.Path(__file__).parent
     try:

@@ -2,12 +2,10 @@
 
 import dataclasses
 import datetime
-import importlib.metadata
 import json
 import os
 import pathlib
 import platform
-import subprocess
 import textwrap
 from collections.abc import Sequence
 from typing import Any
@@ -15,10 +13,10 @@ from typing import Any
 import jax
 
 from opd_jax.tools.bench.measure import Row
-from opd_jax.workdir import atomic
+from opd_jax.workdir import atomic, folder
+from opd_jax.workdir.console import aligned
 
 WIDTH = 100
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
 
 
 def environment() -> dict[str, Any]:
@@ -26,7 +24,7 @@ def environment() -> dict[str, Any]:
     device = jax.local_devices()[0]
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": folder.commit(),
         "python": platform.python_version(),
         "machine": platform.platform(),
         "processors": len(os.sched_getaffinity(0))
@@ -36,7 +34,7 @@ def environment() -> dict[str, Any]:
         "devices": jax.local_device_count(),
         "backend": jax.default_backend(),
         "flags": os.environ.get("XLA_FLAGS", ""),
-        "versions": {name: _version(name) for name in _PACKAGES},
+        "versions": folder.versions(),
     }
 
 
@@ -60,13 +58,10 @@ def table(rows: Sequence[Row]) -> str:
     spare = WIDTH - sum(widths[2:]) - 2 * (len(head) - 1)
     widths[1] = min(widths[1], spare // 2)
     widths[0] = min(widths[0], spare - widths[1])
+    short = [(line[0][: widths[0]], line[1][: widths[1]], *line[2:]) for line in lines]
     out = []
-    for i, cells in enumerate(lines):
-        texts = [
-            cell[:width].ljust(width) if j < 2 else cell.rjust(width)
-            for j, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        ]
-        out.append("  ".join(texts).rstrip())
+    for i, text in enumerate(aligned(short, left=(0, 1))):
+        out.append(text)
         if i and rows[i - 1].note:
             note = " ".join(rows[i - 1].note.split())
             out += textwrap.wrap(note, WIDTH, initial_indent="    ", subsequent_indent="    ")[:4]
@@ -90,22 +85,3 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 def _number(seconds: float | None) -> str:
     return "" if seconds is None else f"{seconds:.3f}" if seconds >= 0.1 else f"{seconds:.2g}"
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-
-
-def _commit() -> str:
-    """The commit of the checkout that this file is in, or nothing."""
-    try:
-        found = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"],
-            cwd=pathlib.Path(__file__).parent, capture_output=True, text=True, timeout=10, check=False,
-        )  # fmt: skip
-    except OSError:
-        return ""
-    return found.stdout.strip()

@@ -21,6 +21,7 @@ from opd_jax.tools.bench.ceilings import Ceilings
 from opd_jax.tools.profile import trace
 from opd_jax.tools.profile.trace import Trace
 from opd_jax.training.setup import make_setup
+from opd_jax.workdir.console import aligned
 
 HLO = "hlo"  # folder of the compiled programs' texts, beside the trace
 _COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -162,7 +163,7 @@ def stage_table(found: Trace, works: Mapping[str, Work], limits: Ceilings) -> st
         f"{found.count} steps; ceilings measured: {limits.flops_per_s / 1e12:.3f} TFLOP/s, "
         f"{limits.bytes_per_s / 1e9:.1f} GB/s"
     )
-    return f"{title}\n{_columns(rows)}"
+    return "\n".join([title, *aligned(rows, left=(0, 1))])
 
 
 def scope_table(found: Trace, scopes: Mapping[str, Mapping[str, str]]) -> str:
@@ -172,7 +173,7 @@ def scope_table(found: Trace, scopes: Mapping[str, Mapping[str, str]]) -> str:
     for (stage, scope), seconds in trace.by_scope(found.operations, scopes).items():
         if seconds >= 0.005 * total:
             rows.append([stage, scope, f"{seconds / found.count:.4f}", f"{seconds / total:.1%}"])
-    return _columns(rows)
+    return "\n".join(aligned(rows, left=(0, 1)))
 
 
 def operation_table(found: Trace, scopes: Mapping[str, Mapping[str, str]]) -> str:
@@ -182,7 +183,7 @@ def operation_table(found: Trace, scopes: Mapping[str, Mapping[str, str]]) -> st
         scope = trace.scope_of(one, scopes)
         seconds = f"{one.seconds / found.count:.4f}"
         rows.append([one.program, one.name[:40], scope, str(one.count // found.count), seconds])
-    return _columns(rows)
+    return "\n".join(aligned(rows, left=(0, 1)))
 
 
 def compile_table(compiled: Mapping[str, float]) -> str:
@@ -191,7 +192,7 @@ def compile_table(compiled: Mapping[str, float]) -> str:
     longest = sorted(compiled.items(), key=lambda item: -item[1])
     rows += [[name, f"{seconds:.2f}"] for name, seconds in longest[:_TOP]]
     rows.append(["in all", f"{sum(compiled.values()):.2f}"])
-    return _columns(rows)
+    return "\n".join(aligned(rows, left=(0, 1)))
 
 
 def to_json(found: Profile) -> dict[str, Any]:
@@ -249,12 +250,3 @@ def _memory_line(memory: Iterable[tuple[float, float]]) -> str:
         f"memory: {least[1] / 2**30:.2f} to {most[1] / 2**30:.2f} GiB, most at {most[0]:.1f} s; "
         f"the timeline is in {FOLDER}/{MEMORY}"
     )
-
-
-def _columns(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) if i < 2 else cell.rjust(width)
-                  for i, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
-        for row in rows
-    )  # fmt: skip

@@ -52,10 +52,11 @@ class Bench:
     ) -> list[Row]:
         """The row against the measured ceilings; it can be asked for later by its name."""
         limits = self.ceilings.limits() if self.ceilings else {}
-        self.kept[name] = make_row(
+        row = make_row(
             name, shape, timing,
-            tokens=tokens, works=works if self.ceilings else (), peak=peak, note=note, **limits,
+            tokens=tokens, works=works if self.ceilings else (), peak=peak, **limits,
         )  # fmt: skip
+        self.kept[name] = dataclasses.replace(row, note=note)
         return [self.kept[name]]
 
 
@@ -198,14 +199,14 @@ def whole_step(
     name: str,
     config: ModelConfig,
     teacher: Subject,
-    dtype: Any,
     *,
     batch: int,
     prompt: int,
     new: int,
     remat: str,
 ) -> list[Row]:
-    """Roll out, score, update; every response fills its budget."""
+    """Roll out, score, update, in the teacher's dtype; every response fills its budget."""
+    dtype = teacher.dtype
     prompts = workloads.prompts_at_random(config, batch, prompt)
     with watch_memory() as peak:
         learner = workloads.Learner(

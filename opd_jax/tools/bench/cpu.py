@@ -64,7 +64,7 @@ def run(options: Options) -> list[Row]:
         Case(
             "step", "",
             lambda: cases.whole_step(
-                bench, "OPD step", config, subject, jnp.float32,
+                bench, "OPD step", config, subject,
                 batch=rows, prompt=prompt, new=new // 2, remat="none",
             ),
         ),

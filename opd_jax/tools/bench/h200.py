@@ -129,7 +129,7 @@ def _speed(bench: Bench, sizes: Sizes) -> list[Case]:
     def step() -> list[Row]:
         judge = workloads.random_subject(teacher, dtype)
         found = cases.whole_step(
-            dataclasses.replace(bench, repeats=1), "OPD step, shortened", student, judge, dtype,
+            dataclasses.replace(bench, repeats=1), "OPD step, shortened", student, judge,
             batch=sizes.rollouts, prompt=sizes.prompt, new=sizes.shortened, remat="full",
         )  # fmt: skip
         return [dataclasses.replace(found[0], note="1.5B and 7B; remat full")]
@@ -210,10 +210,12 @@ def _extrapolated(bench: Bench, sizes: Sizes) -> list[Row]:
     row = make_row(
         "OPD step, extrapolated", f"{sizes.rollouts} x {sizes.prompt}+{sizes.response}",
         Timing(0.0, (total_s,)), tokens=sizes.rollouts * sizes.response,
-        note=f"NOT RUN as a whole. Decoding {generate_s:.1f} s, by a line through steps at two lengths; "
-        f"scoring {score_s:.1f} s and update {update_s:.1f} s, by their tokens a second above",
     )  # fmt: skip
-    return [dataclasses.replace(row, first_s=None, min_s=None, max_s=None, repeats=None)]
+    note = (
+        f"NOT RUN as a whole. Decoding {generate_s:.1f} s, by a line through steps at two lengths; "
+        f"scoring {score_s:.1f} s and update {update_s:.1f} s, by their tokens a second above"
+    )
+    return [dataclasses.replace(row, first_s=None, min_s=None, max_s=None, repeats=None, note=note)]
 
 
 def _write_target(path: pathlib.Path) -> list[Row]:

@@ -113,7 +113,6 @@ def make_row(
     flops_per_s: float = float("inf"),
     bytes_per_s: float = float("inf"),
     peak: Peak | None = None,
-    note: str = "",
 ) -> Row:
     """Figures of a timing; with `works` also the fraction of the roofline of these two ceilings."""
     median_s = timing.median_s
@@ -122,7 +121,7 @@ def make_row(
         median_s=median_s, min_s=min(timing.seconds), max_s=max(timing.seconds),
         repeats=len(timing.seconds), first_s=timing.first_s,
         tokens_per_s=None if tokens is None else tokens / median_s,
-        peak_gib=peak.gib if peak else None, peak_of=peak.of if peak else None, note=note,
+        peak_gib=peak.gib if peak else None, peak_of=peak.of if peak else None,
     )  # fmt: skip
     if not works:
         return row

@@ -87,8 +87,8 @@ def test_a_deadline_ends_the_run_before_it(tmp_path):
 
 LISTENER = """
 import sys, time
-from opd_jax import signals
-stop = signals.listen()
+from opd_jax.workdir.stop import listen
+stop = listen()
 stop.grace_s = float(sys.argv[1])
 print("ready", flush=True)
 end = time.monotonic() + 20

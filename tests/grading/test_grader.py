@@ -113,7 +113,7 @@ def test_the_parent_does_not_import_sympy():
 
 
 def test_a_grading_process_does_not_import_jax():
-    code = "import sys, opd_jax.eval.grading_worker; assert 'jax' not in sys.modules"
+    code = "import sys, opd_jax.grading.worker; assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 

@@ -19,7 +19,7 @@ class Blocked:
         if name.split(".")[0] in {"grain", "math_verify", "pyarrow", "torch", "jinja2", "tunix", "trl"}:
             raise ImportError(f"{name} is not on this machine")
 sys.meta_path.insert(0, Blocked())
-from opd_jax.bench import choices, correctness, cpu, h200, report
+from opd_jax.tools.bench import choices, correctness, cpu, h200, report
 """
 
 

@@ -24,6 +24,7 @@ def test_both_models_are_hugging_face_folders_under_4_mb():
     assert sum(file.stat().st_size for file in FOLDER.rglob("*.*")) < 4e6
 
 
+@pytest.mark.slow
 @pytest.mark.short
 def test_student_is_close_enough_to_learn_from_the_teacher():
     """The mean reverse KL per token on the student's own rollouts is well under 1 nat."""

@@ -36,6 +36,7 @@ def test_unscheduled_checkpoints_do_not_count(tmp_path, steps, keep, left):
     assert all(manifest.damage(tmp_path / "checkpoints" / str(step)) is None for step in left)
 
 
+@pytest.mark.slow
 def test_the_checkpoint_of_the_end_pushes_no_other_out(folders, tmp_path):
     config = small(folders)
     config.eval.data, config.checkpoint.every, config.checkpoint.keep = "", 2, 1

@@ -79,9 +79,11 @@ def lines(tmp_path_factory) -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_every_sharding_gives_the_same_bits(lines):
     assert sum(line.startswith("equal: ") for line in lines) == 14
 
 
+@pytest.mark.slow
 def test_host_memory_is_the_result_and_a_buffer(lines):
     assert lines[-1] == "nothing beside the result"

@@ -384,6 +384,7 @@ def dated(folders, tmp_path):
     return config
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_tomorrow_has_the_prompts_of_today(folders, tmp_path, clock, capsys):
     config, folder = dated(folders, tmp_path), tmp_path / "run"
     clock("2026-01-31")

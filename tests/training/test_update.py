@@ -147,6 +147,7 @@ def test_micro_batches_change_nothing(name, rows):
         np.testing.assert_allclose(split_metrics[key], value, rtol=1e-5, err_msg=key)
 
 
+@pytest.mark.slow
 def test_micro_batches_change_nothing_with_the_model():
     whole, _ = model_update(golden=0.3, beta=0.2, limbs=True)(
         sgd_state(), Frozen(reference=REFERENCE), ROWS, GOLDEN
@@ -158,6 +159,7 @@ def test_micro_batches_change_nothing_with_the_model():
     assert distance(moved(split.params), moved(whole.params)) < 1e-5
 
 
+@pytest.mark.slow
 def test_order_of_rows_changes_nothing():
     step = model_update(golden=0.3, beta=0.2, limbs=True)
     one, _ = step(sgd_state(), Frozen(reference=REFERENCE), ROWS, GOLDEN)

@@ -61,6 +61,7 @@ def test_a_counting_model_counts(model):
     assert rollout.response(1) == list(range(stop - 4, stop + 1))
 
 
+@pytest.mark.slow
 def test_cpu_suite_at_toy_shapes(tmp_path):
     rows = cpu.run(Options(out=tmp_path / "cpu.json", repeats=1, dry=True))
     assert {row.status for row in rows} == {"ok"}, report.table(rows)

@@ -49,6 +49,7 @@ def test_student_is_close_enough_to_learn_from_the_teacher():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_stable_opd_makes_the_student_better(tmp_path):
     """Mean of 3 seeds: accuracy up by at least 15 points, reverse KL to the teacher at least halved."""
     gains, ratios = [], []

@@ -288,6 +288,7 @@ def test_broken_lines_in_the_file_of_answers(straight, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_processes_killed_ten_times_at_random(tmp_path):
     """The command itself, ended by SIGKILL at ten random moments of its life, then left alone."""
 

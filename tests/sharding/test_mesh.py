@@ -42,11 +42,13 @@ def test_on_eight_devices():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_on_eight_devices_at_length():
     on_eight_devices("-m", "slow")
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_all_programs_of_a_mesh_are_compiled_ahead():
     on_eight_devices("-m", "slow or not slow", file="tests/training/test_precompile.py")
 

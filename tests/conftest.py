@@ -1,20 +1,22 @@
 """Settings of every test: CPU, no network, and accidental broadcasting is an error."""
 
 import atexit
+import math
 import os
 import pathlib
 import shutil
 import tempfile
+import time
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Many tests make whole runs of the same shapes: each program is compiled once a session, also in the
-# processes that tests start and in those that `-n` divides the session among.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = (
-    os.environ["JAX_COMPILATION_CACHE_DIR"]
-    if "PYTEST_XDIST_WORKER" in os.environ
-    else tempfile.mkdtemp(prefix="opd_jax_tests_")
+# processes that tests start and in those that `-n` divides the session among. Set, the variable names a
+# folder that several sessions share, as those of .ci/run do.
+os.environ["OPD_JAX_TEST_PROGRAMS"] = os.environ.get("OPD_JAX_TEST_PROGRAMS") or tempfile.mkdtemp(
+    prefix=f"opd_jax_tests_{os.getpid()}_"
 )
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["OPD_JAX_TEST_PROGRAMS"]
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import jax
@@ -25,10 +27,40 @@ import pytest
 from launch.make_tiny import make_tokenizer
 from opd_jax import models
 from opd_jax.models import ModelConfig, decoder
+from tests.support import real_data
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-if "PYTEST_XDIST_WORKER" not in os.environ:
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+if f"opd_jax_tests_{os.getpid()}_" in os.environ["OPD_JAX_TEST_PROGRAMS"]:  # made above
+    atexit.register(shutil.rmtree, os.environ["OPD_JAX_TEST_PROGRAMS"], ignore_errors=True)
+
+BEGAN = time.monotonic()
+
+
+def pytest_addoption(parser) -> None:
+    """`--session-seconds`: a lane that must end by then says which tests it has left out."""
+    parser.addoption(
+        "--session-seconds",
+        type=float,
+        default=math.inf,
+        help="skip the tests that have not begun after so many seconds",
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item) -> None:
+    """Skip what begins too late; fixtures are not made for it."""
+    if time.monotonic() - BEGAN > item.config.getoption("--session-seconds"):
+        pytest.skip("the time of this lane is used up (--session-seconds)")
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Name the benchmark files that are not here: tests that read them have been skipped."""
+    absent = real_data.absent()
+    if absent:
+        terminalreporter.section("benchmark files that are absent")
+        terminalreporter.line(
+            f"{', '.join(absent)}: not in {real_data.FOLDER} (OPD_JAX_DATA); tests that read them do not run"
+        )
 
 
 @pytest.fixture

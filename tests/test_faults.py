@@ -32,6 +32,7 @@ def go_on(folder: pathlib.Path) -> None:
     train.run(faulty.config(), str(folder), command=[])
 
 
+@pytest.mark.slow
 def test_a_process_killed_in_the_midst_of_a_save_loses_nothing(wanted, tmp_path):
     status, said = faulty.finish(tmp_path / "run", fault="kill:seal:4", base=faulty.QUICK)
     assert status == -signal.SIGKILL, said
@@ -43,6 +44,7 @@ def test_a_process_killed_in_the_midst_of_a_save_loses_nothing(wanted, tmp_path)
     assert left == {"6", "8"}  # checkpoint.keep=2, and nothing of what was begun
 
 
+@pytest.mark.slow
 def test_a_process_asked_to_end_saves_its_step_and_says_so(wanted, tmp_path):
     status, said = faulty.finish(tmp_path / "run", fault="term:update:3", base=faulty.QUICK)
     assert status == AGAIN, said
@@ -54,6 +56,7 @@ def test_a_process_asked_to_end_saves_its_step_and_says_so(wanted, tmp_path):
     faulty.assert_same(tmp_path / "run", wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", [0, 4])
 def test_a_wish_between_or_before_the_steps(wanted, tmp_path, monkeypatch, when):
     stop = Stop(reason=None if when else "SIGINT")
@@ -76,6 +79,7 @@ def test_a_wish_between_or_before_the_steps(wanted, tmp_path, monkeypatch, when)
         assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_deadline_ends_the_run_before_it(tmp_path):
     config = faulty.config(steps=100)
     config.checkpoint.deadline_minutes = 1e-6
@@ -87,8 +91,8 @@ def test_a_deadline_ends_the_run_before_it(tmp_path):
 
 LISTENER = """
 import sys, time
-from opd_jax import signals
-stop = signals.listen()
+from opd_jax.workdir.stop import listen
+stop = listen()
 stop.grace_s = float(sys.argv[1])
 print("ready", flush=True)
 end = time.monotonic() + 20
@@ -119,6 +123,7 @@ def test_the_first_signal_is_a_wish(number):
     assert number.name in said.splitlines()
 
 
+@pytest.mark.slow
 @pytest.mark.short
 def test_the_second_signal_ends_the_process_and_its_echo_does_not():
     process = listener(20, 20)
@@ -133,6 +138,7 @@ def test_the_second_signal_ends_the_process_and_its_echo_does_not():
     assert "SIGTERM again: left at once; run the same command again" in said
 
 
+@pytest.mark.slow
 @pytest.mark.short
 def test_what_takes_longer_than_the_grace_is_left():
     process = listener(0.2, 20)
@@ -142,6 +148,7 @@ def test_what_takes_longer_than_the_grace_is_left():
     assert "took more than 0.2 s" in said
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(tmp_path, wanted, capsys):
     folder = tmp_path / "run"
     go_on(folder)
@@ -166,6 +173,7 @@ def test_lines_are_cut_in_place_however_they_are_torn(tmp_path):
         assert file.read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_a_disk_without_room_is_refused_before_the_run_and_before_a_save(tmp_path, monkeypatch):
     monkeypatch.setattr("opd_jax.checkpoint.manifest.free_bytes", lambda path: 2**20)
     with pytest.raises(
@@ -184,6 +192,7 @@ def test_a_disk_without_room_is_refused_before_the_run_and_before_a_save(tmp_pat
     assert os.path.exists(tmp_path / "run" / "metrics.jsonl")
 
 
+@pytest.mark.slow
 def test_a_workdir_that_turns_read_only_ends_the_run_in_one_line(tmp_path, wanted, monkeypatch):
     original, calls = workdir.Lines.write, []
 
@@ -220,6 +229,7 @@ def test_a_device_out_of_memory_is_answered_with_the_plan_and_the_fields(tmp_pat
     assert "\n" not in text
 
 
+@pytest.mark.slow
 def test_a_config_that_differs_is_refused_shown_and_taken_when_told(tmp_path):
     go_on(tmp_path / "run")
     config = faulty.config(steps=9)

@@ -8,6 +8,7 @@ FEW, MANY = 512, 2048
 LOGITS = CHUNK * VOCABULARY * 4  # of one chunk and one model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "chunks"), [("score", 8), ("update", 5)])
 def test_a_token_costs_less_than_25_kB_beyond_activations(case, chunks):
     few, many = (reserved(case, VOCABULARY, tokens) for tokens in (FEW, MANY))
@@ -16,6 +17,7 @@ def test_a_token_costs_less_than_25_kB_beyond_activations(case, chunks):
     assert few < chunks * LOGITS + activations
 
 
+@pytest.mark.slow
 def test_the_naive_update_holds_logits_more_than_twice():
     few, many = (reserved("naive update", VOCABULARY, tokens) for tokens in (128, 256))
     assert many - few > 2 * 4 * VOCABULARY * 128

@@ -24,6 +24,7 @@ def test_both_models_are_hugging_face_folders_under_4_mb():
     assert sum(file.stat().st_size for file in FOLDER.rglob("*.*")) < 4e6
 
 
+@pytest.mark.slow
 @pytest.mark.short
 def test_student_is_close_enough_to_learn_from_the_teacher():
     """The mean reverse KL per token on the student's own rollouts is well under 1 nat."""
@@ -48,6 +49,7 @@ def test_student_is_close_enough_to_learn_from_the_teacher():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_stable_opd_makes_the_student_better(tmp_path):
     """Mean of 3 seeds: accuracy up by at least 15 points, reverse KL to the teacher at least halved."""
     gains, ratios = [], []

@@ -133,6 +133,7 @@ def test_four_steps_equal_two_and_a_resume_and_two_bit_for_bit(straight, folders
     assert lines(tmp_path / "run", "rollouts.jsonl") == lines(workdir, "rollouts.jsonl")
 
 
+@pytest.mark.slow
 def test_lines_after_the_checkpoint_and_torn_ones_are_cut_on_resume(folders, tmp_path, capsys):
     config = small(folders, "sft")
     config.steps, config.optim.schedule = 2, "linear"
@@ -145,6 +146,7 @@ def test_lines_after_the_checkpoint_and_torn_ones_are_cut_on_resume(folders, tmp
     assert "note: steps was 2 and is 3; the learning rate" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_evaluation_on_the_way_changes_nothing(straight, folders, tmp_path):
     result, _ = straight
     config = small(folders)
@@ -154,6 +156,7 @@ def test_evaluation_on_the_way_changes_nothing(straight, folders, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, other.state, result.state)
 
 
+@pytest.mark.slow
 def test_answers_to_held_out_problems_have_a_budget_of_their_own(folders, tmp_path):
     config = small(folders, "opd")
     config.steps, config.rollout.max_response_tokens = 1, 40
@@ -172,6 +175,7 @@ def test_answers_to_held_out_problems_have_a_budget_of_their_own(folders, tmp_pa
         make_setup(config)
 
 
+@pytest.mark.slow
 def test_a_closing_table_has_one_protocol(folders, tmp_path, capsys):
     """Resumed with other settings of eval: the row of before is left out, that of after measured anew."""
     config = small(folders, "opd")
@@ -193,6 +197,7 @@ def test_a_closing_table_has_one_protocol(folders, tmp_path, capsys):
     assert "the student before training is left out of the table" in said
 
 
+@pytest.mark.slow
 def test_a_run_without_held_out_data_measures_none(folders, tmp_path, capsys):
     config = small(folders, "sft")
     config.eval.data = ""
@@ -202,6 +207,7 @@ def test_a_run_without_held_out_data_measures_none(folders, tmp_path, capsys):
     assert "accuracy" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_epochs_set_the_steps(folders, tmp_path):
     config = small(folders, "sft")
     config.data.train = questions(tmp_path, count=10, solution="1+2=3.\n\\boxed{3}")
@@ -222,6 +228,7 @@ def test_a_line_may_hold_any_character(folders, tmp_path):
     assert lines_of(file) == rows
 
 
+@pytest.mark.slow
 def test_non_finite_numbers_stop_the_run(folders, tmp_path):
     config = small(folders, "sft")
     config.optim.learning_rate = 1e30

@@ -18,6 +18,7 @@ from opd_jax.training.setup import make_setup
 from tests.support.small_run import lines, questions, small
 
 
+@pytest.mark.slow
 def test_sft_makes_no_rollouts_and_learns(folders, tmp_path):
     config = small(folders, "sft")
     config.teacher.path = ""
@@ -29,6 +30,7 @@ def test_sft_makes_no_rollouts_and_learns(folders, tmp_path):
     assert set(result.table) == {"student before", "student after"}
 
 
+@pytest.mark.slow
 def test_teacher_equal_to_student_leaves_the_student_where_it_is(folders, tmp_path):
     config = small(folders, "opd")
     config.teacher.path = config.student.path
@@ -55,6 +57,7 @@ def self_distillation(folders, tmp_path, follow: str):
     return config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("follow", ["frozen", "average", "live"])
 def test_self_distillation_on_a_file_of_questions(folders, tmp_path, follow, capsys):
     config = self_distillation(folders, tmp_path, follow)
@@ -77,6 +80,7 @@ def test_self_distillation_on_a_file_of_questions(folders, tmp_path, follow, cap
         assert result.state.average is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("follow", ["frozen", "live"])
 def test_divergence_from_a_teacher_with_another_prompt(folders, tmp_path, follow):
     """Full-vocabulary JSD in place of the policy gradient, two updates a rollout."""
@@ -93,6 +97,7 @@ def test_divergence_from_a_teacher_with_another_prompt(folders, tmp_path, follow
     assert all(np.isfinite(value) for row in rows for value in row.values())
 
 
+@pytest.mark.slow
 def test_a_live_teacher_with_the_students_prompt_has_nothing_to_say(folders, tmp_path):
     config = self_distillation(folders, tmp_path, "live")
     config.data.teacher_system_prompt = "same"
@@ -101,6 +106,7 @@ def test_a_live_teacher_with_the_students_prompt_has_nothing_to_say(folders, tmp
         assert row["score/advantage_mean"] == row["optim/grad_norm"] == 0.0
 
 
+@pytest.mark.slow
 def test_a_divergence_over_a_support_in_two_updates_a_rollout(folders, tmp_path):
     config = small(folders, "opd")
     config.steps, config.eval.data = 2, ""
@@ -116,6 +122,7 @@ def test_a_divergence_over_a_support_in_two_updates_a_rollout(folders, tmp_path)
     assert rows[0]["loss/divergence"] < rows[0]["score/reverse_kl"]
 
 
+@pytest.mark.slow
 def test_grpo_has_no_teacher_and_learns_from_grades(folders, tmp_path, monkeypatch):
     config = small(folders, "opd")
     config.steps, config.eval.data, config.teacher.path = 2, "", ""
@@ -140,6 +147,7 @@ def test_grpo_has_no_teacher_and_learns_from_grades(folders, tmp_path, monkeypat
     assert signs == [1.0, 1.0]
 
 
+@pytest.mark.slow
 def test_a_rollout_whose_grading_timed_out_is_not_compared_with_others(
     folders, tmp_path, monkeypatch
 ):
@@ -159,6 +167,7 @@ def test_a_rollout_whose_grading_timed_out_is_not_compared_with_others(
     assert {x for sample in samples for x in sample["advantage"]} == {0.0}
 
 
+@pytest.mark.slow
 def test_a_problem_without_an_answer_takes_no_grade_from_the_others(folders, tmp_path):
     config = small(folders, "opd")
     file = pathlib.Path(questions(tmp_path, 4, answer="7"))
@@ -182,6 +191,7 @@ def test_a_problem_without_an_answer_takes_no_grade_from_the_others(folders, tmp
     assert table["student after"]["accuracy"] == 0.0  # of the three that have an answer
 
 
+@pytest.mark.slow
 def test_gradients_of_the_terms_are_logged_now_and_then(folders, tmp_path):
     config = small(folders)
     config.steps, config.eval.data, config.log.gradients = 2, "", 2
@@ -202,6 +212,7 @@ def test_gradients_of_the_terms_are_logged_now_and_then(folders, tmp_path):
     assert plain["optim/grad_norm"] == second["optim/grad_norm"]
 
 
+@pytest.mark.slow
 def test_several_updates_a_rollout(folders, tmp_path):
     config = small(folders)
     config.optim.updates_per_rollout = 2
@@ -214,6 +225,7 @@ def test_several_updates_a_rollout(folders, tmp_path):
     assert rates == pytest.approx([0.0075, 0.0025])
 
 
+@pytest.mark.slow
 def test_a_teacher_with_fewer_rows_than_the_student_has_ids(folders, tmp_path):
     """The student's tokenizer has one token more, which the teacher cannot write or read."""
     student = tmp_path / "student"
@@ -232,6 +244,7 @@ def test_a_teacher_with_fewer_rows_than_the_student_has_ids(folders, tmp_path):
     assert np.isfinite(lines(tmp_path / "run", "metrics.jsonl")[1]["score/reverse_kl"])
 
 
+@pytest.mark.slow
 def test_what_an_earlier_part_did_not_measure_is_measured_at_the_end(folders, tmp_path):
     config = small(folders, "sft")
     config.steps, config.eval.data = 2, ""

@@ -84,6 +84,7 @@ def test_a_step_that_comes_again_after_a_rollback_is_written_again(tmp_path):
         np.testing.assert_array_equal(got.params["w"], state.params["w"])
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_best_and_trains_as_without(folders, tmp_path):
     config = small(folders)
     config.steps, config.eval.every = 3, 1

@@ -36,6 +36,28 @@ def test_unscheduled_checkpoints_do_not_count(tmp_path, steps, keep, left):
     assert all(manifest.damage(tmp_path / "checkpoints" / str(step)) is None for step in left)
 
 
+def test_the_batch_after_a_resume_is_the_one_that_came_next(tmp_path):
+    problems = data.open_problems("tiny:train", field="data.train", size=9)
+
+    def start():
+        return data.make_batches(problems, batch=2, seed=0, shuffle=True)
+
+    batches, state = start(), TrainState(np.int32(3), {"w": np.ones(3, np.float32)}, ())
+    for _ in range(3):
+        next(batches)
+    with checkpoint.Checkpoints(tmp_path, keep=1) as saved:
+        saved.save(3, state, batches, guard="")
+        saved.wait()
+        next(batches)  # taken by a step that was not saved
+        resumed = start()
+        restored = saved.restore(3, state, resumed)
+    np.testing.assert_array_equal(restored.params["w"], state.params["w"])
+    straight = start()
+    wanted = [next(straight) for _ in range(4)][-1]
+    assert [p.id for p in next(resumed)] == [p.id for p in wanted]
+
+
+@pytest.mark.slow
 def test_the_checkpoint_of_the_end_pushes_no_other_out(folders, tmp_path):
     config = small(folders)
     config.eval.data, config.checkpoint.every, config.checkpoint.keep = "", 2, 1

@@ -8,7 +8,8 @@ import pytest
 
 from configs import grpo, opd, opsd, recipes, sft, stable_opd, topk_opd
 from opd_jax import config as configuration
-from opd_jax.config import aliases, validate
+from opd_jax.config import aliases
+from opd_jax.config.validate import validate
 from opd_jax.errors import ConfigError
 from opd_jax.training.objective import make_terms
 

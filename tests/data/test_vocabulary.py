@@ -45,10 +45,10 @@ SETTINGS = {
 
 def align(student, teacher, mode: str = "remap", **changes):
     given = SETTINGS | changes
-    pair = (
+    pair = [
         data.Vocabulary(model, given.pop(f"{role}_rows"), given.pop(f"{role}_ends"))
         for role, model in (("student", student), ("teacher", teacher))
-    )
+    ]
     return data.align(*pair, special_tokens=mode, **given)
 
 

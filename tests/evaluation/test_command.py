@@ -68,6 +68,7 @@ def test_bad_input_is_one_line(rows, broken, arguments, says, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_bad_rows_are_left_out_and_counted_when_asked(tmp_path):
     bad = [{"question": "?", "answer": ""}, *GOOD, {"text": "no question"}]
     file = write(tmp_path / "mine.jsonl", bad, '{"question": "?\n')

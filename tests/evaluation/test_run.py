@@ -86,6 +86,7 @@ def test_results(straight):
     assert (straight / "results.md").read_text().startswith("| ")
 
 
+@pytest.mark.slow
 def test_an_evaluation_killed_anywhere_ends_in_the_same_bytes(straight, tmp_path):
     whole = (straight / "eval" / "tiny.jsonl").read_bytes()
     folder = tmp_path / "killed"
@@ -120,6 +121,7 @@ def test_a_problems_answers_do_not_depend_on_the_others(straight, tmp_path):
     assert rows_of(tmp_path / "fewer") == rows_of(straight)[:6]
 
 
+@pytest.mark.slow
 def test_avg_at_32_is_the_same_whatever_the_slots_chunks_batches_and_order(tmp_path, monkeypatch):
     """The same answers, not only the same figure: 4 problems of a file x 32, in whatever company."""
     problems = [arithmetic.problem("test", i) for i in range(4)]
@@ -286,6 +288,7 @@ def test_broken_lines_in_the_file_of_answers(straight, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_processes_killed_ten_times_at_random(tmp_path):
     """The command itself, ended by SIGKILL at ten random moments of its life, then left alone."""
 

@@ -15,7 +15,7 @@ from opd_jax.grading.boxed import last_boxed
 from opd_jax.grading.extract import Found, same_letters
 from tests.support.real_data import FILES, LUFFY, TRAINING, needs_data
 
-pytestmark = [needs_data, pytest.mark.slow]
+pytestmark = [needs_data, pytest.mark.slow, pytest.mark.long]
 LUFFYS = {f"luffy-{name}": name for name in FILES if name != "gsm8k"}
 
 

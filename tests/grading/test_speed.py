@@ -12,7 +12,7 @@ from opd_jax.evaluation.benchmarks import BENCHMARKS, load
 from opd_jax.grading import Grader
 from tests.support.real_data import FILES, needs_data
 
-pytestmark = [needs_data, pytest.mark.slow]
+pytestmark = [needs_data, pytest.mark.slow, pytest.mark.long]
 
 
 def answers(name: str) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:

@@ -29,6 +29,7 @@ def shapes(program):
     return jax.tree.map(one, (program.args, dict(program.kwargs)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -63,6 +64,7 @@ def test_the_programs_are_those_that_training_compiles(folders, tmp_path, monkey
         assert shapes(one) == shapes(other)
 
 
+@pytest.mark.slow
 def test_a_run_writes_its_plan(folders, tmp_path, capsys):
     config = small(folders)
     config.steps, config.eval.data = 1, ""

@@ -10,7 +10,7 @@ SCRIPT = """
 import sys, tracemalloc
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
-from opd_jax.models import decoder, hf, save, weights
+from opd_jax.models import decoder, hf_load, safetensors_files, save
 from tests.conftest import noisy_params, tiny_config
 
 assert jax.device_count() == 4
@@ -18,7 +18,7 @@ config = tiny_config(
     num_layers=4, hidden_size=128, intermediate_size=512, vocab_size=4096, tie_embeddings=False,
 )
 save(sys.argv[1], config, noisy_params(config))
-_, whole = hf.load(sys.argv[1])
+_, whole = hf_load.load(sys.argv[1])
 shapes = decoder.abstract_params(config)
 line = Mesh(np.array(jax.devices()), ("a",))
 square = Mesh(np.array(jax.devices()).reshape(2, 2), ("a", "b"))
@@ -45,19 +45,19 @@ cases = {
 for dtype in (None, jnp.bfloat16):
     want = jax.tree.map(lambda w: w if dtype is None else w.astype(dtype), whole)
     for name, shardings in cases.items():
-        weights.CHUNK = 5000 if name == "both" else 1 << 24
-        _, got = hf.load(sys.argv[1], dtype, shardings=shardings)
+        safetensors_files.CHUNK = 5000 if name == "both" else 1 << 24
+        _, got = hf_load.load(sys.argv[1], dtype, shardings=shardings)
         assert jax.tree.structure(got) == jax.tree.structure(want)
         for a, b, s in zip(*map(jax.tree.leaves, (got, want, shardings))):
             assert a.sharding == s and a.dtype == b.dtype, name
             assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), name
         print("equal:", name, dtype)
 
-weights.CHUNK = 1 << 16
+safetensors_files.CHUNK = 1 << 16
 decoder.abstract_params = lambda _: shapes
 sizes = [leaf.nbytes for leaf in jax.tree.leaves(whole)]
 tracemalloc.start()
-hf.load(sys.argv[1], shardings=cases["last axis"])
+hf_load.load(sys.argv[1], shardings=cases["last axis"])
 peak = tracemalloc.get_traced_memory()[1]
 assert peak < sum(sizes) + 0.2 * max(sizes), (peak, sizes)
 print("nothing beside the result")
@@ -79,9 +79,11 @@ def lines(tmp_path_factory) -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_every_sharding_gives_the_same_bits(lines):
     assert sum(line.startswith("equal: ") for line in lines) == 14
 
 
+@pytest.mark.slow
 def test_host_memory_is_the_result_and_a_buffer(lines):
     assert lines[-1] == "nothing beside the result"

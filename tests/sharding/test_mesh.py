@@ -31,16 +31,24 @@ def on_eight_devices(*arguments: str, file: str = "tests/sharding/eight_devices.
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
+def test_the_state_on_eight_devices():
+    """Its places, its sizes and copies that differ: what compiles next to nothing."""
+    on_eight_devices("-k", "divided_among or optax_state or differs_between")
+
+
+@pytest.mark.slow
 def test_on_eight_devices():
     on_eight_devices("-m", "not slow")
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_on_eight_devices_at_length():
     on_eight_devices("-m", "slow")
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_all_programs_of_a_mesh_are_compiled_ahead():
     on_eight_devices("-m", "slow or not slow", file="tests/training/test_precompile.py")
 

@@ -25,3 +25,9 @@ TRAINING = {
     "aops": FOLDER / "numina_aops/rllm_aime_train.json",
 }
 needs_data = pytest.mark.skipif(not FOLDER.is_dir(), reason=f"{FOLDER} is not there (OPD_JAX_DATA)")
+
+
+def absent() -> list[str]:
+    """Names of the benchmark and training files that are not in FOLDER."""
+    files = FILES | TRAINING | {"luffy": LUFFY}
+    return [name for name, file in files.items() if not file.is_file()]

@@ -35,6 +35,7 @@ def config_with(folders, action: str, method: str = "opd"):
     return config
 
 
+@pytest.mark.slow
 def test_a_warning_is_said_and_logged(folders, tmp_path, monkeypatch, capsys):
     alarm_at(monkeypatch, 3, onset=2)
     config = config_with(folders, "warn")
@@ -48,6 +49,7 @@ def test_a_warning_is_said_and_logged(folders, tmp_path, monkeypatch, capsys):
     assert not any(key.startswith("guard/") for key in rows[2])
 
 
+@pytest.mark.slow
 def test_strengthened_terms_enter_the_loss_at_the_next_step(folders, tmp_path, monkeypatch):
     alarm_at(monkeypatch, 2, onset=1)
     config = config_with(folders, "strengthen")
@@ -62,6 +64,7 @@ def test_strengthened_terms_enter_the_loss_at_the_next_step(folders, tmp_path, m
     np.testing.assert_allclose(rows[2]["loss/total"], rows[2]["loss/opd"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_stop_saves_and_ends_the_run(folders, tmp_path, monkeypatch, capsys):
     alarm_at(monkeypatch, 2, onset=1)
     config = config_with(folders, "stop")
@@ -74,6 +77,7 @@ def test_stop_saves_and_ends_the_run(folders, tmp_path, monkeypatch, capsys):
     assert "resumed at step 2" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_rollback_goes_on_from_before_the_onset_strengthened(folders, tmp_path, monkeypatch):
     straight = train.run(config_with(folders, "warn"), str(tmp_path / "straight"), command=[])
     plain = lines(tmp_path / "straight", "metrics.jsonl")
@@ -96,6 +100,7 @@ def test_rollback_goes_on_from_before_the_onset_strengthened(folders, tmp_path, 
     assert result.state.step == straight.state.step == 4
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_after_its_last_rollback_says_so(folders, tmp_path, monkeypatch):
     """The line of the alarm's step is set aside; the reason is also where the run stands."""
     alarm_at(monkeypatch, 3, 4, onset=2)
@@ -112,6 +117,7 @@ def test_a_run_that_ends_after_its_last_rollback_says_so(folders, tmp_path, monk
     assert lines(tmp_path / "run", "metrics.rolled_back.jsonl")[-1]["guard/stopped"] == 1.0
 
 
+@pytest.mark.slow
 def test_the_best_of_a_discarded_trajectory_is_discarded(folders, tmp_path, monkeypatch):
     """Step 2 is the best until the run goes back to step 1; then step 1 is, and stays so."""
     values = {0: [50.0], 1: [40.0], 2: [10.0, 60.0], 3: [70.0], 4: [80.0]}
@@ -138,6 +144,7 @@ def test_the_best_of_a_discarded_trajectory_is_discarded(folders, tmp_path, monk
     assert json.loads((tmp_path / "run/eval/2/tiny.json").read_text())["length_mean"] == 60.0
 
 
+@pytest.mark.slow
 def test_a_rollback_that_was_cut_short_is_finished(folders, tmp_path, monkeypatch):
     """Killed while it was going back: the resumed run ends where the one that was not killed ends."""
     alarm_at(monkeypatch, 3, onset=2)
@@ -166,6 +173,7 @@ def test_a_rollback_that_was_cut_short_is_finished(folders, tmp_path, monkeypatc
     assert resumed.state.step == atomic.state.step
 
 
+@pytest.mark.slow
 def test_after_the_last_rollback_the_run_ends_at_the_healthy_checkpoint(
     folders,
     tmp_path,
@@ -181,6 +189,7 @@ def test_after_the_last_rollback_the_run_ends_at_the_healthy_checkpoint(
     assert [row["step"] for row in lines(tmp_path / "run", "metrics.jsonl")] == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_masking_leaves_repetitive_tokens_out(folders, tmp_path, monkeypatch):
     """Random models repeat themselves: with every repetitive token left out the loss is another."""
     alarm_at(monkeypatch, 1, onset=1)
@@ -203,6 +212,7 @@ def test_masking_leaves_repetitive_tokens_out(folders, tmp_path, monkeypatch):
     assert lines(tmp_path / "always", "metrics.jsonl")[1]["loss/opd"] == masked["loss/opd"]
 
 
+@pytest.mark.slow
 def test_the_guards_state_is_in_the_checkpoint(folders, tmp_path):
     """Four steps equal two, a resume and two, with a guard that watches."""
     straight = config_with(folders, "warn")

@@ -101,6 +101,7 @@ def spoilt(monkeypatch, at: int) -> None:
     monkeypatch.setattr(StepFunctions, "score", score)
 
 
+@pytest.mark.slow
 def test_a_log_prob_that_is_not_finite_stops_the_run_and_its_text_is_kept(
     folders,
     tmp_path,
@@ -140,6 +141,7 @@ def at_call(number: int, change: Callable, original: Callable) -> Callable:
     return changed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cause", ["unusable rollouts", "a loss that is not finite", "a spike"])
 def test_the_rate_that_is_logged_is_the_rate_that_was_applied(
     folders, tmp_path, monkeypatch, cause
@@ -170,6 +172,7 @@ def test_the_rate_that_is_logged_is_the_rate_that_was_applied(
     assert int(result.state.step) == update.applied(result.state) == 3
 
 
+@pytest.mark.slow
 def test_the_row_of_a_gradient_that_is_not_finite_is_found(folders, tmp_path, monkeypatch):
     original = batch.golden_rows
 
@@ -193,6 +196,7 @@ def test_the_row_of_a_gradient_that_is_not_finite_is_found(folders, tmp_path, mo
     assert any(changed)  # the step that was left out is not the one that was taken
 
 
+@pytest.mark.slow
 def test_a_spike_is_left_out_where_that_is_asked_for(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(nonfinite, "WARMUP", 1)
     config = small(folders, "sft")

@@ -62,6 +62,7 @@ def runs(tmp_path_factory) -> list[pathlib.Path]:
     return [root / "same", root / "other"]
 
 
+@pytest.mark.slow
 def test_a_teacher_with_another_end_token_teaches_the_same(runs):
     """Base student, instruct teacher of one vocabulary: no token by token comparison of the ends.
 
@@ -77,6 +78,7 @@ def test_a_teacher_with_another_end_token_teaches_the_same(runs):
             assert two[key] == pytest.approx(one[key], rel=2e-3, abs=2e-5), key
 
 
+@pytest.mark.slow
 def test_the_advantage_of_the_end_is_that_of_the_event(runs):
     same, other = ([r for r in lines(run, "rollouts.jsonl") if r["step"] == 1] for run in runs)
     ended = [i for i, row in enumerate(same) if row["outcome"] == "eos"]
@@ -103,6 +105,7 @@ def qwen_and_r1(tmp_path_factory) -> pathlib.Path:
     return root
 
 
+@pytest.mark.slow
 def test_the_end_is_scored_on_the_papers_own_pair(qwen_and_r1):
     """Log-probs and advantage of the last token of rollouts, against whole logits in float64."""
     config = small(qwen_and_r1)

@@ -48,6 +48,7 @@ def own_cache(tmp_path):
     compilation_cache.reset_cache()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

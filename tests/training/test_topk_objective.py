@@ -169,6 +169,7 @@ def test_chunked_equals_direct_for_every_direction_and_form(support):
         assert abs(float(value) - expected) < 1e-6 * max(1.0, abs(expected)), (direction, form)
 
 
+@pytest.mark.slow
 def test_as_many_ids_as_there_are_is_the_whole_vocabulary():
     whole_value = every_divergence("full")[("reverse", "raw")]
     terms = dataclasses.replace(TERMS, support="student", top_k=VOCABULARY)

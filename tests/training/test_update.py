@@ -147,6 +147,7 @@ def test_micro_batches_change_nothing(name, rows):
         np.testing.assert_allclose(split_metrics[key], value, rtol=1e-5, err_msg=key)
 
 
+@pytest.mark.slow
 def test_micro_batches_change_nothing_with_the_model():
     whole, _ = model_update(golden=0.3, beta=0.2, limbs=True)(
         sgd_state(), Frozen(reference=REFERENCE), ROWS, GOLDEN
@@ -158,6 +159,7 @@ def test_micro_batches_change_nothing_with_the_model():
     assert distance(moved(split.params), moved(whole.params)) < 1e-5
 
 
+@pytest.mark.slow
 def test_order_of_rows_changes_nothing():
     step = model_update(golden=0.3, beta=0.2, limbs=True)
     one, _ = step(sgd_state(), Frozen(reference=REFERENCE), ROWS, GOLDEN)
@@ -371,50 +373,3 @@ def test_in_bfloat16_the_gradients_of_embedding_and_head_add_up_in_float32():
     rough, exact = gradients[jnp.bfloat16], gradients[jnp.float32]
     assert distance(rough["head"]["kernel"], exact["head"]["kernel"]) < 0.02
     assert distance(rough["embed"]["embedding"], exact["embed"]["embedding"]) < 0.02
-
-
-def test_weight_decay_is_for_kernels_and_embeddings():
-    params = decoder.init(jax.random.key(0), tiny_config(tie_embeddings=False, num_layers=1))
-    params = jax.tree.map(jnp.ones_like, params)
-    tx = update.make_optimizer(section(learning_rate=0.5, weight_decay=0.1), 10)
-    changes, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
-    decayed = set()
-    for path, change in jax.tree_util.tree_leaves_with_path(changes):
-        name = path[-1].key
-        # without a gradient the update is -lr * decay * w = -0.5 * 0.1 * 1
-        expected = -0.05 if name in ("kernel", "embedding") else 0.0
-        np.testing.assert_allclose(change, expected, rtol=1e-6, err_msg=str(path))
-        decayed.add((name, bool(np.any(change))))
-    assert decayed == {("kernel", True), ("embedding", True), ("bias", False), ("scale", False)}
-
-
-def test_gradients_are_clipped_by_the_global_norm():
-    params = {"kernel": jnp.zeros(2), "bias": jnp.zeros(2)}
-    gradient = {"kernel": jnp.array([3.0, 0.0]), "bias": jnp.array([0.0, 4.0])}  # norm 5
-    # beta1 = 0: Adam's first moment is the clipped gradient itself, 2/5 of it.
-    tx = update.make_optimizer(section(grad_clip=2.0, beta1=0.0), 10)
-    _, state = tx.update(gradient, tx.init(params), params)
-    first_moment = optax.tree.get(state, "mu")
-    np.testing.assert_allclose(first_moment["kernel"], [1.2, 0.0], rtol=1e-6)
-    np.testing.assert_allclose(first_moment["bias"], [0.0, 1.6], rtol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("name", "warmup", "expected"),
-    [
-        ("constant", 0, {0: 0.4, 60: 0.4, 110: 0.4}),
-        # from a tenth of 0.4 up to all of it in 10 steps: 0.04 + 5 * 0.036 = 0.22
-        ("constant", 10, {0: 0.04, 5: 0.22, 10: 0.4, 110: 0.4}),
-        # from step 10 on 100 steps down to 0: a half at 60
-        ("linear", 10, {0: 0.04, 5: 0.22, 10: 0.4, 60: 0.2, 85: 0.1, 110: 0.0}),
-        # (1 + cos(pi x)) / 2: a quarter of the way (1 + sqrt(1/2)) / 2 = 0.853553
-        ("cosine", 10, {5: 0.22, 10: 0.4, 35: 0.4 * 0.853553, 60: 0.2, 110: 0.0}),
-        ("cosine", 0, {0: 0.4, 55: 0.2, 110: 0.0}),
-    ],
-)
-def test_schedule_by_hand(name, warmup, expected):
-    schedule = update.make_schedule(
-        section(learning_rate=0.4, schedule=name, warmup_steps=warmup), steps=110
-    )
-    got = {step: float(schedule(step)) for step in expected}
-    assert got == pytest.approx(expected, rel=1e-5, abs=1e-8)

@@ -19,7 +19,7 @@ class Blocked:
         if name.split(".")[0] in {"grain", "math_verify", "pyarrow", "torch", "jinja2", "tunix", "trl"}:
             raise ImportError(f"{name} is not on this machine")
 sys.meta_path.insert(0, Blocked())
-from opd_jax.bench import choices, correctness, cpu, h200, report
+from opd_jax.tools.bench import choices, correctness, cpu, h200, report
 """
 
 
@@ -61,6 +61,7 @@ def test_a_counting_model_counts(model):
     assert rollout.response(1) == list(range(stop - 4, stop + 1))
 
 
+@pytest.mark.slow
 def test_cpu_suite_at_toy_shapes(tmp_path):
     rows = cpu.run(Options(out=tmp_path / "cpu.json", repeats=1, dry=True))
     assert {row.status for row in rows} == {"ok"}, report.table(rows)

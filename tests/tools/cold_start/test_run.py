@@ -257,14 +257,14 @@ def test_answers_that_miss_are_dropped_and_problems_without_one_are_kept(tmp_pat
     texts = {True: f"so \\boxed{{{problem.answer}}}", False: "so \u2028 \\boxed{x}"}
     answers = [plan.tokenizer.encode(texts[True])] * 4 + [plan.tokenizer.encode(texts[False])] * 2
 
-    def written(params, model, prompts, **_):
+    def written(model, prompts, sampling, **_):
         total = max(map(len, prompts)) + 30
         made = [[*prompt, *answer, ends] for prompt, answer in zip(prompts, answers, strict=True)]
         lengths = np.array([len(ids) for ids in made])
         return sample_rollout(made, lengths, np.array([len(p) for p in prompts]), total)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample, "generate", written)
+        patch.setattr(sample, "sample_responses", written)
         report = sample.run(config, str(tmp_path / "out.jsonl"), command=[])
         config.sample.keep_wrong = True
         all_of_them = sample.run(config, str(tmp_path / "all.jsonl"), command=[])
@@ -311,14 +311,14 @@ def test_only_what_ended_can_be_kept():
     config.sample.problems = 3
     plan = sample.make_plan(config)
 
-    def written(params, model, prompts, **_):
+    def written(model, prompts, sampling, **_):
         made = [[*prompt, *plan.tokenizer.encode("so \\boxed{1}")] for prompt in prompts]
         lengths = np.array([len(ids) for ids in made])
         rollout = sample_rollout(made, lengths, np.array([len(p) for p in prompts]), lengths.max())
         return rollout.replace(outcome_B=np.arange(3))
 
     with pytest.MonkeyPatch.context() as patch, Grader() as grader:
-        patch.setattr(sample, "generate", written)
+        patch.setattr(sample, "sample_responses", written)
         batch, kept = sample.sample_batch(plan, 0, {}, grader)
     assert batch.fates == ["kept", "truncated", "truncated"]
     assert len(kept) == 1

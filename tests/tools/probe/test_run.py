@@ -1,69 +1,16 @@
-"""Whole probes: of pairs and second teachers, of a run's checkpoint, by command; what they refuse."""
+"""Whole probes, of pairs and second teachers."""
 
 import json
-import pathlib
-import subprocess
-import sys
 
-import jax
 import numpy as np
 import pytest
 
 from configs import opd
-from opd_jax import config as configuration
 from opd_jax import models
-from opd_jax.config.validate import validate
-from opd_jax.errors import ConfigError, DataError, OpdError, WorkdirError
+from opd_jax.errors import DataError
 from opd_jax.tools import probe
 from opd_jax.tools.probe import continuation, pair, workload, writing
-from opd_jax.tools.probe import run as runner
-from tests.checkpoint.test_export import write_run
-from tests.conftest import noisy_params
-from tests.data.test_vocabulary import CHATML, QWEN, make
-from tests.support.paths import ROOT
-
-# The same special tokens under other numbers, and a template with a turn of its own.
-SHUFFLED = ("<tool>", "<|im_end|>", "<|endoftext|>", "<|im_start|>")
-TERSE = "{% for m in messages %}<|im_start|>Q {{ m.content }}<|im_end|>{% endfor %}"
-
-
-# ---- whole probes
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> pathlib.Path:
-    """Random models `student`, `teacher` (the student's ids), `other` (special ids of its own)."""
-    root = tmp_path_factory.mktemp("models")
-    kinds = {"student": (QWEN, CHATML), "teacher": (QWEN, CHATML), "other": (SHUFFLED, TERSE)}
-    for seed, (name, (special, template)) in enumerate(kinds.items()):
-        tokenizer = make(root / f"{name}-tokenizer", special, template)
-        model = models.ModelConfig(
-            model_type="qwen2", vocab_size=260, hidden_size=16, intermediate_size=32, num_layers=2,
-            num_heads=2, num_kv_heads=1, head_dim=8, rope_theta=1e4, rms_norm_eps=1e-6,
-            max_position=80, tie_embeddings=True, qkv_bias=True, qk_norm=False,
-            eos_token_ids=(256 + special.index("<|endoftext|>"),),
-        )  # fmt: skip
-        models.save(str(root / name), model, noisy_params(model, seed), tokenizer.hf)
-    return root
-
-
-def questions(file: pathlib.Path, **more: object) -> str:
-    rows = [{"problem": f"{i}+2=", "answer": str(i + 2), **more} for i in range(9)]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(file)
-
-
-@pytest.fixture
-def small(folders, tmp_path):
-    """Seven problems, responses of 24 tokens, batches of four."""
-    config = configuration.default()
-    config.student.path, config.teacher.path = str(folders / "student"), str(folders / "teacher")
-    config.data.train = questions(tmp_path / "problems.jsonl")
-    config.rollout.max_prompt_tokens, config.rollout.max_response_tokens = 40, 24
-    config.rollout.temperature = 1.0
-    config.probe.problems, config.probe.batch = 7, 4
-    config.scoring.token_chunk = 64
-    return config
+from tests.tools.probe.conftest import questions
 
 
 def without_speed(report: dict) -> dict:
@@ -154,14 +101,14 @@ def test_continuation_goes_on_behind_the_students_tokens_in_the_teachers_ids(
     small.teacher.path = str(folders / "other")
     small.probe.depths = (12, 5)
     asked = []
-    real = writing.generate
+    real = writing.sample_responses
 
-    def listening(params, model, prompts, **settings):
-        done = real(params, model, prompts, **settings)
-        asked.append((prompts, settings, done))
+    def listening(model, prompts, sampling, **settings):
+        done = real(model, prompts, sampling, **settings)
+        asked.append((prompts, sampling, done))
         return done
 
-    monkeypatch.setattr(writing, "generate", listening)
+    monkeypatch.setattr(writing, "sample_responses", listening)
     out = tmp_path / "report.json"
     report = probe.run("continuation", small, out=str(out), command=["test"])
     made = workload.make_plan(small)
@@ -195,10 +142,10 @@ def test_continuation_goes_on_behind_the_students_tokens_in_the_teachers_ids(
                 )
             ]  # fmt: skip
             assert texts[0] == texts[1]
-        for _, settings, done in batches:
-            assert settings["max_response_tokens"] == 24 - depth
+        for _, sampling, done in batches:
+            assert sampling.max_response_tokens == 24 - depth
             assert done.tokens_BT.shape[1] == max(map(len, writer.prompts)) + 24
-            assert settings["stop_ids"] == writer.stop_ids
+            assert sampling.stop_ids == writer.stop_ids
     assert [row["depth"] for row in report["depths"]] == [0, 5, 12]
     assert {row["gain"]["count"] for row in report["depths"]} == {len(which)}
     assert report["rollouts_longer_than"]["12"] == len(which)
@@ -240,155 +187,15 @@ def test_a_teacher_that_is_the_student_with_another_prompt(small, capsys):
 
 def test_the_last_batch_has_the_shapes_of_the_others(small, monkeypatch):
     sizes = []
-    real = writing.generate
+    real = writing.sample_responses
     monkeypatch.setattr(
         writing,
-        "generate",
-        lambda p, m, prompts, **k: sizes.append(len(prompts)) or real(p, m, prompts, **k),
+        "sample_responses",
+        lambda m, prompts, *s, **k: sizes.append(len(prompts)) or real(m, prompts, *s, **k),
     )
     report = probe.run("pair", small, command=[])
     assert sizes == [4, 4, 4, 4]
     assert len(report["records"]) == 7
-
-
-# ---- a run's checkpoint
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory) -> pathlib.Path:
-    """A workdir with the steps 2 and 10, at which every weight is 2 and 10 more than at the start."""
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    write_run(folder, (2, 10))
-    return folder
-
-
-@pytest.mark.parametrize(("step", "taken"), [(None, 10), (2, 2)])
-def test_the_student_of_a_run(run, step, taken):
-    config = opd.get_config()
-    config.student.path = "/nowhere"  # the run knows better
-    config.scoring.overlap_top_k = 4
-    made = workload.make_plan(config, folder=str(run), step=step)
-    params, found = workload.load_student(made)
-    _, before = models.load(made.config.student.path)
-    assert found == taken
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b + taken), params, before)
-
-
-def test_the_config_of_a_run_lacks_what_is_new_and_takes_overrides(run, tmp_path):
-    old = tmp_path / "old"
-    old.mkdir()
-    kept = json.loads((run / "config.json").read_text())
-    del kept["probe"], kept["rollout"]["slots"]
-    kept["rollout"]["temperature"] = 0.5
-    kept["scoring"]["mask_first"] = ["<", "think"]
-    kept["loss"]["forgotten"] = 1
-    kept["teacher"] |= {"path": "/models/student", "follow": "live"}
-    (old / "config.json").write_text(json.dumps(kept))
-    config = probe.config_of_run(str(old), {"probe.depths": (3, 4), "seed": 7})
-    assert config.rollout.temperature == 0.5
-    assert config.scoring.mask_first == ("<", "think")
-    assert (config.probe.problems, config.probe.depths, config.seed) == (64, (3, 4), 7)
-    assert config.teacher.path == "student"  # not the folder that it stood for
-    assert "forgotten" not in config.loss
-    validate(config)
-
-
-@pytest.mark.parametrize(
-    ("name", "fields", "arguments", "error", "says"),
-    [
-        ("standalone", {}, {}, ConfigError, "probe 'standalone' is not known"),
-        ("continuation", {"probe.depths": (24,)}, {}, ConfigError, "probe.depths holds 24"),
-        ("pair", {"probe.depths": (0,)}, {}, ConfigError, "probe.depths=(0,)"),
-        ("pair", {"probe.depths": (4, 4)}, {}, ConfigError, "probe.depths=(4, 4)"),
-        ("pair", {"probe.depths": ("a",)}, {}, ConfigError, "probe.depths=('a',)"),
-        ("pair", {"probe.problems": 0}, {}, ConfigError, "probe.problems=0"),
-        ("pair", {"probe.batch": 0}, {}, ConfigError, "probe.batch=0"),
-        ("pair", {"teacher.path": ""}, {}, ConfigError, "--config.teacher.path=DIR"),
-        ("pair", {}, {"step": 3}, ConfigError, "--workdir=DIR"),
-        ("pair", {}, {"folder": "/nowhere"}, WorkdirError, "'/nowhere' does not exist"),
-        ("pair", {}, {"teachers": ["/nowhere"]}, OpdError, "'/nowhere' does not exist"),
-        ("continuation", {}, {"teachers": ["a", "b"]}, ConfigError, "2 teachers, wanted one"),
-        ("pair", {"rollout.max_response_tokens": 41}, {}, ConfigError, "80 positions"),
-        ("pair", {"rollout.max_prompt_tokens": 3}, {}, DataError, "max_prompt_tokens="),
-        ("pair", {}, {"out": "report.txt"}, ConfigError, "ends in .json"),
-        ("pair", {}, {"out": "/dev/null/x.json"}, WorkdirError, "cannot be written"),
-    ],
-)
-def test_bad_input_is_refused_before_weights_are_read(
-    small, monkeypatch, name, fields, arguments, error, says
-):
-    monkeypatch.setattr(runner, "load_student", lambda plan: pytest.fail("weights were read"))
-    for field, value in fields.items():
-        section, key = field.split(".")
-        with small.ignore_type():
-            small[section][key] = value
-    with pytest.raises(error) as raised:
-        probe.run(name, small, command=[], **arguments)
-    assert says in str(raised.value)
-    assert "\n" not in str(raised.value)
-
-
-def test_a_report_is_not_written_over(small, tmp_path):
-    file = tmp_path / "report.json"
-    file.write_text("thesis")
-    with pytest.raises(WorkdirError, match="exists already"):
-        probe.run("pair", small, out=str(file), command=[])
-    assert file.read_text() == "thesis"
-
-
-def test_a_problem_that_a_second_teacher_has_no_room_for_is_named(small, folders, tmp_path):
-    """Its template is longer by two letters; its own setup leaves the problem out, the first's not."""
-    small.data.train = questions(tmp_path / "mixed.jsonl")
-    with (tmp_path / "mixed.jsonl").open("a") as file:
-        file.write(json.dumps({"problem": "7" * 40, "answer": "7"}) + "\n")
-    small.rollout.max_prompt_tokens, small.rollout.max_response_tokens = 42, 38
-    small.data.bad_rows, small.probe.problems = "skip", 10
-    both = [str(folders / "teacher"), str(folders / "other")]
-    assert len(workload.make_plan(small, teachers=both[:1]).problems) == 10
-    with pytest.raises(DataError, match=r"mixed-10: the teacher's prompt has 44 .*42 .*other\)"):
-        workload.make_plan(small, teachers=both)
-
-
-def test_a_moving_average_of_a_run_is_not_probed(run):
-    config = opd.get_config()
-    config.teacher.path, config.teacher.follow = "student", "average"
-    with pytest.raises(ConfigError, match=r"teacher\.follow=average"):
-        workload.make_plan(config, folder=str(run))
-
-
-def command(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "launch" / "probe.py"), *arguments],
-        capture_output=True, text=True, timeout=120, cwd=ROOT,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("arguments", "status", "says"),
-    [
-        ([], 2, "a name is missing, wanted pair or continuation"),
-        (["pear"], 2, "did you mean 'pair'?"),
-        (["pair", "more"], 2, "got 'more', wanted flags only"),
-    ],
-)
-def test_mistakes_on_the_command_line_are_one_line(arguments, status, says):
-    done = command(*arguments)
-    assert done.returncode == status
-    assert done.stderr.count("\n") == 1
-    assert says in done.stderr
-
-
-def test_overrides_count_on_top_of_the_config_of_the_run(run):
-    """The run has no teacher and 192 tokens; both are told, so its config was read."""
-    done = command("continuation", f"--workdir={run}", "--config.probe.depths=5,192")
-    assert (done.returncode, done.stderr[:7]) == (1, "error: ")
-    assert "teacher.path=''" in done.stderr
-    done = command(
-        "continuation", f"--workdir={run}", "--config.probe.depths=5,192",
-        "--config.teacher.path=student",
-    )  # fmt: skip
-    assert done.returncode == 1
-    assert "probe.depths holds 192, wanted less than rollout.max_response_tokens=192" in done.stderr
 
 
 @pytest.mark.slow

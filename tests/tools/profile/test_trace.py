@@ -153,6 +153,7 @@ def test_the_tracer_goes_over_its_steps_again(tmp_path, monkeypatch):
     assert len(begun) == 2
 
 
+@pytest.mark.slow
 def test_stages_of_a_traced_run_add_up_to_its_steps(folders, tmp_path):
     config = small(folders)
     config.steps, config.eval.data = 4, ""

@@ -62,3 +62,12 @@ def test_settings_that_are_recommended_and_not_set():
         "recommended_but_not_set": {"JAX_OPTIMIZATION_LEVEL": "O1"},
     }
     assert hardware.record(None, {}) == {"set": {}, "recommended_but_not_set": {}}
+
+
+@pytest.mark.parametrize(
+    ("name", "on_gpu", "on_cpu"),
+    [("auto", "bfloat16", "float32"), ("float32",) * 3, ("bfloat16",) * 3],
+)
+def test_the_dtype_that_auto_stands_for(name, on_gpu, on_cpu):
+    assert hardware.dtype_name(name, gpu=True) == on_gpu
+    assert hardware.dtype_name(name, gpu=False) == on_cpu

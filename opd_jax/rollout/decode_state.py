@@ -1,7 +1,7 @@
 """Slots: the decode state on the device, and the programs that fill and advance it.
 
 Every program donates the state (rows, caches, keys), so caches are updated in place. On a mesh each
-replica has slots of its own, numbered from 0, and fills and advances them without a word to the others.
+replica has its own slots, numbered from 0, and fills and advances them without communication.
 """
 
 from functools import partial
@@ -39,7 +39,7 @@ class Slots(flax.struct.PyTreeNode):
       length_B: tokens so far. limit_B: length at which the budget is spent.
       live_B: still decoding. ended_B: an end token was emitted.
       key_B: a PRNG key a row.
-      caches: a layer's keys and values each, see models/cache.py.
+      caches: a layer's keys and values each, see models/kv_cache.py.
       cycles: what stopping on repetition needs; None where it is off.
     """
 
@@ -72,11 +72,11 @@ class Admitted(flax.struct.PyTreeNode):
 
 
 def outcomes(state: Slots, stop_on_repetition: int) -> np.ndarray:
-    """The `Outcome` of every slot, were it done; of host arrays."""
+    """Outcome of every slot if decoding stopped now (host arrays)."""
     outcome_B = np.where(state.ended_B, Outcome.EOS, Outcome.BUDGET)
     if state.cycles is None:
         return outcome_B
-    # Never true of a row that ended: an equal token before would have ended it already.
+    # Never true for a row that ended: an equal token before would have ended it already.
     looped_B = (state.cycles.run_BZ >= stop_on_repetition).any(axis=-1)
     return np.where(looped_B, Outcome.REPETITION, outcome_B)
 

@@ -1,9 +1,9 @@
 """Generation: jitted prefill and decode around a small host loop, with slots that are refilled.
 
 The decode state (rows, caches, keys) lives on the device and is donated from call to call, so
-caches are updated in place. Between chunks of decode steps the host looks at which rows are done,
-takes them out, and prefills waiting prompts into the free slots. A sample depends on its key
-alone, never on slots, chunks or neighbours.
+caches are updated in place. Between chunks of decode steps the host copies finished rows out and
+prefills waiting prompts into the free slots. A sample depends on its key alone, never on slots,
+chunks or neighbours.
 """
 
 import dataclasses
@@ -28,9 +28,9 @@ _PREFILL_TOKENS = 16_384  # prompts that go through the model at one time
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-    """The shapes that a generation meets, whatever its prompts: few programs are ever compiled.
+    """The shapes of a generation, which do not depend on its prompts: few programs are ever compiled.
 
-    All counts are those of one replica; there are `replicas`.
+    All counts are per replica.
 
     Attributes:
       replicas: of the mesh. slots: sequences decoded at one time. total: tokens of a row.
@@ -198,7 +198,7 @@ def sample_responses(
 def _take_out(
     out: Rollout, owner: np.ndarray, state: decode_state.Slots, stop_on_repetition: int, mesh: Mesh
 ) -> bool:
-    """Put the rows that are done into `out`, and free their slots; whether there were any."""
+    """Copy finished sequences to `out` and free their slots. Returns whether any finished."""
     owner_B = owner.reshape(-1)  # a view
     done = np.flatnonzero(~mesh.fetch(state.live_B) & (owner_B >= 0))
     if not len(done):
@@ -214,7 +214,7 @@ def _take_out(
 
 
 def _to_admit(shapes: Shapes, owner: np.ndarray, waiting: int) -> int:
-    """Prompts that each replica is to prefill now, `many`, `few` or none: as its free slots allow."""
+    """How many prompts each replica prefills now: `many`, `few` or none, as its free slots allow."""
     free = int((owner < 0).sum(axis=1).max())
     share = -(-waiting // shapes.replicas)
     if not waiting or free < min(shapes.few, share):
@@ -223,7 +223,7 @@ def _to_admit(shapes: Shapes, owner: np.ndarray, waiting: int) -> int:
 
 
 def _assign(owner: np.ndarray, waiting: list[int], count: int) -> list[np.ndarray]:
-    """Waiting prompts take free slots of `owner` in turns, `count` of a replica at most; these slots."""
+    """Give waiting prompts free slots of `owner` in turns, at most `count` a replica. Returns the slots."""
     free = [np.flatnonzero(slots < 0)[:count] for slots in owner]
     taken = [0] * len(owner)
     for turn in range(count):

@@ -42,7 +42,7 @@ def teacher_rows(
 ) -> TeacherRows:
     """The rollouts' responses behind the teacher's prompts (one a row), in the teacher's ids.
 
-    `teacher_ids` maps the student's ids to the teacher's (data.alignment); `width` fixes the shape.
+    `teacher_ids` maps the student's ids to the teacher's (data.vocabulary); `width` fixes the shape.
     """
     tokens_BT = np.zeros((len(prompts), width), np.int32)
     length_B = np.zeros(len(prompts), np.int32)

@@ -1,4 +1,4 @@
-"""One batch of prompts becomes experience: rollouts, what both models say of them, which are right."""
+"""Roll out a batch of prompts, score it with student and teacher, grade it."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -30,3 +30,10 @@ def test_table_by_hand():
     head, line = console.table({"student after": one}).splitlines()
     assert head.split() == ["accuracy", "TruncRate", "RepRate", "mean", "length"]
     assert line.split() == ["student", "after", "50.0%", "±", "3.5%", "0.0%", "1.0%", "61.2"]
+
+
+def test_columns_are_aligned():
+    rows = [("a", "bb", "c"), ("long", "b", "10")]
+    assert console.aligned(rows) == ["a     bb   c", "long   b  10"]
+    assert console.aligned(rows, left=(0, 1)) == ["a     bb   c", "long  b   10"]
+    assert console.aligned([("a", "")], left=(1,)) == ["a"]

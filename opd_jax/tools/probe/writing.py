@@ -186,7 +186,7 @@ def read(
 
 
 def summary(answers: Sequence[Answer]) -> dict[str, float]:
-    """The row of a table (display.table); accuracies are of the answers that were graded."""
+    """The row of a table (console.table); accuracies are of the answers that were graded."""
     row = {
         "truncation_rate": mean([answer.truncated for answer in answers]).value,
         "repetition_rate": mean([answer.repetitive for answer in answers]).value,

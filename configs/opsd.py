@@ -5,7 +5,7 @@ python launch/train.py --config=configs/opsd.py:smollm2-135m
 The recipe `smollm2-135m` internalises a system prompt: the teacher is told to answer in French, the
 student is told nothing, and after training it answers in French without being told. On 2 CPU cores
 the share of French answers to held-out questions rises from 0 to a clear majority in some ten minutes
-(docs/opsd.md). With other recipes, or `data.teacher_prompt_template`, the teacher sees the
+(docs/measurements/opsd.md). With other recipes, or `data.teacher_prompt_template`, the teacher sees the
 answer or the whole golden solution instead (2605.11182).
 
 `teacher.follow` says which weights teach: those of step 0 (frozen), their moving average (average),

@@ -1,6 +1,7 @@
 """Benchmarks: python launch/bench.py --suite=cpu|h200|peers [--out=FILE.json] [--model=DIR] [--repeats=3].
 
-Prints a table; --out writes every figure with the environment. docs/benchmarks.md says what they mean.
+Prints a table; --out writes every figure with the environment. Their meaning:
+docs/measurements/benchmarks.md.
 """
 
 import pathlib

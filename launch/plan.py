@@ -1,7 +1,7 @@
 """Plan: python launch/plan.py --config=FILE.py[:RECIPE] [--devices=4 --device_kind=h200] [--json].
 
 Memory of each stage on each device, what fits, and an estimate of a step's time; nothing is loaded and no
-device is needed. Exit status 1 where it does not fit. docs/memory.md, docs/scaling.md.
+device is needed. Exit status 1 where it does not fit. docs/memory.md, docs/measurements/scaling.md.
 """
 
 import dataclasses

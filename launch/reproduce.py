@@ -4,7 +4,7 @@ python launch/reproduce.py --out=runs/reproduce [--seeds=3] [--only=OPD --only=S
 
 Makes the data and the models that the runs need (a few minutes), then trains one run after the other with
 launch/train.py, each in a folder of its own, and writes OUT/results.md. What is done is not done
-again: the same command goes on after a kill. The setting and its reasons: docs/results.md.
+again: the same command goes on after a kill. The setting and its reasons: docs/measurements/results.md.
 """
 
 import json

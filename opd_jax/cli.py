@@ -49,7 +49,7 @@ def show(*names: str) -> None:
 
 
 def define_processes() -> None:
-    """Flags of an entry point that may be one of several processes (docs/several_devices.md)."""
+    """Flags of an entry point that may be one of several processes (docs/multi_gpu.md)."""
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where no launcher says it")
     flags.DEFINE_integer("num_processes", None, "of the run", lower_bound=1)
     flags.DEFINE_integer("process_id", None, "of this one, from 0", lower_bound=0)

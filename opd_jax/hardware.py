@@ -77,8 +77,8 @@ DEVICES = {
         ),
         Device(
             "cpu", 0.0, 29e9, 0.12e12, 10e9, 1e9, per_node=1, kernel_s=0.0, gpu=False, settings={},
-            source="memory: what is free; copies as on 2 cores of an AMD EPYC (docs/benchmarks.md); "
-            "the other rates are guesses, so that no time is estimated",
+            source="memory: what is free; copies as on 2 cores of an AMD EPYC "
+            "(docs/measurements/benchmarks.md); the other rates are guesses, so that no time is estimated",
         ),
     )
 }  # fmt: skip

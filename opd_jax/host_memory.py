@@ -1,9 +1,9 @@
 """glibc's allocator on a CPU: memory that a step has freed is kept for the next one.
 
 Every step on a CPU takes and frees gigabytes. By default glibc returns large blocks to the system at
-once and faults them in again, 4 KiB at a time (docs/benchmarks.md has what that costs). mallopt changes
-this inside the running process, so nothing is started twice. The arrays of a GPU do not pass through
-malloc: there it is left alone.
+once and faults them in again, 4 KiB at a time (docs/measurements/benchmarks.md has what that costs).
+mallopt changes this inside the running process, so nothing is started twice. The arrays of a GPU do
+not pass through malloc: there it is left alone.
 
 Imports no JAX: it must be set before JAX starts threads, each of which would get an arena of its own.
 """

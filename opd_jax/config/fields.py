@@ -139,7 +139,7 @@ def default() -> ConfigDict:
     # attention: what fused attention returned | dots: that and its matrix products | full: nothing
     optim.remat = "none"
 
-    mesh = config.mesh = ConfigDict()  # devices: docs/several_devices.md
+    mesh = config.mesh = ConfigDict()  # devices: docs/multi_gpu.md
     mesh.data = -1  # rows are divided over data x fsdp; -1 = as many as there are devices for
     mesh.fsdp = 1  # devices that have slices of the models that are sharded
     mesh.tensor = 1  # devices that share heads and MLP of every layer

@@ -1,6 +1,6 @@
 """Synthetic runs for the collapse guard: what healthy and collapsing runs may look like.
 
-`python -m tests.support.guard_traces [SEEDS]` prints the table of docs/guard.md;
+`python -m tests.support.guard_traces [SEEDS]` prints the table of docs/measurements/guard.md;
 `python -m tests.support.guard_traces WORKDIR...` says what the guard would have said of runs that were made.
 
 A run is a mean per step of three shares, from which rollouts are drawn: prompts differ (a beta

@@ -156,7 +156,7 @@ def test_an_alarm_says_what_rose_from_what_to_what():
 
 @pytest.mark.parametrize("name", HEALTHY)
 def test_healthy_runs_raise_no_alarm(name):
-    """Five seeds of each kind and batch size; what 200 of each give is in docs/guard.md."""
+    """Five seeds of each kind and batch size; what 200 of each give is in docs/measurements/guard.md."""
     assert sum(false_alarms(HEALTHY[name], *batch, seeds=5) for batch in BATCHES) == 0
 
 

@@ -24,7 +24,8 @@ ALLOCATOR = (
     "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:"
     "glibc.malloc.trim_threshold=1099511627776"
 )
-BUDGET_S = 5400.0  # of the whole suite, with a model of 135M on 2 cores (docs/benchmarks.md)
+# Of the whole suite, with a model of 135M on 2 cores (docs/measurements/benchmarks.md).
+BUDGET_S = 5400.0
 CHECK_TOLERANCE = 1e-3  # relative; both compute in float32, in other orders
 
 Flags = Mapping[str, str | int | float]

@@ -185,7 +185,7 @@ def test_peers_scripts_do_not_need_this_package():
 
 
 def test_the_budget_fits_the_suite():
-    """By the slower side's seconds a call in docs/benchmarks.md: a first call, which compiles, and 3 more."""
+    """By the slower side's seconds a call in docs/measurements/benchmarks.md: a first call and 3 more."""
     seconds = {"batch 8, prompt 64, 128 new": 14, "batch 32, prompt 64, 128 new": 28, "8 x 256": 16,
                "batch 8, prompt 64, 64 new": 15, "batch 8, prompt 64, 256 new": 44}  # fmt: skip
     processes = {

@@ -168,6 +168,7 @@ def test_other_prompts_of_the_same_count_do_not_compile_again(params, plain):
     assert (decode_chunk._cache_size(), prefill._cache_size()) == compiled
 
 
+@pytest.mark.slow
 def test_a_budget_for_each_prompt(params, plain):
     """A row with a smaller budget is the beginning of the row with the whole one; slots do not matter."""
     budgets = [9, 1, 4, 9, 2, 7, 3]
@@ -180,6 +181,7 @@ def test_a_budget_for_each_prompt(params, plain):
             assert got.outcome_B[row] == (Outcome.EOS if ended else Outcome.BUDGET)
 
 
+@pytest.mark.slow
 def test_short_prompts_are_prefilled_in_narrow_rows(params, plain):
     """Quarters of the width: prompts of up to 2 of 5 tokens take rows of 2."""
     wide = prefill._cache_size()

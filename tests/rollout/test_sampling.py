@@ -176,6 +176,7 @@ def test_only_allowed_ids_are_drawn_and_logprobs_are_over_the_scored_ones():
     np.testing.assert_allclose(logprob, want, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_bfloat16_logits_give_float32_logprobs(strict_dtypes):
     logits = jnp.asarray(np.tile(LOGITS, (4, 1)), jnp.bfloat16)
     keys = jax.random.split(jax.random.key(0), 4)

@@ -23,6 +23,7 @@ from opd_jax.training import batch, objective
 from opd_jax.training.objective import Terms
 from opd_jax.types import Ends, Frozen, Outcome, Rollout
 from tests.conftest import noisy_params, random_rows, tiny_config
+from tests.support.lanes import slow
 
 pytestmark = pytest.mark.short
 
@@ -159,6 +160,7 @@ def test_a_temperature_divides_the_logits_of_every_model_before_the_ends_are_sum
     np.testing.assert_allclose(jax.nn.softmax(plain), [1 / 18, 4 / 18, 0, 13 / 18], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_sampler_records_what_the_scorer_says_at_its_temperature():
     tempered = Events(scored_V=SCORED, ends=ENDS, temperature=0.7)
     counted = SCORED.copy()
@@ -289,7 +291,10 @@ def gradient(terms: Terms) -> np.ndarray:
     return np.asarray(jax.jit(jax.grad(of_head))(decoder.head(weights("student"))))
 
 
-@pytest.mark.parametrize("name", CASES)
+CHEAP = [name for name in CASES if not name.startswith("KL over ") or name == "KL over student"]
+
+
+@pytest.mark.parametrize("name", [*CHEAP, *slow(*(name for name in CASES if name not in CHEAP))])
 def test_the_gradient_on_the_end_tokens_is_that_of_the_formula(name):
     """Central differences in float64 of the written-out loss, along random directions of the rows of
     both end tokens, of an ordinary id, and of an end token of the teacher's."""

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from tests.support.lanes import slow
 from tests.support.paths import ROOT
 
 STUDENT = ROOT / "opd_jax" / "tiny" / "student"
@@ -42,11 +43,13 @@ def without_template(folder: pathlib.Path) -> str:
     [
         (GOOD, "", ["--config.data.columns.answer=gold"], "column 'gold' is not there"),
         ([*GOOD, {"question": "?", "answer": ""}], "", [], "line 4: no answer"),
-        (GOOD, '{"question": "?\n', [], "line 4"),
-        (GOOD, "", ["--config.eval.benchmarks=gsm8k={file}"], "got 3 problems, wanted the 1319"),
-        (GOOD, "", ["--config=configs/evaluate.py:qwen2.5-math", "--model={bare}"],
-         "no chat template, wanted one"),
-        (GOOD, "", ["--config=configs/evaluate.py:lufy"], "did you mean 'luffy'"),
+        *slow(
+            (GOOD, '{"question": "?\n', [], "line 4"),
+            (GOOD, "", ["--config.eval.benchmarks=gsm8k={file}"], "got 3 problems, wanted the 1319"),
+            (GOOD, "", ["--config=configs/evaluate.py:qwen2.5-math", "--model={bare}"],
+             "no chat template, wanted one"),
+            (GOOD, "", ["--config=configs/evaluate.py:lufy"], "did you mean 'luffy'"),
+        ),
     ],
     ids=["column", "empty answer", "broken line", "size", "template", "protocol"],
 )  # fmt: skip

@@ -274,8 +274,8 @@ def test_the_guard_is_off_and_rows_go_on_by_default():
         config = method.get_config()
         assert config.guard.action == "off"
         assert config.rollout.stop_on_repetition == 0
-        assert not collapse_guard.may_raise_beta_kl(config)
-        assert not collapse_guard.may_raise_lambda_gold(config)
+        assert not guard_limits.may_raise_beta_kl(config)
+        assert not guard_limits.may_raise_lambda_gold(config)
 
 
 @pytest.mark.parametrize("action", guard_limits.ACTIONS)
@@ -284,13 +284,13 @@ def test_actions_are_valid_and_say_what_they_may_raise(action):
     validate(config)
     raises = action in ("strengthen", "rollback")
     assert (
-        collapse_guard.may_raise_beta_kl(config)
-        == collapse_guard.may_raise_lambda_gold(config)
+        guard_limits.may_raise_beta_kl(config)
+        == guard_limits.may_raise_lambda_gold(config)
         == raises
     )
     config = with_fields(config, guard__lambda_gold_max=0.0)
     validate(config)
-    assert not collapse_guard.may_raise_lambda_gold(config)
+    assert not guard_limits.may_raise_lambda_gold(config)
 
 
 @pytest.mark.parametrize(

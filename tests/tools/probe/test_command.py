@@ -15,6 +15,7 @@ from opd_jax.errors import ConfigError, DataError, OpdError, WorkdirError
 from opd_jax.tools import probe
 from opd_jax.tools.probe import run as runner
 from opd_jax.tools.probe import workload
+from tests.support.lanes import slow
 from tests.support.paths import ROOT
 from tests.tools.probe.conftest import questions
 
@@ -124,8 +125,10 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
     ("arguments", "status", "says"),
     [
         ([], 2, "a name is missing, wanted pair or continuation"),
-        (["pear"], 2, "did you mean 'pair'?"),
-        (["pair", "more"], 2, "got 'more', wanted flags only"),
+        *slow(
+            (["pear"], 2, "did you mean 'pair'?"),
+            (["pair", "more"], 2, "got 'more', wanted flags only"),
+        ),
     ],
 )
 def test_mistakes_on_the_command_line_are_one_line(arguments, status, says):

@@ -74,6 +74,7 @@ def test_hand_labelled_pairs(kind):
     assert missed == KNOWN & {pair[:2] for pair in PAIRS[kind]}
 
 
+@pytest.mark.slow
 def test_the_switch_gives_the_bare_verdict():
     pairs = [(rf"\boxed{{{answer}}}", gold) for answer, gold in [
         (r"\text{073}", "073"), ("52_9", "52_8"), ("1e5", "100000"), (r"\frac12", "0.5"), ("7", "007"),

@@ -5,6 +5,7 @@ import time
 import pytest
 
 from opd_jax.grading import Grade, Grader, worker
+from tests.support.lanes import slow
 
 CORRECT, WRONG, UNPARSED, TIMEOUT = Grade
 BOMB = r"9^{9^{9^9}}"
@@ -82,7 +83,7 @@ def test_fall_backs(grader):
     assert grader.grade(pairs, fallbacks=both) == [CORRECT, CORRECT, CORRECT, UNPARSED]
 
 
-@pytest.mark.parametrize("rule", ["units", "several"])
+@pytest.mark.parametrize("rule", ["units", *slow("several")])
 def test_bombs_under_every_rule(grader, rule):
     assert_bombs_are_defused(grader, rule)
 

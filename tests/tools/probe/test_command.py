@@ -138,6 +138,7 @@ def test_mistakes_on_the_command_line_are_one_line(arguments, status, says):
     assert says in done.stderr
 
 
+@pytest.mark.slow
 def test_overrides_count_on_top_of_the_config_of_the_run(run):
     """The run has no teacher and 192 tokens; both are told, so its config was read."""
     done = command("continuation", f"--workdir={run}", "--config.probe.depths=5,192")

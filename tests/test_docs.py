@@ -15,6 +15,7 @@ from ml_collections import config_flags
 
 from opd_jax.config import validate
 from opd_jax.config.validate import validate_evaluation
+from tests.support.lanes import slow
 from tests.support.paths import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -78,7 +79,9 @@ def test_launcher_and_flags_are_there(page, launcher, arguments):
             assert name in known or name in {f"no{flag}" for flag in known}, argument
 
 
-@pytest.mark.parametrize("launcher", sorted({launcher for _, launcher, _ in COMMANDS}))
+@pytest.mark.parametrize(
+    "launcher", ["train", *slow(*sorted({launcher for _, launcher, _ in COMMANDS} - {"train"}))]
+)
 def test_every_launcher_starts_and_says_what_it_takes(launcher):
     done = subprocess.run(
         [sys.executable, f"launch/{launcher}.py", "--help"],

@@ -168,6 +168,7 @@ def test_bombs_cost_one_time_out_together(grader):
     assert time.monotonic() - start < TIMEOUT_S + 20
 
 
+@pytest.mark.slow
 def test_a_busy_machine_gives_the_grades_of_an_idle_one():
     """The limit is of processor time: a process that waits for a core does not use it up."""
     with Grader(workers=1, timeout_s=0.5) as grader:
@@ -183,6 +184,7 @@ def test_a_busy_machine_gives_the_grades_of_an_idle_one():
         assert grader.grade([BOMB]) == [TIMEOUT]
 
 
+@pytest.mark.slow
 def test_a_process_that_sleeps_is_given_up(monkeypatch):
     monkeypatch.setattr(grading, "_PATIENCE", 2.0)
     with Grader(workers=1, timeout_s=0.5) as grader:
@@ -211,6 +213,7 @@ def test_what_has_no_gold_answer_has_no_grade(grader):
     assert grader.grade_answered(iter(given)) == [CORRECT, None, UNPARSED, WRONG]
 
 
+@pytest.mark.slow
 def test_a_process_killed_from_outside_is_replaced(grader):
     grader.start()
     grader.grade([RIGHT, RIGHT])

@@ -118,6 +118,7 @@ def test_greedy_is_argmax_step_by_step(params):
     np.testing.assert_array_equal(greedy.tokens_BT, rows)
 
 
+@pytest.mark.slow
 def test_an_end_token_in_the_last_slot_of_the_budget_is_eos(params):
     free = roll(params, stop_ids=())
     assert (free.outcome_B == Outcome.BUDGET).all()
@@ -132,6 +133,7 @@ def test_an_end_token_in_the_last_slot_of_the_budget_is_eos(params):
     assert stopped.outcome_B[row] == Outcome.EOS
 
 
+@pytest.mark.slow
 def test_vocabulary_limits_what_is_sampled(params):
     rollout = roll(params, vocabulary=10, stop_ids=(), temperature=3.0)
     sampled = rollout.tokens_BT[rollout.response_mask_BT]

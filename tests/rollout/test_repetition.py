@@ -133,6 +133,7 @@ def test_off_is_the_default_and_holds_no_state(params, free):
     assert decode_chunk._cache_size() == programs
 
 
+@pytest.mark.slow
 def test_an_end_token_is_eos_and_cannot_close_a_cycle(params):
     """The token that it would have to equal would have ended the row before."""
     free = roll(params, vocabulary=3)

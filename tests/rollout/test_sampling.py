@@ -77,6 +77,7 @@ def test_the_most_likely_keep_ties():
     np.testing.assert_array_equal(stay, [False, True, True, True, True, False])
 
 
+@pytest.mark.slow
 def test_draws_over_several_blocks_of_the_vocabulary_follow_the_exact_distribution():
     """Ids 300, in blocks of 16, the last not full, one block without any mass, one with a peak."""
     logits = np.random.default_rng(0).standard_normal(300).astype(np.float32)

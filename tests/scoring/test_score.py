@@ -190,6 +190,7 @@ def test_micro_batches_and_chunks_change_nothing(student, teacher, microbatch_to
     )
 
 
+@pytest.mark.slow
 def test_ids_that_are_not_scored_carry_no_mass(student, teacher):
     """Holes in the shared ids equal a vocabulary from which those ids are struck out."""
     scored_V = np.ones(VOCAB, bool)

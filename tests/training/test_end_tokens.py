@@ -126,6 +126,7 @@ def test_entropy_and_divergence_are_over_events():
     np.testing.assert_allclose(got.reverse_kl_BT[MASK], kl[MASK], atol=2e-5)
 
 
+@pytest.mark.slow
 def test_sampler_and_scorer_agree_on_the_end():
     """Whatever end token is drawn, the sampler's record is the scorer's log-prob of the end."""
     drawn_V = SCORED.copy()
@@ -291,10 +292,10 @@ def gradient(terms: Terms) -> np.ndarray:
     return np.asarray(jax.jit(jax.grad(of_head))(decoder.head(weights("student"))))
 
 
-CHEAP = [name for name in CASES if not name.startswith("KL over ") or name == "KL over student"]
+FAST = ("OPD", "GRPO", "reference KL", "reverse KL", "advantage over student")
 
 
-@pytest.mark.parametrize("name", [*CHEAP, *slow(*(name for name in CASES if name not in CHEAP))])
+@pytest.mark.parametrize("name", [*FAST, *slow(*(name for name in CASES if name not in FAST))])
 def test_the_gradient_on_the_end_tokens_is_that_of_the_formula(name):
     """Central differences in float64 of the written-out loss, along random directions of the rows of
     both end tokens, of an ordinary id, and of an end token of the teacher's."""

@@ -137,6 +137,7 @@ def test_rollout_loss_in_float64(rows):
     np.testing.assert_allclose(total, 0.7 * opd + 0.2 * kl, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_teacher_equal_to_the_student_teaches_nothing(rows):
     scores = scoring.score(
         STUDENT, CONFIG, STUDENT, CONFIG, rows.tokens_BT, rows.length_B,

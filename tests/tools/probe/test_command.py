@@ -14,6 +14,7 @@ from opd_jax.config.validate import validate
 from opd_jax.errors import ConfigError, DataError, OpdError, WorkdirError
 from opd_jax.tools import probe
 from opd_jax.tools.probe import workload
+from tests.support.lanes import slow
 from tests.support.paths import ROOT
 from tests.tools.probe.conftest import questions
 
@@ -124,8 +125,10 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
     ("arguments", "status", "says"),
     [
         ([], 2, "a name is missing, wanted pair or continuation"),
-        (["pear"], 2, "did you mean 'pair'?"),
-        (["pair", "more"], 2, "got 'more', wanted flags only"),
+        *slow(
+            (["pear"], 2, "did you mean 'pair'?"),
+            (["pair", "more"], 2, "got 'more', wanted flags only"),
+        ),
     ],
 )
 def test_mistakes_on_the_command_line_are_one_line(arguments, status, says):
@@ -135,6 +138,7 @@ def test_mistakes_on_the_command_line_are_one_line(arguments, status, says):
     assert says in done.stderr
 
 
+@pytest.mark.slow
 def test_overrides_count_on_top_of_the_config_of_the_run(run):
     """The run has no teacher and 192 tokens; both are told, so its config was read."""
     done = command("continuation", f"--workdir={run}", "--config.probe.depths=5,192")

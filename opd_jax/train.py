@@ -218,7 +218,7 @@ class _Run:
             last = response.stop or step == config.steps
             due = bool(last or (config.eval.every and step % config.eval.every == 0))
             self.stop.mind_deadline(pace.lap())
-            asked = multihost.heard(self.stop.reason)
+            asked = multihost.agree_on_stop(self.stop.reason)
             if asked is not None and not last:
                 self._end_early(step, row, sampled, asked, due=due)
             self._finish(step, row, sampled, due=due, last=last)
@@ -362,6 +362,6 @@ def _facts(config: ConfigDict, path: str) -> dict[str, Any]:
 
 def _leave_if_asked(stop: Stop, where: str) -> None:
     """End where nothing has happened since the last checkpoint."""
-    asked = multihost.heard(stop.reason)
+    asked = multihost.agree_on_stop(stop.reason)
     if asked is not None:
         raise Interrupted(f"{asked}: ended {where}; run the same command again to go on")

@@ -22,7 +22,7 @@ from opd_jax.models.attention import attend_causal
 from opd_jax.models.config import ModelConfig
 from opd_jax.models.kv_cache import Cache
 from opd_jax.models.remat import checkpointed
-from opd_jax.sharding.partition import sliced, whole
+from opd_jax.sharding.partition import gather, has_slices
 from opd_jax.types import Array
 
 Params = dict[str, Any]
@@ -135,13 +135,13 @@ def hidden_states(
     def layer(carry: tuple, inputs: tuple[jax.Array, Params]) -> tuple[tuple, None]:
         (x_BTD, sums), (index, weights) = carry, inputs
         weights, sums = layer_gradients.lend(x_BTD.dtype, weights, sums, index)
-        x_BTD, _ = _apply(config, whole(weights), x_BTD, tables, attend)
+        x_BTD, _ = _apply(config, gather(weights), x_BTD, tables, attend)
         return (x_BTD, sums), None
 
     def plain(x_BTD: jax.Array, weights: Params) -> tuple[jax.Array, None]:
-        return _apply(config, whole(weights), x_BTD, tables, attend)
+        return _apply(config, gather(weights), x_BTD, tables, attend)
 
-    if sliced(params) and remat == "none":
+    if has_slices(params) and remat == "none":
         remat = "slices"
     if "sums" in params:
         layers = (jnp.arange(config.num_layers), params["layers"])
@@ -155,7 +155,7 @@ def hidden_states(
 
 def head(params: Params) -> jax.Array:
     """The output matrix [V, D]: the embedding where the two are tied."""
-    return whole(params["head"]["kernel"] if "head" in params else params["embed"]["embedding"])
+    return gather(params["head"]["kernel"] if "head" in params else params["embed"]["embedding"])
 
 
 def head_alone(params: Params) -> Params:
@@ -250,7 +250,7 @@ def decode(
 
 @jax.named_scope("embed")
 def _embedded(params: Params, tokens: jax.Array) -> jax.Array:
-    return whole(params["embed"]["embedding"])[tokens]
+    return gather(params["embed"]["embedding"])[tokens]
 
 
 def _apply(

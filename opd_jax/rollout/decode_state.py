@@ -133,7 +133,7 @@ def prefill(
     token: sampling then has one place. `key_B2` holds the data of each row's key.
     """
     own = partial(_prefill, config=config)
-    each = mesh.each(own, (WHOLE, *[ROWS] * 6), ROWS)
+    each = mesh.per_replica(own, (WHOLE, *[ROWS] * 6), ROWS)
     state = each(layers, state, tokens_BT, length_B, limit_B, slot_B, key_B2)
     return _where_slots_lie(state, mesh)
 
@@ -218,7 +218,7 @@ def decode_chunk(
         top_k=top_k, stop_ids=stop_ids, vocabulary=vocabulary,
         stop_on_repetition=stop_on_repetition,
     )  # fmt: skip
-    each = mesh.each(own, (WHOLE, ROWS, WHOLE, WHOLE, WHOLE), ROWS)
+    each = mesh.per_replica(own, (WHOLE, ROWS, WHOLE, WHOLE, WHOLE), ROWS)
     return _where_slots_lie(each(layers, state, few_live, drawn_V, events), mesh)
 
 

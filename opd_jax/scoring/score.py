@@ -192,7 +192,7 @@ def score_part(
         vocabulary=vocabulary, top_k=top_k, token_chunk=token_chunk, support=support,
         keep_hidden=keep_hidden,
     )  # fmt: skip
-    each = mesh.each(own, (WHOLE, WHOLE, ROWS, ROWS, ROWS, WHOLE), ROWS)
+    each = mesh.per_replica(own, (WHOLE, WHOLE, ROWS, ROWS, ROWS, WHOLE), ROWS)
     return each(student, teacher, tokens_BT, length_B, other, events)
 
 

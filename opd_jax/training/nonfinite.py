@@ -140,7 +140,7 @@ def bad_rows(
             grads = accumulate.mesh.zeros(params)
             value, parts, grads = add(params, frozen, taken, mine, grads)
             measured = {f"loss/{term}": x for term, x in parts.items()} | {"loss/total": value}
-            norm = optax.tree.norm(accumulate.mesh.summed(grads))
+            norm = optax.tree.norm(accumulate.mesh.reduce(grads))
             fetched = jax.device_get(accumulate.mesh.total(measured) | {"gradient": norm})
             return tuple(k for k, x in fetched.items() if not np.isfinite(x).all())
 

@@ -122,7 +122,7 @@ class StepFunctions:
 
     def initial_state(self, student: models.Params) -> TrainState:
         """The state before the first update; takes the buffers of `student` over."""
-        return self.spec.mesh.masters_of(self._begin, student)
+        return self.spec.mesh.init_masters(self._begin, student)
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state."""
@@ -131,7 +131,7 @@ class StepFunctions:
 
     def compute_weights(self, masters: models.Params) -> models.Params:
         """Reshard and cast float32 weights to the student's compute weights."""
-        return self.spec.mesh.compute(masters, self.spec.dtype)
+        return self.spec.mesh.compute_weights(masters, self.spec.dtype)
 
     def teacher_weights(
         self, scorer: models.Params | None, state: TrainState, student: models.Params | None = None
@@ -188,7 +188,7 @@ class StepFunctions:
         """
         spec, mesh, terms = self.spec, self.spec.mesh, self.spec.terms
         state = self.abstract_state()
-        student = jax.eval_shape(partial(mesh.compute, dtype=spec.dtype), state.params)
+        student = jax.eval_shape(partial(mesh.compute_weights, dtype=spec.dtype), state.params)
         student = mesh.structs(student, mesh.weights(student))
         if teacher is None and spec.teacher is not None:
             teacher = student

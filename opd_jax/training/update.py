@@ -14,7 +14,7 @@ import optax
 from opd_jax.aot import Program
 from opd_jax.data import microbatches
 from opd_jax.models import decoder
-from opd_jax.sharding.mesh import APART, ONE, ROWS, SUMS, WHOLE, Mesh
+from opd_jax.sharding.mesh import ONE, ROWS, SUMS, UNREDUCED, WHOLE, Mesh
 from opd_jax.training.objective import ON_GOLDEN, ON_ROLLOUTS, GoldenLoss, Parts, RolloutLoss
 from opd_jax.types import Frozen, GoldenRows, RolloutRows, TrainState
 
@@ -126,7 +126,7 @@ class Gradients:
                 value, parts, grads = add(params, frozen, taken, mine, grads)
                 for name, x in (parts | {"total": value}).items():
                     sums[name] = sums[name] + x if name in sums else x
-        return self.mesh.summed(grads), {"total": jnp.zeros(())} | self.mesh.total(sums)
+        return self.mesh.reduce(grads), {"total": jnp.zeros(())} | self.mesh.total(sums)
 
     def split(self, rows: RolloutRows | GoldenRows) -> list[microbatches.MicroBatch]:
         """The micro-batches that rows are passed through in."""
@@ -217,7 +217,7 @@ class Update:
     def program(self, state: TrainState, *, limited: bool = False) -> Program:
         """What follows the gradient; `limited`: where its norm has a limit."""
         most = (np.float32(np.inf),) if limited else ()
-        total = self.mesh.structs(jax.ShapeDtypeStruct((), jnp.float32), self.mesh.whole)
+        total = self.mesh.structs(jax.ShapeDtypeStruct((), jnp.float32), self.mesh.replicated)
         return Program("optimizer", self.apply, (state, state.params, total, *most))
 
 
@@ -319,9 +319,11 @@ def make_add(loss: Callable, dtype: jnp.dtype, mesh: Mesh = ONE) -> Callable:
 
     @partial(jax.jit, donate_argnums=(4,))
     def add_gradient(params: Any, frozen: Frozen, rows: Any, weights: Any, grads: Any) -> tuple:
-        each = mesh.each(own_gradient, (WHOLE, WHOLE, ROWS, WHOLE, SUMS), (APART, APART, SUMS))
+        each = mesh.per_replica(
+            own_gradient, (WHOLE, WHOLE, ROWS, WHOLE, SUMS), (UNREDUCED, UNREDUCED, SUMS)
+        )
         value, parts, grads = each(params, frozen, rows, weights, grads)
-        return value, parts, mesh.constrain(grads, mesh.apart(params))
+        return value, parts, mesh.constrain(grads, mesh.unreduced(params))
 
     return add_gradient
 

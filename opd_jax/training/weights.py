@@ -42,7 +42,7 @@ def load_weights(setup: Setup, *, student: bool) -> Weights:
         teacher = scorer = load(path, dtype, places(setup.teacher, "teacher"))
         if alignment.head_rows is not None:
             scorer = models.with_head_rows(teacher, jnp.asarray(alignment.head_rows))
-        teacher, scorer = (mesh.lend(weights, "teacher") for weights in (teacher, scorer))
+        teacher, scorer = (mesh.reshard(weights, "teacher") for weights in (teacher, scorer))
     if setup.terms.needs_reference:
         path, dtype = setup.reference_section.path, config.reference.dtype
         same = (path, dtype) == (config.teacher.path, config.teacher.dtype)
@@ -51,7 +51,7 @@ def load_weights(setup: Setup, *, student: bool) -> Weights:
             reference = teacher
         else:
             reference = load(path, dtype, places(setup.reference, "reference"))
-            reference = mesh.lend(reference, "reference")
+            reference = mesh.reshard(reference, "reference")
     own = None
     if student:
         masters = mesh.masters(decoder.abstract_params(setup.student))

@@ -1,4 +1,4 @@
-"""One batch of prompts becomes experience: rollouts, what both models say of them, which are right."""
+"""Experience collection: roll out a batch of prompts, score it with student and teacher, grade it."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -21,12 +21,12 @@ from opd_jax.types import Rollout, Scores, TeacherRows
 
 @dataclasses.dataclass(frozen=True)
 class Experience:
-    """A step's rollouts and what is known of them; host arrays, `samples_per_prompt` rows a prompt.
+    """A step's rollouts with scores and grades; host arrays of `samples_per_prompt` rows per prompt.
 
     Attributes:
       rollout, scores: the records.
-      mask_BT: tokens that both models are held to. repeated_BT: tokens that repeat earlier ones.
-      flagged_B: rollouts that repeat themselves.
+      mask_BT: tokens that both models score. repeated_BT: tokens that repeat earlier ones.
+      flagged_B: repetitive rollouts.
       grades: of the responses; None where a problem has no answer.
       texts: of the responses.
     """
@@ -41,22 +41,22 @@ class Experience:
 
     @property
     def graded_B(self) -> np.ndarray:
-        """Rollouts that have a grade which says something about them; a time-out does not."""
+        """Rollouts with a grade that decides whether they are correct; a time-out does not."""
         return np.array([decided(grade) for grade in self.grades])
 
     @property
     def correct_B(self) -> np.ndarray:
-        """Rollouts whose answer is right; see `graded_B` for where this is known."""
+        """Rollouts whose answer is correct; known only where `graded_B` is true."""
         return np.array([grade is Grade.CORRECT for grade in self.grades])
 
 
 class Collector:
-    """Makes `Experience` as the config says; keeps nothing between steps."""
+    """Collect `Experience` according to the config; stateless between steps."""
 
     def __init__(self, setup: Setup, functions: StepFunctions, grader: Grader):
         self.setup, self.config, self.grader = setup, setup.config, grader
         self.functions = functions
-        self._background = ThreadPoolExecutor(max_workers=1)  # reads the texts
+        self._background = ThreadPoolExecutor(max_workers=1)  # decodes and grades
 
     def collect(
         self,
@@ -67,7 +67,7 @@ class Collector:
         key: jax.Array,
         clock: Clock,
     ) -> Experience:
-        """Roll out, score, grade. `student` and `teacher` are in the dtypes they compute in."""
+        """Roll out, score, grade. `student` and `teacher` are in their compute dtypes."""
         group = self.config.rollout.samples_per_prompt
         with stage("rollout"):
             grouped = [prompt for prompt in batch.prompts for _ in range(group)]
@@ -81,9 +81,9 @@ class Collector:
         clock.lap("score", rollout.response_length_B.sum())
         with stage("read"):
             texts, grades = reading.result()
-            if multihost.several():  # an answer that timed out in one might not in another
-                told = multihost.from_first(lambda: [grade and grade.value for grade in grades])
-                grades = [value and Grade(value) for value in told]
+            if multihost.several():  # grading may time out in one process and not in another
+                values = multihost.from_first(lambda: [grade and grade.value for grade in grades])
+                grades = [value and Grade(value) for value in values]
             return self.understand(rollout, scores, texts, grades)
 
     def understand(
@@ -93,7 +93,7 @@ class Collector:
         texts: list[str],
         grades: Sequence[Grade | None],
     ) -> Experience:
-        """Which tokens count and which repeat, which rollouts are right: only a CORRECT one is."""
+        """Flag repetitive rollouts, and build the masks of scored and of repeated tokens."""
         section, alignment = self.config.metrics, self.setup.alignment
         flagged_B = metrics.flagged(
             texts,
@@ -119,25 +119,26 @@ class Collector:
             texts=texts,
         )
 
-    def measure(self, given: Experience) -> dict[str, float]:
-        """The `rollout/*` and `score/*` keys."""
+    def measure(self, experience: Experience) -> dict[str, float]:
+        """Return the metrics `rollout/*` and `score/*`."""
         section, rollout = self.config.metrics, self.config.rollout
-        asked = any(given.grades)
+        has_grades = any(experience.grades)
         row = metrics.step_metrics(
-            given.rollout, given.scores, given.mask_BT, given.texts, given.flagged_B,
-            given.repeated_BT, correct_B=given.correct_B if asked else None, graded_B=given.graded_B,
+            experience.rollout, experience.scores, experience.mask_BT, experience.texts,
+            experience.flagged_B, experience.repeated_BT,
+            correct_B=experience.correct_B if has_grades else None, graded_B=experience.graded_B,
             positions=section.positions,
             hedging=section.hedging, max_response_tokens=rollout.max_response_tokens,
             stops_on_repetition=rollout.stop_on_repetition > 0,
         )  # fmt: skip
-        if asked:
-            row["rollout/grading_timeouts"] = float(given.grades.count(Grade.TIMEOUT))
+        if has_grades:
+            row["rollout/grading_timeouts"] = float(experience.grades.count(Grade.TIMEOUT))
         return row
 
     def _teacher_rows(
         self, rollout: Rollout, prompts: Sequence[Sequence[int]] | None
     ) -> TeacherRows | None:
-        """The rollouts as the teacher reads them, where that is not as the student does."""
+        """Return the rollouts as the teacher reads them; None where it reads the student's rows."""
         setup, samples = self.setup, self.config.rollout.samples_per_prompt
         if prompts is None:
             return None
@@ -149,7 +150,7 @@ class Collector:
         )
 
     def _read(self, rollout: Rollout, answers: list[str]) -> tuple[list[str], list[Grade | None]]:
-        """Texts of the responses, and their grades, made by other processes; None without an answer."""
+        """Decode the responses and grade them in worker processes; a grade is None without an answer."""
         decode = self.setup.tokenizer.decode
         texts = [decode(rollout.response(i)) for i in range(len(rollout.length_B))]
         if not multihost.first():

@@ -160,7 +160,7 @@ def _one_of_several() -> bool:
     if "coordinator" not in FLAGS:
         multihost.require_alone()
         return False
-    return multihost.asked(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
+    return multihost.requested(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
 
 
 def _connect() -> None:

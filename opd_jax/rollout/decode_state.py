@@ -131,7 +131,7 @@ def prefill(model: Model, state: Slots, prompts: Admitted, mesh: Mesh = ONE) -> 
     The last prompt token is fed again by the first decode step, which samples the first response
     token: sampling then has one place.
     """
-    each = mesh.each(_prefill, (WHOLE, ROWS, ROWS), ROWS)
+    each = mesh.per_replica(_prefill, (WHOLE, ROWS, ROWS), ROWS)
     return _where_slots_lie(each(model, state, prompts), mesh)
 
 
@@ -180,7 +180,7 @@ def decode_chunk(
     On a mesh every replica stops when it has no more, whatever the others do.
     """
     own = partial(_decode_chunk, steps=steps)
-    each = mesh.each(own, (WHOLE, ROWS, WHOLE, WHOLE), ROWS)
+    each = mesh.per_replica(own, (WHOLE, ROWS, WHOLE, WHOLE), ROWS)
     return _where_slots_lie(each(model, state, few_live, sampling), mesh)
 
 

@@ -1,9 +1,9 @@
-"""Log-probs of rows without ever holding [batch, time, vocabulary].
+"""Score rows with student and teacher, without an array [batch, time, vocabulary].
 
-`map_tokens` is the only place, beside the sampler, that knows about the shift by one: the hidden
-state at t-1 predicts token t. It walks over chunks of tokens, builds the logits of one chunk in
-float32, hands them to a function, and keeps only what that returns; in the backward pass each
-chunk's logits are made again.
+`map_tokens` is the only place, besides the sampler, that knows about the shift by one: the hidden
+state at t-1 predicts token t. It iterates over chunks of tokens, computes the logits of one chunk in
+float32, passes them to a function, and keeps only its result; the backward pass recomputes each
+chunk's logits.
 """
 
 from functools import partial
@@ -51,7 +51,7 @@ class ScoreSpec(flax.struct.PyTreeNode):
 def teacher_states(
     teacher: Model, tokens_BT: jax.Array, length_B: jax.Array, other: TeacherRows | None
 ) -> jax.Array:
-    """The teacher's hidden states [B, T, D] over the student's rows, read behind its own prompts if any."""
+    """Return the teacher's hidden states [B, T, D] for the student's rows, from its own rows if any."""
     if other is None:
         return decoder.hidden_states(teacher.params, teacher.config, tokens_BT, length_B)
     hidden = decoder.hidden_states(teacher.params, teacher.config, other.tokens_BT, other.length_B)
@@ -70,7 +70,7 @@ def token_logprob(
 ) -> jax.Array:
     """log p(tokens[b, t] | tokens[b, :t]) of right-padded rows; float32 [B, T], 0 at t = 0 and padding.
 
-    `vocabulary` cuts the logits to the first ids (those that the tokenizers share).
+    `vocabulary` restricts the logits to the first ids (those that the tokenizers share).
     """
     check_shapes(tokens_BT=tokens_BT, length_B=length_B)
     out = map_tokens(
@@ -94,7 +94,7 @@ def score(
     teacher_rows: TeacherRows | None = None,
     mesh: Mesh = ONE,
 ) -> Scores:
-    """Student and teacher on the same responses, in one pass over chunks of tokens; see `Scores`.
+    """Score the same responses with student and teacher, in one pass over chunks of tokens; see `Scores`.
 
     `teacher_rows` holds the responses behind the teacher's own prompts, where those differ. Rows go
     through the models in micro-batches of at most `microbatch_tokens` tokens, which bounds the
@@ -112,7 +112,7 @@ def score(
             )
         jax.tree.map(partial(microbatches.scatter, part=part), out, mesh.fetch(scores))
 
-    under_way = []
+    in_flight = []
     for part in microbatches.split(
         length_B, width=tokens_BT.shape[1], tokens=microbatch_tokens, teacher=teacher_rows,
         replicas=mesh.replicas,
@@ -121,10 +121,10 @@ def score(
         other = None if teacher_rows is None else microbatches.gather_teacher(teacher_rows, part)
         rows = mesh.rows((tokens, length, other))
         scores = score_part(student, teacher, *rows, spec, mesh=mesh)
-        under_way.append((part, scores))
-        if len(under_way) > 2:  # two keep the device busy while one is fetched; more would fill it
-            put(*under_way.pop(0))
-    for part, scores in under_way:
+        in_flight.append((part, scores))
+        if len(in_flight) > 2:  # two keep the device busy while one is fetched; more would fill it
+            put(*in_flight.pop(0))
+    for part, scores in in_flight:
         put(part, scores)
     return out
 
@@ -140,7 +140,7 @@ def programs(
     teacher_width: int = 0,
     mesh: Mesh = ONE,
 ) -> list[Program]:
-    """All that `score` compiles for `batch` rows of `width`, whatever their lengths.
+    """Return every program that `score` compiles for `batch` rows of `width`, whatever their lengths.
 
     `teacher_width` is that of the teacher's own rows, 0 where it has none; the parameters may be
     shapes and dtypes alone.
@@ -174,7 +174,7 @@ def score_part(
     mesh: Mesh = ONE,
 ) -> Scores:
     """`score` of one micro-batch, traced once for each of its shapes."""
-    each = mesh.each(_score_rows, (WHOLE, WHOLE, ROWS, ROWS, ROWS, WHOLE), ROWS)
+    each = mesh.per_replica(_score_rows, (WHOLE, WHOLE, ROWS, ROWS, ROWS, WHOLE), ROWS)
     return each(student, teacher, tokens_BT, length_B, other, spec)
 
 

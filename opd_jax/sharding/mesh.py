@@ -1,12 +1,12 @@
-"""The devices of a run as a mesh `data x fsdp x tensor`: what lies where, and what replicas add up.
+"""Device mesh `data x fsdp x tensor`: shardings of weights and batches, reductions over replicas.
 
-Rows are divided over data x fsdp: each such part is a replica, which works on its own rows with its own
-copy of the compute weights and hears nothing of the others. `tensor` divides heads and MLP of every
-replica. float32 masters, the optimiser's state and the moving average are divided among the replicas
-as well (ZeRO-1, arXiv 1910.02054): compute weights are made of them once a step, and the gradient, kept
-apart on every replica until all micro-batches are through, is summed into their parts once a step.
+The batch is sharded along data x fsdp. Each such shard belongs to one replica, which computes on it with
+its own copy of the compute weights and communicates with no other replica. `tensor` shards the heads and
+the MLP within a replica. The float32 masters, the optimiser's state and the moving average are sharded
+over the replicas as well (ZeRO-1, arXiv 1910.02054): once a step the compute weights are gathered from
+them, and the gradient, which stays unreduced until the last micro-batch, is reduce-scattered to them.
 
-On one device nothing of this is said to JAX: functions here hand back what they are given.
+On a single device JAX receives no shardings: the functions here return their arguments unchanged.
 """
 
 import dataclasses
@@ -32,50 +32,53 @@ from opd_jax.sharding.partition import (
     ROLES,
     TENSOR,
     Slice,
-    apart_axes,
     manual_specs,
+    unreduced_axes,
     unwrapped,
 )
 
 Tree = TypeVar("Tree")
-# What a replica gets of an argument, or makes of a result: its own rows; all of it (of a `Slice` its
-# slice); one of its own, where the array has an entry a replica; such a one of each weight.
-ROWS, WHOLE, APART, SUMS = "rows", "whole", "apart", "sums"
+# Partitioning of the arguments and results of shard_map. ROWS: split along the batch. WHOLE: replicated
+# (the local slice of a `Slice`). UNREDUCED: one entry per replica along a leading axis. SUMS: UNREDUCED
+# for every weight of a tree.
+ROWS, WHOLE, UNREDUCED, SUMS = "rows", "whole", "unreduced", "sums"
 
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-    """The devices of a run; static in jitted functions. `devices` is None where there is but one.
+    """The devices of a run; a static argument of jitted functions.
 
-    `sharded`: roles whose compute weights are slices along `fsdp`.
+    Attributes:
+      devices: JAX's mesh, or None on a single device.
+      sharded: roles whose compute weights are sharded along `fsdp`.
     """
 
     devices: jax.sharding.Mesh | None = None
     sharded: tuple[str, ...] = ()
 
     @property
-    def whole(self) -> NamedSharding | None:
-        """The sharding of what every device holds all of."""
+    def replicated(self) -> NamedSharding | None:
+        """The replicated sharding; None on one device."""
         return None if self.devices is None else NamedSharding(self.devices, P())
 
     @property
     def replicas(self) -> int:
-        """How many parts rows are divided into."""
+        """The number of shards of the batch."""
         return self._sizes[DATA] * self._sizes[FSDP]
 
     def rows(self, rows: Tree) -> Tree:
-        """Host arrays [B, ...] on the devices, each replica's rows on its own; B divides among them."""
+        """Place host arrays [B, ...] on the devices, sharded along B; the replicas must divide B."""
         if self.devices is None:
             return rows
-        place = partial(_placed, sharding=NamedSharding(self.devices, P(REPLICAS)))
+        place = partial(_place, sharding=NamedSharding(self.devices, P(REPLICAS)))
         return jax.tree.map(lambda x: place(np.asarray(x)), rows)
 
     def weights(self, params: Any) -> Any:
-        """Shardings of compute weights, stacked or not, from arrays or shapes; Nones on one device."""
+        """Return the shardings of compute weights (arrays or shapes, stacked or not); Nones on one device."""
         return self._shardings(params, self._weight_spec)
 
     def slices(self, params: Any, role: str) -> Any:
-        """The tree with a `Slice` around each weight of the role that is to be one; arrays or shapes."""
+        """Wrap in `Slice` every weight (array or shape) of `role` that `fsdp` shards."""
         if self.devices is None or role not in self.sharded:
             return params
 
@@ -85,45 +88,45 @@ class Mesh:
 
         return jax.tree_util.tree_map_with_path(one, params)
 
-    def lend(self, params: Any, role: str) -> Any:
-        """Global arrays as the role's compute weights, each where it belongs."""
+    def reshard(self, params: Any, role: str) -> Any:
+        """Reshard `params` to the layout of `role`'s compute weights."""
         if self.devices is None:
             return params
         params = self.slices(params, role)
 
-        def one(weight: jax.Array, place: NamedSharding) -> jax.Array:
-            there = weight.sharding.is_equivalent_to(place, weight.ndim)
-            return weight if there else jax.device_put(weight, place)
+        def one(weight: jax.Array, sharding: NamedSharding) -> jax.Array:
+            equal = weight.sharding.is_equivalent_to(sharding, weight.ndim)
+            return weight if equal else jax.device_put(weight, sharding)
 
         return jax.tree.map(one, params, self.weights(params))
 
     def masters(self, tree: Any) -> Any:
-        """Shardings of float32 weights, or of a tree that holds such (optimiser, whole state)."""
+        """Return the shardings of float32 masters, or of a tree that contains them (a train state)."""
         return self._shardings(tree, self._master_spec)
 
-    def apart(self, params: Any) -> Any:
-        """Shardings of one gradient a replica, from the weights'."""
+    def unreduced(self, params: Any) -> Any:
+        """Return the shardings of unreduced gradients, one per replica, from the weights."""
         return self._shardings(
-            params, lambda path, shape: P(apart_axes(path), *self._weight_spec(path, shape))
+            params, lambda path, shape: P(unreduced_axes(path), *self._weight_spec(path, shape))
         )
 
     def slots(self, head_axis: int | None = None) -> NamedSharding | None:
-        """The sharding of an array [B, ...] of decode slots, of which an axis may be key heads."""
+        """Return the sharding of an array [B, ...] of decode slots; `head_axis` is its axis of key heads."""
         if self.devices is None:
             return None
         if head_axis is None:
             return NamedSharding(self.devices, P(REPLICAS))
-        whole = (None,) * (head_axis - 1)
-        return NamedSharding(self.devices, P(REPLICAS, *whole, DIVIDED["kv_heads"]))
+        unsharded = (None,) * (head_axis - 1)
+        return NamedSharding(self.devices, P(REPLICAS, *unsharded, DIVIDED["kv_heads"]))
 
     def constrain(self, tree: Tree, shardings: Any) -> Tree:
-        """Inside a jitted function: the tree, and where it lies."""
+        """Constrain the tree to these shardings; inside a jitted function."""
         if self.devices is None:
             return tree
         return jax.lax.with_sharding_constraint(tree, shardings)
 
     def structs(self, tree: Any, shardings: Any = None) -> Any:
-        """Shapes, dtypes and places of a tree, as programs are compiled for; default: where it lies."""
+        """Return shapes, dtypes and shardings of a tree (its own by default), for compiling ahead of time."""
 
         def one(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
@@ -135,114 +138,120 @@ class Mesh:
         return jax.tree.map(one, tree, shardings)
 
     def row_structs(self, rows: Any) -> Any:
-        """`structs` of what `rows` would place."""
+        """Return the `structs` of the arrays that `rows` would place."""
         if self.devices is None:
             return rows
         sharding = NamedSharding(self.devices, P(REPLICAS))
         return self.structs(rows, jax.tree.map(lambda _: sharding, rows))
 
-    def each(
-        self, function: Callable, given: Sequence[str], made: str | tuple[str, ...]
+    def per_replica(
+        self, function: Callable, in_kinds: Sequence[str], out_kinds: str | tuple[str, ...]
     ) -> Callable:
-        """`function` on every replica by itself. Inside a jitted function.
+        """Wrap `function` in shard_map over (data, fsdp): it runs once per replica, on its shard.
 
-        `given`: ROWS, WHOLE, APART or SUMS, for each argument. `made`: the same for each result, but
-        not WHOLE; a result of SUMS has the tree of the one argument of SUMS.
+        Call the result under jit.
+
+        Args:
+          function: takes and returns the arrays of one replica.
+          in_kinds: ROWS, WHOLE, UNREDUCED or SUMS, one per argument.
+          out_kinds: one per result, and not WHOLE. A result of SUMS has the tree of the one argument of SUMS.
         """
         if self.devices is None:
             return function
 
-        def own(*args: Any) -> Any:
-            kinds = zip(args, given, strict=True)
-            out = function(*(_first(x) if k in (APART, SUMS) else x for x, k in kinds))
-            if isinstance(made, str):
-                return _as_entry(out) if made == APART else out
-            kinds = zip(out, made, strict=True)
-            return tuple(_as_entry(x) if k in (APART, SUMS) else x for x, k in kinds)
+        def on_replica(*args: Any) -> Any:
+            kinds = zip(args, in_kinds, strict=True)
+            out = function(*(_first(x) if k in (UNREDUCED, SUMS) else x for x, k in kinds))
+            if isinstance(out_kinds, str):
+                return _as_entry(out) if out_kinds == UNREDUCED else out
+            kinds = zip(out, out_kinds, strict=True)
+            return tuple(_as_entry(x) if k in (UNREDUCED, SUMS) else x for x, k in kinds)
 
         def call(*args: Any) -> Any:
-            asked = tuple(_spec(x, kind) for x, kind in zip(args, given, strict=True))
-            kinds = (made,) if isinstance(made, str) else made
-            assert WHOLE not in kinds, "nothing says that the replicas' results are equal"
-            sums = [spec for spec, kind in zip(asked, given, strict=True) if kind == SUMS]
-            assert SUMS not in kinds or len(sums) == 1, "a result of SUMS has one argument's tree"
+            in_specs = tuple(_spec(x, kind) for x, kind in zip(args, in_kinds, strict=True))
+            kinds = (out_kinds,) if isinstance(out_kinds, str) else out_kinds
+            assert WHOLE not in kinds, "nothing guarantees that the replicas' results are equal"
+            sums = [spec for spec, kind in zip(in_specs, in_kinds, strict=True) if kind == SUMS]
+            assert SUMS not in kinds or len(sums) == 1, (
+                "a result of SUMS needs one argument of SUMS"
+            )
             specs = tuple(sums[0] if kind == SUMS else P(REPLICAS) for kind in kinds)
-            results = specs[0] if isinstance(made, str) else specs
-            return self._apart_from_each_other(own, asked, results)(*args)
+            out_specs = specs[0] if isinstance(out_kinds, str) else specs
+            return self._shard_map(on_replica, in_specs, out_specs)(*args)
 
         return call
 
-    def masters_of(self, function: Callable, params: Any) -> Any:
-        """function(params), every part of it on its own device; takes the params over."""
+    def init_masters(self, function: Callable, params: Any) -> Any:
+        """Return function(params), computed and stored in the masters' sharding; donates `params`."""
         if self.devices is None:
             return function(params)
-        places = self.masters(jax.eval_shape(function, params))
-        return jax.jit(function, donate_argnums=0, out_shardings=places)(params)
+        shardings = self.masters(jax.eval_shape(function, params))
+        return jax.jit(function, donate_argnums=0, out_shardings=shardings)(params)
 
     def zeros(self, params: Any) -> Any:
-        """float32 zeros like the weights, one tree a replica: where gradients are summed."""
+        """Return float32 zeros like the weights, one tree per replica: the initial gradient sums."""
         return _zeros_like(params, mesh=self)
 
-    def summed(self, apart: Tree) -> Tree:
-        """The sum of gradients that replicas have apart, each part where its master lies."""
-        return apart if self.devices is None else _summed(apart, mesh=self)
+    def reduce(self, grads: Tree) -> Tree:
+        """Reduce-scatter unreduced gradients to the masters' shardings."""
+        return grads if self.devices is None else _summed(grads, mesh=self)
 
     def gradient_programs(self, params: Any) -> tuple[list[Program], Any]:
-        """What `zeros` and `summed` compile, and what they make and take, as shapes."""
-        like = {"mesh": self}
+        """Return the programs that `zeros` and `reduce` compile, and the unreduced gradients as shapes."""
+        static = {"mesh": self}
         grads = jax.eval_shape(partial(_zeros_like, mesh=self), params)
-        grads = self.structs(grads, self.apart(params))
-        programs = [Program("zero gradients", _zeros_like, (params,), like)]
+        grads = self.structs(grads, self.unreduced(params))
+        programs = [Program("zero gradients", _zeros_like, (params,), static)]
         if self.devices is not None:
-            programs.append(Program("sum of gradients", _summed, (grads,), like))
+            programs.append(Program("sum of gradients", _summed, (grads,), static))
         return programs, grads
 
     def weight_programs(self, masters: Any, dtype: jnp.dtype) -> list[Program]:
-        """What `compute` compiles."""
+        """Return the programs that `compute_weights` compiles."""
         if self.devices is None:
             return []
-        how = {"dtype": dtype, "role": "student", "mesh": self}
-        return [Program("compute weights", _compute, (masters,), how)]
+        static = {"dtype": dtype, "role": "student", "mesh": self}
+        return [Program("compute weights", _compute, (masters,), static)]
 
-    def total(self, apart: Tree) -> Tree:
-        """The sums of numbers that replicas have apart, for every device and process to read."""
-        return apart if self.devices is None else _total(apart, mesh=self)
+    def total(self, values: Tree) -> Tree:
+        """Sum values [replicas, ...] over the replicas; every device and process can read the result."""
+        return values if self.devices is None else _total(values, mesh=self)
 
-    def compute(self, masters: Any, dtype: jnp.dtype) -> Any:
-        """The compute weights in `dtype`; on one device the very same arrays where that is theirs."""
+    def compute_weights(self, masters: Any, dtype: jnp.dtype) -> Any:
+        """Return the compute weights in `dtype`; one device does not copy weights that have it already."""
         if self.devices is None:
             return jax.tree.map(lambda w: w if w.dtype == dtype else w.astype(dtype), masters)
         return _compute(masters, dtype=dtype, role="student", mesh=self)
 
     def fetch(self, tree: Any) -> Any:
-        """Host copies of a tree of arrays, wherever they lie; waits for them."""
-        here = all(leaf.is_fully_addressable for leaf in jax.tree.leaves(tree))
-        return jax.device_get(tree if here else _replicated(tree, mesh=self))
+        """Copy a tree of arrays to the host, however it is sharded; waits for the arrays."""
+        addressable = all(leaf.is_fully_addressable for leaf in jax.tree.leaves(tree))
+        return jax.device_get(tree if addressable else _replicated(tree, mesh=self))
 
     def check(self, role: str, model: Any) -> None:
-        """Raises ConfigError for a model that does not divide over `tensor`."""
+        """Raise ConfigError for a model that `tensor` does not divide."""
         partition.check(role, model, self._sizes, sharded=role in self.sharded)
 
     def describe(self) -> str:
-        """One line for the start of a run."""
+        """Describe the devices in one line, for the start of a run."""
         if self.devices is None:
             return f"devices: one {jax.devices()[0].device_kind}"
         sizes = " x ".join(f"{name} {self._sizes[name]}" for name in AXES)
         kind, processes = jax.devices()[0].device_kind, jax.process_count()
-        where = f" in {processes} processes" if processes > 1 else ""
-        return f"devices: {self.devices.size} {kind}{where}, {sizes}"
+        of_run = f" in {processes} processes" if processes > 1 else ""
+        return f"devices: {self.devices.size} {kind}{of_run}, {sizes}"
 
     @property
     def _sizes(self) -> Mapping[str, int]:
         return dict.fromkeys(AXES, 1) if self.devices is None else self.devices.shape
 
-    def _apart_from_each_other(self, function: Callable, given: Any, made: Any) -> Callable:
-        """`function` under shard_map; only `tensor`, where it divides anything, is left to the compiler."""
+    def _shard_map(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
+        """Wrap `function` in shard_map; `tensor`, where it shards anything, is left to the compiler."""
         return jax.shard_map(
             function,
             mesh=self.devices,
-            in_specs=given,
-            out_specs=made,
+            in_specs=in_specs,
+            out_specs=out_specs,
             axis_names=set(REPLICAS if self._sizes[TENSOR] > 1 else AXES),
             check_vma=False,
         )
@@ -267,24 +276,24 @@ ONE = Mesh()
 
 
 def make_mesh(section: Any, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of the config section `mesh` over all devices.
+    """Make the mesh of the config section `mesh` over all devices.
 
-    Raises ConfigError: as many devices as the section asks for are not there.
+    Raises ConfigError: the number of devices does not fit data x fsdp x tensor.
     """
     devices = jax.devices() if devices is None else devices
     data = partition.data_size(section, len(devices))
     if len(devices) == 1:
         return ONE
     shape = (data, section.fsdp, section.tensor)
-    # Auto, said explicitly: the default has changed before. What may be apart is kept so by shard_map.
+    # Auto is explicit because JAX's default has changed before. shard_map keeps unreduced values so.
     types = (AxisType.Auto,) * len(AXES)
     sharded = tuple(role for role in ROLES if section[role] == "sharded")
     return Mesh(jax.make_mesh(shape, AXES, axis_types=types, devices=devices), sharded)
 
 
 def _spec(x: Any, kind: str) -> Any:
-    """The partitioning of an argument of `Mesh.each`."""
-    return manual_specs(x, apart=kind == SUMS) if kind in (WHOLE, SUMS) else P(REPLICAS)
+    """Return the partitioning of an argument of `Mesh.per_replica`."""
+    return manual_specs(x, unreduced=kind == SUMS) if kind in (WHOLE, SUMS) else P(REPLICAS)
 
 
 def _first(tree: Tree) -> Tree:
@@ -295,8 +304,8 @@ def _as_entry(tree: Tree) -> Tree:
     return jax.tree.map(lambda x: x[None], tree)
 
 
-def _placed(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """A host array that every process has, on the devices of all of them."""
+def _place(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """Place a host array that every process holds on the devices of all processes."""
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
@@ -306,40 +315,41 @@ def _zeros_like(params: Any, *, mesh: Mesh) -> Any:
         return jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), params)
 
     def one(path: tuple, weight: Any) -> jax.Array:
-        apart = math.prod(map(mesh._sizes.__getitem__, apart_axes(path)))
-        return jnp.zeros((apart, *weight.shape), jnp.float32)
+        entries = math.prod(map(mesh._sizes.__getitem__, unreduced_axes(path)))
+        return jnp.zeros((entries, *weight.shape), jnp.float32)
 
-    return mesh.constrain(jax.tree_util.tree_map_with_path(one, params), mesh.apart(params))
+    return mesh.constrain(jax.tree_util.tree_map_with_path(one, params), mesh.unreduced(params))
 
 
 @partial(jax.jit, static_argnames=("mesh",))
-def _summed(apart: Any, *, mesh: Mesh) -> Any:
-    params = jax.tree.map(lambda g: jax.ShapeDtypeStruct(g.shape[1:], g.dtype), apart)
+def _summed(grads: Any, *, mesh: Mesh) -> Any:
+    params = jax.tree.map(lambda g: jax.ShapeDtypeStruct(g.shape[1:], g.dtype), grads)
     masters = jax.tree.map(lambda sharding: sharding.spec, mesh.masters(unwrapped(params)))
 
-    def add(apart: Any) -> Any:
-        kept = jax.tree_util.tree_map_with_path(lambda path, _: _Axes(apart_axes(path)), params)
+    def add(grads: Any) -> Any:
+        axes = jax.tree_util.tree_map_with_path(lambda path, _: _Axes(unreduced_axes(path)), params)
         return jax.tree.map(
-            lambda gradient, axes, spec: _scattered(gradient[0], axes.names, spec),
-            unwrapped(apart), unwrapped(kept), masters,
+            lambda gradient, axes, spec: _reduce(gradient[0], axes.names, spec),
+            unwrapped(grads), unwrapped(axes), masters,
         )  # fmt: skip
 
-    # Of all axes, `tensor` too: the compiler would gather what it divides before a reduction.
-    places = jax.tree.map(lambda sharding: sharding.spec, mesh.apart(params))
+    # shard_map takes all axes, `tensor` included: left to the compiler, an array that `tensor` shards
+    # would be gathered before its reduction.
+    specs = jax.tree.map(lambda sharding: sharding.spec, mesh.unreduced(params))
     return jax.shard_map(
-        add, mesh=mesh.devices, in_specs=(places,), out_specs=masters, check_vma=False
-    )(apart)
+        add, mesh=mesh.devices, in_specs=(specs,), out_specs=masters, check_vma=False
+    )(grads)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Axes:
-    """Names of axes as one leaf of a tree."""
+    """Names of mesh axes as one leaf of a tree."""
 
     names: tuple[str, ...]
 
 
-def _scattered(gradient: jax.Array, among: tuple[str, ...], spec: P) -> jax.Array:
-    """The sum among the devices of these axes, of which each keeps its part."""
+def _reduce(gradient: jax.Array, among: tuple[str, ...], spec: P) -> jax.Array:
+    """Sum over the devices of these axes; each keeps its own part where `spec` shards over them."""
     axes = [axis if isinstance(axis, tuple) else (axis,) for axis in spec]
     if among not in axes:
         return jax.lax.psum(gradient, among)
@@ -347,22 +357,22 @@ def _scattered(gradient: jax.Array, among: tuple[str, ...], spec: P) -> jax.Arra
 
 
 @partial(jax.jit, static_argnames=("mesh",))
-def _total(apart: Any, *, mesh: Mesh) -> Any:
-    return _whole(jax.tree.map(lambda x: jnp.sum(x, axis=0), apart), mesh)
+def _total(values: Any, *, mesh: Mesh) -> Any:
+    return _replicate(jax.tree.map(lambda x: jnp.sum(x, axis=0), values), mesh)
 
 
 @partial(jax.jit, static_argnames=("mesh",))
 def _replicated(tree: Any, *, mesh: Mesh) -> Any:
-    return _whole(tree, mesh)
+    return _replicate(tree, mesh)
 
 
-def _whole(tree: Any, mesh: Mesh) -> Any:
-    return jax.lax.with_sharding_constraint(tree, mesh.whole)
+def _replicate(tree: Any, mesh: Mesh) -> Any:
+    return jax.lax.with_sharding_constraint(tree, mesh.replicated)
 
 
 @partial(jax.jit, static_argnames=("dtype", "role", "mesh"))
 def _compute(masters: Any, *, dtype: jnp.dtype, role: str, mesh: Mesh) -> Any:
     cast = jax.tree.map(lambda w: w.astype(dtype), masters)
-    cast = mesh.constrain(cast, mesh.masters(cast))  # gathered in the dtype to compute in
+    cast = mesh.constrain(cast, mesh.masters(cast))  # cast first: the gather moves fewer bytes
     cast = mesh.slices(cast, role)
     return mesh.constrain(cast, mesh.weights(cast))

@@ -1,8 +1,9 @@
-"""Several processes as one run: started together, held to one config, one of them writing.
+"""Several processes as one run: how they start, agree on a config, and exchange host values.
 
-JAX's own runtime (`jax.distributed`) connects them. Each runs the same program on the same host data;
-arrays on the devices are divided (mesh.py), and what may differ from process to process (grades, files
-that are there, the time) the first decides and tells the others. One process alone hears nothing of this.
+JAX's own runtime (`jax.distributed`) connects them. Every process runs the same program on the same host
+data, and the arrays on the devices are sharded (mesh.py). Process 0 decides whatever may differ between
+processes (grades, which files exist, the time), broadcasts it, and alone writes files. A single process
+skips all of this.
 """
 
 import contextlib
@@ -22,41 +23,43 @@ import jax
 
 from opd_jax.errors import AGAIN, ConfigError, ProcessError
 
-GATHER_S = 45  # for all processes to come at the start
-HEARTBEAT_S = 20  # without a sign of life a process counts as lost
+GATHER_S = 45  # time limit for all processes to connect at the start
+HEARTBEAT_S = 20  # a process without a heartbeat for this long counts as lost
 LOST = (
-    "another process of the run is lost, or did not come in time; see what it said last, then start all "
-    "of them again: with the same --workdir the run goes on from its last checkpoint"
+    "another process of the run is lost, or did not connect in time; see its last output, then start all "
+    "processes again: with the same --workdir the run continues from its last checkpoint"
 )
-_TELL_S = 3600  # one may grade a benchmark, or read a model from the hub; a lost one shows by its heartbeat
+# Process 0 may be grading a benchmark or downloading a model; the heartbeat detects a lost process.
+_BROADCAST_S = 3600
 _SUPERVISED = "OPD_JAX_SUPERVISED"
-_TOLD = "opd_jax/heard"
-# Of SLURM, Open MPI, MPICH or Intel MPI, MVAPICH: how many tasks there are. JAX connects the first two's.
+_STOP_KEY = "opd_jax/stop"
+# Number of tasks, as SLURM, Open MPI, MPICH or Intel MPI, and MVAPICH set it. JAX connects only the tasks
+# of the first two.
 _LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 _turns = itertools.count()
 
 
-def asked(coordinator: str | None, count: int | None, index: int | None) -> bool:
-    """Whether this is one of several processes, by its flags or by what started it.
+def requested(coordinator: str | None, count: int | None, index: int | None) -> bool:
+    """Return whether this is one of several processes, by its flags or by its launcher.
 
-    Raises ConfigError: flags that are not all there or cannot be.
+    Raises ConfigError: some flags are missing, or their values are impossible.
     """
-    given = {"--coordinator": coordinator, "--num_processes": count, "--process_id": index}
-    missing = [name for name, value in given.items() if value is None]
-    if len(missing) == len(given):
+    flags = {"--coordinator": coordinator, "--num_processes": count, "--process_id": index}
+    missing = [name for name, value in flags.items() if value is None]
+    if len(missing) == len(flags):
         if _launched() > 1:
             return True
         name, tasks = _tasks()
         if tasks > 1:
             raise ConfigError(
-                f"{name}={tasks}: the tasks of this launcher do not find each other; start them with srun "
-                f"or Open MPI, or give each --coordinator=HOST:PORT --num_processes={tasks} --process_id=I"
+                f"{name}={tasks}: JAX cannot connect the tasks of this launcher; start them with srun or "
+                f"Open MPI, or pass --coordinator=HOST:PORT --num_processes={tasks} --process_id=I to each"
             )
         return False
     if missing:
         raise ConfigError(
-            f"{' and '.join(missing)} missing, wanted all of --coordinator=HOST:PORT "
-            "--num_processes=N --process_id=I, or none where SLURM, MPI or Kubernetes starts the run"
+            f"{' and '.join(missing)} missing; set all of --coordinator=HOST:PORT --num_processes=N "
+            "--process_id=I, or none of them where SLURM, MPI or Kubernetes starts the run"
         )
     assert coordinator is not None
     assert count is not None
@@ -64,39 +67,39 @@ def asked(coordinator: str | None, count: int | None, index: int | None) -> bool
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdigit():
         raise ConfigError(
-            f"--coordinator={coordinator!r}, wanted HOST:PORT of process 0; set "
+            f"--coordinator={coordinator!r} is not the HOST:PORT of process 0; set "
             "--coordinator=HOST:1234"
         )
     if not 0 <= index < count:
         raise ConfigError(
-            f"--process_id={index} of --num_processes={count}, wanted 0 to {count - 1}; number the "
-            "processes from 0"
+            f"--process_id={index} is out of range: with --num_processes={count} it must be 0 to "
+            f"{count - 1}; number the processes from 0"
         )
     return count > 1
 
 
 def require_alone() -> None:
-    """Refuse to run one command several times at once: for entry points that are one process.
+    """Refuse to run a single-process command in several tasks at once.
 
     Raises ConfigError in every task of a launcher that has started more than one.
     """
     name, tasks = _tasks()
     if tasks > 1:
         raise ConfigError(
-            f"{name}={tasks}: the launcher has started this command {tasks} times, and each would do all of "
-            "the work; it is one process that takes all devices of its machine: start one task (srun "
-            f"--ntasks=1, mpirun -n 1), or unset {name} where each task has a --workdir of its own"
+            f"{name}={tasks}: the launcher has started this command {tasks} times, and each task would do "
+            "all of the work; the command is one process and uses all devices of its machine: start one "
+            f"task (srun --ntasks=1, mpirun -n 1), or unset {name} where every task has its own --workdir"
         )
 
 
 def start(coordinator: str | None, count: int | None, index: int | None) -> None:
-    """Connect with the other processes, before anything else is asked of JAX.
+    """Connect to the other processes; call this before any other use of JAX.
 
     Raises ProcessError: the coordinator does not answer.
     """
     if coordinator and index:
         _await(coordinator)
-    # It would take SIGTERM for itself (and not SIGINT, or a deadline); see `heard`.
+    # JAX's service would catch SIGTERM (but not SIGINT, nor a deadline); see `agree_on_stop`.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         coordinator,
@@ -111,28 +114,27 @@ def start(coordinator: str | None, count: int | None, index: int | None) -> None
 
 
 def supervise() -> int:
-    """Run this command in a child, and say in one line what became of it; returns the exit status.
+    """Run this command in a child process and print in one line how it failed; return the exit status.
 
-    JAX ends a process that has lost another from within C++, by SIGABRT: no exception can be caught.
+    JAX ends a process that has lost another one by SIGABRT from C++, which no `except` can catch.
     """
     child = subprocess.Popen(
         [sys.executable, *sys.orig_argv[1:]],
         env=os.environ | {_SUPERVISED: "1"},
         preexec_fn=_die_with_parent,
     )
-    asked = []
-    signal.set_wakeup_fd(
-        -1
-    )  # the child hears, with the run's own limit of time; this one passes on
+    received = []
+    # This process only forwards signals; the child handles them, with the run's own time limit.
+    signal.set_wakeup_fd(-1)
 
     def pass_on(number: int, _: Any) -> None:
-        asked.append(number)
+        received.append(number)
         child.send_signal(number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, pass_on)
     status = child.wait()
-    if -status in asked:  # it had not begun to listen
+    if -status in received:  # the child had not installed its handlers yet
         return AGAIN
     if status == -signal.SIGABRT:
         print(f"error: {LOST}", file=sys.stderr, flush=True)
@@ -141,107 +143,109 @@ def supervise() -> int:
 
 
 def supervised() -> bool:
-    """Whether this is the child of `supervise`."""
+    """Return whether this process is the child of `supervise`."""
     return _SUPERVISED in os.environ
 
 
 def leave(status: int) -> None:
-    """End this process of several at once, when those that fail alike have said so too."""
-    with contextlib.suppress(
-        Exception
-    ):  # not connected; or the others do not fail, and JAX tells them
+    """End this process, once the other processes that fail in the same way have printed their error too."""
+    # An exception here means: not connected, or the others do not fail and JAX notifies them.
+    with contextlib.suppress(Exception):
         _client().wait_at_barrier("opd_jax/leave", 3000)
     sys.stdout.flush()
-    os._exit(status)  # without JAX's own end, which waits for the others
+    os._exit(status)  # skips JAX's own shutdown, which waits for the others
 
 
 def first() -> bool:
-    """Whether this process writes the files and speaks."""
+    """Return whether this is process 0, which alone writes files and prints."""
     return not several() or jax.process_index() == 0
 
 
 def several() -> bool:
-    """Whether the run is more than this process."""
+    """Return whether the run has more than one process."""
     return jax.distributed.is_initialized()
 
 
 def from_first(make: Callable[[], Any]) -> Any:
-    """What `make` returns in the first process, in all of them; anything that JSON holds."""
+    """Broadcast what `make` returns in process 0 to all processes; any value that JSON can hold."""
     if not several():
         return make()
-    key = f"opd_jax/told/{next(_turns)}"
+    key = f"opd_jax/broadcast/{next(_turns)}"
     if not first():
-        return json.loads(_client().blocking_key_value_get(key, _TELL_S * 1000))
+        return json.loads(_client().blocking_key_value_get(key, _BROADCAST_S * 1000))
     value = make()
     _client().key_value_set(key, json.dumps(value))
     return value
 
 
-def heard(mine: str | None) -> str | None:
-    """What any process was told from outside (`mine`: this one), the same in all of them; or None.
+def agree_on_stop(reason: str | None) -> str | None:
+    """Agree on a stop request: the first reason any process received, identical everywhere, or None.
 
-    What another one says just after the first has asked is heard the next time.
+    `reason` is this process's own. A request that arrives after process 0 polled is seen at the next call.
     """
     if not several():
-        return mine
+        return reason
     client = _client()
-    if mine is not None and not first():
-        client.key_value_set(_TOLD, mine, allow_overwrite=True)
+    if reason is not None and not first():
+        client.key_value_set(_STOP_KEY, reason, allow_overwrite=True)
 
-    def any_of_them() -> str | None:
-        if mine is not None:
-            return mine
+    def any_reason() -> str | None:
+        if reason is not None:
+            return reason
         try:
-            return client.key_value_try_get(_TOLD)
-        except jax.errors.JaxRuntimeError:  # nobody said anything
+            return client.key_value_try_get(_STOP_KEY)
+        except jax.errors.JaxRuntimeError:  # no process has set the key
             return None
 
-    return from_first(any_of_them)
+    return from_first(any_reason)
 
 
-def gathered(mine: Mapping[str, Any]) -> list[Any]:
-    """What every process says, in their order; anything that JSON holds."""
-    said = json.dumps(mine, default=str)
+def all_gather(value: Mapping[str, Any]) -> list[Any]:
+    """Return the values of all processes, in order of process; any values that JSON can hold."""
+    text = json.dumps(value, default=str)
     if not several():
-        return [json.loads(said)]
+        return [json.loads(text)]
     client, turn = _client(), next(_turns)
-    client.key_value_set(f"opd_jax/facts/{turn}/{jax.process_index()}", said)
+    client.key_value_set(f"opd_jax/facts/{turn}/{jax.process_index()}", text)
     return [
-        json.loads(client.blocking_key_value_get(f"opd_jax/facts/{turn}/{i}", _TELL_S * 1000))
+        json.loads(client.blocking_key_value_get(f"opd_jax/facts/{turn}/{i}", _BROADCAST_S * 1000))
         for i in range(jax.process_count())
     ]
 
 
 def agree(facts: Mapping[str, Any]) -> None:
-    """Go on only where all processes say the same of every fact.
+    """Check that all processes have the same facts; this is also a barrier.
 
-    Raises ProcessError in every process: the first two that differ, and in what.
+    Raises ProcessError in every process: the first process that differs from process 0, and in which facts.
     """
     if not several():
         return
-    said = gathered(facts)
-    for i, theirs in enumerate(said):
+    by_process = all_gather(facts)
+    for i, other in enumerate(by_process):
         differing = [
-            f"{name}: {said[0].get(name)!r} there, {theirs.get(name)!r} here"
-            for name in sorted(said[0] | theirs)
-            if said[0].get(name) != theirs.get(name)
+            f"{name} ({by_process[0].get(name)!r} in process 0, {other.get(name)!r} in process {i})"
+            for name in sorted(by_process[0] | other)
+            if by_process[0].get(name) != other.get(name)
         ]
         if differing:
             raise ProcessError(
-                f"process {i} is not like process 0 ({'; '.join(differing[:5])}); start all with the "
-                "same command, code and packages"
+                f"process {i} differs from process 0 in: {', '.join(differing[:5])}; start all processes "
+                "with the same command, code and packages"
             )
 
 
 def _client() -> Any:
-    """JAX's key-value store, which it has no public name for."""
+    """Return JAX's key-value store, for which it has no public name."""
     from jax._src import distributed
 
     return distributed.global_state.client
 
 
 def _await(coordinator: str) -> None:
-    """Until the coordinator takes connections. JAX would end this process without a word of ours."""
+    """Wait until the coordinator accepts connections.
+
+    Without this JAX would end the process with no message of ours.
+    """
     host, _, port = coordinator.rpartition(":")
     end, reason = time.monotonic() + GATHER_S, ""
     while time.monotonic() < end:
@@ -252,22 +256,22 @@ def _await(coordinator: str) -> None:
             reason = error.strerror or str(error)
             time.sleep(0.2)
     raise ProcessError(
-        f"--coordinator={coordinator} does not answer for {GATHER_S} s ({reason}); start process 0 "
-        "there, or give its address"
+        f"--coordinator={coordinator} does not answer within {GATHER_S} s ({reason}); start process 0 "
+        "there, or set --coordinator to its address"
     )
 
 
 def _launched() -> int:
-    """How many processes SLURM, MPI or Kubernetes started; 1 where none did."""
+    """Return how many processes SLURM, MPI or Kubernetes started; 1 where none did."""
     for name in _LAUNCHERS[:2]:
         if os.environ.get(name, "").isdigit():
             return int(os.environ[name])
-    # An indexed job of Kubernetes; how many there are JAX asks of the cluster.
+    # An indexed job of Kubernetes: JAX queries the cluster for the number, so any number above 1 will do.
     return 2 if {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= os.environ.keys() else 1
 
 
 def _tasks() -> tuple[str, int]:
-    """The variable in which a launcher says that it started several tasks, and how many; else ("", 1)."""
+    """Return the launcher's variable that counts several tasks, and the count; ("", 1) otherwise."""
     for name in _LAUNCHERS:
         if os.environ.get(name, "").isdigit() and int(os.environ[name]) > 1:
             return name, int(os.environ[name])
@@ -275,7 +279,7 @@ def _tasks() -> tuple[str, int]:
 
 
 def _local_devices() -> list[int] | None:
-    """All GPUs of a node for its only task; None: as JAX does it, one to each of a node's tasks."""
+    """Return all GPUs of a node for its only task; None leaves it to JAX, one GPU per task of a node."""
     alone = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "").partition("(")[0] == "1"
     count = os.environ.get("SLURM_GPUS_ON_NODE", "")
     return list(range(int(count))) if alone and count.isdigit() else None

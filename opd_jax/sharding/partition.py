@@ -1,7 +1,7 @@
-"""What a mesh `data x fsdp x tensor` divides: one table of weights, and the places that follow from it.
+"""Partitioning of weights over a mesh `data x fsdp x tensor`: one table, and the specs that follow from it.
 
-Compute weights are whole over data x fsdp, or slices along fsdp; `tensor` divides heads and MLP. float32
-masters and what is like them are divided among the replicas (data x fsdp) as well.
+Compute weights are replicated over data x fsdp, or sharded along fsdp; `tensor` shards heads and MLP.
+float32 masters and trees like them are sharded over the replicas (data x fsdp) as well.
 """
 
 import math
@@ -19,10 +19,10 @@ REPLICAS = (DATA, FSDP)
 ROLES = ("student", "teacher", "reference")
 Sizes = Mapping[str, int]  # devices along each axis of `AXES`
 
-# Logical axis -> mesh axis that divides it in compute weights; the others are whole. The vocabulary is
-# whole: top-k and sampling want all logits of a token in one place.
+# Logical axis -> mesh axis that shards it in compute weights; the other axes are not sharded. Neither is
+# the vocabulary: top-k and sampling need all logits of a token on one device.
 DIVIDED = {"heads": TENSOR, "kv_heads": TENSOR, "mlp": TENSOR}
-# Weight -> its logical axes, behind that of the layers where they are stacked.
+# Weight -> its logical axes, after the axis of layers where these are stacked.
 _WEIGHTS = {
     "embed.embedding": ("vocab", "embed"),
     "attention_norm.scale": ("embed",),
@@ -45,19 +45,19 @@ _WEIGHTS = {
 
 
 class Slice(flax.struct.PyTreeNode):
-    """A compute weight of which each device along `fsdp` holds a slice. A replica gathers it to use it.
+    """A compute weight that is sharded along `fsdp`; a replica gathers it before it uses it.
 
     Attributes:
-      value: the whole array, divided; on a replica its slice.
-      axis: that is divided, counted from the last: a layer of stacked weights has the same.
+      value: the global array; inside shard_map the local slice.
+      axis: the sharded axis, counted from the last, so that it is the same for one layer of stacked weights.
     """
 
     value: Any
     axis: int = flax.struct.field(pytree_node=False)
 
 
-def whole(tree: Any) -> Any:
-    """On a replica: weights to compute with, each gathered where it is a slice."""
+def gather(tree: Any) -> Any:
+    """All-gather FSDP-sharded leaves (inside shard_map)."""
 
     def one(weight: Any) -> jax.Array:
         if not isinstance(weight, Slice):
@@ -69,13 +69,13 @@ def whole(tree: Any) -> Any:
 
 
 def over_heads(function: Callable) -> Callable:
-    """`function(query, key, value, length [B])`, of each device along `tensor` with its own heads.
+    """Wrap `function(query, key, value, length [B])` in shard_map over the heads along `tensor`.
 
-    Its first three arguments and its result are [B, T, heads, H]. Says what the compiler would have to
-    find out, and cannot of a kernel that is not its own.
+    Its first three arguments and its result are [B, T, heads, H]. The compiler cannot partition a kernel
+    that is not its own, and would not find out by itself that the heads are independent.
     """
-    around = jax.sharding.get_abstract_mesh()
-    if TENSOR not in around.auto_axes or around.shape[TENSOR] == 1:
+    mesh = jax.sharding.get_abstract_mesh()
+    if TENSOR not in mesh.auto_axes or mesh.shape[TENSOR] == 1:
         return function
     heads = P(None, None, TENSOR)
     return jax.shard_map(
@@ -84,18 +84,18 @@ def over_heads(function: Callable) -> Callable:
     )  # fmt: skip
 
 
-def sliced(tree: Any) -> bool:
-    """Whether any of the weights is."""
+def has_slices(tree: Any) -> bool:
+    """Return whether any weight is a `Slice`."""
     return any(map(is_slice, jax.tree.leaves(tree, is_leaf=is_slice)))
 
 
 def unwrapped(tree: Any) -> Any:
-    """The same global arrays in a plain tree, wherever they lie."""
+    """Replace every `Slice` by its global array."""
     return jax.tree.map(lambda w: w.value if is_slice(w) else w, tree, is_leaf=is_slice)
 
 
 def is_slice(leaf: Any) -> bool:
-    """Whether a leaf is a `Slice`."""
+    """Return whether a leaf is a `Slice`."""
     return isinstance(leaf, Slice)
 
 
@@ -120,11 +120,11 @@ def data_size(section: Any, devices: int) -> int:
 
 
 def check(role: str, model: Any, sizes: Sizes, *, sharded: bool) -> None:
-    """Raises ConfigError for a model that does not divide over `tensor`, or is to be divided twice."""
+    """Raise ConfigError for a model that `tensor` does not divide, or that is sharded twice."""
     size = sizes[TENSOR]
     if sharded and size > 1:
         raise ConfigError(
-            f"mesh.{role}='sharded' with mesh.tensor={size}, wanted one of the two; "
+            f"mesh.{role}='sharded' does not go together with mesh.tensor={size}; "
             f"set --config.mesh.{role}=replicated or --config.mesh.tensor=1"
         )
     for name in ("num_heads", "num_kv_heads", "intermediate_size"):
@@ -137,13 +137,13 @@ def check(role: str, model: Any, sizes: Sizes, *, sharded: bool) -> None:
 
 
 def divides(model: Any, size: int) -> bool:
-    """Whether `tensor` of this size divides a model's heads and MLP."""
+    """Return whether a `tensor` axis of this size divides a model's heads and MLP."""
     counts = (model.num_heads, model.num_kv_heads, model.intermediate_size)
     return all(count % size == 0 for count in counts)
 
 
 def weight_spec(path: tuple, shape: tuple[int, ...], sizes: Sizes) -> P:
-    """Of a compute weight, stacked or not, by its key path; a `Slice` has an axis over fsdp."""
+    """Return the spec of a compute weight, stacked or not, by its key path; `fsdp` shards a `Slice`."""
     logical = _WEIGHTS.get(_name(path), ())
     axes: list = [None] * (len(shape) - len(logical))
     divided = DIVIDED if sizes[TENSOR] > 1 else {}
@@ -154,7 +154,7 @@ def weight_spec(path: tuple, shape: tuple[int, ...], sizes: Sizes) -> P:
 
 
 def slice_axis(path: tuple, shape: tuple[int, ...], sizes: Sizes) -> int | None:
-    """Which axis of a matrix `fsdp` divides, counted from the last; None for a vector."""
+    """Return the axis of a matrix that `fsdp` shards, counted from the last; None for a vector."""
     logical = _WEIGHTS.get(_name(path), ())
     if len(logical) < 2 or sizes[FSDP] == 1:
         return None
@@ -163,10 +163,11 @@ def slice_axis(path: tuple, shape: tuple[int, ...], sizes: Sizes) -> int | None:
 
 
 def master_spec(path: tuple, shape: tuple[int, ...], sizes: Sizes, *, sharded: bool) -> P:
-    """As the compute weight, and its first whole dimension that divides is divided among replicas.
+    """Return the spec of a float32 master: the compute weight's, with a further axis sharded over replicas.
 
-    Where the student's weights are slices (`sharded`), `fsdp` divides the masters as it does them,
-    and only `data` is left to divide another dimension.
+    That axis is the first one that is not sharded and that the number of replicas divides. Where the
+    student's compute weights are sharded along fsdp (`sharded`), the masters are sharded like them, and
+    only `data` is left for the further axis.
     """
     axes: list = list(weight_spec(path, shape, sizes))
     if _name(path) not in _WEIGHTS:
@@ -181,13 +182,13 @@ def master_spec(path: tuple, shape: tuple[int, ...], sizes: Sizes, *, sharded: b
 
 
 def divided_dimension(axes: Sequence, shape: Sequence[int], count: int) -> int | None:
-    """The first dimension without a mesh axis that divides among `count`."""
-    whole = (i for i, axis in enumerate(axes) if axis is None and shape[i] % count == 0)
-    return next(whole, None)
+    """Return the first unsharded dimension that `count` divides; None where there is none."""
+    candidates = (i for i, axis in enumerate(axes) if axis is None and shape[i] % count == 0)
+    return next(candidates, None)
 
 
 def _name(path: tuple) -> str:
-    """`query.kernel` of a key path into params, an optimiser's state, or unstacked layers."""
+    """Return the name, such as `query.kernel`, of a key path into params, optimiser state, or one layer."""
     names: list[str] = []
     for key in reversed(path[:-1] if _in_slice(path) else path):
         if not isinstance(key, jax.tree_util.DictKey) or key.key == "layers":
@@ -200,19 +201,19 @@ def _in_slice(path: tuple) -> bool:
     return path[-1:] == (jax.tree_util.GetAttrKey("value"),)
 
 
-def apart_axes(path: tuple) -> tuple[str, ...]:
-    """The axes along which gradients of a weight are kept apart: those of slices are summed along `fsdp`."""
+def unreduced_axes(path: tuple) -> tuple[str, ...]:
+    """Return the axes along which a weight's gradient is unreduced: data and fsdp, or data for a `Slice`."""
     return (DATA,) if _in_slice(path) else REPLICAS
 
 
-def manual_specs(tree: Any, *, apart: bool) -> Any:
-    """For shard_map, of its own axes alone: what a replica gets of weights, or of one gradient a replica."""
+def manual_specs(tree: Any, *, unreduced: bool) -> Any:
+    """Return the specs for shard_map over the replicas: of weights, or of one gradient per replica."""
 
     def one(path: tuple, leaf: Any, axis: int | None = None) -> P:
-        axes: list = [None] * (leaf.ndim - apart)
+        axes: list = [None] * (leaf.ndim - unreduced)
         if axis is not None:
             axes[axis] = FSDP
-        return P(*([apart_axes(path)] * apart), *axes)
+        return P(*([unreduced_axes(path)] * unreduced), *axes)
 
     def weight(path: tuple, leaf: Any) -> Any:
         if not is_slice(leaf):

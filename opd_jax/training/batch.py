@@ -1,4 +1,4 @@
-"""From records to rows for the update: which tokens count, with which constants. Host arrays."""
+"""Rows for the update, built from rollouts and scores: tokens that count, and constants. Host arrays."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -15,24 +15,24 @@ from opd_jax.training.objective import Terms
 from opd_jax.types import GoldenRows, Outcome, Rollout, RolloutRows, Scores, TeacherRows
 
 Rows = TypeVar("Rows", RolloutRows, GoldenRows)
-Weigh = Callable[[np.ndarray], Any]  # bool [B, T] -> each token's share, float32 [B, T]
+Weigh = Callable[[np.ndarray], Any]  # bool [B, T] -> weight of each token, float32 [B, T]
 
 
 def scored_mask(
     rollout: Rollout, counted_V: np.ndarray, first_pieces: Sequence[Sequence[int]] = ()
 ) -> np.ndarray:
-    """Response tokens that both models can be held to; bool [B, T].
+    """Return the response tokens on which student and teacher can be compared; bool [B, T].
 
-    Left out are ids that mean different things to them (not in `counted_V`) and, for each group of
-    ids in `first_pieces`, its first occurrence in a response: 2603.25562 does so for "<", "think"
-    and the end of turn, which one model's template may open the response with and the other's not.
+    It excludes ids that mean different things to them (not in `counted_V`) and, for each group of ids in
+    `first_pieces`, its first occurrence in a response. 2603.25562 does the latter for "<", "think" and the
+    end of turn, with which one model's template may open the response where the other's does not.
     """
     mask_BT = rollout.response_mask_BT
     tokens_BT = rollout.tokens_BT
     scored_BT = mask_BT & counted_V[np.minimum(tokens_BT, len(counted_V) - 1)]
     for ids in first_pieces:
-        found_BT = mask_BT & np.isin(tokens_BT, np.asarray(ids))
-        first_BT = found_BT & (np.cumsum(found_BT, axis=1) == 1)
+        any_BT = mask_BT & np.isin(tokens_BT, np.asarray(ids))
+        first_BT = any_BT & (np.cumsum(any_BT, axis=1) == 1)
         scored_BT = scored_BT & ~first_BT
     return scored_BT
 
@@ -40,7 +40,7 @@ def scored_mask(
 def teacher_rows(
     rollout: Rollout, prompts: Sequence[Sequence[int]], teacher_ids: np.ndarray, *, width: int
 ) -> TeacherRows:
-    """The rollouts' responses behind the teacher's prompts (one a row), in the teacher's ids.
+    """Join the rollouts' responses, in the teacher's ids, to the teacher's prompts (one per row).
 
     `teacher_ids` maps the student's ids to the teacher's (data.vocabulary); `width` fixes the shape.
     """
@@ -54,10 +54,10 @@ def teacher_rows(
 
 
 def counted(rollout: Rollout, mask_BT: np.ndarray, *, truncated: str, tail: int) -> np.ndarray:
-    """Those of the scored tokens that count in the loss; bool [B, T].
+    """Return the scored tokens that count in the loss; bool [B, T].
 
-    Of rollouts that ran out of budget "keep" leaves all, "mask" none, "tail" all but the last `tail`
-    tokens of the response.
+    Of truncated rollouts, "keep" counts all tokens, "mask" none, and "tail" all but the last `tail` tokens
+    of the response.
     """
     if truncated == "keep":
         return mask_BT
@@ -76,12 +76,12 @@ def advantages(
     group: int,
     graded_B: np.ndarray | None = None,
 ) -> np.ndarray:
-    """What the surrogate is told about each sampled token; float32 [B, T], 0 where none is scored.
+    """Return the advantage of each sampled token; float32 [B, T], 0 on tokens that are not scored.
 
-    w (teacher_coef * A_teacher + group_coef * A_group): the teacher's log-ratio, clamped and
-    discounted where the config says so (of a support it is `losses.support_advantage`, not here),
-    the group-relative advantage of `reward_B` [B] among those of the group that are in `graded_B`
-    (None = all), and w the truncated importance weight.
+    w (teacher_coef * A_teacher + group_coef * A_group). A_teacher is the teacher's log-ratio, clamped and
+    discounted where the config says so (over a support it is `losses.support_advantage`, not here). A_group
+    is the advantage of `reward_B` [B] relative to those of its group that are in `graded_B` (None = all).
+    w is the truncated importance weight.
     """
     total_BT = np.zeros(mask_BT.shape, np.float32)
     if terms.pg_weight and terms.teacher_coef and not terms.on_support:
@@ -89,12 +89,14 @@ def advantages(
             teacher_logprob_BT=jnp.asarray(scores.teacher_logprob_BT),
             student_logprob_BT=jnp.asarray(scores.student_logprob_BT),
         )
-        own_BT = np.where(mask_BT, ratio_BT, 0.0)
+        teacher_BT = np.where(mask_BT, ratio_BT, 0.0)
         if terms.advantage_clamp:
-            own_BT = np.clip(own_BT, -terms.advantage_clamp, terms.advantage_clamp)
+            teacher_BT = np.clip(teacher_BT, -terms.advantage_clamp, terms.advantage_clamp)
         if terms.discount:
-            own_BT = losses.discounted(reward_BT=jnp.asarray(own_BT), discount=terms.discount)
-        total_BT += terms.teacher_coef * np.asarray(own_BT)
+            teacher_BT = losses.discounted(
+                reward_BT=jnp.asarray(teacher_BT), discount=terms.discount
+            )
+        total_BT += terms.teacher_coef * np.asarray(teacher_BT)
     if terms.needs_reward:
         assert reward_B is not None
         group_B = losses.group_advantage(
@@ -124,12 +126,12 @@ def rollout_rows(
     *,
     weigh: Weigh,
 ) -> RolloutRows:
-    """Rollouts as the update takes them: token weights, advantages, the sampling weights' log-probs.
+    """Return rollouts as rows for the update: token weights, advantages, log-probs of the sampling weights.
 
-    `counted_BT` holds the tokens that count, `weigh` makes shares of them (losses.token_weights). The
-    denominator of the PPO ratio is the scorer's log-prob under the weights that sampled, not the
-    sampler's record: the ratio is then 1 at the first update, whatever kernels decoding uses; the
-    difference of the two is logged as `rollout/sampler_logprob_gap_*`.
+    `counted_BT` marks the tokens that count; `weigh` turns it into weights (losses.token_weights). The
+    denominator of the PPO ratio is the scorer's log-prob under the weights that sampled, not the sampler's
+    record: the ratio is then 1 at the first update, whatever kernels decoding uses. The difference between
+    the two is logged as `rollout/sampler_logprob_gap_*`.
     """
     on_support = None
     if terms.on_support:
@@ -155,14 +157,14 @@ def rollout_rows(
 def golden_rows(
     tokens_BT: np.ndarray, length_B: np.ndarray, mask_BT: np.ndarray, *, weigh: Weigh
 ) -> GoldenRows:
-    """Golden solutions (see data.golden_rows) as the update takes them."""
+    """Return golden solutions (see data.golden_rows) as rows for the update."""
     return GoldenRows(tokens_BT=tokens_BT, length_B=length_B, weight_BT=np.asarray(weigh(mask_BT)))
 
 
 def share(rows: Rows, index: int, parts: int, *, weigh: Weigh) -> Rows:
-    """The `index`-th of `parts` equal shares of the rows, weighed among themselves.
+    """Return minibatch `index` of `parts` equal ones, with token weights normalised within it.
 
-    Raises ShapeError where the rows do not divide: some would be in no share.
+    Raises ShapeError where `parts` does not divide the rows, because some rows would be dropped.
     """
     if parts == 1:
         return rows
@@ -191,11 +193,11 @@ def as_lines(
     ids: Sequence[str],
     grades: Sequence[Grade | None] | None = None,
 ) -> list[dict[str, Any]]:
-    """The first `count` rollouts of a step as rows of rollouts.jsonl, with what both models said.
+    """Return the first `count` rollouts of a step as lines of rollouts.jsonl, with both models' log-probs.
 
-    `ids` names the problems, each of which has as many rollouts, which stand together: a row has the
-    id of its problem and says which sample of it it is. `correct` is null where no grade tells.
-    `advantage_BT` is that of the sampled tokens, whatever the loss is over.
+    `ids` names the problems; all have the same number of rollouts, which are adjacent. `id` and `sample` of
+    a line name its problem and its rollout of that problem. `correct` is null where no grade decides it.
+    `advantage_BT` is that of the sampled tokens, whatever ids the loss sums over.
     """
     per_token = {
         "sampler_logprob": rollout.sampler_logprob_BT,
@@ -228,5 +230,5 @@ def as_lines(
 
 
 def _rounded(values: np.ndarray) -> list[float | None]:
-    """None stands for a log-prob of a token that is outside what both models score."""
+    """Round to 5 digits; None is the log-prob of a token that the two models do not both score."""
     return [round(float(x), 5) if x > decoder.EXCLUDED / 2 else None for x in values]

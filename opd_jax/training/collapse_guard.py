@@ -1,12 +1,12 @@
-"""The collapse guard: sees truncation-repetition inflation begin, and says what is to be done.
+"""The collapse guard: detect the onset of truncation-repetition inflation and decide how to respond.
 
-Pure: a `State` and a step's metrics go in, a `State` and a `Response` come out; the training loop
-carries them out. A state turns into JSON and back, so a checkpoint can hold it and a run that is
-resumed goes on exactly.
+Pure: it maps a `State` and a step's metrics to a `State` and a `Response`, which the training loop
+carries out. A state can be written as JSON and read back, so that a checkpoint holds it and a resumed
+run continues exactly.
 
-What is watched are shares of rollouts or tokens (`rollout/truncation_rate`, ...). Each is compared
-with the run's own past, not with a fixed level: 2604.08527 (section 3.3) sees healthy runs at a
-TruncRate of 0.5. docs/guard.md has the rule and what it was measured to do.
+The signals are shares of rollouts or tokens (`rollout/truncation_rate`, ...). Each is compared with the
+run's own past, not with a fixed level: 2604.08527 (section 3.3) sees healthy runs at a TruncRate of 0.5.
+docs/guard.md has the rule and measurements of it.
 """
 
 import dataclasses
@@ -17,18 +17,18 @@ from typing import Any
 
 from opd_jax.config.guard_limits import LAG
 
-WARMUP = 5  # steps that only make the first baseline: a collapse may begin at step 10
-PAUSE = 5  # steps after a response in which nothing is concluded: it has to show first
-MARGIN = 5  # steps by which an onset is found late where truncation rises within 30 steps
-FLOOR = 0.01  # a healthy share is taken for at least this: a row in 100 loops in any run
-ROOM = 1 / 3  # share of rollouts that has to end for truncation alone to tell anything
-SPLIT = 3  # steps that an alarm takes at least: one hard batch of prompts is no collapse
+WARMUP = 5  # steps that only estimate the first baseline: a collapse may begin at step 10
+PAUSE = 5  # steps without tests after a response, which needs time to take effect
+MARGIN = 5  # delay of the estimated onset, in steps, where truncation rises within 30 steps
+FLOOR = 0.01  # lower bound of a healthy share: one row in 100 loops in any run
+ROOM = 1 / 3  # share of rollouts that must end for truncation alone to be a signal
+SPLIT = 3  # minimum steps until an alarm: one hard batch of prompts is no collapse
 
-# Evidence: of which signal, and between which two hypotheses; (0, 0.25) is "still the baseline"
-# against "a quarter of the way from there to 1".
+# Sequential tests: name -> signal, and the two hypotheses; (0, 0.25) tests "still the baseline"
+# against "a quarter of the way from the baseline to 1".
 TESTS: dict[str, tuple[str, float, float]] = {
     "truncation": ("truncation", 0.0, 0.25),
-    "repetition": ("repetition", 0.0, 0.1),  # rare in health, so less of it says as much
+    "repetition": ("repetition", 0.0, 0.1),  # rare in healthy runs, so a smaller rise is a signal
     "repeated tokens": ("repeated tokens", 0.0, 0.25),
     "most truncated": ("truncation", 0.25, 0.75),
 }
@@ -40,10 +40,10 @@ class Rules:
     """The numbers of the guard; see config section `guard`.
 
     Attributes:
-      rollouts: how many independent rollouts a step is worth.
-      threshold: evidence (in nats) that is called a rise; half of it from a second signal agrees.
+      rollouts: the effective number of independent rollouts per step.
+      threshold: evidence (in nats) that counts as a rise; half of it suffices for a second signal.
       memory: steps of the baseline.
-      beta_kl, lambda_gold: as configured, where nothing is strengthened.
+      beta_kl, lambda_gold: as configured, before any strengthening.
     """
 
     action: str
@@ -63,17 +63,17 @@ class Rules:
 
 @dataclasses.dataclass(frozen=True)
 class State:
-    """All that the guard remembers.
+    """The guard's memory.
 
     Attributes:
-      mean, steps: baseline of each signal, and of how many steps it is.
+      mean, steps: baseline of each signal, and the number of steps it averages.
       recent: the last steps, which are not in the baseline yet.
       evidence: of each of TESTS, in nats. since: step at which it last left 0.
-      pause: steps left in which nothing is concluded.
-      alarmed: from an alarm until enough healthy steps. healthy: such steps so far, in a row.
-      collapses: alarms so far, repeated ones not counted. onset: of the one that goes on, else 0.
-      level: how often the terms are strengthened. rollbacks: so far.
-      event: of a rollback, for the next line of metrics.jsonl; its own step's line is set aside.
+      pause: remaining steps without tests.
+      alarmed: from an alarm until enough healthy steps. healthy: consecutive healthy steps so far.
+      collapses: alarms so far, without repeated ones. onset: of the current collapse, else 0.
+      level: how often the terms were strengthened. rollbacks: so far.
+      event: metrics of a rollback, logged with the next step because the step itself is undone.
     """
 
     mean: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -93,9 +93,9 @@ class State:
 
 @dataclasses.dataclass(frozen=True)
 class Alarm:
-    """A collapse has begun: about at step `onset`; `text` says what rose from what to what.
+    """A collapse has begun about at step `onset`; `text` lists the signals that rose and by how much.
 
-    `again`: an earlier alarm is not over.
+    `again`: an earlier alarm is still on.
     """
 
     step: int
@@ -106,11 +106,11 @@ class Alarm:
 
 @dataclasses.dataclass(frozen=True)
 class Response:
-    """What the training loop is to do at this step, beside going on.
+    """What the training loop must do at this step in addition to continuing.
 
     Attributes:
-      lines: for a person. event: keys for this step's line of metrics.jsonl, plain numbers.
-      restore: step of the checkpoint to go back to, None to stay.
+      lines: messages to print. event: keys for this step's line of metrics.jsonl, plain numbers.
+      restore: step of the checkpoint to restore, None to stay.
       stop: save a checkpoint, unless `restore` is one, and end the run.
     """
 
@@ -121,10 +121,10 @@ class Response:
 
 
 def make_rules(config: Any) -> Rules:
-    """The rules of a whole config.
+    """Return the rules of a complete config.
 
-    The samples of one prompt are alike: n rollouts, m of each prompt, are taken for
-    n / (1 + (m - 1) rho) independent ones, with rho = 1/2 (the design effect of cluster sampling).
+    Samples of one prompt are correlated: n rollouts, m of each prompt, count as n / (1 + (m - 1) rho)
+    independent ones, with rho = 1/2 (the design effect of cluster sampling).
     """
     section, rollout, loss = config.guard, config.rollout, config.loss
     n, m = rollout.prompts_per_step * rollout.samples_per_prompt, rollout.samples_per_prompt
@@ -148,9 +148,9 @@ def make_rules(config: Any) -> Rules:
 def observe(
     state: State, step: int, row: Mapping[str, float], rules: Rules
 ) -> tuple[State, Alarm | None]:
-    """Weigh the evidence of a step: `row` holds its metrics. Steps without rollouts change nothing.
+    """Update the evidence with a step's metrics, `row`. Steps without rollouts change nothing.
 
-    An alarm is raised where truncation has risen for sure and repetition agrees, or where most
+    An alarm is raised where truncation has certainly risen and repetition agrees, or where most of the
     rollouts that used to end do not end.
     """
     values = _signals(row)
@@ -177,13 +177,13 @@ def increment(x: float, p0: float, p1: float, n: float) -> float:
     """n [x log(p1/p0) + (1 - x) log((1 - p1)/(1 - p0))]: log-likelihood ratio of a share x of n rollouts.
 
     Its exponential has mean at most 1 for any n independent values in [0, 1] of mean p0 or less,
-    not only for yes-or-no ones: exp is convex (Hoeffding 1963, Eq. 4.1).
+    not only for binary ones, because exp is convex (Hoeffding 1963, Eq. 4.1).
     """
     return n * (x * math.log(p1 / p0) + (1 - x) * math.log((1 - p1) / (1 - p0)))
 
 
 def _signals(row: Mapping[str, float]) -> dict[str, float]:
-    """The finite signals of a step. What was stopped on repetition counts as truncated and repetitive."""
+    """Return a step's finite signals. Rollouts stopped on repetition count as truncated and as repetitive."""
     stopped, nan = row.get("rollout/stopped_rate", 0.0), math.nan
     values = {
         "truncation": row.get("rollout/truncation_rate", nan) + stopped,
@@ -196,9 +196,9 @@ def _signals(row: Mapping[str, float]) -> dict[str, float]:
 
 
 def _weighed(state: State, step: int, values: dict[str, float], rules: Rules) -> State:
-    """S = min(A, max(0, S + increment)), for each of TESTS: CUSUM (Page 1954).
+    """S = min(A, max(0, S + increment)) for each of TESTS: CUSUM (Page 1954).
 
-    If healthy, S reaches A once in e^A steps or less often (Lorden 1971).
+    In a healthy run S reaches A at most once in e^A steps on average (Lorden 1971).
     """
     evidence, since = dict(state.evidence), dict(state.since)
     for name, (signal, low, high) in TESTS.items():
@@ -219,46 +219,46 @@ def _weighed(state: State, step: int, values: dict[str, float], rules: Rules) ->
 
 
 def _ceiling(state: State, signal: str, rules: Rules) -> float:
-    """What the baseline may be: its mean and one standard error of it, at least FLOOR."""
+    """Return an upper bound of the baseline: its mean plus one standard error, at least FLOOR."""
     n = rules.rollouts * min(state.steps[signal], rules.memory)
-    mean = (state.mean[signal] * n + 0.5) / (n + 1)  # Jeffreys: no events is not a rate of 0
+    mean = (state.mean[signal] * n + 0.5) / (n + 1)  # Jeffreys prior: no event is not a rate of 0
     return min(max(mean + math.sqrt(mean * (1 - mean) / (n + 1)), FLOOR), 1 - FLOOR)
 
 
 def _suspicion(evidence: Mapping[str, float], rules: Rules) -> float:
-    """1 or more at an alarm. Below 1/2 a step is healthy."""
+    """Return evidence relative to an alarm, which is raised at 1; a step below 1/2 is healthy."""
     share = {name: evidence.get(name, 0.0) / rules.threshold for name in TESTS}
     agreeing = 2 * max(share[name] for name in COMPANIONS)
     return max(min(share["truncation"], agreeing), share["most truncated"])
 
 
 def _onset(state: State, rules: Rules) -> int:
-    """Step at which the evidence began to grow: of truncation, or of what agrees if that was earlier."""
+    """Return the step at which the evidence began to grow: truncation's, or an earlier agreeing signal's."""
     agreeing = [n for n in COMPANIONS if 2 * state.evidence.get(n, 0.0) >= rules.threshold]
     return min(state.since[name] for name in ("truncation", *agreeing) if name in state.since)
 
 
 def _text(state: State, step: int, onset: int, values: dict[str, float], rules: Rules) -> str:
-    """One line: every signal from its baseline to the mean of the last steps."""
+    """Return one line: every signal from its baseline to the mean of the last steps."""
     last = [*state.recent, values][-SPLIT:]
 
     def change(name: str) -> str:
-        seen = [row[name] for row in last if name in row]
-        return f"{name} {state.mean.get(name, math.nan):.3g} -> {sum(seen) / len(seen):.3g}"
+        shares = [row[name] for row in last if name in row]
+        return f"{name} {state.mean.get(name, math.nan):.3g} -> {sum(shares) / len(shares):.3g}"
 
     risen = [name for name in COMPANIONS if state.evidence.get(name, 0.0) > 0]
-    beside = [name for name in ("entropy", "length") if name in values]
-    told = f" ({', '.join(map(change, beside))})" if beside else ""
+    context = [name for name in ("entropy", "length") if name in values]
+    suffix = f" ({', '.join(map(change, context))})" if context else ""
     return (
         f"step {step}: collapse since about step {onset}: "
-        f"{', '.join(map(change, ['truncation', *risen]))}{told}"
+        f"{', '.join(map(change, ['truncation', *risen]))}{suffix}"
     )
 
 
 def _remembered(state: State, values: dict[str, float], rules: Rules) -> State:
-    """The baseline takes in the step of LAG steps ago: a mean, from `memory` steps on a moving one.
+    """Add the step of LAG steps ago to the baseline: a mean, and a moving one after `memory` steps.
 
-    It stands still from an alarm until health, so that a collapse never becomes normal.
+    The baseline is frozen from an alarm until the run is healthy, so that a collapse never becomes normal.
     """
     warming = state.steps.get("truncation", 0) < WARMUP
     recent = (*state.recent, values)
@@ -276,9 +276,9 @@ def _remembered(state: State, values: dict[str, float], rules: Rules) -> State:
 
 
 def terms(state: State, rules: Rules) -> tuple[float, float]:
-    """(beta_kl, lambda_gold) in force: as configured at level 0, times `factor` a level, within bounds.
+    """Return (beta_kl, lambda_gold) in force: as configured at level 0, times `factor` per level, bounded.
 
-    Where one is configured as 0, its floor is the first level.
+    Where one is configured as 0, its floor is the value at the first level.
     """
 
     def raised(value: float, floor: float, most: float) -> float:
@@ -294,17 +294,17 @@ def terms(state: State, rules: Rules) -> tuple[float, float]:
 
 
 def masking(state: State, rules: Rules) -> bool:
-    """Whether repetitive tails are left out of the loss."""
+    """Return whether repetitive tails are masked in the loss."""
     return rules.action == "mask" and state.alarmed
 
 
 def respond(
     state: State, step: int, alarm: Alarm | None, rules: Rules, checkpoints: Sequence[int]
 ) -> tuple[State, Response]:
-    """What is done about an alarm, or about enough healthy steps in a row.
+    """Respond to an alarm, or to enough healthy steps in a row.
 
-    `checkpoints` are the steps that can be restored. Terms and mask of the new state hold from the
-    next step on; where the response is to restore a step, the state is the one to go on with there.
+    `checkpoints` are the steps that can be restored. Terms and mask of the new state apply from the next
+    step on; where the response restores a step, the run continues there with this state.
     """
     was, pending = terms(state, rules), state.event
     raised = state.level > 0
@@ -328,45 +328,51 @@ def _acted(
     state: State, alarm: Alarm, rules: Rules, checkpoints: Sequence[int]
 ) -> tuple[State, Response]:
     event = {"guard/alarm": 1.0, "guard/onset": float(alarm.onset)}
-    told = Response((alarm.text,), event)
+    warning = Response((alarm.text,), event)
     stronger = _stronger(state, rules)
     if rules.action == "stop":
-        return state, dataclasses.replace(told, stop=True)
+        return state, dataclasses.replace(warning, stop=True)
     if rules.action == "rollback":
-        return _gone_back(stronger, told, alarm, rules, checkpoints)
+        return _rolled_back(stronger, warning, alarm, rules, checkpoints)
     if rules.action == "strengthen":
-        return (stronger, told) if stronger.level > state.level else (state, Response())
-    if alarm.again:  # warned of, or masked, already
+        return (stronger, warning) if stronger.level > state.level else (state, Response())
+    if alarm.again:  # the warning was printed, or the mask set, at the first alarm
         return state, Response()
     if rules.action == "mask":
         lines = (alarm.text, "from here on repetitive tails are left out of the loss")
         return state, Response(lines, event | {"guard/masking": 1.0})
-    return state, told
+    return state, warning
 
 
 def _stronger(state: State, rules: Rules) -> State:
-    """One level more, unless both terms are at their bounds."""
+    """Return the state one level higher, unless both terms are at their bounds."""
     more = dataclasses.replace(state, level=state.level + 1)
     return more if terms(more, rules) != terms(state, rules) else state
 
 
-def _gone_back(
-    state: State, told: Response, alarm: Alarm, rules: Rules, checkpoints: Sequence[int]
+def _rolled_back(
+    state: State, warning: Response, alarm: Alarm, rules: Rules, checkpoints: Sequence[int]
 ) -> tuple[State, Response]:
     before = [step for step in checkpoints if step < alarm.onset]
     target = max(
         (step for step in before if step < alarm.onset - MARGIN), default=max(before, default=None)
     )
     if state.rollbacks >= rules.max_rollbacks:
-        where = "" if target is None else f" at step {target}"
-        lines = (*told.lines, f"the run went back {state.rollbacks} times already; it stops{where}")
-        return state, dataclasses.replace(told, lines=lines, stop=True, restore=target)
+        place = "" if target is None else f" at step {target}"
+        lines = (
+            *warning.lines,
+            f"the run went back {state.rollbacks} times already; it stops{place}",
+        )
+        return state, dataclasses.replace(warning, lines=lines, stop=True, restore=target)
     if target is None:
-        if alarm.again:  # said before; the next level, if there is one, is said
+        if alarm.again:  # printed at the first alarm; a change of the terms is printed anyway
             return state, Response()
-        lines = (*told.lines, f"no checkpoint is from before step {alarm.onset}; the run goes on")
-        return state, dataclasses.replace(told, lines=lines)
-    event = told.event | {
+        lines = (
+            *warning.lines,
+            f"no checkpoint is from before step {alarm.onset}; the run goes on",
+        )
+        return state, dataclasses.replace(warning, lines=lines)
+    event = warning.event | {
         "guard/rolled_back_from": float(alarm.step),
         "guard/rolled_back_to": float(target),
         "guard/rollbacks": state.rollbacks + 1.0,
@@ -374,15 +380,15 @@ def _gone_back(
     state = dataclasses.replace(
         state, rollbacks=state.rollbacks + 1, recent=(), onset=0, event=event
     )
-    lines = (*told.lines, f"back to step {target}")
+    lines = (*warning.lines, f"back to step {target}")
     return state, Response(lines, event, restore=target)
 
 
 def _eased(state: State, step: int, rules: Rules) -> tuple[State, Response]:
-    """After `patience` healthy steps the alarm is over, and strengthening goes one level down.
+    """After `patience` healthy steps end the alarm, and lower strengthened terms by one level.
 
-    Each further collapse doubles the patience: a cause that lasts would else be let loose again and
-    again. What a rollback strengthened stays so: from there the run is known to collapse.
+    Each further collapse doubles the patience: otherwise a lasting cause would be released again and again.
+    What a rollback strengthened stays strengthened, because from there the run is known to collapse.
     """
     eases = rules.action == "strengthen" and state.level > 0
     patience = rules.patience * 2 ** max(state.collapses - 1, 0)
@@ -397,21 +403,21 @@ def _eased(state: State, step: int, rules: Rules) -> tuple[State, Response]:
 
 
 def to_json(state: State) -> str:
-    """A state as text; `from_json` gives back an equal one."""
+    """Return the state as JSON text; `from_json` returns an equal one."""
     return json.dumps(dataclasses.asdict(state))
 
 
 def from_json(text: str) -> State:
-    """The state that `to_json` wrote."""
+    """Return the state that `to_json` wrote."""
     fields = json.loads(text)
     return State(**fields | {"recent": tuple(fields["recent"])})
 
 
 def resumed(saved: tuple[int, State], record: tuple[int, State] | None) -> tuple[int, State]:
-    """Where a run goes on: the newest checkpoint and its state, or the last rollback if that is newer.
+    """Return the step and state to resume from: the newest checkpoint's, or the last rollback's if newer.
 
-    `record` is written before a rollback touches anything: a run that is killed in the middle of it
-    would else repeat what it went back from, and forget that it did.
+    `record` is written before a rollback changes anything: otherwise a run killed during one would repeat
+    the steps that the rollback undid, and forget the rollback.
     """
     if record is not None and record[1].rollbacks > saved[1].rollbacks:
         return record

@@ -22,12 +22,12 @@ from opd_jax.types import Rollout, Scores, TeacherRows
 
 @dataclasses.dataclass(frozen=True)
 class Experience:
-    """A step's rollouts and what is known of them; host arrays, `samples_per_prompt` rows a prompt.
+    """A step's rollouts with scores and grades; host arrays of `samples_per_prompt` rows per prompt.
 
     Attributes:
       rollout, scores: the records.
-      mask_BT: tokens that both models are held to. repeated_BT: tokens that repeat earlier ones.
-      flagged_B: rollouts that repeat themselves.
+      mask_BT: tokens that both models score. repeated_BT: tokens that repeat earlier ones.
+      flagged_B: repetitive rollouts.
       grades: of the responses; None where a problem has no answer.
       texts: of the responses.
     """
@@ -42,22 +42,22 @@ class Experience:
 
     @property
     def graded_B(self) -> np.ndarray:
-        """Rollouts that have a grade which says something about them; a time-out does not."""
+        """Rollouts with a grade that decides whether they are correct; a time-out does not."""
         return np.array([decided(grade) for grade in self.grades])
 
     @property
     def correct_B(self) -> np.ndarray:
-        """Rollouts whose answer is right; see `graded_B` for where this is known."""
+        """Rollouts whose answer is correct; known only where `graded_B` is true."""
         return np.array([grade is Grade.CORRECT for grade in self.grades])
 
 
 class Collector:
-    """Makes `Experience` as the config says; keeps nothing between steps."""
+    """Collect `Experience` according to the config; stateless between steps."""
 
     def __init__(self, setup: Setup, functions: StepFunctions, grader: Grader):
         self.setup, self.config, self.grader = setup, setup.config, grader
         self.functions = functions
-        self._background = ThreadPoolExecutor(max_workers=1)  # reads the texts
+        self._background = ThreadPoolExecutor(max_workers=1)  # decodes and grades
 
     def collect(
         self,
@@ -68,7 +68,7 @@ class Collector:
         key: jax.Array,
         clock: Clock,
     ) -> Experience:
-        """Roll out, score, grade. `student` and `teacher` are in the dtypes they compute in."""
+        """Roll out, score, grade. `student` and `teacher` are in their compute dtypes."""
         group = self.config.rollout.samples_per_prompt
         with stage("rollout"):
             grouped = [prompt for prompt in batch.prompts for _ in range(group)]
@@ -109,27 +109,27 @@ class Collector:
             texts=read.texts,
         )
 
-    def measure(self, given: Experience) -> dict[str, float]:
-        """The `rollout/*` and `score/*` keys."""
+    def measure(self, experience: Experience) -> dict[str, float]:
+        """Return the metrics `rollout/*` and `score/*`."""
         section, rollout = self.config.metrics, self.config.rollout
-        asked = any(given.grades)
+        has_grades = any(experience.grades)
         findings = metrics.Findings(
-            given.texts, given.mask_BT, given.repeated_BT, given.flagged_B,
-            correct_B=given.correct_B if asked else None, graded_B=given.graded_B,
+            experience.texts, experience.mask_BT, experience.repeated_BT, experience.flagged_B,
+            correct_B=experience.correct_B if has_grades else None, graded_B=experience.graded_B,
         )  # fmt: skip
         row = metrics.step_metrics(
-            given.rollout, given.scores, findings, positions=section.positions,
+            experience.rollout, experience.scores, findings, positions=section.positions,
             hedging=section.hedging, max_response_tokens=rollout.max_response_tokens,
             stops_on_repetition=rollout.stop_on_repetition > 0,
         )  # fmt: skip
-        if asked:
-            row["rollout/grading_timeouts"] = float(given.grades.count(Grade.TIMEOUT))
+        if has_grades:
+            row["rollout/grading_timeouts"] = float(experience.grades.count(Grade.TIMEOUT))
         return row
 
     def _teacher_rows(
         self, rollout: Rollout, prompts: Sequence[Sequence[int]] | None
     ) -> TeacherRows | None:
-        """The rollouts as the teacher reads them, where that is not as the student does."""
+        """Return the rollouts as the teacher reads them; None where it reads the student's rows."""
         setup, samples = self.setup, self.config.rollout.samples_per_prompt
         if prompts is None:
             return None

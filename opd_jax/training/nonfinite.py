@@ -1,8 +1,8 @@
-"""Numbers that are not finite, and gradients that are far too large: seen, told of, left out or stopped at.
+"""Non-finite losses and gradient spikes: detect, log, skip the update, or stop.
 
-The update itself (update.py) leaves parameters and optimiser as they are
-where its gradient or loss is not finite, or its norm beyond the limit it is given; here is decided what
-the run does about it, and found out which rows it came from.
+The update itself (update.py) leaves parameters and optimiser unchanged where its gradient or loss is not
+finite, or its norm exceeds a limit. This module decides how the run responds, and finds the rows that
+caused it.
 """
 
 import dataclasses
@@ -22,15 +22,15 @@ from opd_jax.training.update import Gradients
 from opd_jax.types import Frozen, Rollout, Scores
 from opd_jax.workdir import atomic
 
-WARMUP = 20  # norms before one may be a spike
-MEMORY = 50  # norms that the mean is over, from then on a moving one
+WARMUP = 20  # norms to average before one may count as a spike
+MEMORY = 50  # norms in the mean; after that many it is a moving one
 FOLDER = "nonfinite"
-_MOST = 8  # rows that are looked for
+_MOST = 8  # rows to report at most
 
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """Of the config section `guard`: updates that may be left out, and what is a spike."""
+    """From the config section `guard`: how many updates may be skipped, and which norm is a spike."""
 
     skip_nonfinite: int
     spike: float
@@ -39,11 +39,11 @@ class Rules:
 
 @dataclasses.dataclass(frozen=True)
 class State:
-    """What is remembered, and goes into checkpoints.
+    """What checkpoints hold of this module.
 
     Attributes:
-      skipped: updates left out so far for a number that was not finite. spikes: seen so far.
-      log_norm, seen: mean of the logarithm of the gradient norms, and how many it is of.
+      skipped: updates skipped so far for a non-finite number. spikes: spikes so far.
+      log_norm, seen: mean of the logarithm of the gradient norms, and how many it averages.
     """
 
     skipped: int = 0
@@ -54,7 +54,7 @@ class State:
 
 @dataclasses.dataclass(frozen=True)
 class Bad:
-    """A row of an update with a number that is not finite: which, of what kind, and where in it."""
+    """A row of an update with a non-finite number: its kind, its index, and the non-finite quantities."""
 
     kind: str  # rollouts | golden
     row: int
@@ -62,20 +62,20 @@ class Bad:
 
 
 def make_rules(section: Any) -> Rules:
-    """The rules of the config section `guard`."""
+    """Return the rules of the config section `guard`."""
     return Rules(section.skip_nonfinite, section.spike, section.spike_action)
 
 
 def limit(state: State, rules: Rules) -> float:
-    """The largest gradient norm that is applied; infinite unless spikes are left out."""
+    """Return the largest gradient norm to apply; infinite unless spikes are skipped."""
     return _level(state, rules) if rules.spike_action == "skip" else math.inf
 
 
 def observe(state: State, norm: float, rules: Rules) -> tuple[State, dict[str, float]]:
-    """Take in the finite norm of an update: the new state, and keys for the step's line.
+    """Record the finite norm of an update: return the new state, and keys for the step's line.
 
-    A spike is above `spike` times the geometric mean of the norms before it. It counts for the mean
-    as if it were at that limit: if norms stay up there, the mean follows in time.
+    A spike exceeds `spike` times the geometric mean of the norms before it. It enters the mean clipped at
+    that limit, so that the mean follows in time if norms stay high.
     """
     if not rules.spike or norm <= 0:
         return state, {}
@@ -95,23 +95,23 @@ def _level(state: State, rules: Rules) -> float:
 
 
 def to_json(state: State) -> dict[str, float]:
-    """A state as JSON holds it."""
+    """Return the state as a JSON object."""
     return dataclasses.asdict(state)
 
 
 def from_json(fields: Mapping[str, Any] | None) -> State:
-    """The state that `to_json` wrote; a new one where a checkpoint has none."""
+    """Return the state that `to_json` wrote; a new one where a checkpoint has none."""
     return State(**fields) if fields else State()
 
 
 def bad_scores(rollout: Rollout, scores: Scores, mask_BT: np.ndarray) -> list[Bad]:
-    """Rollouts with a log-prob of a counted token that is not finite."""
-    named = {
+    """Return the rollouts in which the log-prob of a counted token is not finite."""
+    logprobs = {
         "sampler": rollout.sampler_logprob_BT, "student": scores.student_logprob_BT,
         "teacher": scores.teacher_logprob_BT,
     }  # fmt: skip
     found: dict[int, list[str]] = {}
-    for name, logprob_BT in named.items():
+    for name, logprob_BT in logprobs.items():
         if logprob_BT is not None:
             bad_B = (~np.isfinite(np.asarray(logprob_BT)) & mask_BT).any(axis=1)
             for row in np.flatnonzero(bad_B):
@@ -127,28 +127,32 @@ def bad_rows(
     golden_rows: Any,
     weights: Mapping[str, float],
 ) -> list[Bad]:
-    """Up to `_MOST` rows whose own loss or gradient is not finite, through the programs of the update.
+    """Find up to `_MOST` rows whose own loss or gradient is not finite, with the programs of the update.
 
-    Micro-batches are tried as they are, and of a bad one every row alone.
+    It tries every micro-batch, and every single row of those that are not finite.
     """
     found: list[Bad] = []
-    for name, add, rows, mine in accumulate.kinds(rollout_rows, golden_rows, weights):
+    for name, add, rows, of_kind in accumulate.kinds(rollout_rows, golden_rows, weights):
 
-        def what(part: microbatches.MicroBatch, add: Callable = add, rows: Any = rows, mine: Any = mine
-                 ) -> tuple[str, ...]:  # fmt: skip
-            taken = accumulate.mesh.rows(microbatches.gather(rows, part))
+        def nonfinite_terms(
+            part: microbatches.MicroBatch,
+            add: Callable = add,
+            rows: Any = rows,
+            of_kind: Any = of_kind,
+        ) -> tuple[str, ...]:
+            microbatch = accumulate.mesh.rows(microbatches.gather(rows, part))
             grads = accumulate.mesh.zeros(params)
-            value, parts, grads = add(params, frozen, taken, mine, grads)
+            value, parts, grads = add(params, frozen, microbatch, of_kind, grads)
             measured = {f"loss/{term}": x for term, x in parts.items()} | {"loss/total": value}
-            norm = optax.tree.norm(accumulate.mesh.summed(grads))
+            norm = optax.tree.norm(accumulate.mesh.reduce(grads))
             fetched = jax.device_get(accumulate.mesh.total(measured) | {"gradient": norm})
             return tuple(k for k, x in fetched.items() if not np.isfinite(x).all())
 
         for part in accumulate.split(rows):
-            if len(found) < _MOST and what(part):
+            if len(found) < _MOST and nonfinite_terms(part):
                 for row in part.rows:
                     alone = dataclasses.replace(part, rows=np.array([row]))
-                    if len(found) < _MOST and (terms := what(alone)):
+                    if len(found) < _MOST and (terms := nonfinite_terms(alone)):
                         found.append(Bad(name, int(row), terms))
     return found
 
@@ -156,9 +160,9 @@ def bad_rows(
 def save_texts(
     folder: pathlib.Path, step: int, bad: Sequence[Bad], text: Callable[[Bad], str]
 ) -> pathlib.Path | None:
-    """Write WORKDIR/nonfinite/STEP.json: each bad row, what was not finite in it, and its text.
+    """Write WORKDIR/nonfinite/STEP.json: each bad row, its non-finite quantities, and its text.
 
-    Returns None where there is no such row, and in every process but the first.
+    Return the file; None where there is no such row, and in every process but the first.
     """
     if not bad or not multihost.first():
         return None
@@ -172,25 +176,25 @@ def save_texts(
 def described(
     step: int, names: Sequence[str], bad: Sequence[Bad], file: pathlib.Path | None
 ) -> str:
-    """One line: the step, the terms, the rows, and where their texts are."""
+    """Return one line: the step, the terms, the rows, and the file of their texts."""
     terms = dict.fromkeys(what for one in bad for what in one.what) or dict.fromkeys(names)
-    said = f"step {step}: {', '.join(terms)} not finite"
+    line = f"step {step}: {', '.join(terms)} not finite"
     if not bad:
-        return said
+        return line
     rows = ", ".join(f"{one.kind} {one.row}" for one in bad)
     more = " and maybe others" if len(bad) >= _MOST else ""
-    return f"{said} in {rows}{more}" + (f" (texts in {file})" if file else "")
+    return f"{line} in {rows}{more}" + (f" (texts in {file})" if file else "")
 
 
 def leave_out(state: State, rules: Rules, problem: str) -> tuple[State, dict[str, float]]:
-    """Count an update that is left out, with a warning; returns the new state and its metrics.
+    """Count a skipped update and print a warning; return the new state and its metrics.
 
-    Raises NonFiniteError where `guard.skip_nonfinite` updates were left out before.
+    Raises NonFiniteError where `guard.skip_nonfinite` updates were skipped before.
     """
     if state.skipped >= rules.skip_nonfinite:
         raise NonFiniteError(
-            f"{problem}; the parameters were left as they were: lower --config.optim.learning_rate, or "
-            f"leave such updates out: --config.guard.skip_nonfinite={rules.skip_nonfinite + 10}"
+            f"{problem}; the parameters are unchanged: lower --config.optim.learning_rate, or skip such "
+            f"updates with --config.guard.skip_nonfinite={rules.skip_nonfinite + 10}"
         )
     if multihost.first():
         print(f"warning: {problem}; left out", flush=True)

@@ -1,4 +1,4 @@
-"""The terms of a run's loss: which of them, over what, on which rows. Their weights come at the update.
+"""The terms of a run's loss. Their weights are arguments of the update.
 
     L = w_pg L_PG  +  w_div D(student, teacher)  +  beta_kl KL(student || reference)    on rollouts
       + lambda_gold L_SFT                                                 on golden solutions
@@ -34,7 +34,7 @@ ON_GOLDEN = ("sft",)
 class Terms:
     """The numbers of the loss; fields as in the config section `loss`.
 
-    `raised` names terms that are traced although their weight is 0: something may raise it.
+    `traced_at_zero`: terms compiled in although their weight is 0, because the guard may raise it.
     """
 
     pg_weight: float = 0.0
@@ -60,7 +60,7 @@ class Terms:
     beta_kl: float = 0.0
     kl_estimator: str = "full"
     kl_clamp: float = 10.0
-    raised: tuple[str, ...] = ()
+    traced_at_zero: tuple[str, ...] = ()
 
     @property
     def weights(self) -> dict[str, float]:
@@ -74,12 +74,12 @@ class Terms:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The terms that are there."""
-        return tuple(name for name, w in self.weights.items() if w or name in self.raised)
+        """The terms that are compiled in."""
+        return tuple(name for name, w in self.weights.items() if w or name in self.traced_at_zero)
 
     @property
     def needs_rollouts(self) -> bool:
-        """Whether any term is taken on the student's own rollouts."""
+        """Whether any term is computed on the student's own rollouts."""
         return any(name in ON_ROLLOUTS for name in self.names)
 
     @property
@@ -94,34 +94,34 @@ class Terms:
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether any term asks the teacher."""
+        """Whether any term needs the teacher."""
         return bool(self.pg_weight and self.teacher_coef) or self.divergence_weight != 0
 
     @property
     def needs_reward(self) -> bool:
-        """Whether any term asks which rollouts are right."""
+        """Whether any term needs to know which rollouts are correct."""
         return bool(self.pg_weight and self.group_coef)
 
     @property
     def on_support(self) -> bool:
-        """Whether the surrogate is taken over the ids of a support."""
+        """Whether the surrogate sums over the ids of a support."""
         return bool(self.pg_weight and self.teacher_coef) and self.advantage == "support"
 
     @property
     def scored_support(self) -> tuple[str, int] | None:
-        """The support that the scorer is to take down, for `scoring.score`; None where no term has one."""
+        """The support that the scorer must record, for `scoring.score`; None where no term has one."""
         if self.support == "full" or not (self.on_support or self.divergence_weight):
             return None
         return self.support, self.top_k
 
     @property
     def over_vocabulary(self) -> bool:
-        """Whether the update takes the teacher's whole distribution: its hidden states and its head."""
+        """Whether the update needs the teacher's full distribution (hidden states and output matrix)."""
         return self.divergence_weight != 0 and self.support == "full"
 
 
 def warnings(terms: Terms) -> list[str]:
-    """What the papers found not to work and these terms ask for all the same, a line each."""
+    """Return a line for each choice in `terms` that the papers found not to work."""
     notes = []
     if terms.divergence_weight and terms.support != "full":
         if terms.form == "raw" and terms.direction == "reverse":
@@ -151,29 +151,29 @@ def make_rollout_loss(
     remat: str,
     events: Events = EVERY_ID,
 ) -> RolloutLoss:
-    """loss(params, frozen, rows) -> the terms on rollouts, unweighted, each a sum of weighted tokens.
+    """Make loss(params, frozen, rows) -> the terms on rollouts, unweighted, each a weighted sum over tokens.
 
-    `frozen` holds the reference where that term is there (`reference_config` is its architecture) and
-    the teacher's head where `terms.over_vocabulary`: its hidden states are those of the rows.
+    `frozen` holds the reference where its term is present (`reference_config` is its architecture), and the
+    teacher's output matrix where `terms.over_vocabulary`; the rows then hold the teacher's hidden states.
     Log-probs are normalised over `events`.
     """
     names = [name for name in terms.names if name in ON_ROLLOUTS]
-    beside = ["teacher"] * terms.over_vocabulary + ["reference"] * ("reference_kl" in names)
+    others = ["teacher"] * terms.over_vocabulary + ["reference"] * ("reference_kl" in names)
 
     def token_terms(
         student_CV: jax.Array,
         *others_CV: jax.Array,
         token_C: jax.Array,
         counts: jax.Array,
-        **given: jax.Array,
+        **per_token: jax.Array,
     ) -> Parts:
         logprob_C = jnp.where(counts, scoring.take(student_CV, token_C), 0.0)
-        other = dict(zip(beside, others_CV, strict=True))
+        other = dict(zip(others, others_CV, strict=True))
         out = {}
         if "opd" in names:
-            out["opd"] = _surrogate(terms, student_CV, logprob_C, given)
+            out["opd"] = _surrogate(terms, student_CV, logprob_C, per_token)
         if "divergence" in names:
-            out["divergence"] = _divergence(terms, student_CV, other.get("teacher"), given)
+            out["divergence"] = _divergence(terms, student_CV, other.get("teacher"), per_token)
         if "reference_kl" in names:
             out["reference_kl"] = _reference_kl(
                 terms, student_CV, other["reference"], logprob_C, token_C, counts
@@ -185,20 +185,20 @@ def make_rollout_loss(
         hidden_BTD = decoder.hidden_states(
             params, config, rows.tokens_BT, rows.length_B, remat=remat
         )
-        student, others = scoring.Readout(head_VD, hidden_BTD), []
-        if "teacher" in beside:
+        student, readouts = scoring.Readout(head_VD, hidden_BTD), []
+        if "teacher" in others:
             head_VD = decoder.head(frozen.teacher)
-            others.append(scoring.Readout(head_VD, rows.teacher_hidden_BTD, "teacher"))
-        if "reference" in beside:
+            readouts.append(scoring.Readout(head_VD, rows.teacher_hidden_BTD, "teacher"))
+        if "reference" in others:
             assert reference_config is not None
             head_VD = decoder.head(frozen.reference)
             hidden_BTD = decoder.hidden_states(
                 frozen.reference, reference_config, rows.tokens_BT, rows.length_B
             )
-            others.append(scoring.Readout(head_VD, hidden_BTD, "reference"))
+            readouts.append(scoring.Readout(head_VD, hidden_BTD, "reference"))
         parts = scoring.map_tokens(
             token_terms,
-            [student, *jax.lax.stop_gradient(others)],
+            [student, *jax.lax.stop_gradient(readouts)],
             rows.tokens_BT,
             _per_token(terms, rows),
             token_chunk=token_chunk,
@@ -213,9 +213,9 @@ def make_rollout_loss(
 def make_golden_loss(
     config: ModelConfig, *, vocabulary: int, token_chunk: int, remat: str
 ) -> GoldenLoss:
-    """loss(params, rows) -> L_SFT, unweighted, a sum of weighted tokens.
+    """Make loss(params, rows) -> L_SFT, unweighted, a weighted sum over tokens.
 
-    Every id is an event of its own here, end tokens too: a golden solution teaches the one it ends with.
+    Every id is an event of its own here, end tokens too: a golden solution teaches its own end token.
     """
 
     def loss(params: decoder.Params, rows: GoldenRows) -> Parts:
@@ -238,31 +238,31 @@ def make_golden_loss(
 
 
 def _per_token(terms: Terms, rows: RolloutRows) -> dict[str, jax.Array]:
-    """What the terms read beside the log-probs. Where no token counts it is 0: 0 * inf would be nan."""
+    """Return the inputs of the terms besides log-probs; 0 where no token counts, because 0 * inf is nan."""
     counts_BT = rows.weight_BT > 0
-    given = {
+    inputs = {
         "advantage": jnp.where(counts_BT, rows.advantage_BT, 0.0),
         "sampler_logprob": jnp.where(counts_BT, rows.sampler_logprob_BT, 0.0),
     }
     support = rows.support
     if support is not None:
-        given |= {
+        inputs |= {
             "ids": jnp.where(counts_BT[..., None], support.ids_BTX, 0),
             "support_teacher": jnp.where(counts_BT[..., None], support.teacher_BTX, 0.0),
             "support_sampler": jnp.where(counts_BT[..., None], support.student_BTX, 0.0),
             "teacher_rest": jnp.where(counts_BT, support.teacher_rest_BT, 0.0),
         }
     if terms.on_support:
-        given["support_advantage"] = jnp.where(
+        inputs["support_advantage"] = jnp.where(
             counts_BT[..., None], rows.support_advantage_BTX, 0.0
         )
-    return {"counts": counts_BT} | given
+    return {"counts": counts_BT} | inputs
 
 
 def _surrogate(
-    terms: Terms, student_CV: jax.Array, logprob_C: jax.Array, given: dict[str, jax.Array]
+    terms: Terms, student_CV: jax.Array, logprob_C: jax.Array, per_token: dict[str, jax.Array]
 ) -> jax.Array:
-    """L_PG of a chunk of tokens: of the sampled token, of every id of the support, or both. [C]."""
+    """L_PG of a chunk of tokens: on the sampled token, on every id of the support, or on both. [C]."""
     bounds = {
         "clip_low": terms.clip_low,
         "clip_high": terms.clip_high,
@@ -272,16 +272,16 @@ def _surrogate(
     if terms.group_coef or not terms.on_support:
         total_C += losses.clipped_surrogate(
             logprob_BT=logprob_C[None],
-            sampler_logprob_BT=given["sampler_logprob"][None],
-            advantage_BT=given["advantage"][None],
+            sampler_logprob_BT=per_token["sampler_logprob"][None],
+            advantage_BT=per_token["advantage"][None],
             **bounds,
         )[0]
     if terms.on_support:
-        inside = given["ids"] >= 0
+        inside = per_token["ids"] >= 0
         every_CX = losses.clipped_surrogate(
-            logprob_BT=jnp.where(inside, topk.gather(student_CV, given["ids"]), 0.0),
-            sampler_logprob_BT=jnp.where(inside, given["support_sampler"], 0.0),
-            advantage_BT=given["support_advantage"],
+            logprob_BT=jnp.where(inside, topk.gather(student_CV, per_token["ids"]), 0.0),
+            sampler_logprob_BT=jnp.where(inside, per_token["support_sampler"], 0.0),
+            advantage_BT=per_token["support_advantage"],
             **bounds,
         )
         total_C += jnp.sum(every_CX, axis=-1)
@@ -292,7 +292,7 @@ def _divergence(
     terms: Terms,
     student_CV: jax.Array,
     teacher_CV: jax.Array | None,
-    given: dict[str, jax.Array],
+    per_token: dict[str, jax.Array],
 ) -> jax.Array:
     """D(student, teacher) of a chunk of tokens, over the vocabulary or over the scored support. [C]."""
     kind: dict[str, Any] = {
@@ -306,12 +306,12 @@ def _divergence(
         )[0]
     if terms.form == "tail":
         kind |= {
-            "p_rest_BT": topk.rest(student_CV, given["ids"])[None],
-            "q_rest_BT": given["teacher_rest"][None],
+            "p_rest_BT": topk.rest(student_CV, per_token["ids"])[None],
+            "q_rest_BT": per_token["teacher_rest"][None],
         }
     return losses.divergence(
-        p_logprob_BTV=topk.gather(student_CV, given["ids"])[None],
-        q_logprob_BTV=given["support_teacher"][None],
+        p_logprob_BTV=topk.gather(student_CV, per_token["ids"])[None],
+        q_logprob_BTV=per_token["support_teacher"][None],
         form=terms.form,
         **kind,
     )[0]
@@ -337,15 +337,17 @@ def _reference_kl(
 
 
 def _weighted_sum(values_BT: jax.Array, weight_BT: jax.Array) -> jax.Array:
-    """Sum of weight * value over tokens with weight; others may hold anything, inf included."""
+    """Sum weight * value over tokens with weight; the values of others may be anything, inf included."""
     return jnp.sum(
         jnp.where(weight_BT > 0, weight_BT * jnp.where(weight_BT > 0, values_BT, 0.0), 0.0)
     )
 
 
 def make_terms(config: ConfigDict) -> Terms:
-    """The loss's numbers from the config section `loss`."""
+    """Return the loss's numbers from the config section `loss`."""
     names = {field.name for field in dataclasses.fields(Terms)} & set(config.loss)
-    raised = ["reference_kl"] * guard_limits.may_raise_beta_kl(config)
-    raised += ["sft"] * guard_limits.may_raise_lambda_gold(config)
-    return Terms(**{name: config.loss[name] for name in names}, raised=tuple(raised))
+    traced_at_zero = ["reference_kl"] * guard_limits.may_raise_beta_kl(config)
+    traced_at_zero += ["sft"] * guard_limits.may_raise_lambda_gold(config)
+    return Terms(
+        **{name: config.loss[name] for name in names}, traced_at_zero=tuple(traced_at_zero)
+    )

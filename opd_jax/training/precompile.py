@@ -1,6 +1,6 @@
-"""Compiling programs before they are needed.
+"""Compilation of programs before they are needed.
 
-What is compiled here goes into the cache of compiled programs, from which the run's own calls take it.
+The programs go into the cache of compiled programs, where the run's own calls find them.
 """
 
 import os
@@ -14,15 +14,15 @@ from opd_jax.aot import Program
 
 
 def worthwhile() -> bool:
-    """Whether to compile ahead: on a GPU, where it takes minutes, and where programs are kept.
+    """Return whether to compile ahead: on a GPU, where it takes minutes, if there is a compilation cache.
 
-    On a CPU the programs that a run meets are compiled soon enough as it meets them.
+    On a CPU compilation is fast enough to leave each program to its first call.
     """
     return jax.default_backend() != "cpu" and bool(jax.config.values["jax_compilation_cache_dir"])
 
 
 def compile_all(programs: Sequence[Program]) -> float:
-    """Compile them, a few at a time; the seconds that took."""
+    """Compile the programs, a few at a time; return the seconds this took."""
     began = time.perf_counter()
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         list(pool.map(Program.compile, programs))

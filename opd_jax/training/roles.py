@@ -14,10 +14,10 @@ from opd_jax.errors import ModelError
 
 
 def resolved(config: ConfigDict, roles: Sequence[str]) -> ConfigDict:
-    """A copy in which the models of `roles` are folders.
+    """Return a copy of the config in which the models of `roles` are local folders.
 
-    A teacher that is the student has the student's path and, where it names none of its own, the
-    student's positions and chat template.
+    A teacher that is the student gets the student's path, and the student's positions and chat template
+    where it sets none.
     """
     config = config.copy_and_resolve_references()
     itself = config.teacher.path == "student"
@@ -26,7 +26,7 @@ def resolved(config: ConfigDict, roles: Sequence[str]) -> ConfigDict:
         if role in roles and section.path and section.path != "student":
             section.path = models.locate(section.path)
         if os.path.isdir(section.path):
-            section.path = os.path.abspath(section.path)  # the run may go on from another directory
+            section.path = os.path.abspath(section.path)  # a resume may start in another directory
     if itself and "teacher" in roles:
         config.teacher.path = os.path.abspath(models.locate(config.student.path))
         for field in ("rope_theta", "max_position", "chat_template"):
@@ -35,7 +35,7 @@ def resolved(config: ConfigDict, roles: Sequence[str]) -> ConfigDict:
 
 
 def with_ends(model: models.ModelConfig, tokenizer: data.Tokenizer) -> models.ModelConfig:
-    """The model with the end of turn of its chat template among its end tokens."""
+    """Return the model with its chat template's end of turn added to its end tokens."""
     ends = dict.fromkeys([*model.eos_token_ids, tokenizer.end_of_turn()])
     known = tuple(i for i in ends if i is not None and i < model.vocab_size)
     return dataclasses.replace(model, eos_token_ids=known)
@@ -44,33 +44,36 @@ def with_ends(model: models.ModelConfig, tokenizer: data.Tokenizer) -> models.Mo
 def _reference_ends(
     reference: models.ModelConfig, path: str, tokenizer: data.Tokenizer
 ) -> tuple[int, ...]:
-    """End tokens of a reference with a folder of its own, which reads the student's ids.
+    """Return the end tokens of a reference with its own folder, which reads the student's ids.
 
-    Raises ModelError where its tokenizer gives one of them another text.
+    Raises ModelError where its tokenizer maps one of the ids to another text.
     """
     if not os.path.isfile(os.path.join(path, "tokenizer.json")):
         return with_ends(reference, tokenizer).eos_token_ids
-    own = data.Tokenizer(path)
-    mine, theirs = ({i: t for t, i in x.vocabulary().items()} for x in (tokenizer, own))
-    differing = [i for i in sorted(mine.keys() & theirs.keys()) if mine[i] != theirs[i]]
+    reference_tokenizer = data.Tokenizer(path)
+    student_text, reference_text = (
+        {i: text for text, i in x.vocabulary().items()} for x in (tokenizer, reference_tokenizer)
+    )
+    shared = sorted(student_text.keys() & reference_text.keys())
+    differing = [i for i in shared if student_text[i] != reference_text[i]]
     if differing:
         i = differing[0]
         raise ModelError(
-            f"{path}: id {i} is {theirs[i]!r} to the reference and {mine[i]!r} to the student, wanted the "
-            "student's tokenizer; set --config.reference.path to a model with it"
+            f"{path}: id {i} is {reference_text[i]!r} to the reference and {student_text[i]!r} to the "
+            "student, but the two must share a tokenizer; set --config.reference.path to a model with "
+            "the student's"
         )
-    return with_ends(reference, own).eos_token_ids
+    return with_ends(reference, reference_tokenizer).eos_token_ids
 
 
 def _same_prompts(student: data.Tokenizer, teacher: data.Tokenizer) -> bool:
-    """Whether both templates make the same ids of the same turns, or refuse the same turns."""
+    """Return whether both templates render the same turns to the same ids, or refuse the same turns."""
 
     def ids(tokenizer: data.Tokenizer, **turns: Any) -> list[int] | None:
         try:
             return tokenizer.chat("?", **turns)
-        except (
-            ModelError
-        ):  # a template without system turns: such a prompt is refused when it comes
+        # A template without system turns: such a prompt is refused when it occurs.
+        except ModelError:
             return None
 
     earlier = (("user", "?"), ("assistant", "?"))
@@ -84,14 +87,14 @@ def compute_dtype(name: str) -> jnp.dtype:
 
 
 def architecture(section: Any) -> models.ModelConfig:
-    """A role's architecture, its positions as configured. `section` is student, teacher, reference."""
+    """Load a role's architecture, positions as configured; `section` is student, teacher or reference."""
     return models.load_config(
         section.path, rope_theta=section.rope_theta, max_position=section.max_position
     )
 
 
 def open_model(section: Any, date: str) -> tuple[models.ModelConfig, data.Tokenizer]:
-    """A role's architecture (its template's end of turn among its end tokens) and tokenizer.
+    """Load a role's architecture (its template's end of turn is an end token) and its tokenizer.
 
     `date` is the day that its template prints, "" for today.
     """
@@ -104,7 +107,7 @@ def open_model(section: Any, date: str) -> tuple[models.ModelConfig, data.Tokeni
 
 
 def prompt_styles(section: Any) -> tuple[data.PromptStyle, data.PromptStyle]:
-    """The student's and the teacher's way to be shown a problem."""
+    """Return the student's and the teacher's prompt templates."""
     student = data.PromptStyle(section.prompt_template, section.system_prompt)
     own = {"template": section.teacher_prompt_template, "system": section.teacher_system_prompt}
     changed = {name: text for name, text in own.items() if text != "same"}
@@ -112,12 +115,13 @@ def prompt_styles(section: Any) -> tuple[data.PromptStyle, data.PromptStyle]:
 
 
 def golden_end(model: models.ModelConfig, tokenizer: data.Tokenizer, path: str) -> int:
-    """What a golden solution ends with: the template's end of turn where that stops a rollout."""
+    """Return the token that ends golden solutions: the template's end of turn where that stops a rollout."""
     known = [i for i in model.eos_token_ids if i < tokenizer.size]
     if not known:
         raise ModelError(
-            f"{path}: no eos_token_id in config.json or generation_config.json, and no "
-            "chat template that closes a turn, wanted an end token; add it to generation_config.json"
+            f"{path}: the model has no end token: no eos_token_id in config.json or "
+            "generation_config.json, and no chat template that closes a turn; add eos_token_id to "
+            "generation_config.json"
         )
     end = tokenizer.end_of_turn()
     return end if end in known and end is not None else known[0]

@@ -1,4 +1,4 @@
-"""What is known of a run before its weights are loaded: everything that can be refused, refused here."""
+"""Everything about a run that can be checked before its weights are loaded."""
 
 import dataclasses
 import datetime
@@ -34,7 +34,7 @@ from opd_jax.training.roles import (
 )
 from opd_jax.training.step_functions import StepSpec
 
-_GENERATED_CHECKED = 2048  # generated prompts are all alike, their solutions are not
+_GENERATED_CHECKED = 2048  # of generated problems: their prompts are all alike
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,17 +42,17 @@ class Setup:
     """A checked config and what follows from it.
 
     Attributes:
-      config: as given, with `steps` resolved. mesh: the devices.
+      config: the config with `steps` resolved. mesh: the devices.
       student, teacher: architectures; teacher is None where no term needs one.
-      reference: architecture of the reference; its weights lie in `reference_section.path`.
-      tokenizer, teacher_tokenizer: the student's and the teacher's (the same object without one).
-      student_style, teacher_style: how each is shown a problem.
-      separate_prompts: whether the teacher reads rows of its own.
+      reference: architecture of the reference; `reference_section.path` holds its weights.
+      tokenizer, teacher_tokenizer: of student and teacher (the same object without a teacher).
+      student_style, teacher_style: prompt templates of both.
+      separate_prompts: whether the teacher reads prompts or ids of its own.
       alignment: which ids mean the same to both.
       first_pieces: groups of ids whose first occurrence in a response is not scored.
       golden_end: end token of golden solutions.
-      width, teacher_width: tokens of a whole row, prompt and response.
-      train, held_out: problems; prompts, teacher_prompts: of the held-out ones, as ids.
+      width, teacher_width: tokens of a row, prompt and response together.
+      train, held_out: problems. prompts, teacher_prompts: ids of the held-out problems' prompts.
       notes: lines for the start of the run.
     """
 
@@ -81,7 +81,7 @@ class Setup:
 
     @property
     def spec(self) -> StepSpec:
-        """What decides which programs a step compiles."""
+        """Everything that decides which programs a step compiles."""
         return StepSpec(
             config=self.config,
             terms=self.terms,
@@ -95,21 +95,21 @@ class Setup:
         )
 
     def read(self, problems: list[data.Problem]) -> data.Batch:
-        """The problems of a step as ids."""
-        theirs, golden = None, []
+        """Tokenize the problems of a step."""
+        teacher_prompts, golden = None, []
         if self.separate_prompts:
-            theirs = self.teacher_style.prompts(problems, self.teacher_tokenizer)
+            teacher_prompts = self.teacher_style.prompts(problems, self.teacher_tokenizer)
         if self.terms.needs_golden:
             solutions = self.student_style.golden(problems, self.tokenizer)
             golden = [[*ids, self.golden_end] for ids in solutions]
         prompts = self.student_style.prompts(problems, self.tokenizer)
-        return data.Batch(problems, prompts, theirs, golden)
+        return data.Batch(problems, prompts, teacher_prompts, golden)
 
 
 def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
-    """Read and check all but the weights. Raises an OpdError; writes and compiles nothing.
+    """Read and check everything but the weights; write and compile nothing.
 
-    `mesh`: the devices, where that is not for the config to say.
+    `mesh` replaces the devices of the config. Raises an OpdError for any input that cannot be used.
     """
     validate(config)
     hardware.require_supported(jax.default_backend())
@@ -121,11 +121,13 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
     )
     today = config.data.date or datetime.date.today().isoformat()
     student, tokenizer = open_model(config.student, today)
-    own = terms.needs_reference and config.reference.path
-    reference_section = config.reference if own else config.student
+    has_path = terms.needs_reference and config.reference.path
+    reference_section = config.reference if has_path else config.student
     reference = architecture(reference_section)
     end = golden_end(student, tokenizer, config.student.path)
-    reference_ends = _reference_ends(reference, reference_section.path, tokenizer) if own else ()
+    reference_ends: tuple[int, ...] = ()
+    if has_path:
+        reference_ends = _reference_ends(reference, reference_section.path, tokenizer)
     teacher, teacher_tokenizer = None, tokenizer
     notes = data.prompt_notes("student", tokenizer)
     if terms.needs_teacher:
@@ -160,19 +162,19 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
         folders.setdefault(config.teacher.path, ("teacher", teacher))
     if terms.needs_reference:
         folders.setdefault(reference_section.path, ("reference", reference))
-    for path, (role, of_folder) in folders.items():
-        notes += [f"{role}: {line}" for line in models.check_weights(path, of_folder)]
+    for path, (role, model_config) in folders.items():
+        notes += [f"{role}: {line}" for line in models.check_weights(path, model_config)]
     notes += [*objective.warnings(terms), *_temperatures(config, terms)]
     notes += [
-        f"{role}: {config[role].path} is not read, no term of this loss asks it"
+        f"{role}: {config[role].path} is not read, because no term of this loss needs it"
         for role, needed in (("teacher", terms.needs_teacher), ("reference", terms.needs_reference))
         if config[role].path and not needed
     ]
     first_pieces = tuple(_pieces(text, tokenizer) for text in config.scoring.mask_first)
     if ends := sorted(set(alignment.stop_ids) & {i for ids in first_pieces for i in ids}):
         notes.append(
-            f"note: scoring.mask_first holds {data.named(tokenizer, ends)}, an end token: no term but the "
-            "golden solutions can teach the student to end with it"
+            f"note: scoring.mask_first holds {data.named(tokenizer, ends)}, an end token: only golden "
+            "solutions can then teach the student to end with it"
         )
     for role, model in (("student", student), ("teacher", teacher), ("reference", reference)):
         if model is not None:
@@ -186,11 +188,11 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
             "student's tokenizer"
         )
     styles = prompt_styles(config.data)
-    told = any("{answer}" in style.template for style in styles)
+    shows_answer = any("{answer}" in style.template for style in styles)
     needs_solution = terms.needs_golden or any("{solution}" in s.template for s in styles)
     train = data.open_problems(
         config.data.train, field="data.train", columns=config.data.columns, size=config.data.size,
-        need_solution=needs_solution, need_answer=told or terms.needs_reward,
+        need_solution=needs_solution, need_answer=shows_answer or terms.needs_reward,
         bad_rows=config.data.bad_rows,
     )  # fmt: skip
     held_out = None
@@ -199,7 +201,7 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
         held_out = data.open_problems(
             config.eval.data, field="eval.data", columns=config.data.columns,
             size=config.eval.problems, need_solution=privileged and config.eval.teacher,
-            need_answer=told or not config.eval.match, bad_rows=config.data.bad_rows,
+            need_answer=shows_answer or not config.eval.match, bad_rows=config.data.bad_rows,
         )  # fmt: skip
     setup = Setup(
         config=config,
@@ -236,26 +238,26 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
 
 
 def _temperatures(config: ConfigDict, terms: objective.Terms) -> list[str]:
-    """A note where rollouts are not scored at the temperature at which they are drawn."""
-    drawn_at, scored_at = config.rollout.temperature, config.scoring.temperature
-    if not terms.needs_rollouts or drawn_at in (0, scored_at):
+    """Return a note where rollouts are scored at another temperature than they are sampled at."""
+    sampled_at, scored_at = config.rollout.temperature, config.scoring.temperature
+    if not terms.needs_rollouts or sampled_at in (0, scored_at):
         return []
     return [
-        f"note: rollouts are drawn at temperature {drawn_at:g} and scored at {scored_at:g}: the "
-        "expectation of the advantage is not the KL of the distribution that samples; "
-        f"--config.scoring.temperature={drawn_at:g} scores what was drawn"
+        f"note: rollouts are sampled at temperature {sampled_at:g} and scored at {scored_at:g}: the "
+        "expectation of the advantage is not the KL of the sampling distribution; "
+        f"--config.scoring.temperature={sampled_at:g} scores that distribution"
     ]
 
 
 def _pieces(text: str, tokenizer: data.Tokenizer) -> tuple[int, ...]:
-    """Every id that stands for the text: as it is, and with a space before it."""
+    """Return every id that stands for the text, as it is or after a space."""
     known = tokenizer.vocabulary()
     ids = {ids[0] for ids in map(tokenizer.encode, (text, " " + text)) if len(ids) == 1}
     ids |= {known[text]} if text in known else set()
     if not ids:
         raise ConfigError(
             f"scoring.mask_first holds {text!r}, which is not a single token of the student's "
-            f"tokenizer; give its pieces one by one, such as "
+            f"tokenizer; list its tokens one by one, such as "
             f"{tokenizer.hf.convert_ids_to_tokens(tokenizer.encode(text))}"
         )
     return tuple(sorted(ids))
@@ -289,21 +291,21 @@ def _check_models(
             raise ConfigError(
                 f"rollout.max_prompt_tokens + rollout.max_response_tokens = {width} is more than "
                 f"the {role}'s {model.max_position} positions; "
-                f"set --config.rollout.max_response_tokens={room} or less, or stretch the model: "
+                f"set --config.rollout.max_response_tokens={room} or less, or extend the model: "
                 f"--config.{role}.max_position={width} (with a larger --config.{role}.rope_theta "
-                "where it was not trained for that)"
+                "unless it was trained for that length)"
             )
 
 
 def _with_data(setup: Setup, train: data.Problems, benchmark: data.Problems | None) -> Setup:
-    """The setup with problems whose rows fit, `steps` resolved, and the held-out prompts."""
+    """Return the setup with the problems that fit, `steps` resolved, and the held-out prompts."""
     config = setup.config
-    train, longest = _that_fit(setup, train, "data.train", golden=setup.terms.needs_golden)
+    train, longest = _fitting(setup, train, "data.train", golden=setup.terms.needs_golden)
     notes = [*setup.notes, f"data: {train.describe()}"]
     held_out: list[data.Problem] = []
     if benchmark is not None:
-        benchmark, also = _that_fit(setup, benchmark, "eval.data", golden=False)
-        longest = max(longest, also)
+        benchmark, longest_held_out = _fitting(setup, benchmark, "eval.data", golden=False)
+        longest = max(longest, longest_held_out)
         held_out = benchmark[: config.eval.problems]
         notes.append(f"held out: {benchmark.describe()}; the first {len(held_out)} are measured")
     if config.data.epochs:
@@ -315,7 +317,7 @@ def _with_data(setup: Setup, train: data.Problems, benchmark: data.Problems | No
             f"{len(train)} problems, {config.rollout.prompts_per_step} a step"
         )
     if not setup.tokenizer.has_template:
-        notes.append("prompts: plain text, for the student's tokenizer has no chat template")
+        notes.append("prompts: plain text, because the student's tokenizer has no chat template")
     return dataclasses.replace(
         setup,
         train=train,
@@ -328,17 +330,17 @@ def _with_data(setup: Setup, train: data.Problems, benchmark: data.Problems | No
 
 
 def _check_evaluation(setup: Setup) -> None:
-    """Answers to held-out problems may be longer than rollouts: there must be room for them."""
+    """Check that held-out answers, which may be longer than rollouts, fit into the models' positions."""
     config = setup.config
     budget = config.eval.max_response_tokens
     if not setup.held_out or not budget:
         return
     prompts = {"student": config.rollout.max_prompt_tokens}
-    asked = {"student": setup.student}
+    evaluated = {"student": setup.student}
     if setup.teacher is not None and config.eval.teacher:
         prompts["teacher"] = setup.teacher_width - config.rollout.max_response_tokens
-        asked["teacher"] = setup.teacher
-    for role, model in asked.items():
+        evaluated["teacher"] = setup.teacher
+    for role, model in evaluated.items():
         room = model.max_position - prompts[role]
         if budget > room:
             raise ConfigError(
@@ -348,47 +350,49 @@ def _check_evaluation(setup: Setup) -> None:
             )
 
 
-def _that_fit(
+def _fitting(
     setup: Setup, problems: data.Problems, field: str, *, golden: bool
 ) -> tuple[data.Problems, int]:
-    """The problems whose prompts and golden solutions fit their budgets; the teacher's longest prompt.
+    """Return the problems that fit their token budgets, and the length of the teacher's longest prompt.
 
-    Raises DataError at the first that does not, unless data.bad_rows = "skip".
+    The budgets are those of prompts and, with `golden`, of golden solutions. Raises DataError at the first
+    problem that exceeds one, unless data.bad_rows = "skip".
     """
-    told = any("{solution}" in s.template for s in (setup.student_style, setup.teacher_style))
-    alike = problems.generated and not told and not golden
+    styles = (setup.student_style, setup.teacher_style)
+    shows_solution = any("{solution}" in style.template for style in styles)
+    alike = problems.generated and not shows_solution and not golden
     count = min(len(problems), _GENERATED_CHECKED) if alike else len(problems)
     longest = setup.config.rollout.max_prompt_tokens
 
     def misfits(block: list[data.Problem]) -> list[Misfit | None]:
         nonlocal longest
         texts = setup.student_style.texts(block, setup.tokenizer)
-        own = setup.tokenizer.prompt_ids(texts)
-        theirs: list[list[int]] = [[]] * len(block)
+        prompts = setup.tokenizer.prompt_ids(texts)
+        teacher_prompts: list[list[int]] = [[]] * len(block)
         if setup.separate_prompts:
-            theirs = setup.teacher_style.prompts(block, setup.teacher_tokenizer)
-        found = [_misfit(setup, *ids) for ids in zip(own, theirs, strict=True)]
+            teacher_prompts = setup.teacher_style.prompts(block, setup.teacher_tokenizer)
+        reasons = [_misfit(setup, *ids) for ids in zip(prompts, teacher_prompts, strict=True)]
         if golden:
             rollout = setup.config.rollout
-            found = [
-                why
+            reasons = [
+                reason
                 or golden_misfit(
-                    block[i], texts[i], len(own[i]), setup.student_style, setup.tokenizer,
+                    block[i], texts[i], len(prompts[i]), setup.student_style, setup.tokenizer,
                     rows=setup.student.vocab_size, width=setup.width,
                     response=rollout.max_response_tokens,
                 )
-                for i, why in enumerate(found)
+                for i, reason in enumerate(reasons)
             ]  # fmt: skip
-        fitting = [len(ids) for ids, why in zip(theirs, found, strict=True) if why is None]
-        longest = max([longest, *fitting])
-        return found
+        pairs = zip(teacher_prompts, reasons, strict=True)
+        longest = max([longest, *(len(ids) for ids, reason in pairs if reason is None)])
+        return reasons
 
     skip = setup.config.data.bad_rows == "skip"
     return without_misfits(problems, misfits, field=field, count=count, skip=skip), longest
 
 
 def _misfit(setup: Setup, prompt: list[int], teacher_prompt: list[int]) -> Misfit | None:
-    """Why a problem does not fit, by its prompts; the teacher's is empty where it reads the student's."""
+    """Return why a problem does not fit, or None; `teacher_prompt` is empty where it is the student's."""
     rollout = setup.config.rollout
     if misfit := prompt_misfit(len(prompt), rollout.max_prompt_tokens):
         return misfit

@@ -1,4 +1,4 @@
-"""One training step: roll out a batch of prompts, score, grade, update. Nothing is kept between steps."""
+"""One training step: roll out a batch of prompts, score, grade, update. Stateless between steps."""
 
 import dataclasses
 import math
@@ -30,11 +30,11 @@ Summary = dict[str, float]
 
 @dataclasses.dataclass(frozen=True)
 class StepState:
-    """What a step changes, and a checkpoint holds.
+    """What a step changes and a checkpoint holds.
 
     Attributes:
       train: parameters and optimizer state. The next step donates its buffers.
-      numerics: updates that were left out so far, and the running mean of gradient norms.
+      numerics: updates skipped so far, and the running mean of gradient norms.
     """
 
     train: TrainState
@@ -46,8 +46,8 @@ class _Updates:
     """The updates of a step.
 
     Attributes:
-      measured: measurements of those that were applied. news: metrics of those left out, and of spikes.
-      inputs, in_flight: of the last one, which the device may not have finished.
+      measured: measurements of the applied updates. news: metrics of skipped updates, and of spikes.
+      inputs, in_flight: of the last update, which the device may not have finished.
     """
 
     measured: tuple[dict[str, jax.Array], ...] = ()
@@ -59,7 +59,7 @@ class _Updates:
 class Step:
     """step(number, state, batch, weights) -> (state, metrics, lines of rollouts.jsonl).
 
-    It holds what does not change: the compiled functions, the frozen models, the grader.
+    It holds the constants of a run: the compiled functions, the frozen models, the grader.
     """
 
     def __init__(
@@ -87,11 +87,11 @@ class Step:
         """Train on one batch of prompts.
 
         `number` counts batches of prompts, `state.train.step` the updates that were applied; the learning
-        rate follows the second. An update that is left out and a batch whose rollouts cannot be used have
-        the same effect: parameters and optimizer stay as they are. `weights` are those of the terms,
-        `masking` leaves repetitive tails out of the loss: the collapse guard sets both.
+        rate follows the latter. A skipped update and a batch whose rollouts cannot be used have the same
+        effect: parameters and optimizer do not change. `weights` are those of the terms, `masking` masks
+        repetitive tails in the loss: the collapse guard sets both.
 
-        Raises NonFiniteError where one update too many would be left out.
+        Raises NonFiniteError where more updates would be skipped than the config allows.
         """
         terms, clock = self.setup.terms, Clock()
         before = update.applied(state.train)
@@ -129,16 +129,16 @@ class Step:
         if count > before:
             metrics["optim/learning_rate"] = float(self.functions.schedule(count - 1))
         metrics["memory/peak_gib"] = peak_gib()
-        # metrics.jsonl holds finite numbers; guard/skipped counts what they were not.
+        # metrics.jsonl holds finite numbers only; guard/skipped counts the updates with others.
         return state, {k: x for k, x in metrics.items() if math.isfinite(x)}, lines
 
     def _collect(
         self, number: int, state: TrainState, batch: data.Batch, clock: Clock
     ) -> tuple[Experience, models.Params | None, Any]:
-        """Roll out, score and grade; also returns the weights that the update shares with scoring.
+        """Roll out, score and grade; also return the weights that the update shares with scoring.
 
-        Those are the student's compute weights, on several devices, and the teacher's output matrix, for a
-        divergence over the whole vocabulary.
+        Those are the student's compute weights (on several devices), and the teacher's output matrix (for a
+        divergence over the full vocabulary).
         """
         student = self.functions.compute_weights(state.params)
         teacher = self.functions.teacher_weights(self.weights.scorer, state, student)
@@ -155,7 +155,7 @@ class Step:
     def _rollout_rows(
         self, number: int, experience: Experience, batch: data.Batch, masking: bool
     ) -> tuple[RolloutRows, list[dict]]:
-        """Rows for the update, and lines for rollouts.jsonl."""
+        """Return rows for the update, and lines for rollouts.jsonl."""
         terms, loss = self.setup.terms, self.config.loss
         rollout, scores = experience.rollout, experience.scores
         advantage_BT = rows.advantages(
@@ -185,7 +185,7 @@ class Step:
     def _check_scores(
         self, number: int, state: StepState, experience: Experience
     ) -> tuple[StepState, Summary, bool]:
-        """Whether rollouts have log-probs that are not finite; then the update is left out."""
+        """Return whether rollouts have non-finite log-probs; their update is then skipped."""
         bad = nonfinite.bad_scores(experience.rollout, experience.scores, experience.mask_BT)
         if not bad:
             return state, {}, False
@@ -195,7 +195,7 @@ class Step:
     def _start_updates(
         self, number: int, state: StepState, inputs: update.Inputs, student: models.Params | None
     ) -> tuple[StepState, _Updates]:
-        """Take `updates_per_rollout` optimizer steps, each on its share; leave the last in flight.
+        """Take `updates_per_rollout` optimizer steps, each on its minibatch; leave the last one in flight.
 
         `student`: compute weights of `state`, where they exist already.
         """
@@ -221,7 +221,7 @@ class Step:
             if self.rules.spike and self.rules.spike_action == "skip":
                 limit = nonfinite.limit(state.numerics, self.rules)
             train, values = self.functions.update(state.train, *share, student=student, limit=limit)
-            student = None  # the weights before this update
+            student = None  # these are the weights before this update
             state = dataclasses.replace(state, train=train)
             updates = dataclasses.replace(updates, inputs=share, in_flight=values | separate)
         return state, updates
@@ -229,7 +229,7 @@ class Step:
     def _finish_updates(
         self, number: int, state: StepState, updates: _Updates
     ) -> tuple[StepState, Summary]:
-        """Wait for the last update; the mean of each measurement over the updates that have it."""
+        """Wait for the last update; return the mean of each measurement over the updates that have it."""
         state, updates = self._settle(number, state, updates)
         fetched = jax.device_get(updates.measured)
         names = {name: None for values in fetched for name in values}
@@ -242,7 +242,7 @@ class Step:
     def _settle(
         self, number: int, state: StepState, updates: _Updates
     ) -> tuple[StepState, _Updates]:
-        """Wait for the update in flight: count it, or leave it out where its numbers are not finite."""
+        """Wait for the update in flight; count it as applied, or as skipped if its numbers are not finite."""
         names = ("loss/total", "optim/grad_norm")
         values = jax.device_get([updates.in_flight[name] for name in names])
         if np.isfinite(values).all():
@@ -250,7 +250,7 @@ class Step:
             state = dataclasses.replace(state, numerics=numerics)
             measured = (*updates.measured, updates.in_flight)
             return state, dataclasses.replace(updates, measured=measured, news=updates.news | news)
-        params = state.train.params  # which the update has left as they were
+        params = state.train.params  # the update has not changed them
         if self.setup.mesh.devices is not None:
             params = self.functions.compute_weights(params)
         bad = nonfinite.bad_rows(self.functions.accumulate, params, *updates.inputs)
@@ -267,7 +267,7 @@ class Step:
         bad: list[nonfinite.Bad],
         held: dict[str, Any],
     ) -> tuple[StepState, Summary]:
-        """Count an update that is left out. Raises NonFiniteError where that is one too many."""
+        """Count a skipped update. Raises NonFiniteError where the config allows no more."""
 
         def text(one: nonfinite.Bad) -> str:
             rows_of = held[one.kind]

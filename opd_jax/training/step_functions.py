@@ -1,7 +1,8 @@
 """The compiled functions of a training step, wired in one place.
 
-A run, its memory plan and the benchmarks all call `make_step_functions`, so what is planned and measured
-is what trains. It needs the numbers of a config and architectures: no weights, no tokenizer, no data.
+A run, its memory plan and the benchmarks all call `make_step_functions`, so the planned and measured
+step is the one that trains. It needs the numbers of a config and architectures, but no weights, tokenizer
+or data.
 """
 
 import dataclasses
@@ -33,7 +34,7 @@ class StepSpec:
     """Everything that decides what a training step compiles.
 
     Attributes:
-      config: read are the sections rollout, scoring, loss, optim and teacher, and `steps`.
+      config: only the sections rollout, scoring, loss, optim and teacher, and `steps`, are read.
       terms: the loss.
       student, teacher, reference: architectures; None where no term needs the model.
       alignment: the ids that are sampled, those that are scored, and the end tokens.
@@ -125,7 +126,7 @@ class StepFunctions:
     """The stages of a step as functions of arrays; see `make_step_functions`.
 
     Attributes:
-      schedule: learning rate by the number of updates that were applied.
+      schedule: learning rate by the number of applied updates.
       accumulate: gradients of the loss, summed over micro-batches.
       update: gradients and AdamW; donates the state.
     """
@@ -138,16 +139,16 @@ class StepFunctions:
 
     def initial_state(self, student: Params) -> TrainState:
         """The state before the first update; takes the buffers of `student` over."""
-        return self.spec.mesh.masters_of(self._begin, student)
+        return self.spec.mesh.init_masters(self._begin, student)
 
     def abstract_state(self) -> TrainState:
-        """Shapes, dtypes and shardings of the state."""
+        """Return shapes, dtypes and shardings of the state."""
         state = jax.eval_shape(self._begin, decoder.abstract_params(self.spec.student))
         return self.spec.mesh.structs(state, self.spec.mesh.masters(state))
 
     def compute_weights(self, masters: Params) -> Params:
         """Reshard and cast float32 weights to the student's compute weights."""
-        return self.spec.mesh.compute(masters, self.spec.dtype)
+        return self.spec.mesh.compute_weights(masters, self.spec.dtype)
 
     def teacher_weights(
         self, scorer: Params | None, state: TrainState, student: Params | None = None
@@ -188,7 +189,7 @@ class StepFunctions:
         )  # fmt: skip
 
     def weigh(self, counted_BT: np.ndarray) -> Any:
-        """Share of each rollout token in the loss; see `losses.token_weights`."""
+        """Return the weight of each rollout token in the loss; see `losses.token_weights`."""
         aggregation, length = (
             self.spec.config.loss.aggregation,
             self.spec.config.rollout.max_response_tokens,
@@ -196,18 +197,18 @@ class StepFunctions:
         return losses.token_weights(counted_BT, aggregation=aggregation, length=length)
 
     def weigh_golden(self, counted_BT: np.ndarray) -> Any:
-        """Share of each token of a golden solution in the loss."""
+        """Return the weight of each token of a golden solution in the loss."""
         return losses.token_weights(counted_BT, aggregation=self.spec.config.loss.gold_aggregation)
 
     def programs(self, teacher: Any, reference: Any, weights: Mapping[str, float]) -> list[Program]:
-        """Every program that a step compiles, whatever the lengths of its rows.
+        """Return every program that a step compiles, whatever the lengths of its rows.
 
         `teacher`, `reference`: their weights, or shapes, dtypes and shardings of these; None where no term
-        needs the model, and for a teacher that follows the student. `weights` of the terms.
+        needs the model, and for a teacher that follows the student. `weights`: of the terms.
         """
         spec, mesh, terms = self.spec, self.spec.mesh, self.spec.terms
         state = self.abstract_state()
-        student = jax.eval_shape(partial(mesh.compute, dtype=spec.dtype), state.params)
+        student = jax.eval_shape(partial(mesh.compute_weights, dtype=spec.dtype), state.params)
         student = mesh.structs(student, mesh.weights(student))
         if teacher is None and spec.teacher is not None:
             teacher = student
@@ -241,7 +242,7 @@ class StepFunctions:
 
 
 def make_step_functions(spec: StepSpec) -> StepFunctions:
-    """Wire sampler, scorer, losses and optimizer. Compiles nothing: each function compiles when called."""
+    """Wire sampler, scorer, losses and optimizer. Nothing compiles before its first call."""
     optim = spec.config.optim
     shared: dict[str, Any] = {
         "vocabulary": spec.alignment.vocabulary,
@@ -273,7 +274,7 @@ def make_step_functions(spec: StepSpec) -> StepFunctions:
 
 
 def _blank_rollout_rows(spec: StepSpec, student: Any, teacher: Any) -> RolloutRows:
-    """Zeros of the shapes and dtypes of one update's share of the rollouts."""
+    """Return zeros with the shapes and dtypes of one update's minibatch of rollouts."""
     count = spec.rollouts // spec.config.optim.updates_per_rollout
     shape = (count, spec.width)
     tokens_BT, length_B = np.zeros(shape, np.int32), np.zeros(count, np.int32)
@@ -297,7 +298,7 @@ def _blank_rollout_rows(spec: StepSpec, student: Any, teacher: Any) -> RolloutRo
 
 
 def _blank_golden_rows(spec: StepSpec) -> GoldenRows:
-    """Zeros of the shapes and dtypes of one update's share of the golden solutions."""
+    """Return zeros with the shapes and dtypes of one update's minibatch of golden solutions."""
     count = spec.config.rollout.prompts_per_step // spec.config.optim.updates_per_rollout
     shape = (count, spec.width)
     return GoldenRows(

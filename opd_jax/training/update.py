@@ -14,13 +14,13 @@ import optax
 from opd_jax.aot import Program
 from opd_jax.data import microbatches
 from opd_jax.models import decoder
-from opd_jax.sharding.mesh import APART, ONE, ROWS, SUMS, WHOLE, Mesh
+from opd_jax.sharding.mesh import ONE, ROWS, SUMS, UNREDUCED, WHOLE, Mesh
 from opd_jax.training.objective import ON_GOLDEN, ON_ROLLOUTS, GoldenLoss, Parts, RolloutLoss
 from opd_jax.types import Frozen, GoldenRows, RolloutRows, TrainState
 
 Weights = Mapping[str, float]
 Rows = RolloutRows | GoldenRows | None
-# Cast where they are used, so that their gradients, sums over many tokens, add up in float32.
+# Kept in float32 and cast per chunk: their gradients sum over all tokens and need float32 accumulation.
 _OF_MANY_TOKENS = ("embed", "head")
 Accumulate = Callable[
     [Any, Frozen, RolloutRows | None, GoldenRows | None, Weights],
@@ -29,7 +29,7 @@ Accumulate = Callable[
 
 
 class Inputs(NamedTuple):
-    """What an update reads beside the state: frozen weights, rows of both kinds, weights of the terms."""
+    """Inputs of an update besides the state: frozen weights, rows of both kinds, weights of the terms."""
 
     frozen: Frozen
     rollout_rows: RolloutRows | None
@@ -38,7 +38,7 @@ class Inputs(NamedTuple):
 
 
 def make_schedule(section: Any, steps: int) -> optax.Schedule:
-    """Learning rate by step from the config section `optim`: linear warm-up, then the named schedule."""
+    """Make the learning rate by step from the config section `optim`: linear warm-up, then `schedule`."""
     warmup_steps = section.warmup_steps or round(section.warmup_fraction * steps)
     rest = max(steps - warmup_steps, 1)
     after = {
@@ -48,13 +48,13 @@ def make_schedule(section: Any, steps: int) -> optax.Schedule:
     }[section.schedule]
     if not warmup_steps:
         return after
-    first = section.learning_rate / warmup_steps  # not 0: the first step counts
+    first = section.learning_rate / warmup_steps  # not 0: the first step must train
     warmup = optax.linear_schedule(first, section.learning_rate, warmup_steps)
     return optax.join_schedules([warmup, after], [warmup_steps])
 
 
 def make_optimizer(section: Any, steps: int) -> optax.GradientTransformation:
-    """AdamW after clipping by the global norm, from the config section `optim`."""
+    """Make AdamW after clipping by the global norm, from the config section `optim`."""
     adamw = optax.adamw(
         make_schedule(section, steps),
         b1=section.beta1,
@@ -78,9 +78,9 @@ def applied(state: TrainState) -> int:
 def init_state(
     params: decoder.Params, tx: optax.GradientTransformation, *, average: bool = False
 ) -> TrainState:
-    """State before the first update. It takes over float32 `params`: the first update donates their buffers.
+    """Return the state before the first update. It reuses float32 `params`, which the first update donates.
 
-    `average` starts a moving average of the weights, at the weights.
+    `average` adds a moving average of the weights, which starts at the weights.
     """
     params = jax.tree.map(lambda w: w.astype(jnp.float32), params)
     return TrainState(
@@ -95,11 +95,11 @@ def init_state(
 class Gradients:
     """gradients(params, frozen, rollout_rows, golden_rows, weights) -> (gradient, loss and its parts).
 
-    Rows (host arrays) go through in micro-batches of like length (batching.split); because every
-    token carries its share of the global mean, the sum of their gradients is the gradient of the
-    whole batch. Replicas of a mesh sum their own rows' gradients apart; those are summed once, at
-    the end. `weights` (by term) are arguments of the compiled function: other ones cost no
-    compilation, and rows all of whose terms have weight 0 are not passed through.
+    Rows (host arrays) are processed in micro-batches of similar length (microbatches.split). Because every
+    token carries its weight in the global mean, the sum of their gradients is the gradient of the whole
+    batch. Each replica of a mesh sums the gradients of its own rows; these are reduced once, at the end.
+    `weights` (by term) are arguments of the compiled function: new values cost no compilation, and rows all
+    of whose terms have weight 0 are skipped.
     """
 
     on_rollouts: Callable | None
@@ -115,21 +115,21 @@ class Gradients:
         golden_rows: GoldenRows | None,
         weights: Weights,
     ) -> tuple[Any, dict[str, jax.Array]]:
-        """The sum over all micro-batches. `params`: masters, or compute weights made of them."""
+        """Sum over all micro-batches. `params`: masters, or compute weights cast from them."""
         grads = self.mesh.zeros(params)
         sums: dict[str, jax.Array] = {}
-        for _, add, rows, mine in self.kinds(rollout_rows, golden_rows, weights):
-            if not any(mine.values()):
+        for _, add, rows, of_kind in self.kinds(rollout_rows, golden_rows, weights):
+            if not any(of_kind.values()):
                 continue
             for part in self.split(rows):
-                taken = self.mesh.rows(microbatches.gather(rows, part))
-                value, parts, grads = add(params, frozen, taken, mine, grads)
+                microbatch = self.mesh.rows(microbatches.gather(rows, part))
+                value, parts, grads = add(params, frozen, microbatch, of_kind, grads)
                 for name, x in (parts | {"total": value}).items():
                     sums[name] = sums[name] + x if name in sums else x
-        return self.mesh.summed(grads), {"total": jnp.zeros(())} | self.mesh.total(sums)
+        return self.mesh.reduce(grads), {"total": jnp.zeros(())} | self.mesh.total(sums)
 
     def split(self, rows: RolloutRows | GoldenRows) -> list[microbatches.MicroBatch]:
-        """The micro-batches that rows are passed through in."""
+        """Split rows into micro-batches."""
         return microbatches.split(
             rows.length_B, width=rows.tokens_BT.shape[1], tokens=self.microbatch_tokens,
             replicas=self.mesh.replicas,
@@ -138,22 +138,22 @@ class Gradients:
     def programs(
         self, params: Any, frozen: Frozen, rollout_rows: Rows, golden_rows: Rows, weights: Weights
     ) -> list[Program]:
-        """All that is compiled for rows like these, whatever their lengths."""
+        """Return every program that rows of this shape need, whatever their lengths."""
         out, grads = self.mesh.gradient_programs(params)
-        for name, add, rows, mine in self.kinds(rollout_rows, golden_rows, weights):
+        for name, add, rows, of_kind in self.kinds(rollout_rows, golden_rows, weights):
             for part in microbatches.shapes(
                 len(rows.length_B), width=rows.tokens_BT.shape[1], tokens=self.microbatch_tokens,
                 replicas=self.mesh.replicas,
             ):  # fmt: skip
-                taken = self.mesh.row_structs(microbatches.gather(rows, part))
-                given = (params, frozen, taken, mine, grads)
-                out.append(Program(f"gradient on {name} {part.count} x {part.width}", add, given))
+                microbatch = self.mesh.row_structs(microbatches.gather(rows, part))
+                args = (params, frozen, microbatch, of_kind, grads)
+                out.append(Program(f"gradient on {name} {part.count} x {part.width}", add, args))
         return out
 
     def kinds(
         self, rollout_rows: Rows, golden_rows: Rows, weights: Weights
     ) -> list[tuple[str, Callable, Any, Weights]]:
-        """Name, program, rows and weights of each kind of rows that there is."""
+        """Return name, program, rows and weights of each kind of rows that is present."""
         return [
             (name, add, rows, {term: weights[term] for term in terms})
             for name, add, terms, rows in (
@@ -172,7 +172,7 @@ def make_accumulate(
     dtype: jnp.dtype,
     mesh: Mesh = ONE,
 ) -> Gradients:
-    """The gradient of the losses; see `Gradients`.
+    """Make the gradient of the losses; see `Gradients`.
 
     The forward and backward passes compute in `dtype`; master weights and gradients are float32.
     """
@@ -188,8 +188,8 @@ def make_accumulate(
 class Update:
     """update(state, frozen, rollout_rows, golden_rows, weights) -> (state, metrics); `state` is donated.
 
-    A non-finite loss or gradient leaves the whole state untouched, its `step` included, as does a
-    gradient whose norm is beyond `limit`; `loss/total` and `optim/grad_norm` tell.
+    A non-finite loss or gradient leaves the state unchanged, its `step` included, as does a gradient
+    whose norm exceeds `limit`; `loss/total` and `optim/grad_norm` show it.
     """
 
     accumulate: Accumulate
@@ -206,19 +206,19 @@ class Update:
         student: Any = None,
         limit: float | None = None,
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        """One optimizer step. `student`: compute weights made of the state's, where there are such."""
+        """Take one optimizer step. `student`: compute weights cast from the state's, where they exist."""
         params = state.params if student is None else student
         grads, sums = self.accumulate(params, frozen, rollout_rows, golden_rows, weights)
-        most = () if limit is None else (np.float32(limit),)
-        state, norm = self.apply(state, grads, sums["total"], *most)
+        limits = () if limit is None else (np.float32(limit),)
+        state, norm = self.apply(state, grads, sums["total"], *limits)
         metrics = {f"loss/{name}": value for name, value in sums.items()}
         return state, metrics | {"optim/grad_norm": norm}
 
     def program(self, state: TrainState, *, limited: bool = False) -> Program:
-        """What follows the gradient; `limited`: where its norm has a limit."""
-        most = (np.float32(np.inf),) if limited else ()
-        total = self.mesh.structs(jax.ShapeDtypeStruct((), jnp.float32), self.mesh.whole)
-        return Program("optimizer", self.apply, (state, state.params, total, *most))
+        """Return the program that follows the gradient; `limited`: where its norm has a limit."""
+        limits = (np.float32(np.inf),) if limited else ()
+        total = self.mesh.structs(jax.ShapeDtypeStruct((), jnp.float32), self.mesh.replicated)
+        return Program("optimizer", self.apply, (state, state.params, total, *limits))
 
 
 def make_update(
@@ -228,10 +228,10 @@ def make_update(
     decay: float = 0.0,
     mesh: Mesh = ONE,
 ) -> Update:
-    """The step of the optimizer `tx` on the gradient of `accumulate`.
+    """Make the step of the optimizer `tx` on the gradient of `accumulate`.
 
     `decay` is that of the moving average, where the state has one. On a mesh each device updates
-    its part of the masters, the optimizer's state and the average.
+    its shard of the masters, the optimizer's state and the average.
     """
 
     @partial(jax.jit, donate_argnums=(0,))
@@ -246,10 +246,10 @@ def make_update(
         if average is not None:
             average = jax.tree.map(lambda a, w: decay * a + (1.0 - decay) * w, average, params)
         new = TrainState(state.step + 1, params, opt_state, average)
-        taken = jnp.isfinite(norm) & jnp.isfinite(total)
+        applied = jnp.isfinite(norm) & jnp.isfinite(total)
         if limit is not None:
-            taken &= norm <= limit
-        new = jax.tree.map(lambda a, b: jnp.where(taken, a, b), new, state)
+            applied &= norm <= limit
+        new = jax.tree.map(lambda a, b: jnp.where(applied, a, b), new, state)
         return mesh.constrain(new, mesh.masters(new)), norm
 
     return Update(accumulate, apply, mesh)
@@ -263,10 +263,10 @@ def term_gradients(
     golden_rows: GoldenRows | None,
     weights: Weights,
 ) -> dict[str, jax.Array]:
-    """Norm of each weighted term's gradient, and the cosine between every two of them.
+    """Return the norm of each weighted term's gradient, and the cosine between every two of them.
 
-    `optim/grad_norm_NAME`, `optim/grad_cosine_NAME_OTHER`. One more pass a term and one gradient each
-    in memory, through the functions that the update has compiled. Without one term to compare: {}.
+    `optim/grad_norm_NAME`, `optim/grad_cosine_NAME_OTHER`. This takes one more pass per term, through the
+    functions that the update has compiled, and holds one gradient each in memory. With a single term: {}.
     """
     present = [name for name, weight in weights.items() if weight]
     if len(present) < 2:
@@ -295,9 +295,9 @@ def _cosine(one: Any, other: Any, norm: jax.Array, other_norm: jax.Array) -> jax
 
 
 def make_add(loss: Callable, dtype: jnp.dtype, mesh: Mesh = ONE) -> Callable:
-    """(params, frozen, rows, weights, grads) -> (loss, its parts, grads + its gradient); donates grads.
+    """Make (params, frozen, rows, weights, grads) -> (loss, its parts, grads + its gradient); donates grads.
 
-    On a mesh every replica does so on its own rows; loss, parts and grads are one a replica.
+    On a mesh every replica computes them on its own rows; loss, parts and grads have one entry per replica.
     """
 
     def compute(own: Any, sums: Any, rest: tuple) -> tuple[jax.Array, Parts]:
@@ -307,7 +307,7 @@ def make_add(loss: Callable, dtype: jnp.dtype, mesh: Mesh = ONE) -> Callable:
         return sum((weights[name] * x for name, x in parts.items()), jnp.zeros(())), parts
 
     def own_gradient(params: Any, frozen: Frozen, rows: Any, weights: Any, grads: Any) -> tuple:
-        # The layers' gradients are added by the decoder (models/summing.py), the others' here.
+        # The decoder adds the gradients of the layers (models/layer_gradients.py), this the others.
         own, grads = dict(params), dict(grads)
         own |= {name: _in(jnp.float32, own[name]) for name in _OF_MANY_TOKENS if name in own}
         layers, sums = own.pop("layers", {}), grads.pop("layers", {})
@@ -319,9 +319,11 @@ def make_add(loss: Callable, dtype: jnp.dtype, mesh: Mesh = ONE) -> Callable:
 
     @partial(jax.jit, donate_argnums=(4,))
     def add_gradient(params: Any, frozen: Frozen, rows: Any, weights: Any, grads: Any) -> tuple:
-        each = mesh.each(own_gradient, (WHOLE, WHOLE, ROWS, WHOLE, SUMS), (APART, APART, SUMS))
-        value, parts, grads = each(params, frozen, rows, weights, grads)
-        return value, parts, mesh.constrain(grads, mesh.apart(params))
+        per_replica = mesh.per_replica(
+            own_gradient, (WHOLE, WHOLE, ROWS, WHOLE, SUMS), (UNREDUCED, UNREDUCED, SUMS)
+        )
+        value, parts, grads = per_replica(params, frozen, rows, weights, grads)
+        return value, parts, mesh.constrain(grads, mesh.unreduced(params))
 
     return add_gradient
 
@@ -335,7 +337,7 @@ def _without_frozen(loss: GoldenLoss) -> Callable:
 
 
 def _decayed(params: Any) -> Any:
-    """Weight decay is for matrices: not for norm scales and biases."""
+    """Select the weights to decay: matrices, not norm scales and biases."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: path[-1].key in ("kernel", "embedding"), params
     )

@@ -1,4 +1,4 @@
-"""The weights of a run: read from their folders, each once, in the dtypes they are used in."""
+"""The weights of a run, each model loaded once from its folder, in the dtype it is used in."""
 
 import dataclasses
 from typing import Any
@@ -14,9 +14,9 @@ from opd_jax.training.setup import Setup
 
 @dataclasses.dataclass
 class Weights:
-    """The models of a run as their folders have them; None where none is needed.
+    """The models of a run as loaded; None where a model is not needed.
 
-    `scorer` is the teacher with its output rows in the order of the student's ids.
+    `scorer` is the teacher with the rows of its output matrix in the order of the student's ids.
     """
 
     student: models.Params | None
@@ -26,23 +26,23 @@ class Weights:
 
 
 def load_weights(setup: Setup, *, student: bool) -> Weights:
-    """Read the models; the student, as float32 masters, only where no checkpoint holds it."""
+    """Load the models; the student, as float32 masters, only if `student`, where no checkpoint holds it."""
     config, alignment, mesh = setup.config, setup.alignment, setup.mesh
 
     def load(path: str, dtype: str, shardings: Any) -> models.Params:
         shardings = shardings if mesh.devices else None
         return models.load(path, dtype=compute_dtype(dtype), shardings=shardings)[1]
 
-    def places(model: models.ModelConfig, role: str) -> Any:
+    def shardings_of(model: models.ModelConfig, role: str) -> Any:
         return unwrapped(mesh.weights(mesh.slices(decoder.abstract_params(model), role)))
 
     teacher = scorer = reference = None
     if setup.teacher is not None and config.teacher.follow == "frozen":
         path, dtype = config.teacher.path, config.teacher.dtype
-        teacher = scorer = load(path, dtype, places(setup.teacher, "teacher"))
+        teacher = scorer = load(path, dtype, shardings_of(setup.teacher, "teacher"))
         if alignment.head_rows is not None:
             scorer = models.with_head_rows(teacher, jnp.asarray(alignment.head_rows))
-        teacher, scorer = (mesh.lend(weights, "teacher") for weights in (teacher, scorer))
+        teacher, scorer = (mesh.reshard(weights, "teacher") for weights in (teacher, scorer))
     if setup.terms.needs_reference:
         path, dtype = setup.reference_section.path, config.reference.dtype
         same = (path, dtype) == (config.teacher.path, config.teacher.dtype)
@@ -50,10 +50,10 @@ def load_weights(setup: Setup, *, student: bool) -> Weights:
         if same and teacher is not None:
             reference = teacher
         else:
-            reference = load(path, dtype, places(setup.reference, "reference"))
-            reference = mesh.lend(reference, "reference")
-    own = None
+            reference = load(path, dtype, shardings_of(setup.reference, "reference"))
+            reference = mesh.reshard(reference, "reference")
+    masters = None
     if student:
-        masters = mesh.masters(decoder.abstract_params(setup.student))
-        own = load(config.student.path, "float32", masters)
-    return Weights(own, teacher, scorer, reference)
+        shardings = mesh.masters(decoder.abstract_params(setup.student))
+        masters = load(config.student.path, "float32", shardings)
+    return Weights(masters, teacher, scorer, reference)

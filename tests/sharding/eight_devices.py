@@ -73,7 +73,7 @@ def params() -> decoder.Params:
 
 def on(devices: Mesh, params: decoder.Params) -> decoder.Params:
     """Compute weights."""
-    return devices.lend(params, "teacher")
+    return devices.reshard(params, "teacher")
 
 
 # Rollouts.
@@ -206,7 +206,7 @@ class Learner:
         masters = jax.tree.map(jnp.copy, params)
         if devices is not ONE:
             masters = jax.device_put(masters, devices.masters(masters))
-        self.state = devices.masters_of(
+        self.state = devices.init_masters(
             lambda params: update.init_state(params, tx, average=True), masters
         )
         self.frozen = Frozen(reference=on(devices, noisy_params(CONFIG, seed=2)))
@@ -215,7 +215,7 @@ class Learner:
     def own(self) -> decoder.Params:
         if self.devices is ONE:
             return self.state.params
-        return self.devices.compute(self.state.params, self.dtype)
+        return self.devices.compute_weights(self.state.params, self.dtype)
 
     def gradient(self):
         return self.accumulate(self.own, self.frozen, ROWS, GOLDEN, TERMS.weights)
@@ -372,7 +372,7 @@ def test_optax_state_is_all_that_a_mesh_does_not_know(params):
 def test_a_bit_that_differs_between_copies_is_found(params):
     """One of device 5's copies is changed: its array, its part and the device are named."""
     devices = make("2x2x2")
-    state = devices.lend(params, "student")
+    state = devices.reshard(params, "student")
     replica_check.require_equal({"state": state}, when="now")
     weight = state["layers"]["query"]["kernel"]
     shards = [shard.data for shard in weight.addressable_shards]

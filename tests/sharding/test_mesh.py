@@ -62,10 +62,18 @@ def section(data: int = -1, fsdp: int = 1, tensor: int = 1) -> ConfigDict:
 @pytest.mark.parametrize(
     ("asked", "devices", "says"),
     [
-        (section(data=3), 8, r"asks for 3 devices, here are 8; set --config.mesh.data=-1, or"),
-        (section(tensor=6), 8, r"asks for a multiple of 6 devices, here are 8; .*mesh.tensor=2"),
-        (section(data=2, fsdp=4), 4, r"mesh.data=2, mesh.fsdp=4, .*asks for 8 devices, here are 4"),
-        (section(fsdp=4), 1, r"here are 1; .*mesh.fsdp=1 --config.mesh.tensor=1"),
+        (section(data=3), 8, r"needs 3 devices, and this run has 8; set --config.mesh.data=-1, or"),
+        (
+            section(tensor=6),
+            8,
+            r"needs a multiple of 6 devices, and this run has 8; .*mesh.tensor=2",
+        ),
+        (
+            section(data=2, fsdp=4),
+            4,
+            r"mesh.data=2, mesh.fsdp=4, .*needs 8 devices, and this run has 4",
+        ),
+        (section(fsdp=4), 1, r"this run has 1; .*mesh.fsdp=1 --config.mesh.tensor=1"),
     ],
 )
 def test_a_mesh_that_is_not_there_is_refused(asked, devices, says):
@@ -79,8 +87,8 @@ def test_one_device_is_no_mesh():
     assert mesh.make_mesh(section(data=1), jax.devices()[:1]) is mesh.ONE
     tree = {"a": [1, 2]}
     assert mesh.ONE.rows(tree) is tree
-    assert mesh.ONE.summed(tree) is tree
-    assert mesh.ONE.each(len, (mesh.ROWS,), mesh.ROWS) is len
+    assert mesh.ONE.reduce(tree) is tree
+    assert mesh.ONE.per_replica(len, (mesh.ROWS,), mesh.ROWS) is len
 
 
 @pytest.mark.short
@@ -95,7 +103,7 @@ def test_arguments_of_one_kind_have_partitionings_of_their_own():
     def function(matrix, tree, rows, sums):
         return rows * matrix.sum() + tree["bias"].sum(), {"w": sums["w"] + 1.0}
 
-    each = one_device_with_axes().each(
+    each = one_device_with_axes().per_replica(
         function, (mesh.WHOLE, mesh.WHOLE, mesh.ROWS, mesh.SUMS), (mesh.ROWS, mesh.SUMS)
     )
     given = (jnp.ones((2, 3)), {"bias": jnp.ones(4)}, jnp.ones((5, 1)), {"w": jnp.zeros((1, 2))})
@@ -114,7 +122,7 @@ def test_arguments_of_one_kind_have_partitionings_of_their_own():
 )
 def test_a_result_whose_partitioning_is_not_clear_is_refused(given, made):
     """It would get that of whichever argument of its kind came last."""
-    each = one_device_with_axes().each(lambda a, b: a, given, made)
+    each = one_device_with_axes().per_replica(lambda a, b: a, given, made)
     with pytest.raises(AssertionError):
         jax.jit(each)(jnp.ones((1, 2)), {"w": jnp.ones((1, 2, 3))})
 
@@ -134,7 +142,9 @@ def test_heads_that_do_not_divide_are_refused():
 def test_slices_and_tensor_do_not_go_together():
     sizes = {"data": 1, "fsdp": 2, "tensor": 2}
     partition.check("student", tiny_config(), sizes, sharded=False)
-    with pytest.raises(ConfigError, match=r"mesh.teacher='sharded' with mesh.tensor=2, wanted one"):
+    with pytest.raises(
+        ConfigError, match=r"mesh.teacher='sharded' does not go together with mesh.tensor=2"
+    ):
         partition.check("teacher", tiny_config(), sizes, sharded=True)
 
 

@@ -152,8 +152,8 @@ def test_a_process_that_is_lost_ends_the_other(tmp_path, victim):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("asked", [0, 1])
-def test_one_that_is_asked_to_end_ends_all_at_the_same_step(alone, tmp_path, asked):
+@pytest.mark.parametrize("requested", [0, 1])
+def test_one_that_is_asked_to_end_ends_all_at_the_same_step(alone, tmp_path, requested):
     workdir = tmp_path / "run"
     arguments = (
         *SMALL,
@@ -163,7 +163,7 @@ def test_one_that_is_asked_to_end_ends_all_at_the_same_step(alone, tmp_path, ask
     )
     pair = start_two(tmp_path, *arguments)
     wait_for(pair, lambda: (workdir / "eval" / "0").is_dir())
-    pair[asked].process.terminate()
+    pair[requested].process.terminate()
     assert [one.end() for one in pair] == [AGAIN, AGAIN], pair[0].said + pair[1].said
     for one in pair:
         assert one.said.splitlines()[-1].startswith("SIGTERM: "), one.said
@@ -184,7 +184,7 @@ def test_processes_with_other_configs_are_refused_by_all(tmp_path):
     for one in pair:
         (line,) = [line for line in one.said.splitlines() if line.startswith("error:")]
         assert (
-            "process 1 is not like process 0 (optim.learning_rate: 0.0002 there, 0.5 here)" in line
+            "process 1 differs from process 0 in: optim.learning_rate (0.0002 in process 0" in line
         )
     assert not (tmp_path / "run").exists()
 
@@ -211,13 +211,16 @@ def test_a_coordinator_that_does_not_answer_is_refused(monkeypatch):
     [
         (("host:1", 2, None), "--process_id missing"),
         ((None, 2, None), "--coordinator and --process_id missing"),
-        (("host", 2, 0), "--coordinator='host', wanted HOST:PORT"),
-        (("host:1", 2, 2), "--process_id=2 of --num_processes=2, wanted 0 to 1"),
+        (("host", 2, 0), "--coordinator='host' is not the HOST:PORT"),
+        (
+            ("host:1", 2, 2),
+            "--process_id=2 is out of range: with --num_processes=2 it must be 0 to 1",
+        ),
     ],
 )
 def test_flags_that_cannot_be_are_refused(given, says):
     with pytest.raises(ConfigError, match=says):
-        multihost.asked(*given)
+        multihost.requested(*given)
 
 
 @pytest.mark.short
@@ -238,8 +241,8 @@ def test_launchers_are_found(monkeypatch, env, several):
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     for name, value in env.items():
         monkeypatch.setenv(name, value)
-    assert multihost.asked(None, None, None) is several
-    assert multihost.asked("host:1", 1, 0) is False
+    assert multihost.requested(None, None, None) is several
+    assert multihost.requested("host:1", 1, 0) is False
 
 
 @pytest.mark.short
@@ -249,10 +252,10 @@ def test_tasks_that_do_not_find_each_other_are_refused(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PMI_SIZE", "4")
     with pytest.raises(ConfigError, match=r"PMI_SIZE=4: .*--num_processes=4"):
-        multihost.asked(None, None, None)
-    assert multihost.asked("host:1", 4, 0)
+        multihost.requested(None, None, None)
+    assert multihost.requested("host:1", 4, 0)
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")  # srun --mpi=pmi2
-    assert multihost.asked(None, None, None)
+    assert multihost.requested(None, None, None)
 
 
 @pytest.mark.short

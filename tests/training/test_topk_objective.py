@@ -323,7 +323,7 @@ def test_what_terms_need():
     assert not TERMS.over_vocabulary
     assert dataclasses.replace(TERMS, support="full").over_vocabulary
     assert Terms(pg_weight=1.0, support="teacher").scored_support is None  # nothing is over it
-    raised = Terms(pg_weight=1.0, raised=("reference_kl", "sft"))
+    raised = Terms(pg_weight=1.0, traced_at_zero=("reference_kl", "sft"))
     assert raised.needs_reference
     assert raised.needs_golden
     assert not Terms(pg_weight=1.0).needs_reference

@@ -105,7 +105,7 @@ def model_update(*, golden: float, beta: float, limbs: bool, rows: int = B):
         pg_weight=1.0,
         lambda_gold=golden,
         beta_kl=beta,
-        raised=("reference_kl", "sft") if limbs else (),
+        traced_at_zero=("reference_kl", "sft") if limbs else (),
     )
     shared = {"vocabulary": CONFIG.vocab_size, "token_chunk": 16, "remat": "none"}
     return make_step(

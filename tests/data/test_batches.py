@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from opd_jax import data
-from opd_jax.data import batches as loader
 from opd_jax.errors import DataError
 
 SIZE = 12
@@ -138,7 +137,7 @@ def test_prompts_go_through_the_chat_template():
 
 
 def test_golden_rows_by_hand():
-    tokens, length, mask = loader.golden_rows([[5, 6], [7]], [[8, 1], [8, 9, 9, 1]], width=5)
+    tokens, length, mask = data.golden_rows([[5, 6], [7]], [[8, 1], [8, 9, 9, 1]], width=5)
     np.testing.assert_array_equal(tokens, [[5, 6, 8, 1, 0], [7, 8, 9, 9, 1]])
     np.testing.assert_array_equal(length, [4, 5])
     np.testing.assert_array_equal(mask, np.array([[0, 0, 1, 1, 0], [0, 1, 1, 1, 1]], bool))
@@ -151,9 +150,9 @@ def test_golden_row_too_long_names_the_field():
         r"raise --config\.rollout\.max_response_tokens"
     )
     with pytest.raises(DataError, match=message):
-        loader.golden_rows([[5, 6], [7]], [[8, 1], [8, 9, 9, 1]], width=4)
+        data.golden_rows([[5, 6], [7]], [[8, 1], [8, 9, 9, 1]], width=4)
 
 
 def test_golden_rows_need_a_solution_for_every_prompt():
     with pytest.raises(ValueError, match="argument 2 is shorter"):
-        loader.golden_rows([[5], [6]], [[1]], width=4)
+        data.golden_rows([[5], [6]], [[1]], width=4)

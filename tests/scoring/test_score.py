@@ -14,7 +14,6 @@ from opd_jax.models import decoder
 from opd_jax.models.end_tokens import EVERY_ID, Events
 from opd_jax.types import TeacherRows
 from tests.conftest import noisy_params, random_rows, tiny_config
-from tests.support.lanes import slow
 
 pytestmark = pytest.mark.short
 
@@ -179,9 +178,8 @@ def test_ids_beyond_the_vocabulary_carry_no_mass(student, teacher):
     assert np.abs(np.asarray(uncut - got.teacher_logprob_BT))[SCORED].max() > 1.0
 
 
-@pytest.mark.parametrize(
-    ("microbatch_tokens", "token_chunk"), [(45, 7), *slow((1, 16), (1000, 64))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("microbatch_tokens", "token_chunk"), [(1, 16), (45, 7), (1000, 64)])
 def test_micro_batches_and_chunks_change_nothing(student, teacher, microbatch_tokens, token_chunk):
     got = scores(student, teacher, microbatch_tokens=microbatch_tokens, token_chunk=token_chunk)
     want = scores(student, teacher)

@@ -208,6 +208,7 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path, out, changes, error, 
     assert sorted(f.name for f in tmp_path.iterdir()) == ["file", "folder.jsonl"]
 
 
+@pytest.mark.slow
 def test_nothing_kept_is_told_with_its_reasons(tmp_path):
     config = small(sample__max_response_tokens=8, sample__problems=4)
     with pytest.raises(DataError, match=r"none of 4 .*truncated 4.*sample.max_response_tokens"):

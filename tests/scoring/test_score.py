@@ -105,6 +105,7 @@ def test_map_tokens_aligns_tokens_models_and_extras(token_chunk, rows):
             np.testing.assert_allclose(out["b"][b, t], q[before, token], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_gradient_through_map_tokens_equals_the_direct_one(student):
     weight = jnp.asarray(np.random.default_rng(2).standard_normal((ROWS, WIDTH)), jnp.float32)
     weight = jnp.where(SCORED, weight, 0.0)
@@ -160,6 +161,7 @@ def test_scores_equal_direct_sums_over_the_vocabulary(student, teacher):
         np.testing.assert_allclose(array[SCORED], values[SCORED], atol=5e-6, err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_teacher_that_is_the_student_has_nothing_to_say(student):
     got = scores(student, student, teacher_config=STUDENT)
     assert not np.asarray(got.reverse_kl_BT).any()

@@ -19,6 +19,7 @@ from opd_jax.tools.cold_start import run as sample
 from opd_jax.tools.cold_start import sample_file
 from opd_jax.tools.cold_start.run import Fate
 from opd_jax.training import setup
+from tests.support.lanes import slow
 
 
 def small(**changes: object):
@@ -355,7 +356,7 @@ def test_the_file_is_what_sft_trains_on(straight):
 
 @pytest.mark.parametrize(
     ("arguments", "status", "says"),
-    [(["--out=a.jsonl"], 1, "--config.teacher.path=DIR"), ([], 2, "--out")],
+    [(["--out=a.jsonl"], 1, "--config.teacher.path=DIR"), *slow(([], 2, "--out"))],
 )
 def test_command(arguments, status, says, tmp_path):
     root = pathlib.Path(__file__).parents[3]

@@ -34,6 +34,16 @@ if f"opd_jax_tests_{os.getpid()}_" in os.environ["OPD_JAX_TEST_PROGRAMS"]:  # ma
     atexit.register(shutil.rmtree, os.environ["OPD_JAX_TEST_PROGRAMS"], ignore_errors=True)
 
 BEGAN = time.monotonic()
+FAST_LANE = "not slow and not real"  # of pyproject.toml
+
+
+def pytest_configure(config) -> None:
+    """The fast lane checks equations, not XLA: its own process compiles without XLA's optimisations.
+
+    They take much of the time. Other lanes, and processes that tests start, compile as a run does.
+    """
+    if config.getoption("markexpr") == FAST_LANE:
+        jax.config.update("jax_disable_most_optimizations", True)
 
 
 def pytest_addoption(parser) -> None:

@@ -50,6 +50,7 @@ def test_mistakes_are_one_line(arguments, status, says, tmp_path):
     assert not workdir.exists()
 
 
+@pytest.mark.slow
 def test_help_and_another_working_directory(tmp_path):
     """Entry points run from anywhere: the config path is relative to where one stands."""
     done = train(
@@ -60,6 +61,7 @@ def test_help_and_another_working_directory(tmp_path):
     assert "steps=0" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_wrong_field_of_the_default_config_is_one_line():
     """absl applies overrides of a default file when the flag is defined, before any parsing."""
     done = train("--config.rollout.temprature=1")

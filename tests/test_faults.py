@@ -18,6 +18,7 @@ from opd_jax.errors import Interrupted, PlanError, WorkdirError
 from opd_jax.training.step import Step
 from opd_jax.workdir.stop import AGAIN, Stop
 from tests.support import faulty
+from tests.support.lanes import slow
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +115,7 @@ def listener(grace: float, busy: float) -> subprocess.Popen:
 
 
 @pytest.mark.short
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, *slow(signal.SIGINT)])
 def test_the_first_signal_is_a_wish(number):
     process = listener(20, 0)
     process.send_signal(number)

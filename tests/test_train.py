@@ -78,6 +78,7 @@ def test_tensorboard_has_every_figure_of_the_log(straight):
             assert found[key][row["step"]] == pytest.approx(row[key], rel=1e-6), key
 
 
+@pytest.mark.slow
 @pytest.mark.short
 def test_a_real_run_is_reported(straight, tmp_path, capsys):
     _, workdir = straight

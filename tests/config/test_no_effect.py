@@ -49,7 +49,7 @@ METHODS = {
     "SFT": NO_SURROGATE | {"lambda_gold": 1.0},
 }
 
-FAST = ("OPD", "divergence", "SFT")  # the others in the slow lane
+FAST = ("OPD", "SFT")  # the others in the slow lane
 
 
 def config_of(changes: dict):

@@ -178,6 +178,7 @@ def test_keys_are_of_seed_prompt_and_sample():
     assert jax.random.key_data(key_for(0, 0, Stream.BENCHMARK)).tolist() not in bits
 
 
+@pytest.mark.slow
 def test_several_benchmarks_and_a_file_of_ones_own(tmp_path):
     file = tmp_path / "mine.jsonl"
     file.write_text(

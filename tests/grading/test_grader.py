@@ -153,8 +153,6 @@ def test_grades_in_order(grader):
 def test_a_bomb_costs_its_own_grade_and_no_other(grader):
     grades = grader.grade([RIGHT, BOMB, BOMB, RIGHT, (r"\boxed{4.0}", "3"), RIGHT])
     assert grades == [CORRECT, TIMEOUT, TIMEOUT, CORRECT, WRONG, CORRECT]
-    # Both processes are new now. The imports of a new one are not part of the bomb's time.
-    assert grader.grade([BOMB, RIGHT]) == [TIMEOUT, CORRECT]
 
 
 @pytest.mark.slow
@@ -163,6 +161,7 @@ def test_bombs_cost_one_time_out_together(grader):
     start = time.monotonic()
     assert grader.grade([BOMB, BOMB, RIGHT]) == [TIMEOUT, TIMEOUT, CORRECT]
     assert TIMEOUT_S < time.monotonic() - start < TIMEOUT_S + 20
+    # Both processes are new now. The imports of a new one are not part of the bomb's time.
     start = time.monotonic()
     assert grader.grade([BOMB, RIGHT]) == [TIMEOUT, CORRECT]
     assert time.monotonic() - start < TIMEOUT_S + 20
@@ -248,5 +247,5 @@ def test_processes_that_cannot_start_are_an_error(monkeypatch):
     monkeypatch.setattr("sys.executable", "/bin/false")
     with Grader(workers=1) as grader:
         assert grader.grade([(r"\boxed{1}", "1"), ("1", "1")]) == [CORRECT, UNPARSED]  # needs none
-        with pytest.raises(GradingError, match=r"grading\.worker"):
+        with pytest.raises(GradingError, match=r"opd_jax\.grading\.worker"):
             grader.grade([RIGHT])

@@ -44,6 +44,7 @@ def test_what_does_not_fit_says_what_to_set():
     assert again.returncode == 0, again.stderr
 
 
+@pytest.mark.slow
 def test_verifying_wants_as_many_devices():
     done = plan("--verify", "--devices=2", "--device_kind=cpu")
     assert done.returncode == 1

@@ -154,6 +154,7 @@ def assert_close(rows: list[tuple[str, float, float]]) -> None:
         assert temporaries == pytest.approx(1, abs=0.2), kind
 
 
+@pytest.mark.slow
 def test_planned_bytes_are_those_of_compiled_programs():
     assert_close(compared(("score", "optimizer"), microbatch_tokens=1600))
 

@@ -7,4 +7,4 @@ from tests.sharding.test_mesh import on_eight_devices
 
 @pytest.mark.slow
 def test_plans_on_eight_devices():
-    on_eight_devices(file="tests/memory_plan/eight_devices.py")
+    on_eight_devices(files=("tests/memory_plan/eight_devices.py",))

@@ -40,12 +40,14 @@ def test_figures_alone(tmp_path, capsys):
     ]
 
 
+@pytest.mark.slow
 def test_without_out_the_summary_is_printed(tmp_path):
     done = launch("report.py", str(make(tmp_path / "run", healthy(12))))
     assert (done.returncode, done.stderr) == (0, "")
     assert "No abrupt transition in 12 steps" in done.stdout
 
 
+@pytest.mark.slow
 def test_watch_once(tmp_path):
     done = launch("watch.py", "--once", str(make(tmp_path / "run", healthy(12))))
     assert (done.returncode, done.stderr) == (0, "")

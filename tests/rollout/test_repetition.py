@@ -15,7 +15,6 @@ from opd_jax.training import batch
 from opd_jax.types import Outcome, Rollout, Scores
 from tests.conftest import noisy_params, tiny_config
 from tests.support import calls
-from tests.support.lanes import slow
 
 pytestmark = pytest.mark.short
 
@@ -113,7 +112,8 @@ def test_rows_end_where_the_reference_says(params, free):
         assert not got.sampler_logprob_BT[row, got.length_B[row] :].any()
 
 
-@pytest.mark.parametrize(("slots", "chunk"), [(2, 5), *slow((1, 64), (5, 64), (None, 1))])
+@pytest.mark.slow
+@pytest.mark.parametrize(("slots", "chunk"), [(1, 64), (2, 5), (5, 64), (None, 1)])
 def test_slots_refills_and_chunks_change_nothing(params, slots, chunk):
     want, got = stopped(params), stopped(params, slots=slots, chunk=chunk)
     np.testing.assert_array_equal(got.tokens_BT, want.tokens_BT)

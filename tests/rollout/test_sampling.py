@@ -129,6 +129,7 @@ def test_nucleus_keeps_ties(weights, top_p, stay):
     np.testing.assert_array_equal(nucleus(logits, top_p)[0] > -jnp.inf, stay)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("top_p", [1e-9, 1e-3])
 def test_a_tiny_nucleus_is_the_top_token(top_p):
     logits = np.random.default_rng(0).standard_normal((50, 101)).astype(np.float32)

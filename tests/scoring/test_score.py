@@ -15,7 +15,6 @@ from opd_jax.models.end_tokens import Events
 from opd_jax.types import TeacherRows
 from tests.conftest import noisy_params, random_rows, tiny_config
 from tests.support import calls
-from tests.support.lanes import slow
 
 pytestmark = pytest.mark.short
 
@@ -106,6 +105,7 @@ def test_map_tokens_aligns_tokens_models_and_extras(token_chunk, rows):
             np.testing.assert_allclose(out["b"][b, t], q[before, token], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_gradient_through_map_tokens_equals_the_direct_one(student):
     weight = jnp.asarray(np.random.default_rng(2).standard_normal((ROWS, WIDTH)), jnp.float32)
     weight = jnp.where(SCORED, weight, 0.0)
@@ -161,6 +161,7 @@ def test_scores_equal_direct_sums_over_the_vocabulary(student, teacher):
         np.testing.assert_allclose(array[SCORED], values[SCORED], atol=5e-6, err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_teacher_that_is_the_student_has_nothing_to_say(student):
     got = scores(student, student, teacher_config=STUDENT)
     assert not np.asarray(got.reverse_kl_BT).any()
@@ -179,9 +180,8 @@ def test_ids_beyond_the_vocabulary_carry_no_mass(student, teacher):
     assert np.abs(np.asarray(uncut - got.teacher_logprob_BT))[SCORED].max() > 1.0
 
 
-@pytest.mark.parametrize(
-    ("microbatch_tokens", "token_chunk"), [(45, 7), *slow((1, 16), (1000, 64))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("microbatch_tokens", "token_chunk"), [(1, 16), (45, 7), (1000, 64)])
 def test_micro_batches_and_chunks_change_nothing(student, teacher, microbatch_tokens, token_chunk):
     got = scores(student, teacher, microbatch_tokens=microbatch_tokens, token_chunk=token_chunk)
     want = scores(student, teacher)

@@ -19,13 +19,15 @@ from opd_jax.sharding import mesh, partition
 from tests.conftest import tiny_config
 from tests.support.paths import ROOT
 
+FILES = ("tests/sharding/eight_devices.py", "tests/sharding/eight_devices_runs.py")
 
-def on_eight_devices(*arguments: str, file: str = "tests/sharding/eight_devices.py") -> None:
+
+def on_eight_devices(*arguments: str, files: tuple[str, ...] = FILES) -> None:
     env = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu",
     }  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", file, *arguments],
+        [sys.executable, "-m", "pytest", "-q", *files, *arguments],
         cwd=ROOT, env=env, capture_output=True, text=True, timeout=3000,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
@@ -50,7 +52,7 @@ def test_on_eight_devices_at_length():
 @pytest.mark.slow
 @pytest.mark.long
 def test_all_programs_of_a_mesh_are_compiled_ahead():
-    on_eight_devices("-m", "slow or not slow", file="tests/training/test_precompile.py")
+    on_eight_devices("-m", "slow or not slow", files=("tests/training/test_precompile.py",))
 
 
 def section(data: int = -1, fsdp: int = 1, tensor: int = 1) -> ConfigDict:

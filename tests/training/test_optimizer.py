@@ -25,7 +25,8 @@ def test_weight_decay_is_for_kernels_and_embeddings():
     shapes = decoder.abstract_params(tiny_config(tie_embeddings=False, num_layers=1))
     params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), shapes)
     tx = update.make_optimizer(section(learning_rate=0.5, weight_decay=0.1), 10)
-    changes, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    state = jax.jit(tx.init)(params)
+    changes, _ = jax.jit(tx.update)(jax.tree.map(jnp.zeros_like, params), state, params)
     decayed = set()
     for path, change in jax.tree_util.tree_leaves_with_path(changes):
         name = path[-1].key

@@ -14,6 +14,7 @@ from opd_jax.rollout import Batching, SamplingParams
 from opd_jax.tools.cold_start import run as sample
 from opd_jax.tools.probe import workload, writing
 from opd_jax.training.setup import make_setup
+from tests.support.lanes import slow
 from tests.support.small_run import small
 from tests.support.thoughts import (
     RESPONSE,
@@ -79,7 +80,9 @@ def test_held_out_answers_are_written_with_their_thoughts_and_graded_as_before(
     assert summary["length_mean"] == len(made.tokenizer.encode(RESPONSE)) + 1
 
 
-@pytest.mark.parametrize("fallbacks", [(), ("after_think",), ("answer_line", "last_number")])
+@pytest.mark.parametrize(
+    "fallbacks", [(), *slow((("after_think",),), (("answer_line", "last_number"),))]
+)
 @pytest.mark.parametrize("response", [RESPONSE, "1+2\n</think>\nAnswer: 3", "so</think>3", "3", ""])
 def test_no_grade_depends_on_the_opening(fallbacks, response):
     with Grader() as grader:

@@ -167,6 +167,7 @@ def test_order_of_rows_changes_nothing():
     assert distance(moved(other.params), moved(one.params)) < 1e-5
 
 
+@pytest.mark.slow
 def test_weights_of_zero_give_plain_opd_bit_for_bit():
     plain, plain_metrics = model_update(golden=0.0, beta=0.0, limbs=False)(
         sgd_state(), Frozen(), ROWS, None

@@ -20,6 +20,7 @@ from opd_jax.tools.cold_start import run as sample
 from opd_jax.tools.cold_start import sample_file
 from opd_jax.tools.cold_start.run import Fate
 from opd_jax.training import setup
+from tests.support.lanes import slow
 
 
 def small(**changes: object):
@@ -209,6 +210,7 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path, out, changes, error, 
     assert sorted(f.name for f in tmp_path.iterdir()) == ["file", "folder.jsonl"]
 
 
+@pytest.mark.slow
 def test_nothing_kept_is_told_with_its_reasons(tmp_path):
     config = small(sample__max_response_tokens=8, sample__problems=4)
     with pytest.raises(DataError, match=r"none of 4 .*truncated 4.*sample.max_response_tokens"):
@@ -378,9 +380,11 @@ def test_the_file_is_what_sft_trains_on(straight):
     ("arguments", "status", "says"),
     [
         (["--out=a.jsonl"], 1, "--config.teacher.path=DIR"),
-        (["--out=a.jsonl", "--config.n=4"], 1, "did you mean 'sample.samples'?"),
-        (["--out=a.jsonl", "--batch_size=4"], 2, "did you mean 'sample.batch'?"),
-        ([], 2, "--out"),
+        *slow(
+            (["--out=a.jsonl", "--config.n=4"], 1, "did you mean 'sample.samples'?"),
+            (["--out=a.jsonl", "--batch_size=4"], 2, "did you mean 'sample.batch'?"),
+            ([], 2, "--out"),
+        ),
     ],
 )
 def test_command(arguments, status, says, tmp_path):

@@ -40,6 +40,7 @@ def test_mistakes_are_one_line(arguments, status, says, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path, train):
     out = tmp_path / "out"
     completed = command(f"--config.data.train={train}", f"--out={out}")

@@ -74,8 +74,8 @@ def test_the_config_of_a_run_lacks_what_is_new_and_takes_overrides(run, tmp_path
 def test_bad_input_is_refused_before_weights_are_read(
     small, monkeypatch, name, fields, arguments, error, says
 ):
-    runner = sys.modules["opd_jax.tools.probe.run"]  # the package exports a function of this name
-    monkeypatch.setattr(runner, "load_student", lambda plan: pytest.fail("weights were read"))
+    module = sys.modules[probe.run.__module__]  # the package has a function of the module's name
+    monkeypatch.setattr(module, "load_student", lambda plan: pytest.fail("weights were read"))
     for field, value in fields.items():
         section, key = field.split(".")
         with small.ignore_type():

@@ -21,6 +21,7 @@ def without_speed(report: dict) -> dict:
     return kept
 
 
+@pytest.mark.slow
 def test_pair_of_a_student_and_itself_another_and_one_with_other_ids(
     small, folders, tmp_path, capsys
 ):

@@ -27,7 +27,7 @@ def init(config: ModelConfig, batch: int, slots: int, dtype: jnp.dtype) -> tuple
     else:
         shapes = [
             ((batch, kv_heads, size, width), (batch, kv_heads, width, size))
-            for width in _block_widths(slots)
+            for width in block_widths(slots)
         ]
     return tuple(
         tuple((jnp.zeros(keys, dtype), jnp.zeros(values, dtype)) for keys, values in shapes)
@@ -40,8 +40,8 @@ def head_axis(dtype: jnp.dtype) -> int:
     return 2 if attention.fused(dtype) else 1
 
 
-def _block_widths(slots: int) -> list[int]:
-    """Blocks of equal width, a multiple of `BLOCK`; the last holds what is left."""
+def block_widths(slots: int) -> list[int]:
+    """Widths of the plain form's blocks: equal, a multiple of `BLOCK`; the last holds what is left."""
     width = -(-slots // (BLOCK * MOST_BLOCKS)) * BLOCK
     return [min(width, slots - start) for start in range(0, slots, width)]
 

@@ -131,13 +131,14 @@ def hidden_states(
     length_B: jax.Array,
     *,
     remat: str = "none",
+    sums: Params | None = None,
 ) -> jax.Array:
     """Final normed hidden states [B, T, D] of right-padded rows, in the final norm's dtype.
 
     Position t sees tokens 0..t of its row; entries at t >= length are finite and meaningless.
-    `remat` names what each layer keeps for the backward pass (models/remat.py). Where `params` has
-    `sums`, float32 and shaped like `layers`, the layers compute in the final norm's dtype, and the
-    gradient of `sums` is `sums` plus the gradient of the layers, which have none of their own.
+    `remat` names what each layer keeps for the backward pass (models/remat.py). With `sums`, float32
+    and shaped like `params["layers"]`, the layers compute in the final norm's dtype, and the gradient of
+    `sums` is `sums` plus the gradient of the layers, whose own gradient is 0.
     """
     x_BTD = _embedded(params, tokens_BT).astype(params["norm"]["scale"].dtype)
     tables = rope.rotary(config, jnp.arange(tokens_BT.shape[1])[None])
@@ -157,11 +158,10 @@ def hidden_states(
 
     if sliced(params) and remat == "none":
         remat = "slices"
-    if "sums" in params:
+    if sums is not None:
         layers = (jnp.arange(config.num_layers), params["layers"])
-        start = (x_BTD, params["sums"])
-        (x_BTD, sums), _ = jax.lax.scan(checkpointed(layer, remat), start, layers)
-        x_BTD = layer_gradients.begin(x_BTD, sums, jax.lax.stop_gradient(params["sums"]))
+        (x_BTD, carried), _ = jax.lax.scan(checkpointed(layer, remat), (x_BTD, sums), layers)
+        x_BTD = layer_gradients.begin(x_BTD, carried, jax.lax.stop_gradient(sums))
     else:
         x_BTD, _ = jax.lax.scan(checkpointed(plain, remat), x_BTD, params["layers"])
     return _final_norm(params, config, x_BTD)

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from opd_jax import host_memory
+from tests.support.lanes import slow
 from tests.support.paths import ROOT
 
 
@@ -22,17 +23,19 @@ def train(*arguments: str, cwd: pathlib.Path = ROOT) -> subprocess.CompletedProc
     ("arguments", "status", "says"),
     [
         (["--config.rollout.temprature=1"], 1, "did you mean 'rollout.temperature'"),
-        (["--config.rollout.temperature=hot"], 1, "type float"),
-        (["--config=configs/stable_opd.py:tyni"], 1, "did you mean 'tiny'"),
-        (["--config=configs/nothing.py"], 1, "configs/nothing.py"),
         (["--config.student.path=/nowhere"], 1, "model folder '/nowhere' does not exist"),
-        (["--config.optim.updates_per_rollout=3"], 1, "--config.rollout.prompts_per_step=18"),
-        (["--config.rollout.max_prompt_tokens=5"], 1, "--config.rollout.max_prompt_tokens="),
-        (["--config.optim.lr=1"], 1, "did you mean 'optim.learning_rate'"),
         (["--config.steps=1", "--config=configs/opd.py"], 1, "put --config=FILE first"),
-        (["--wrkdir=x"], 2, "wrkdir"),
         (["--lr=1"], 2, "--config.FIELD=VALUE: did you mean 'optim.learning_rate'"),
-        (["extra"], 2, "extra"),
+        *slow(
+            (["--config.rollout.temperature=hot"], 1, "type float"),
+            (["--config=configs/stable_opd.py:tyni"], 1, "did you mean 'tiny'"),
+            (["--config=configs/nothing.py"], 1, "configs/nothing.py"),
+            (["--config.optim.updates_per_rollout=3"], 1, "--config.rollout.prompts_per_step=18"),
+            (["--config.rollout.max_prompt_tokens=5"], 1, "--config.rollout.max_prompt_tokens="),
+            (["--config.optim.lr=1"], 1, "did you mean 'optim.learning_rate'"),
+            (["--wrkdir=x"], 2, "wrkdir"),
+            (["extra"], 2, "extra"),
+        ),
     ],
 )
 def test_mistakes_are_one_line(arguments, status, says, tmp_path):
@@ -66,7 +69,7 @@ def test_a_wrong_field_of_the_default_config_is_one_line():
     )
 
 
-@pytest.mark.parametrize("told", [None, "elsewhere"])
+@pytest.mark.parametrize("told", [None, *slow("elsewhere")])
 def test_compiled_programs_are_kept_between_runs(told, tmp_path):
     """In the user's cache folder, or where JAX's own variable says."""
     code = (
@@ -108,9 +111,11 @@ cli.main(run)
     [
         ({}, "keep True None"),
         ({"OPD_JAX_MALLOC": "system"}, "system False None"),
-        ({"GLIBC_TUNABLES": "glibc.malloc.check=0"}, "system False glibc.malloc.check=0"),
-        ({"JAX_PLATFORMS": "cuda"}, "system False None"),
-        ({"JAX_PLATFORMS": "cuda", "OPD_JAX_MALLOC": "keep"}, "keep True None"),
+        *slow(
+            ({"GLIBC_TUNABLES": "glibc.malloc.check=0"}, "system False glibc.malloc.check=0"),
+            ({"JAX_PLATFORMS": "cuda"}, "system False None"),
+            ({"JAX_PLATFORMS": "cuda", "OPD_JAX_MALLOC": "keep"}, "keep True None"),
+        ),
     ],
 )
 def test_freed_memory_is_kept_on_a_cpu_in_the_one_process(given, says, tmp_path):

@@ -18,6 +18,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from opd_jax.config.validate import validate, validate_evaluation
+from tests.support.lanes import slow
 from tests.support.paths import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -87,7 +88,9 @@ def test_launcher_and_flags_are_there(page, launcher, arguments):
             assert name in known or name in {f"no{flag}" for flag in known}, argument
 
 
-@pytest.mark.parametrize("launcher", sorted({launcher for _, launcher, _ in COMMANDS}))
+@pytest.mark.parametrize(
+    "launcher", ["train", *slow(*sorted({launcher for _, launcher, _ in COMMANDS} - {"train"}))]
+)
 def test_every_launcher_starts_and_says_what_it_takes(launcher):
     done = subprocess.run(
         [sys.executable, f"launch/{launcher}.py", "--help"],

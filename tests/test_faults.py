@@ -213,6 +213,7 @@ def test_a_workdir_that_turns_read_only_ends_the_run_in_one_line(tmp_path, wante
     faulty.assert_same(tmp_path / "run", wanted)
 
 
+@pytest.mark.slow
 def test_a_device_out_of_memory_is_answered_with_the_plan_and_the_fields(tmp_path, monkeypatch):
     def update(*_, **__):
         raise jax.errors.JaxRuntimeError(

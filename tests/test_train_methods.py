@@ -255,6 +255,7 @@ def test_what_an_earlier_part_did_not_measure_is_measured_at_the_end(folders, tm
     assert "matched" in table["student after"]
 
 
+@pytest.mark.slow
 def test_the_default_self_distillation_starts():
     setup = make_setup(opsd.get_config())
     assert setup.separate_prompts

@@ -18,6 +18,7 @@ from opd_jax.training.setup import make_setup
 from tests.support.small_run import questions, small
 
 
+@pytest.mark.slow
 def test_rows_that_do_not_fit_are_skipped_and_counted_where_the_config_says_so(
     folders, tmp_path, capsys
 ):

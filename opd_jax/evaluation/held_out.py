@@ -1,4 +1,4 @@
-"""Held-out answers on the way and at the end: measured, kept by the best, told in the closing table."""
+"""Held-out evaluation during and after training: the summary, the best checkpoint, the closing table."""
 
 import hashlib
 import json
@@ -48,7 +48,7 @@ def discard_after(folder: pathlib.Path, step: int) -> None:
 
 
 class HeldOut:
-    """The held-out problems of a run, and what its student and teacher make of them."""
+    """The held-out problems of a run, and the answers of its student and teacher to them."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Answers to held-out problems: sampled, graded, written down one by one, and summarised."""
+"""Answer held-out problems, grade the answers, write one line for each, and summarise them."""
 
 import dataclasses
 import pathlib
@@ -53,7 +53,7 @@ def evaluate(
     out: pathlib.Path,
     protocol: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, float]:
-    """avg@k of a model on problems, with everything needed to look behind it.
+    """avg@k of a model on problems, with every answer kept.
 
     Writes one line an answer to `out` (JSONL: id, prompt, answer, gold, grade, outcome, length) and the
     summary beside it (`out` with .json), together with `protocol`: how the answers were made. Answers
@@ -75,7 +75,7 @@ def evaluate(
 def _report(
     sampled: Rollout, exam: Exam, *, grader: Grader, out: pathlib.Path, protocol: Mapping[str, Any]
 ) -> dict[str, float]:
-    """Grade, write down, summarise."""
+    """Grade the answers, write them, and summarise them."""
     k, tokenizer = exam.samples, exam.tokenizer
     answers = [problem for problem in exam.problems for _ in range(k)]
     read = read_responses(

@@ -1,4 +1,4 @@
-"""What the teacher's reward makes of right answers and of wrong ones (2604.13016, section 6.2)."""
+"""How the teacher's reward separates correct answers from incorrect ones (2604.13016, section 6.2)."""
 
 import numpy as np
 
@@ -16,10 +16,10 @@ def sequence_reward(advantage_BT: np.ndarray, mask_BT: np.ndarray) -> np.ndarray
 def right_against_wrong(
     reward_B: np.ndarray | None, correct_B: np.ndarray, graded_B: np.ndarray | None = None
 ) -> dict[str, float]:
-    """Accuracy, and what the teacher's reward (`sequence_reward`) makes of right and wrong answers.
+    """Accuracy, and the teacher's reward (`sequence_reward`) of correct and incorrect answers.
 
-    2604.13016, section 6.2 and Fig. 14. The AUROC is the chance that a right answer has the larger
-    reward than a wrong one; a class that is empty has no keys. None for the reward: no teacher.
+    2604.13016, section 6.2 and Fig. 14. The AUROC is the chance that a correct answer has the
+    larger reward than an incorrect one; a class that is empty has no keys. None for the reward: no teacher.
     Everything is taken over the rollouts in `graded_B` (None = all), whose number is `rollout/graded`.
     """
     graded_B = np.ones(len(correct_B), bool) if graded_B is None else graded_B

@@ -1,4 +1,4 @@
-"""Where time and memory went: seconds and tokens a second of a step's stages, peak memory."""
+"""Time and memory of a step: seconds and tokens/s of its stages, peak memory."""
 
 import pathlib
 import resource
@@ -9,14 +9,14 @@ import jax
 
 
 class Clock:
-    """Seconds and tokens a second of a step's stages."""
+    """Seconds and tokens/s of a step's stages."""
 
     def __init__(self) -> None:
         self._began = self._last = time.perf_counter()
         self._row: dict[str, float] = {}
 
     def lap(self, stage: str, tokens: float | None = None) -> None:
-        """The stage that has just ended, and how many tokens it was about, where that says something."""
+        """Record the stage that just ended; with `tokens`, also its tokens/s."""
         now = time.perf_counter()
         self._row[f"time/{stage}_s"] = now - self._last
         if tokens is not None:
@@ -29,7 +29,7 @@ class Clock:
 
 
 def peak_gib() -> float:
-    """Peak memory of the first device, or of the process where the device does not tell (CPU)."""
+    """Peak memory of the first device, or of the process where the device reports none (CPU)."""
     stats = jax.local_devices()[0].memory_stats() or {}
     peak = stats.get("peak_bytes_in_use")
     if peak is None:
@@ -39,7 +39,7 @@ def peak_gib() -> float:
 
 
 def used_bytes() -> float:
-    """Memory in use now: of the first device, or of the process where the device does not tell (CPU)."""
+    """Memory in use now: of the first device, or of the process where the device reports none (CPU)."""
     stats = jax.local_devices()[0].memory_stats() or {}
     used = stats.get("bytes_in_use")
     if used is not None:

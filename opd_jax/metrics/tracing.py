@@ -19,9 +19,9 @@ _DURING = "stage: "
 
 @contextlib.contextmanager
 def stage(name: str) -> Iterator[None]:
-    """A span of the host's time, by a name of `STAGES` or another; next to nothing where nothing is traced.
+    """A named span in the trace of the host, one of `STAGES` or another; almost free without a trace.
 
-    An error that leaves it knows where it happened: `stage_of`.
+    An error inside carries the name as a note: `stage_of`.
     """
     with jax.profiler.TraceAnnotation(name):
         try:
@@ -32,7 +32,7 @@ def stage(name: str) -> Iterator[None]:
 
 
 def stage_of(error: BaseException) -> str | None:
-    """The innermost stage that an error happened in."""
+    """The innermost stage in which an error was raised."""
     notes = (note for note in getattr(error, "__notes__", ()) if note.startswith(_DURING))
     return next((note.removeprefix(_DURING) for note in notes), None)
 
@@ -72,7 +72,7 @@ class Tracer:
             self.stop()
 
     def stop(self) -> None:
-        """End the trace, where there is one."""
+        """End the trace if one is running."""
         if self._tracing:
             self._tracing = False
             self._timeline.stop()
@@ -80,7 +80,7 @@ class Tracer:
 
 
 class _Timeline:
-    """Memory in use, looked at every few milliseconds by a thread of its own; JSONL of seconds and bytes."""
+    """Memory in use, sampled by a thread every few milliseconds; JSONL of seconds and bytes."""
 
     def __init__(self, file: pathlib.Path, memory: Callable[[], float]):
         self._file, self._memory = file, memory

@@ -124,7 +124,7 @@ def score(
         rows = mesh.rows((tokens, length, other))
         scores = score_part(student, teacher, *rows, spec, mesh=mesh)
         under_way.append((part, scores))
-        if len(under_way) == IN_FLIGHT:  # the device has work while one is fetched
+        if len(under_way) == IN_FLIGHT:  # two keep the device busy while one is fetched
             put(*under_way.pop(0))
     for part, scores in under_way:
         put(part, scores)
@@ -208,7 +208,7 @@ def _score_rows(
 
 
 def _student_statistics(student_CV: jax.Array, *, token_C: jax.Array) -> Scores:
-    """What `Scores` holds without a teacher, for one chunk of tokens."""
+    """The fields of `Scores` that need no teacher, for one chunk of tokens."""
     return Scores(
         student_logprob_BT=take(student_CV, token_C),
         student_entropy_BT=losses.entropy(logprob_BTV=student_CV[None])[0],
@@ -223,7 +223,7 @@ def _pair_statistics(
     top_k: int,
     support: tuple[str, int] | None,
 ) -> Scores:
-    """Everything `Scores` holds, for one chunk of tokens, from both log-softmaxes."""
+    """All fields of `Scores`, for one chunk of tokens, from both log-softmaxes."""
     most = max(top_k, support[1] if support else 0)
     student_CX, student_ids_CX = topk.top_k(student_CV, most)
     _, teacher_ids_CX = topk.top_k(teacher_CV, most)

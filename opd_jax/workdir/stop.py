@@ -1,8 +1,8 @@
-"""The wish that a run end: SIGTERM, SIGINT or a deadline. A run asks between its steps.
+"""Graceful shutdown: SIGTERM, SIGINT or a deadline set a flag that the loop polls between steps.
 
-A thread hears the signals, for the main one may be inside of a compilation for minutes. The first
-signal is a wish, with a limit of time; a second one, a second or more later, ends the process at
-once. That does no damage: whatever a run writes is complete or cut off when it is resumed.
+A thread receives the signals, because the main one may be inside a compilation for minutes. The first
+signal asks for an end within a time limit; a second one, a second or more later, ends the process at
+once. That does no damage: whatever a run writes is complete, or is cut off when it is resumed.
 """
 
 import dataclasses
@@ -22,12 +22,13 @@ _HEARD = (signal.SIGTERM, signal.SIGINT)
 
 @dataclasses.dataclass
 class Stop:
-    """Whether a run is to end, and why.
+    """Whether a run should end, and why.
 
     Attributes:
       reason: None, or the beginning of a sentence: "SIGTERM".
-      grace_s: after the first signal, for what is under way and saving; then the process ends.
-      deadline_s: after `began`, by which the run has saved and ended.
+      grace_s: seconds after the first signal for the step in progress and its checkpoint; then the
+        process ends.
+      deadline_s: seconds after `began` by which the run must have saved and ended.
     """
 
     reason: str | None = None
@@ -42,14 +43,14 @@ class Stop:
         self.deadline_s = 60 * minutes if minutes else math.inf
 
     def mind_deadline(self, needed_s: float) -> None:
-        """Wish the end where less than `needed_s` is left before the deadline."""
+        """Set the flag where less than `needed_s` is left before the deadline."""
         left = self.deadline_s - (time.monotonic() - self.began)
         if self.reason is None and left < needed_s:
             self.reason = f"deadline in {max(left, 0.0):.0f} s"
 
 
 def listen() -> Stop:
-    """A `Stop` that this process's signals speak to; called in the main thread, before JAX starts."""
+    """A `Stop` that this process's signals set. Call it in the main thread, before JAX starts."""
     stop = Stop()
     read, write = os.pipe()
     os.set_blocking(write, False)

@@ -19,6 +19,7 @@ from opd_jax.checkpoint.export import export
 from opd_jax.errors import ConfigError, ModelError, OpdError, WorkdirError
 from opd_jax.types import TrainState
 from tests.models.test_hf_load import assert_same_trees
+from tests.support.lanes import slow
 from tests.support.paths import ROOT
 
 STUDENT = pathlib.Path(opd_jax.__file__).parent / "tiny" / "student"
@@ -101,6 +102,7 @@ def test_transformers_reads_config_and_tokenizer(run, tmp_path, dtype):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == dtype
 
 
+@pytest.mark.slow
 @pytest.mark.torch
 def test_transformers_gives_our_logits(run, tmp_path):
     torch = pytest.importorskip("torch")
@@ -218,9 +220,11 @@ def test_command(run, tmp_path):
     [
         (["--workdir=/no/run", "--out=OUT"], 1, "'/no/run' does not exist"),
         (["--workdir=RUN", "--out=OUT", "--step=3"], 1, "there are those of 2, 10"),
-        (["--workdir=RUN"], 2, "--out"),
-        (["--workdir=RUN", "--out=OUT", "--dtype=int8"], 2, "dtype"),
-        (["--workdir=RUN", "--out=OUT", "--step=-1"], 2, "step"),
+        *slow(
+            (["--workdir=RUN"], 2, "--out"),
+            (["--workdir=RUN", "--out=OUT", "--dtype=int8"], 2, "dtype"),
+            (["--workdir=RUN", "--out=OUT", "--step=-1"], 2, "step"),
+        ),
     ],
 )
 def test_mistakes_are_one_line(run, tmp_path, arguments, status, says):

@@ -21,6 +21,7 @@ from opd_jax.training.objective import make_terms
 from opd_jax.training.step import Step
 from opd_jax.types import Frozen, Scores, Support
 from tests.conftest import tiny_config
+from tests.support.lanes import slow
 from tests.training.test_topk_objective import MASK, SAMPLED
 
 CONFIG = tiny_config(num_layers=1)
@@ -47,6 +48,8 @@ METHODS = {
     "reference alone": NO_SURROGATE | {"beta_kl": 1.0, "kl_estimator": "k3"},
     "SFT": NO_SURROGATE | {"lambda_gold": 1.0},
 }
+
+FAST = ("OPD", "divergence", "SFT")  # the others in the slow lane
 
 
 def config_of(changes: dict):
@@ -106,7 +109,7 @@ def computed(config) -> tuple:
     return programs, arrays, terms.scored_support, tuple(terms.weights.items())
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*FAST, *slow(*(name for name in METHODS if name not in FAST))])
 def test_a_field_changes_what_is_computed_or_is_known_to_be_without_effect(method):
     base = config_of(METHODS[method])
     validate(base)

@@ -171,6 +171,7 @@ def test_real_files_open(name, size):
     assert all(problems[i].prompt and problems[i].answer for i in range(0, size, 50))
 
 
+@pytest.mark.slow
 @needs_data
 def test_real_answers_and_solutions():
     gsm8k = opened(str(FOLDER / "gsm8k/gsm8k_train.jsonl"), need_solution=True, need_answer=True)

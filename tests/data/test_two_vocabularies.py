@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from opd_jax import config as configuration
 from opd_jax import models, train
 from opd_jax.models import decoder
-from tests.families import CHATML, QWEN, R1
+from tests.support.families import CHATML, QWEN, R1
 
 pytestmark = pytest.mark.real
 

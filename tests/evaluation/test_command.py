@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from tests.support.lanes import slow
 from tests.support.paths import ROOT
 
 STUDENT = ROOT / "opd_jax" / "tiny" / "student"
@@ -42,12 +43,14 @@ def without_template(folder: pathlib.Path) -> str:
     [
         (GOOD, "", ["--config.data.columns.answer=gold"], "column 'gold' is not there"),
         ([*GOOD, {"question": "?", "answer": ""}], "", [], "line 4: no answer"),
-        (GOOD, '{"question": "?\n', [], "line 4"),
-        (GOOD, "", ["--config.eval.benchmarks=gsm8k={file}"], "got 3 problems, wanted the 1319"),
-        (GOOD, "", ["--config=configs/evaluate.py:qwen2.5-math", "--model={bare}"],
-         "no chat template, wanted one"),
-        (GOOD, "", ["--config=configs/evaluate.py:lufy"], "did you mean 'luffy'"),
-        (GOOD, "", ["--config.batch_size=4"], "did you mean 'eval.batch'"),
+        *slow(
+            (GOOD, '{"question": "?\n', [], "line 4"),
+            (GOOD, "", ["--config.eval.benchmarks=gsm8k={file}"], "got 3 problems, wanted the 1319"),
+            (GOOD, "", ["--config=configs/evaluate.py:qwen2.5-math", "--model={bare}"],
+             "no chat template, wanted one"),
+            (GOOD, "", ["--config=configs/evaluate.py:lufy"], "did you mean 'luffy'"),
+            (GOOD, "", ["--config.batch_size=4"], "did you mean 'eval.batch'"),
+        ),
     ],
     ids=["column", "empty answer", "broken line", "size", "template", "protocol", "field"],
 )  # fmt: skip

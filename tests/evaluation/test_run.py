@@ -1,6 +1,6 @@
 """launch/evaluate.py on the embedded models: what is written, kills, slots and order, bad input."""
 
-import functools
+import dataclasses
 import hashlib
 import json
 import pathlib
@@ -22,7 +22,7 @@ from opd_jax.evaluation import run as runner
 from opd_jax.evaluation import subject as subjects
 from opd_jax.grading import Grade, Grader
 from opd_jax.rng import Stream, key_for
-from opd_jax.rollout import generate
+from opd_jax.rollout import sample_responses
 from tests.checkpoint.test_export import write_run
 from tests.support.paths import ROOT, STUDENT
 
@@ -110,7 +110,7 @@ def test_an_evaluation_killed_anywhere_ends_in_the_same_bytes(straight, tmp_path
 def test_nothing_is_done_twice(straight, tmp_path, monkeypatch):
     folder = tmp_path / "again"
     shutil.copytree(straight, folder)
-    monkeypatch.setattr(runner, "generate", None)
+    monkeypatch.setattr(runner, "sample_responses", None)
     report = runner.run(small(), str(STUDENT), str(folder), command=[])
     assert report["sampled_here"]["tokens"] == 0
     assert report["results"] == json.loads((straight / "results.json").read_text())["results"]
@@ -127,7 +127,12 @@ def test_avg_at_32_is_the_same_whatever_the_slots_chunks_batches_and_order(tmp_p
     problems = [arithmetic.problem("test", i) for i in range(4)]
 
     def answers(name, problems, *, chunk=None, **changes):
-        monkeypatch.setattr(runner, "generate", functools.partial(generate, chunk=chunk))
+        def in_chunks(*given, batching, **more):
+            return sample_responses(
+                *given, batching=dataclasses.replace(batching, chunk=chunk), **more
+            )
+
+        monkeypatch.setattr(runner, "sample_responses", in_chunks)
         file, folder = tmp_path / f"{name}.jsonl", tmp_path / name
         file.write_text(
             "".join(json.dumps({"id": p.id, "problem": p.prompt, "answer": p.answer}) + "\n"

@@ -74,6 +74,7 @@ def test_hand_labelled_pairs(kind):
     assert missed == KNOWN & {pair[:2] for pair in PAIRS[kind]}
 
 
+@pytest.mark.slow
 def test_the_switch_gives_the_bare_verdict():
     pairs = [(rf"\boxed{{{answer}}}", gold) for answer, gold in [
         (r"\text{073}", "073"), ("52_9", "52_8"), ("1e5", "100000"), (r"\frac12", "0.5"), ("7", "007"),
@@ -143,10 +144,10 @@ def test_what_the_rules_read():
 def test_the_rules_take_little_time_on_hostile_texts():
     parts = ["1", "1,", "e1", "1e5", "_2", ":1", "(", "{", r"\text{1", r"\ldots", "x<", "x=1,", "= ",
              "1 ", r"\{", r"\frac{1}{2}", r"\cup", "-", "base", "or "]  # fmt: skip
-    start = time.perf_counter()
+    start = time.process_time()
     for part in parts:
         equivalence.readable(part * (20_000 // len(part)))
         text = part * (1_000 // len(part))
         equivalence.decide(text, text + "1", lambda answer, gold: False)
         equivalence.touched(text)
-    assert time.perf_counter() - start < 20
+    assert time.process_time() - start < 20

@@ -50,10 +50,10 @@ def test_find(text, fallbacks, found):
 
 
 def test_find_takes_linear_time():
-    start = time.perf_counter()
+    start = time.process_time()
     for part in ("Answer:", "</think>", "{", "answer*", "7", "-", "7,"):
         find(part * 150_000, ("answer_line", "last_number", "after_think"))
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
 
 
 @pytest.mark.parametrize(

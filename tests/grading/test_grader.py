@@ -58,10 +58,10 @@ def test_last_boxed(text, content):
 
 
 def test_last_boxed_takes_linear_time():
-    start = time.perf_counter()
+    start = time.process_time()
     assert last_boxed("\\boxed{" * 150_000) is None  # a megabyte, as a looping model writes it
     assert last_boxed("\\boxed{3}" + "{" * 1_000_000) == "3"
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
 
 
 @pytest.mark.parametrize(
@@ -150,17 +150,25 @@ def test_grades_in_order(grader):
     assert grader.grade([]) == []
 
 
-def test_a_bomb_costs_one_time_out_and_nothing_else(grader):
-    start = time.monotonic()
+def test_a_bomb_costs_its_own_grade_and_no_other(grader):
     grades = grader.grade([RIGHT, BOMB, BOMB, RIGHT, (r"\boxed{4.0}", "3"), RIGHT])
     assert grades == [CORRECT, TIMEOUT, TIMEOUT, CORRECT, WRONG, CORRECT]
-    assert TIMEOUT_S < time.monotonic() - start < TIMEOUT_S + 20
     # Both processes are new now. The imports of a new one are not part of the bomb's time.
+    assert grader.grade([BOMB, RIGHT]) == [TIMEOUT, CORRECT]
+
+
+@pytest.mark.slow
+def test_bombs_cost_one_time_out_together(grader):
+    grader.grade([RIGHT, RIGHT])
+    start = time.monotonic()
+    assert grader.grade([BOMB, BOMB, RIGHT]) == [TIMEOUT, TIMEOUT, CORRECT]
+    assert TIMEOUT_S < time.monotonic() - start < TIMEOUT_S + 20
     start = time.monotonic()
     assert grader.grade([BOMB, RIGHT]) == [TIMEOUT, CORRECT]
     assert time.monotonic() - start < TIMEOUT_S + 20
 
 
+@pytest.mark.slow
 def test_a_busy_machine_gives_the_grades_of_an_idle_one():
     """The limit is of processor time: a process that waits for a core does not use it up."""
     with Grader(workers=1, timeout_s=0.5) as grader:
@@ -176,6 +184,7 @@ def test_a_busy_machine_gives_the_grades_of_an_idle_one():
         assert grader.grade([BOMB]) == [TIMEOUT]
 
 
+@pytest.mark.slow
 def test_a_process_that_sleeps_is_given_up(monkeypatch):
     monkeypatch.setattr(grading, "_PATIENCE", 2.0)
     with Grader(workers=1, timeout_s=0.5) as grader:
@@ -204,6 +213,7 @@ def test_what_has_no_gold_answer_has_no_grade(grader):
     assert grader.grade_answered(iter(given)) == [CORRECT, None, UNPARSED, WRONG]
 
 
+@pytest.mark.slow
 def test_a_process_killed_from_outside_is_replaced(grader):
     grader.start()
     grader.grade([RIGHT, RIGHT])
@@ -213,6 +223,7 @@ def test_a_process_killed_from_outside_is_replaced(grader):
     assert grader.grade([RIGHT] * 5) == [CORRECT] * 5
 
 
+@pytest.mark.slow
 def test_a_process_killed_at_work_costs_its_answer():
     with Grader(workers=1, timeout_s=60.0) as grader:
         grader.start()
@@ -237,5 +248,5 @@ def test_processes_that_cannot_start_are_an_error(monkeypatch):
     monkeypatch.setattr("sys.executable", "/bin/false")
     with Grader(workers=1) as grader:
         assert grader.grade([(r"\boxed{1}", "1"), ("1", "1")]) == [CORRECT, UNPARSED]  # needs none
-        with pytest.raises(GradingError, match="grading_worker"):
+        with pytest.raises(GradingError, match=r"grading\.worker"):
             grader.grade([RIGHT])

@@ -5,6 +5,7 @@ import time
 import pytest
 
 from opd_jax.grading import Grade, Grader, worker
+from tests.support.lanes import slow
 
 CORRECT, WRONG, UNPARSED, TIMEOUT = Grade
 BOMB = r"9^{9^{9^9}}"
@@ -82,9 +83,20 @@ def test_fall_backs(grader):
     assert grader.grade(pairs, fallbacks=both) == [CORRECT, CORRECT, CORRECT, UNPARSED]
 
 
-@pytest.mark.parametrize("rule", ["units", "several"])
+@pytest.mark.parametrize("rule", ["units", *slow("several")])
 def test_bombs_under_every_rule(grader, rule):
+    assert_bombs_are_defused(grader, rule)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["units", "several"])
+def test_bombs_end_in_time_under_every_rule(grader, rule):
     start = time.monotonic()
+    assert_bombs_are_defused(grader, rule)
+    assert time.monotonic() - start < 60
+
+
+def assert_bombs_are_defused(grader, rule: str) -> None:
     good = (r"\boxed{0.5}", "1/2")
     deep = "\\boxed{" + "{" * 500_000 + "1" + "}" * 500_000 + "}"
     grades = grader.grade([good, (f"\\boxed{{{BOMB}}}", "3.5"), (deep, "3.5"), good], rule=rule)
@@ -94,7 +106,6 @@ def test_bombs_under_every_rule(grader, rule):
         [("</think> " + f"${BOMB}$", "3"), good], fallbacks=("after_think",), rule=rule
     )
     assert free[1] == CORRECT
-    assert time.monotonic() - start < 60
 
 
 @pytest.mark.slow
@@ -115,6 +126,7 @@ def test_what_differs_plainly_is_what_math_verify_calls_wrong():
     assert ("x+1", "x^2-1") in seen
 
 
+@pytest.mark.slow
 def test_ordinary_answers_take_little_time(grader):
     """Right, right in other letters, and wrong; in the lane of measurements 200 a second are wanted."""
     golds = [rf"\frac{{{i}}}{{7}}" for i in range(1, 60)]

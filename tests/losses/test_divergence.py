@@ -8,7 +8,13 @@ from jax.test_util import check_grads
 
 from opd_jax import losses
 from tests.losses.conftest import P, Q, log_softmax, row
+from tests.support.lanes import slow
 
+SOME_DIRECTIONS = [
+    "reverse",
+    "jsd",
+    *slow(*(d for d in losses.DIRECTIONS if d not in ("reverse", "jsd"))),
+]
 pytestmark = [pytest.mark.short, pytest.mark.usefixtures("strict_dtypes")]
 
 
@@ -143,7 +149,7 @@ def test_jsd_gradient_by_finite_differences(logits, beta):
         check_grads(lambda x: directed(x, other, "jsd", beta), (student,), order=1, modes=["rev"])
 
 
-@pytest.mark.parametrize("direction", losses.DIRECTIONS)
+@pytest.mark.parametrize("direction", SOME_DIRECTIONS)
 def test_divergences_of_equal_distributions_and_of_impossible_ids(logits, direction):
     student, other = (jnp.asarray(x, jnp.float32) for x in logits)
     np.testing.assert_allclose(directed(student, student, direction), 0.0, atol=1e-6)
@@ -226,7 +232,7 @@ def test_gradients_of_forms_by_hand(form, gradient):
 
 
 @pytest.mark.parametrize("form", losses.FORMS[:3])
-@pytest.mark.parametrize("direction", losses.DIRECTIONS)
+@pytest.mark.parametrize("direction", SOME_DIRECTIONS)
 def test_gradients_of_forms_by_finite_differences(logits, direction, form):
     with jax.enable_x64(True):
         x, y = (jnp.asarray(z[0, :3]) for z in logits)
@@ -252,7 +258,7 @@ def test_the_raw_form_pushes_identical_models_apart():
 
 
 @pytest.mark.parametrize("form", losses.FORMS)
-@pytest.mark.parametrize("direction", losses.DIRECTIONS)
+@pytest.mark.parametrize("direction", SOME_DIRECTIONS)
 def test_over_the_whole_vocabulary_all_forms_agree(logits, direction, form):
     if form == "stop_gradient" and direction != "reverse":
         return
@@ -275,7 +281,7 @@ def test_over_the_whole_vocabulary_all_forms_agree(logits, direction, form):
 
 
 @pytest.mark.parametrize("form", losses.FORMS)
-@pytest.mark.parametrize("direction", losses.DIRECTIONS)
+@pytest.mark.parametrize("direction", SOME_DIRECTIONS)
 def test_an_empty_support_is_zero_without_a_gradient(direction, form):
     """An intersection of disjoint sets; its rest is everything, the same for both."""
     nothing = jnp.full((1, 1, 2), -jnp.inf)

@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from tests.support.paths import ROOT
 
 
@@ -14,6 +16,7 @@ def plan(*arguments: str) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_papers_large_student_on_four_h200():
     recipe = "qwen2.5-math-7b,teacher=openthinker3-7b"
     done = plan(f"--config=configs/stable_opd.py:{recipe}", "--devices=4", "--json")

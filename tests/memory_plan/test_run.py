@@ -83,6 +83,7 @@ def test_a_run_writes_its_plan(folders, tmp_path, capsys):
     assert set(settings) == {"set", "recommended_but_not_set"}
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused_before_anything_is_written(
     folders, tmp_path, monkeypatch
 ):  # fmt: skip

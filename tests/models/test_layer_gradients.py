@@ -8,6 +8,7 @@ import pytest
 from opd_jax.models import decoder
 from opd_jax.models.remat import POLICIES
 from tests.conftest import noisy_params, random_rows, tiny_config
+from tests.support.lanes import slow
 
 pytestmark = pytest.mark.short
 CONFIG = tiny_config(num_layers=3)
@@ -29,7 +30,7 @@ def plain(params):
     return jax.jit(jax.grad(loss))(params)
 
 
-@pytest.mark.parametrize("remat", POLICIES)
+@pytest.mark.parametrize("remat", ["none", *slow(*(name for name in POLICIES if name != "none"))])
 def test_the_sum_begins_where_it_was_and_grows_by_the_gradient(params, plain, remat):
     start = jax.tree.map(lambda w: 3.0 + jnp.arange(w.size).reshape(w.shape) / w.size, params)
     own = {name: params[name] for name in ("embed", "norm")}

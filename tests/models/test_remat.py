@@ -9,6 +9,7 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from opd_jax.models import attention, decoder
 from opd_jax.models.remat import POLICIES
 from tests.conftest import noisy_params, random_rows, tiny_config
+from tests.support.lanes import slow
 
 CONFIG = tiny_config(num_layers=2)
 
@@ -39,7 +40,9 @@ def kept():
     return params, jax.jit(make_gradient("none"))(params)
 
 
-@pytest.mark.parametrize("remat", [name for name in POLICIES if name != "none"])
+@pytest.mark.parametrize(
+    "remat", ["full", *slow(*(name for name in POLICIES if name not in ("none", "full")))]
+)
 def test_the_gradient_stays(kept, remat):
     params, wanted = kept
     got = jax.jit(make_gradient(remat))(params)

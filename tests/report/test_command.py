@@ -7,6 +7,7 @@ import pytest
 
 from opd_jax.errors import ConfigError, WorkdirError
 from opd_jax.report import run
+from tests.support.lanes import slow
 from tests.support.paths import ROOT
 from tests.support.workdirs import collapsing, healthy, make
 
@@ -55,10 +56,12 @@ def test_watch_once(tmp_path):
     ("name", "arguments", "status", "says"),
     [
         ("report.py", [], 2, "a workdir is missing"),
-        ("report.py", ["DIR", "--samples=-1"], 2, "samples"),
         ("report.py", ["/nowhere"], 1, "workdir '/nowhere' does not exist"),
-        ("report.py", ["DIR", "--out=page.txt"], 1, "ends in .html"),
-        ("watch.py", [], 2, "a workdir is missing"),
+        *slow(
+            ("report.py", ["DIR", "--samples=-1"], 2, "samples"),
+            ("report.py", ["DIR", "--out=page.txt"], 1, "ends in .html"),
+            ("watch.py", [], 2, "a workdir is missing"),
+        ),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, name, arguments, status, says):

@@ -127,6 +127,7 @@ def test_greedy_is_argmax_step_by_step(params):
     np.testing.assert_array_equal(greedy.tokens_BT, rows)
 
 
+@pytest.mark.slow
 def test_an_end_token_in_the_last_slot_of_the_budget_is_eos(params):
     free = roll(params, stop_ids=())
     assert (free.outcome_B == Outcome.BUDGET).all()
@@ -141,6 +142,7 @@ def test_an_end_token_in_the_last_slot_of_the_budget_is_eos(params):
     assert stopped.outcome_B[row] == Outcome.EOS
 
 
+@pytest.mark.slow
 def test_vocabulary_limits_what_is_sampled(params):
     rollout = roll(params, vocabulary=10, stop_ids=(), temperature=3.0)
     sampled = rollout.tokens_BT[rollout.response_mask_BT]
@@ -177,6 +179,7 @@ def test_other_prompts_of_the_same_count_do_not_compile_again(params, plain):
     assert (decode_chunk._cache_size(), prefill._cache_size()) == compiled
 
 
+@pytest.mark.slow
 def test_a_budget_for_each_prompt(params, plain):
     """A row with a smaller budget is the beginning of the row with the whole one; slots do not matter."""
     budgets = [9, 1, 4, 9, 2, 7, 3]
@@ -189,6 +192,7 @@ def test_a_budget_for_each_prompt(params, plain):
             assert got.outcome_B[row] == (Outcome.EOS if ended else Outcome.BUDGET)
 
 
+@pytest.mark.slow
 def test_short_prompts_are_prefilled_in_narrow_rows(params, plain):
     """Quarters of the width: prompts of up to 2 of 5 tokens take rows of 2."""
     wide = prefill._cache_size()

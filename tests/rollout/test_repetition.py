@@ -15,6 +15,7 @@ from opd_jax.training import batch
 from opd_jax.types import Outcome, Rollout, Scores
 from tests.conftest import noisy_params, tiny_config
 from tests.support import calls
+from tests.support.lanes import slow
 
 pytestmark = pytest.mark.short
 
@@ -112,7 +113,7 @@ def test_rows_end_where_the_reference_says(params, free):
         assert not got.sampler_logprob_BT[row, got.length_B[row] :].any()
 
 
-@pytest.mark.parametrize(("slots", "chunk"), [(1, 64), (2, 5), (5, 64), (None, 1)])
+@pytest.mark.parametrize(("slots", "chunk"), [(2, 5), *slow((1, 64), (5, 64), (None, 1))])
 def test_slots_refills_and_chunks_change_nothing(params, slots, chunk):
     want, got = stopped(params), stopped(params, slots=slots, chunk=chunk)
     np.testing.assert_array_equal(got.tokens_BT, want.tokens_BT)
@@ -132,6 +133,7 @@ def test_off_is_the_default_and_holds_no_state(params, free):
     assert decode_chunk._cache_size() == programs
 
 
+@pytest.mark.slow
 def test_an_end_token_is_eos_and_cannot_close_a_cycle(params):
     """The token that it would have to equal would have ended the row before."""
     free = roll(params, vocabulary=3)
@@ -151,6 +153,7 @@ def test_an_impossible_repetition_is_refused(params, last, period):
         roll(params, stop_on_repetition=last, repetition_period=period)
 
 
+@pytest.mark.slow
 def test_a_cycle_that_closes_in_the_last_slot_of_the_budget_is_repetition(params, free):
     ends = [reference(free.response(row), LAST, PERIOD) for row in range(len(PROMPTS))]
     row, end = next((row, end) for row, end in enumerate(ends) if end is not None)

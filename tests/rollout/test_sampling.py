@@ -76,6 +76,7 @@ def test_the_most_likely_keep_ties():
     np.testing.assert_array_equal(stay, [False, True, True, True, True, False])
 
 
+@pytest.mark.slow
 def test_draws_over_several_blocks_of_the_vocabulary_follow_the_exact_distribution():
     """Ids 300, in blocks of 16, the last not full, one block without any mass, one with a peak."""
     logits = np.random.default_rng(0).standard_normal(300).astype(np.float32)
@@ -173,6 +174,7 @@ def test_only_allowed_ids_are_drawn_and_logprobs_are_over_the_scored_ones():
     np.testing.assert_allclose(logprob, want, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_bfloat16_logits_give_float32_logprobs(strict_dtypes):
     logits = jnp.asarray(np.tile(LOGITS, (4, 1)), jnp.bfloat16)
     keys = jax.random.split(jax.random.key(0), 4)

@@ -15,6 +15,7 @@ from opd_jax.models.end_tokens import Events
 from opd_jax.types import TeacherRows
 from tests.conftest import noisy_params, random_rows, tiny_config
 from tests.support import calls
+from tests.support.lanes import slow
 
 pytestmark = pytest.mark.short
 
@@ -178,7 +179,9 @@ def test_ids_beyond_the_vocabulary_carry_no_mass(student, teacher):
     assert np.abs(np.asarray(uncut - got.teacher_logprob_BT))[SCORED].max() > 1.0
 
 
-@pytest.mark.parametrize(("microbatch_tokens", "token_chunk"), [(1, 16), (45, 7), (1000, 64)])
+@pytest.mark.parametrize(
+    ("microbatch_tokens", "token_chunk"), [(45, 7), *slow((1, 16), (1000, 64))]
+)
 def test_micro_batches_and_chunks_change_nothing(student, teacher, microbatch_tokens, token_chunk):
     got = scores(student, teacher, microbatch_tokens=microbatch_tokens, token_chunk=token_chunk)
     want = scores(student, teacher)
@@ -187,6 +190,7 @@ def test_micro_batches_and_chunks_change_nothing(student, teacher, microbatch_to
     )
 
 
+@pytest.mark.slow
 def test_ids_that_are_not_scored_carry_no_mass(student, teacher):
     """Holes in the shared ids equal a vocabulary from which those ids are struck out."""
     scored_V = np.ones(VOCAB, bool)

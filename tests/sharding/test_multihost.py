@@ -17,6 +17,7 @@ from opd_jax.errors import ConfigError, ProcessError
 from opd_jax.models import decoder
 from opd_jax.sharding import multihost
 from opd_jax.workdir.stop import AGAIN
+from tests.support.lanes import slow
 from tests.support.paths import ROOT
 
 SMALL = (
@@ -257,7 +258,11 @@ def test_tasks_that_do_not_find_each_other_are_refused(monkeypatch):
 @pytest.mark.short
 @pytest.mark.parametrize(
     ("entry", "name"),
-    [("evaluate", name) for name in multihost._LAUNCHERS] + [("plan", "SLURM_STEP_NUM_TASKS")],
+    [
+        ("evaluate", multihost._LAUNCHERS[0]),
+        *slow(*(("evaluate", name) for name in multihost._LAUNCHERS[1:])),
+        *slow(("plan", "SLURM_STEP_NUM_TASKS")),
+    ],
 )
 def test_entry_points_of_one_process_refuse_several_tasks(monkeypatch, entry, name, tmp_path):
     for other in multihost._LAUNCHERS:

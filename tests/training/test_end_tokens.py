@@ -23,6 +23,7 @@ from opd_jax.training.objective import Terms
 from opd_jax.types import Ends, Frozen, Outcome, Rollout
 from tests.conftest import noisy_params, random_rows, tiny_config
 from tests.support import calls
+from tests.support.lanes import slow
 
 pytestmark = pytest.mark.short
 
@@ -125,6 +126,7 @@ def test_entropy_and_divergence_are_over_events():
     np.testing.assert_allclose(got.reverse_kl_BT[MASK], kl[MASK], atol=2e-5)
 
 
+@pytest.mark.slow
 def test_sampler_and_scorer_agree_on_the_end():
     """Whatever end token is drawn, the sampler's record is the scorer's log-prob of the end."""
     drawn_V = SCORED.copy()
@@ -159,6 +161,7 @@ def test_a_temperature_divides_the_logits_of_every_model_before_the_ends_are_sum
     np.testing.assert_allclose(jax.nn.softmax(plain), [1 / 18, 4 / 18, 0, 13 / 18], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_sampler_records_what_the_scorer_says_at_its_temperature():
     tempered = Events(scored_V=SCORED, ends=ENDS, temperature=0.7)
     counted = SCORED.copy()
@@ -289,7 +292,10 @@ def gradient(terms: Terms) -> np.ndarray:
     return np.asarray(jax.jit(jax.grad(of_head))(decoder.head(weights("student"))))
 
 
-@pytest.mark.parametrize("name", CASES)
+FAST = ("OPD", "GRPO", "reference KL", "reverse KL", "advantage over student")
+
+
+@pytest.mark.parametrize("name", [*FAST, *slow(*(name for name in CASES if name not in FAST))])
 def test_the_gradient_on_the_end_tokens_is_that_of_the_formula(name):
     """Central differences in float64 of the written-out loss, along random directions of the rows of
     both end tokens, of an ordinary id, and of an end token of the teacher's."""

@@ -202,9 +202,16 @@ def test_a_spike_is_left_out_where_that_is_asked_for(folders, tmp_path, monkeypa
     config = small(folders, "sft")
     config.eval.data, config.checkpoint.every = "", 1
     config.steps, config.checkpoint.keep = 2, 2
-    config.guard.spike, config.guard.spike_action = 1.0001, "skip"
-    original = nonfinite.limit
-    monkeypatch.setattr(nonfinite, "limit", lambda state, rules: original(state, rules) / 1e6)
+    config.guard.spike, config.guard.spike_action = 10.0, "skip"
+    original, calls = batch.golden_rows, []
+
+    def golden_rows(*args, **kwargs):
+        """From the second step on every gradient is a thousand times as large."""
+        calls.append(1)
+        made = original(*args, **kwargs)
+        return made.replace(weight_BT=made.weight_BT * (1.0 if len(calls) == 1 else 1e3))
+
+    monkeypatch.setattr(batch, "golden_rows", golden_rows)
     result = train.run(config, str(tmp_path / "run"), command=[])
     from opd_jax.models import decoder, load_config
 

@@ -17,6 +17,7 @@ from opd_jax.types import Frozen, Outcome, Rollout, RolloutRows, Scores
 from tests.conftest import distance, random_params, random_rows, tiny_config
 from tests.scoring.test_score import sizes
 from tests.support import calls
+from tests.support.lanes import slow
 
 CONFIG = tiny_config(num_layers=1)
 VOCABULARY, K = CONFIG.vocab_size, 5
@@ -89,7 +90,7 @@ def direct(direction: str, form: str, p: np.ndarray, q: np.ndarray, ids: list[in
     return total
 
 
-@pytest.mark.parametrize("support", TOPK)
+@pytest.mark.parametrize("support", ["union", *slow(*(name for name in TOPK if name != "union"))])
 def test_the_scorer_takes_down_the_named_support(support):
     got = scored(support).support
     p, q = whole("student"), whole("teacher")
@@ -106,6 +107,7 @@ def test_the_scorer_takes_down_the_named_support(support):
         )
 
 
+@pytest.mark.slow
 def test_scores_do_not_depend_on_the_support():
     plain, more = scored(None), scored("union", 20)
     for field in dataclasses.fields(Scores):
@@ -157,7 +159,7 @@ def every_divergence(support: str):
     return dict(zip(kinds, got, strict=True))
 
 
-@pytest.mark.parametrize("support", SUPPORTS)
+@pytest.mark.parametrize("support", [*SUPPORTS[:2], *slow(*SUPPORTS[2:])])
 def test_chunked_equals_direct_for_every_direction_and_form(support):
     p, q = whole("student"), whole("teacher")
     sets = {(b, t): members(support, p[b, t], q[b, t]) for b, t in np.argwhere(MASK)}
@@ -187,6 +189,7 @@ def test_as_many_ids_as_there_are_is_the_whole_vocabulary():
         assert distance(gradient, expected) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_teacher_that_is_the_student_teaches_nothing():
     """Renormalised over any support: value and gradient are 0, with the student's own scores."""
     itself = calls.score(
@@ -202,7 +205,7 @@ def test_a_teacher_that_is_the_student_teaches_nothing():
     assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(gradient)) < 1e-6
 
 
-@pytest.mark.parametrize("support", ["student", "symmetric_difference"])
+@pytest.mark.parametrize("support", ["student", *slow("symmetric_difference")])
 def test_the_published_top_k_surrogate(support):
     """Value and gradient of -sum_v w(v) (log q - log p)[fixed] rho(v) over whole logits."""
     terms = Terms(pg_weight=1.0, teacher_coef=0.5, advantage="support", support=support, top_k=K)
@@ -242,6 +245,7 @@ def test_group_advantage_stands_beside_the_teachers():
     )
 
 
+@pytest.mark.slow
 def test_group_advantage_beside_a_support():
     """Both surrogates, of the sampled token and of the support, in one term."""
     reward = np.array([True, False, True, True])

@@ -355,6 +355,7 @@ def test_bfloat16_compute_keeps_float32_masters():
     assert distance(change, exact.params["dense"]["bias"] - 1.0) < 0.02
 
 
+@pytest.mark.slow
 def test_in_bfloat16_the_gradients_of_embedding_and_head_add_up_in_float32():
     """600 times the same token: summed in bfloat16, 1 + 1 + ... gets no further than 256."""
     config = tiny_config(num_layers=1, tie_embeddings=False, max_position=600)

@@ -52,6 +52,7 @@ def test_reference_knows_a_wrong_weight():
     assert np.abs(reference.logprobs(params, correctness.CONFIG, row) - before).max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [h200.TOY.student, h200.TOY.teacher])
 def test_a_counting_model_counts(model):
     subject = workloads.counting_subject(model, "float32")

@@ -337,6 +337,7 @@ def sample_rollout(made, lengths, prompt_lengths, total):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_no_id_beyond_the_tokenizer_is_drawn(straight, tmp_path):
     """A model whose output matrix has rows that no token belongs to, and that it loves most."""
     config = small()

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from tests.support.lanes import slow
 from tests.support.paths import ROOT
 
 
@@ -20,12 +21,14 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
     ("arguments", "status", "says"),
     [
         (["--config.filter.max_tokns=5"], 1, "did you mean 'filter.max_tokens'"),
-        (["--config.filter.max_tokens=many"], 1, "type int"),
-        (["--config=configs/prepare_data.py:openr1"], 1, "did you mean 'openr1-math'"),
         (["--config.data.train=none.jsonl"], 1, "none.jsonl does not exist"),
-        (["--config.seed=0"], 1, "data.train='', wanted the file to prepare"),
-        (["--config.steps=5"], 1, "config.steps is not a field"),  # it is one of train.py's
-        (["--uot=x"], 2, "uot"),
+        *slow(
+            (["--config.filter.max_tokens=many"], 1, "type int"),
+            (["--config=configs/prepare_data.py:openr1"], 1, "did you mean 'openr1-math'"),
+            (["--config.seed=0"], 1, "data.train='', wanted the file to prepare"),
+            (["--config.steps=5"], 1, "config.steps is not a field"),  # it is one of train.py's
+            (["--uot=x"], 2, "uot"),
+        ),
     ],
 )
 def test_mistakes_are_one_line(arguments, status, says, tmp_path):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.support.lanes import slow
 from tests.support.prepared import config, done
 from tests.support.real_data import FOLDER, needs_data
 
@@ -18,11 +19,13 @@ BENCHMARKS = {
 @pytest.mark.parametrize(
     ("name", "exact", "rows"),
     [
-        ("dapo_math_17k/dapo-math-17k-processed.parquet",
-         {"amc": 29, "math500": 9, "olympiad": 39}, {"amc": 43, "math500": 11, "olympiad": 43}),
         ("numina_aops/rllm_aime_train.json", {"math500": 6}, {"math500": 6}),
-        ("gsm8k/gsm8k_train.jsonl", {}, {}),
-        ("deepmath/DeepMath_deduped.parquet", {}, {}),
+        *slow(
+            ("dapo_math_17k/dapo-math-17k-processed.parquet",
+             {"amc": 29, "math500": 9, "olympiad": 39}, {"amc": 43, "math500": 11, "olympiad": 43}),
+            ("gsm8k/gsm8k_train.jsonl", {}, {}),
+            ("deepmath/DeepMath_deduped.parquet", {}, {}),
+        ),
     ],
 )  # fmt: skip
 def test_real_overlaps(tmp_path, name, exact, rows):

@@ -13,8 +13,8 @@ from opd_jax import models
 from opd_jax.config.validate import validate
 from opd_jax.errors import ConfigError, DataError, OpdError, WorkdirError
 from opd_jax.tools import probe
-from opd_jax.tools.probe import run as runner
 from opd_jax.tools.probe import workload
+from tests.support.lanes import slow
 from tests.support.paths import ROOT
 from tests.tools.probe.conftest import questions
 
@@ -74,6 +74,7 @@ def test_the_config_of_a_run_lacks_what_is_new_and_takes_overrides(run, tmp_path
 def test_bad_input_is_refused_before_weights_are_read(
     small, monkeypatch, name, fields, arguments, error, says
 ):
+    runner = sys.modules["opd_jax.tools.probe.run"]  # the package exports a function of this name
     monkeypatch.setattr(runner, "load_student", lambda plan: pytest.fail("weights were read"))
     for field, value in fields.items():
         section, key = field.split(".")
@@ -124,8 +125,10 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
     ("arguments", "status", "says"),
     [
         ([], 2, "a name is missing, wanted pair or continuation"),
-        (["pear"], 2, "did you mean 'pair'?"),
-        (["pair", "more"], 2, "got 'more', wanted flags only"),
+        *slow(
+            (["pear"], 2, "did you mean 'pair'?"),
+            (["pair", "more"], 2, "got 'more', wanted flags only"),
+        ),
     ],
 )
 def test_mistakes_on_the_command_line_are_one_line(arguments, status, says):
@@ -135,6 +138,7 @@ def test_mistakes_on_the_command_line_are_one_line(arguments, status, says):
     assert says in done.stderr
 
 
+@pytest.mark.slow
 def test_overrides_count_on_top_of_the_config_of_the_run(run):
     """The run has no teacher and 192 tokens; both are told, so its config was read."""
     done = command("continuation", f"--workdir={run}", "--config.probe.depths=5,192")

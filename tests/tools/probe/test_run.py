@@ -177,6 +177,7 @@ def test_no_rollout_is_long_enough(small, monkeypatch):
         probe.run("continuation", small, command=[])
 
 
+@pytest.mark.slow
 def test_a_teacher_that_is_the_student_with_another_prompt(small, capsys):
     small.teacher.path, small.teacher.follow = "student", "live"
     small.data.teacher_prompt_template = "{problem}{answer}"

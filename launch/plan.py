@@ -38,7 +38,7 @@ def main() -> None:
     else:
         print(*report.lines(plan), "", report.table(plan), sep="\n", flush=True)
     if given.verify:
-        rows = verify.compare(given.config, planned.job, device, pathlib.Path(given.target))
+        rows = verify.compare(given.config, planned.workload, device, pathlib.Path(given.target))
         print("\n" + verify.table(rows), flush=True)
     memory.require_fit(planned)
 

@@ -77,11 +77,23 @@ def _shape(
     quarters: int, batch: int, width: int, teacher_width: int, tokens: int, replicas: int
 ) -> MicroBatch:
     """The micro-batch of rows of so many quarters of the widths."""
-    widths = [min(math.ceil(whole / 4) * quarters, whole) for whole in (width, teacher_width)]
+    widths = [_width(quarters, whole) for whole in (width, teacher_width)]
     most = max(tokens // max(widths), 1) * replicas
     count = math.ceil(batch / math.ceil(batch / most))  # even shares
     count = math.ceil(count / replicas) * replicas
     return MicroBatch(np.zeros(0, int), count, *widths)
+
+
+def padded_lengths(length_B: np.ndarray, width: int) -> np.ndarray:
+    """Return the width at which rows of these lengths go through a model: quarters of `width`."""
+    return np.asarray([_width(quarters, width) for quarters in range(5)])[
+        _quarters(length_B, width)
+    ]
+
+
+def _width(quarters: int, whole: int) -> int:
+    """Return the tokens of so many quarters of a row of `whole` tokens."""
+    return min(math.ceil(whole / 4) * quarters, whole)
 
 
 def _quarters(length_B: np.ndarray, width: int) -> np.ndarray:

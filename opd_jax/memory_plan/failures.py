@@ -12,7 +12,7 @@ import jax
 from opd_jax.checkpoint import manifest
 from opd_jax.errors import OpdError, PlanError, WorkdirError
 from opd_jax.memory_plan import memory
-from opd_jax.memory_plan.report import Plan, amount
+from opd_jax.memory_plan.report import RunPlan, amount
 from opd_jax.metrics.tracing import stage_of
 
 _DISK = (
@@ -23,7 +23,7 @@ _LESS = 0.8  # of what the stage was planned to take: what to change is searched
 
 
 @contextlib.contextmanager
-def explained(folder: pathlib.Path, plan: Plan | None) -> Iterator[None]:
+def explained(folder: pathlib.Path, plan: RunPlan | None) -> Iterator[None]:
     """Turn such a failure of the run in `folder` into its OpdError; others pass."""
     try:
         yield
@@ -55,7 +55,7 @@ def _of_disk(error: OSError, folder: pathlib.Path) -> str:
     )
 
 
-def _of_memory(error: Exception, plan: Plan | None) -> str:
+def _of_memory(error: Exception, plan: RunPlan | None) -> str:
     """The stage, what the plan had for it, and the fields that would make it smaller."""
     name = stage_of(error)
     reason = " ".join(str(error).split())[:160]

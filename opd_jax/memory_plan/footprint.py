@@ -1,29 +1,30 @@
 """Bytes of each program of a step on one device: its arguments, and what it takes while it runs.
 
-Arguments are counted exactly. Temporaries are what XLA keeps alive at its busiest place, written down
-here from the programs' structure and held against compiled programs (docs/memory.md).
+Arguments are counted from abstract trees (resident.py). Temporaries are what XLA keeps alive at its busiest
+moment: shapes come from the code that computes them, how many arrays there are together from xla.py. Both
+are held against compiled programs (docs/memory.md). Tracing the programs themselves would count their
+arguments too, but takes seconds for each size that is tried in a search for one that fits.
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from opd_jax.memory_plan.workload import Job
+from opd_jax.memory_plan import resident, xla
+from opd_jax.memory_plan.workload import Workload
 from opd_jax.models import ModelConfig, flops, kv_cache
 from opd_jax.rollout.generate import Shapes
+from opd_jax.scoring.chunked import chunk_shape
+from opd_jax.types import GoldenRows, RolloutRows
 
 Bytes = Mapping[str, float]
-# How many arrays of a kind are alive together, as read from the buffers of compiled programs.
-_MLP_FORWARD = 2.0
-_MLP_BACKWARD = 4.0
-_STREAM_BACKWARD = 5.0
-_ADAMW_CPU, _ADAMW_GPU = 2.0, 0.0  # of the master weights: what is not computed in place
-_PLAIN_KEPT = 3.0  # plain attention: scores, weights, and what the softmax needs
-_PLAIN_BACKWARD = 2.0
+# Of a layer the weights that make keys and values: all that a prefill reads of the last one.
+_KEYS_AND_VALUES = ("attention_norm", "key", "key_norm", "value")
 
 
 @dataclasses.dataclass(frozen=True)
 class Footprint:
-    """One program: bytes by kind of what it is given and of what it takes beside that."""
+    """Bytes of one program: those of its arguments and those of its temporaries, by kind."""
 
     arguments: Bytes
     temporaries: Bytes
@@ -39,302 +40,280 @@ class Footprint:
         return sum(self.temporaries.values())
 
 
-def weights(job: Job, role: str) -> float:
-    """A role's compute weights on a device."""
-    model = getattr(job, role)
-    itemsize = job.itemsize if role == "student" else getattr(job, f"{role}_itemsize")
-    return parameters(model, job.layout.tensor) * itemsize / job.layout.sharded(role)
+def slots_bytes(workload: Workload, slots: int) -> float:
+    """Return the bytes of a device's decode slots: caches, and an id and a log-prob a token.
 
-
-def parameters(model: ModelConfig, tensor: int) -> float:
-    """Trained numbers on a device where layers are divided over `tensor` and the vocabulary is whole."""
-    ends = flops.head_parameters(model) * (1 if model.tie_embeddings else 2)
-    return ends + (flops.all_parameters(model) - ends) / tensor
-
-
-def master(job: Job) -> float:
-    """One float32 number a parameter, divided over data x fsdp as well."""
-    return 4.0 * parameters(job.student, job.layout.tensor) / job.layout.rows
-
-
-def gradients(job: Job) -> float:
-    """The running sum, float32: whole beside replicated weights, divided as sharded ones are."""
-    return 4.0 * parameters(job.student, job.layout.tensor) / job.layout.sharded("student")
-
-
-def caches(job: Job, rows: int) -> float:
-    """Keys and values of so many rows, and the rows themselves (an id and a log-prob a token)."""
-    cached = flops.cache_bytes_per_token(job.student, job.itemsize) / job.layout.tensor
-    return rows * job.width * (cached + 8.0)
-
-
-def head_rows(job: Job) -> float:
-    """The teacher's output matrix once more, in the order of the student's ids."""
-    assert job.teacher is not None
-    size = job.vocabulary * job.teacher.hidden_size * job.teacher_itemsize
-    return size / job.layout.sharded("teacher")
-
-
-def head(job: Job) -> float:
-    """The teacher's output matrix on a device."""
-    assert job.teacher is not None
-    size = 1.0 * flops.head_parameters(job.teacher) * job.teacher_itemsize
-    return head_rows(job) if job.renumbered else size / job.layout.sharded("teacher")
-
-
-def decode(job: Job, slots: int) -> Footprint:
-    """The token loop: weights and state in, the state aliased; one token's logits and MLP at work.
-
-    The plain form of attention has scores against one block of positions (models/cache.py).
+    The numbers that a slot has once (lengths, flags, a key: under 20 bytes) are left out.
     """
-    model, tensor = job.student, job.layout.tensor
+    return resident.cache_bytes(workload, slots) + 8.0 * slots * workload.width
+
+
+def decode(workload: Workload, slots: int) -> Footprint:
+    """One step of the token loop on so many slots: weights and slots in, slots donated.
+
+    Where attention is not fused, its scores are against one block of the cache (kv_cache.block_widths).
+    """
+    model, tensor = workload.student, workload.layout.tensor
     logits = slots * model.vocab_size * 4.0
-    working = slots * model.intermediate_size * job.itemsize / tensor
-    if not job.fused:
-        block = min(
-            -(-job.width // (kv_cache.BLOCK * kv_cache.MOST_BLOCKS)) * kv_cache.BLOCK, job.width
-        )
-        working += 4.0 * slots * model.num_heads * block / tensor
-        working += 8.0 * slots * job.width  # ids and log-probs, not in place
+    working = slots * model.intermediate_size * workload.itemsize / tensor * xla.MLP_DECODE.count
+    if not workload.fused:
+        block = max(kv_cache.block_widths(workload.width))
+        working += 4.0 * slots * model.num_heads * block / tensor * xla.SCORES_DECODE.count
+        working += 8.0 * slots * workload.width * xla.ROWS_DECODE.count
+    more = xla.LOGITS_NUCLEUS.count * workload.nucleus
     return Footprint(
-        {"unstacked": parameters(model, tensor) * job.itemsize, "caches": caches(job, slots)},
-        {"logits": logits * (1.0 + job.nucleus), "working": working},  # and their probabilities
+        {
+            "unstacked": resident.bytes_on_device(resident.unstacked(workload)),
+            "caches": slots_bytes(workload, slots),
+        },
+        {"logits": logits * (xla.LOGITS_DECODE.count + more), "working": working},
     )
 
 
-def prefill(job: Job, slots: int) -> Footprint:
-    """The first prompts through the model: layers unrolled, keys and values placed as they come."""
-    model, layout = job.student, job.layout
+def prefill(workload: Workload, slots: int) -> Footprint:
+    """The first prompts of so many slots: layers unrolled, keys and values placed as they are made."""
+    model = workload.student
     shapes = Shapes.of(
-        slots, slots=slots, prompt_tokens=job.prompt, response_tokens=job.response, chunk=None
-    )
-    tokens = shapes.many * job.prompt
-    # Of the last layer only keys and values are asked for; nor is the output matrix.
-    last = model.hidden_size * (model.num_heads * model.head_dim + 3 * model.intermediate_size)
-    head = flops.head_parameters(model) * (not model.tie_embeddings)
-    given = parameters(model, layout.tensor) - last / layout.tensor - head
+        slots, slots=slots, prompt_tokens=workload.prompt,
+        response_tokens=workload.response, chunk=None,
+    )  # fmt: skip
+    tokens, width = shapes.many * workload.prompt, workload.prompt
+    layers = _Pass(workload, model, workload.itemsize, tokens, width, copied=workload.fused)
     return Footprint(
-        {"unstacked": given * job.itemsize, "caches": caches(job, slots)},
-        _forward_layer(job, model, job.itemsize, tokens, job.prompt, copied=job.fused),
+        {
+            "unstacked": resident.bytes_on_device(_read_by_prefill(resident.unstacked(workload))),
+            "caches": slots_bytes(workload, slots),
+        },
+        layers.busiest(),
     )
 
 
-def score(job: Job) -> Footprint:
-    """A micro-batch through student, then teacher, then chunks of both models' logits."""
-    rows, roles = job.microbatch_rows, ["student"]
-    given = {"student": weights(job, "student")}
-    if job.teacher is not None:
-        given["teacher"] = weights(job, "teacher") + _replaced_head(job)
+def score(workload: Workload) -> Footprint:
+    """A micro-batch through student, then teacher, then chunks of the logits of both."""
+    rows, roles = workload.score_rows, ["student"]
+    given = {"student": resident.weight_bytes(workload, "student")}
+    if workload.teacher is not None:
+        given["teacher"] = resident.weight_bytes(workload, "teacher")
         roles.append("teacher")
-    given["rows"] = 4.0 * rows * (job.width + job.teacher_width)
-    moments = _passes(job, roles, rows)
-    chunks = len(roles) * 3.0  # logits, log-probs, their largest ids
-    if job.fused:  # all in one; one more to strike ids out
-        chunks = 1.0 * len(roles) + (job.support > 0)
-    handed = kept_hidden(job, rows) if job.over_vocabulary else 0.0  # out, to the update
+    given["rows"] = 4.0 * rows * (workload.width + workload.teacher_width)
+    moments = _passes(workload, roles, rows)
+    chunks = len(roles) * xla.LOGITS_SCORE_PLAIN.count
+    if workload.fused:
+        chunks = len(roles) * xla.LOGITS_SCORE.count
+        chunks += xla.LOGITS_SUPPORT.count * (workload.support > 0)
+    # Hidden states that the update will read are results of the program: no temporary.
+    returned = hidden_for_update(workload, rows) if workload.over_vocabulary else 0.0
     moments.append({
-        "activations": sum(_hidden(job, role, rows) for role in roles) - handed,
-        "logits": chunks * _chunk(job, job.score_chunk, rows * job.width),
-        "weight copies": sum(_gathered_head(job, role) for role in roles),
+        "activations": sum(_hidden(workload, role, rows) for role in roles) - returned,
+        "logits": chunks * _chunk(workload, workload.score_chunk, rows * workload.width),
+        "weight copies": sum(resident.gathered_head(workload, role) for role in roles),
     })  # fmt: skip
     return Footprint(given, _busiest(moments))
 
 
-def kept_hidden(job: Job, rows: int) -> float:
-    """The teacher's final hidden states of so many rows, which scoring hands to the update."""
-    assert job.teacher is not None
-    return 1.0 * rows * job.width * job.teacher.hidden_size * job.teacher_itemsize
+def arrays_per_token(rows: Any) -> int:
+    """Return how many arrays [B, T], of 4 bytes a number, a record of rows has."""
+    return sum(field.name.endswith("_BT") for field in dataclasses.fields(rows))
 
 
-def gradient(job: Job, *, golden: bool = False) -> Footprint:
-    """A micro-batch forward and backward; the sum of gradients comes in and goes out in place.
+def hidden_for_update(workload: Workload, rows: int) -> float:
+    """Return the bytes of the teacher's final hidden states of so many rows, laid out as the student's."""
+    assert workload.teacher is not None
+    size = workload.teacher.hidden_size * workload.teacher_itemsize
+    return 1.0 * rows * workload.width * size
 
-    The output matrix is cast once from float32, whose gradient is summed over the chunks in float32.
+
+def gradient(workload: Workload, *, golden: bool = False) -> Footprint:
+    """A micro-batch forward and backward; the sum of gradients is donated and returned.
+
+    The output matrix is cast once from float32, and its gradient is summed over the chunks in float32.
     """
-    rows = job.golden_rows if golden else job.microbatch_rows
-    model, tokens = job.student, rows * job.width
-    one = job.layout.devices == 1
-    given = {"master" if one else "student": _trained(job),
-             "gradients": gradients(job), "rows": 16.0 * tokens}  # fmt: skip
-    beside = ("reference",) * (job.reference is not None and not golden)
-    for role in beside:
-        given[role] = weights(job, role)
-    hidden = 3.0 * _hidden(job, "student", rows)  # as cut into chunks, and the cotangent of it
-    hidden += sum(_hidden(job, role, rows) for role in beside)
-    models, copies = 1 + len(beside), 0.0
+    rows = workload.golden_rows if golden else workload.rollout_rows
+    model, tokens = workload.student, rows * workload.width
+    one = workload.layout.devices == 1
+    trained = resident.masters(workload) if one else resident.weight_bytes(workload, "student")
+    arrays = arrays_per_token(GoldenRows if golden else RolloutRows)
+    given = {"master" if one else "student": trained,
+             "gradients": resident.gradients(workload),
+             "rows": 4.0 * arrays * tokens}  # fmt: skip
+    others = ("reference",) * (workload.reference is not None and not golden)
+    for role in others:
+        given[role] = resident.weight_bytes(workload, role)
+    hidden = xla.HIDDEN_UPDATE.count * _hidden(workload, "student", rows)
+    hidden += sum(_hidden(workload, role, rows) for role in others)
+    models, copies = 1 + len(others), 0.0
     if not golden:
-        given["rows"] += 4.0 * tokens * job.support * job.support_arrays
-    if job.over_vocabulary and not golden:
-        given["teacher"] = head(job)
-        given["rows"] += kept_hidden(job, rows)
-        hidden += kept_hidden(job, rows) * (_padding(job.token_chunk, tokens) > 0)
+        given["rows"] += 4.0 * tokens * workload.support * workload.support_arrays
+    if workload.over_vocabulary and not golden:
+        given["teacher"] = resident.teacher_head(workload)
+        given["rows"] += hidden_for_update(workload, rows)
+        chunks, size = chunk_shape(tokens, workload.token_chunk)
+        hidden += hidden_for_update(workload, rows) * (
+            chunks * size > tokens
+        )  # padding copies them
         models += 1
-        copies += _gathered_head(job, "teacher")
-    layers = kept(job, rows)
+        copies += resident.gathered_head(workload, "teacher")
+    layers = kept(workload, rows)
     matrix = 1.0 * flops.head_parameters(model)
-    cast = matrix * job.itemsize * (job.itemsize != 4)
-    if not one:  # made float32 of the compute weights first
-        cast += 4.0 * matrix * (job.itemsize != 4)
-    alive = 1 + max(models, 1 + _cut(job, "student")) if job.fused else 2 * models
-    copies += sum(_gathered_head(job, role) for role in ("student", *beside))
+    cast = matrix * workload.itemsize * (workload.itemsize != 4)
+    if not one:  # the compute weights' matrix is made float32 first
+        cast += 4.0 * matrix * (workload.itemsize != 4)
+    copies += sum(resident.gathered_head(workload, role) for role in ("student", *others))
+    logits = _logits_of_update(workload, models)
     moments = [
         {
             "activations": layers + hidden,
-            "logits": alive * _chunk(job, job.token_chunk, tokens),
+            "logits": logits * _chunk(workload, workload.token_chunk, tokens),
             "weight copies": cast + copies + 4.0 * matrix,
         },
-        _with(_backward_layer(job, tokens), activations=layers, weight_copies=4.0 * matrix),
+        _with(_backward_layer(workload, tokens), activations=layers, weight_copies=4.0 * matrix),
     ]
-    for moment in _passes(job, beside, rows):
+    for moment in _passes(workload, others, rows):
         moments.append(_with(moment, activations=layers, weight_copies=cast))
     return Footprint(given, _busiest(moments))
 
 
-def compute_weights(job: Job) -> Footprint:
+def compute_weights(workload: Workload) -> Footprint:
     """The student's compute weights from its masters: the largest cast weight, before it is gathered."""
-    c = job.student
-    layers = c.num_layers * c.hidden_size * c.intermediate_size / job.layout.tensor
-    largest = max(layers, flops.head_parameters(c)) * job.itemsize / job.layout.rows
-    copied = job.itemsize != 4 and job.layout.sharded("student") == 1
-    return Footprint({"master": master(job)}, {"weight copies": largest * copied})
+    sharded = workload.layout.student == "sharded" and workload.layout.fsdp > 1
+    copied = workload.itemsize != 4 and not sharded
+    return Footprint(
+        {"master": resident.masters(workload)},
+        {"weight copies": resident.largest_cast(workload) * copied},
+    )
 
 
-def gradient_sum(job: Job) -> Footprint:
-    """The replicas' sums of gradients into one, divided as the masters are."""
-    return Footprint({"gradients": gradients(job)}, {})
+def gradient_sum(workload: Workload) -> Footprint:
+    """The replicas' sums of gradients into one, sharded as the masters are."""
+    return Footprint({"gradients": resident.gradients(workload)}, {})
 
 
-def optimizer(job: Job) -> Footprint:
+def optimizer(workload: Workload) -> Footprint:
     """AdamW over the float32 state in place."""
-    state = master(job)
-    given = {"master": state, "optimizer": 2 * state, "gradients": state}
-    if job.teacher_follows == "average":
-        given["average"] = state
-    return Footprint(given, {"working": (_ADAMW_GPU if job.fused else _ADAMW_CPU) * state})
+    state = resident.state(workload)
+    weights = resident.bytes_on_device(state.params)
+    given = {
+        "master": weights, "optimizer": resident.bytes_on_device(state.opt_state),
+        "gradients": weights,
+    }  # fmt: skip
+    if state.average is not None:
+        given["average"] = resident.bytes_on_device(state.average)
+    copies = xla.ADAMW.count if workload.fused else xla.ADAMW_PLAIN.count
+    return Footprint(given, {"working": copies * weights})
 
 
-def kept(job: Job, rows: int) -> float:
-    """What the layers keep for their backward pass, as `optim.remat` says, in all layers.
+def kept(workload: Workload, rows: int) -> float:
+    """Return the bytes that all layers keep for their backward pass, as `optim.remat` says.
 
     A layer keeps its input; "attention" what the fused kernel returned; "dots" also queries, keys,
     values, the output projection, gate and up; "none" all, of which norms and rotations are float32.
     """
-    c, tensor, i = job.student, job.layout.tensor, job.itemsize
-    tokens = rows * job.width
+    c, tensor, i = workload.student, workload.layout.tensor, workload.itemsize
+    tokens = rows * workload.width
     heads, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    attended = heads * i + 4.0 * c.num_heads if job.fused else 0.0
+    statistics = 4.0 * c.num_heads * xla.STATISTICS_KEPT.count
+    attended = heads * i + statistics if workload.fused else 0.0
     mlp, stream = c.intermediate_size * i, c.hidden_size * i
-    beside = {
+    more = {
         "full": 0.0,
         "attention": attended / tensor,
-        "dots": (attended + (heads + 2 * keys) * i + 2.0 * mlp) / tensor + stream,
-        "none": 5.0 * mlp / tensor + 40.0 * c.hidden_size,
-    }[job.remat]
-    scores = _PLAIN_KEPT * _scores(job, c, job.width) if job.remat == "none" else 0.0
-    return c.num_layers * tokens * (stream + beside + scores)
+        "dots": (attended + (heads + 2 * keys) * i + xla.MLP_KEPT_DOTS.count * mlp) / tensor
+        + stream,
+        "none": xla.MLP_KEPT.count * mlp / tensor + xla.STREAM_KEPT.count * 4.0 * c.hidden_size,
+    }[workload.remat]
+    scores = 0.0
+    if workload.remat == "none":
+        scores = xla.SCORES_FORWARD.count * _scores(workload, c, workload.width)
+    return c.num_layers * tokens * (stream + more + scores)
 
 
-def _trained(job: Job) -> float:
-    """What gradients are taken of: the float32 weights on one device, else the compute weights."""
-    return master(job) if job.layout.devices == 1 else weights(job, "student")
+def _read_by_prefill(unstacked: Any) -> Any:
+    """Return the weights that a prefill reads: no logits are asked for, of the last layer keys and values."""
+    *layers, last = unstacked["layers"]
+    last = {name: last[name] for name in _KEYS_AND_VALUES if name in last}
+    return unstacked["embed"], layers, last
 
 
-def _replaced_head(job: Job) -> float:
-    """Arguments more or less by a renumbered output matrix: it takes the place of an own one."""
-    assert job.teacher is not None
-    if not job.renumbered:
-        return 0.0
-    own = 1.0 * flops.head_parameters(job.teacher) * job.teacher_itemsize
-    own /= job.layout.sharded("teacher")
-    return head_rows(job) - (0.0 if job.teacher.tie_embeddings else own)
+def _logits_of_update(workload: Workload, models: int) -> float:
+    """Return how many chunks of logits the update has at one time."""
+    if not workload.fused:
+        return xla.LOGITS_UPDATE_PLAIN.count * models
+    cut = workload.student.vocab_size != workload.vocabulary
+    return xla.LOGITS_UPDATE.count + max(models, 1 + xla.LOGITS_CUT.count * cut)
 
 
-def _itemsize(job: Job, role: str) -> int:
-    return job.itemsize if role == "student" else getattr(job, f"{role}_itemsize")
+def _tokens(workload: Workload, role: str, rows: int) -> int:
+    """Return the tokens of so many rows as the role reads them."""
+    own = workload.teacher_width if role == "teacher" else 0
+    return rows * (own or workload.width)
 
 
-def _tokens(job: Job, role: str, rows: int) -> int:
-    """Tokens of so many rows as the role reads them."""
-    return rows * (job.teacher_width or job.width if role == "teacher" else job.width)
+def _hidden(workload: Workload, role: str, rows: int) -> float:
+    """Return the bytes of a role's final hidden states."""
+    size = getattr(workload, role).hidden_size * workload.itemsize_of(role)
+    return float(_tokens(workload, role, rows) * size)
 
 
-def _hidden(job: Job, role: str, rows: int) -> float:
-    """Final hidden states."""
-    size = getattr(job, role).hidden_size * _itemsize(job, role)
-    return float(_tokens(job, role, rows) * size)
+def _chunk(workload: Workload, token_chunk: int, tokens: int) -> float:
+    """Return the bytes of float32 logits of one chunk, where so many tokens are cut into chunks."""
+    return 4.0 * chunk_shape(tokens, token_chunk)[1] * workload.vocabulary
 
 
-def _chunk(job: Job, chunk: int, tokens: int) -> float:
-    """Float32 logits of one chunk of tokens."""
-    return 4.0 * _even_chunk(chunk, tokens) * job.vocabulary
+@dataclasses.dataclass(frozen=True)
+class _Pass:
+    """A forward pass of one model over tokens in rows of `width`.
+
+    `copied`: whether a layer's weights are copied out of stacked ones.
+    """
+
+    workload: Workload
+    model: ModelConfig
+    itemsize: int
+    tokens: int
+    width: int
+    copied: bool = True
+
+    def busiest(self) -> dict[str, float]:
+        """Return the bytes of a layer at work: in its MLP, or where queries meet keys in the plain form."""
+        workload, model, tensor = self.workload, self.model, self.workload.layout.tensor
+        layer = self.copied * flops.matrix_parameters(model) / model.num_layers
+        count = (xla.STREAM_FORWARD if workload.fused else xla.STREAM_FORWARD_PLAIN).count
+        stream = count * self.tokens * model.hidden_size * self.itemsize
+        mlp = xla.MLP_FORWARD.count * self.tokens * model.intermediate_size * self.itemsize / tensor
+        scores = xla.SCORES_FORWARD.count * self.tokens * _scores(workload, model, self.width)
+        return {"working": stream + layer * self.itemsize / tensor + max(mlp, scores)}
 
 
-def _even_chunk(chunk: int, tokens: int) -> int:
-    """Tokens of a chunk: even shares, as scoring.map_tokens makes them."""
-    return -(-tokens // -(-tokens // chunk)) if tokens else 0
-
-
-def _padding(chunk: int, tokens: int) -> int:
-    """Tokens that are added to fill the last chunk."""
-    return -tokens % max(_even_chunk(chunk, tokens), 1)
-
-
-def _cut(job: Job, role: str) -> bool:
-    """Whether a chunk's logits are cut to the ids that are scored."""
-    rows = getattr(job, role).vocab_size
-    return rows != job.vocabulary and not (role == "teacher" and job.renumbered)
-
-
-def _gathered_head(job: Job, role: str) -> float:
-    """The output matrix made whole where a device has a slice of it."""
-    model = getattr(job, role)
-    matrix = 1.0 * model.vocab_size * model.hidden_size * _itemsize(job, role)
-    return matrix * (job.layout.sharded(role) > 1)
-
-
-def _passes(job: Job, roles: Sequence[str], rows: int) -> list[dict[str, float]]:
-    """The busiest moment of each role's forward pass, the states of those before it kept."""
+def _passes(workload: Workload, roles: Sequence[str], rows: int) -> list[dict[str, float]]:
+    """Return the busiest moment of each role's forward pass, beside the hidden states made before it."""
     moments, before = [], 0.0
     for role in roles:
-        tokens, model = _tokens(job, role, rows), getattr(job, role)
-        layer = _forward_layer(job, model, _itemsize(job, role), tokens, tokens // rows)
-        moments.append(_with(layer, activations=before))
-        before += _hidden(job, role, rows)
+        tokens, model = _tokens(workload, role, rows), getattr(workload, role)
+        layers = _Pass(workload, model, workload.itemsize_of(role), tokens, tokens // rows)
+        moments.append(_with(layers.busiest(), activations=before))
+        before += _hidden(workload, role, rows)
     return moments
 
 
-def _forward_layer(
-    job: Job, model: ModelConfig, itemsize: int, tokens: int, width: int, *, copied: bool = True
-) -> dict[str, float]:
-    """A layer at work, forward: in its MLP, or where queries meet keys in the plain form.
-
-    `copied`: its weights are taken out of stacked ones.
-    """
-    tensor = job.layout.tensor
-    layer = copied * flops.matrix_parameters(model) / model.num_layers * itemsize / tensor
-    stream = (1.0 if job.fused else 2.0) * tokens * model.hidden_size * itemsize + layer
-    mlp = _MLP_FORWARD * tokens * model.intermediate_size * itemsize / tensor
-    return {"working": stream + max(mlp, _PLAIN_KEPT * tokens * _scores(job, model, width))}
-
-
-def _backward_layer(job: Job, tokens: int) -> dict[str, float]:
-    """A layer at work, backward, with what is computed again, and its weights and their gradients."""
-    c, tensor = job.student, job.layout.tensor
-    again = 0.0 if job.remat == "none" else _PLAIN_KEPT
-    scores = (again + _PLAIN_BACKWARD) * tokens * _scores(job, c, job.width)
-    mlp = _MLP_BACKWARD * tokens * c.intermediate_size * job.itemsize / tensor
-    stream = _STREAM_BACKWARD * tokens * c.hidden_size * job.itemsize
+def _backward_layer(workload: Workload, tokens: int) -> dict[str, float]:
+    """Return the bytes of a layer at work, backward, with what is computed again and its gradients."""
+    c, tensor = workload.student, workload.layout.tensor
+    again = 0.0 if workload.remat == "none" else xla.SCORES_FORWARD.count
+    scores = (again + xla.SCORES_BACKWARD.count) * tokens * _scores(workload, c, workload.width)
+    mlp = xla.MLP_BACKWARD.count * tokens * c.intermediate_size * workload.itemsize / tensor
+    stream = xla.STREAM_BACKWARD.count * tokens * c.hidden_size * workload.itemsize
     layer = flops.matrix_parameters(c) / c.num_layers / tensor
-    return {"working": stream + mlp + scores + 2 * layer * job.itemsize}
+    layer *= xla.LAYER_BACKWARD.count * workload.itemsize
+    return {"working": stream + mlp + scores + layer}
 
 
-def _scores(job: Job, model: ModelConfig, width: int) -> float:
-    """Of a token: attention's scores where it is not one kernel, float32, against all positions."""
-    return 0.0 if job.fused else 4.0 * model.num_heads * width / job.layout.tensor
+def _scores(workload: Workload, model: ModelConfig, width: int) -> float:
+    """Return the bytes of a token's float32 scores against all positions; 0 where attention is fused."""
+    return 0.0 if workload.fused else 4.0 * model.num_heads * width / workload.layout.tensor
 
 
 def _with(moment: dict[str, float], **more: float) -> dict[str, float]:
-    """A moment with what is there beside."""
+    """Return a moment with more bytes of the kinds named."""
     named = {name.replace("_", " "): size for name, size in more.items()}
     return {kind: moment.get(kind, 0.0) + named.get(kind, 0.0) for kind in {*moment, *named}}
 

@@ -6,13 +6,14 @@ from typing import Any
 
 from opd_jax.errors import PlanError
 from opd_jax.hardware import GIB, Device, memory_fraction, whole_host_bytes
-from opd_jax.memory_plan import footprint
+from opd_jax.memory_plan import footprint, resident
 from opd_jax.memory_plan.footprint import Footprint
-from opd_jax.memory_plan.workload import Job, Layout
-from opd_jax.models import flops
+from opd_jax.memory_plan.workload import Layout, Workload
+from opd_jax.scoring.score import IN_FLIGHT
 from opd_jax.sharding import partition
+from opd_jax.sharding.mesh import ONE
+from opd_jax.types import Scores
 
-_SCORED_AHEAD = 3  # micro-batches whose scores are on the device at one time (scoring.score)
 # Stages by what makes them smaller; all others have micro-batches.
 _ROLLING, _ANSWERING = ("rollout",), ("evaluate", "evaluate teacher")
 KINDS = ("student", "unstacked", "master", "optimizer", "average", "gradients", "teacher",
@@ -32,80 +33,86 @@ class Stage:
         return sum(self.held.values())
 
 
-def stages(job: Job) -> list[Stage]:
+def stages(workload: Workload) -> list[Stage]:
     """The stages of a run in their order; those that the config has."""
-    base = resident(job)
-    own = {"student": footprint.weights(job, "student")} if job.own_copy else {}
+    base = always(workload)
+    own = {"student": resident.weight_bytes(workload, "student")} if workload.own_copy else {}
     live = dict(own)
-    if job.teacher is not None and job.teacher_follows == "average" and job.own_copy:
-        live["teacher"] = footprint.weights(job, "teacher")
-    gradients = {"gradients": footprint.gradients(job)}
-    trained = own if job.layout.devices > 1 else {}
+    if workload.teacher is not None and workload.teacher_follows == "average" and workload.own_copy:
+        live["teacher"] = resident.weight_bytes(workload, "teacher")
+    gradients = {"gradients": resident.gradients(workload)}
+    trained = own if workload.layout.devices > 1 else {}
     found = []
-    if job.rollouts:
-        decoding = _decoding(job, job.device_slots)
-        kept = 10 + 3 * job.support  # numbers of a token
-        rows = min(_SCORED_AHEAD * job.microbatch_rows, job.device_batch * job.updates)
-        scored = {"rows": 4.0 * kept * rows * job.width}
-        if job.over_vocabulary:
-            scored["rows"] += footprint.kept_hidden(job, rows)
+    if workload.rollouts:
+        decoding = _decoding(workload, workload.device_slots)
+        kept = 1 + footprint.arrays_per_token(Scores) + 3 * workload.support  # an id, and scores
+        rows = min(IN_FLIGHT * workload.score_rows, workload.device_batch)
+        scored = {"rows": 4.0 * kept * rows * workload.width}
+        if workload.over_vocabulary:
+            scored["rows"] += footprint.hidden_for_update(workload, rows)
         found.append(Stage("rollout", _sum(base, live, decoding)))
-        found.append(Stage("score", _sum(base, live, scored, footprint.score(job).temporaries)))
-    learning = [footprint.gradient(job)] * job.rollouts
-    learning += [footprint.gradient(job, golden=True)] * (job.golden > 0)
+        found.append(
+            Stage("score", _sum(base, live, scored, footprint.score(workload).temporaries))
+        )
+    kinds = [False] * workload.rollouts + [True] * (workload.golden > 0)
+    learning = [footprint.gradient(workload, golden=golden) for golden in kinds]
     busiest = max(learning, key=lambda one: one.temporary_bytes)
     beside = {}
-    if job.over_vocabulary and job.teacher_follows != "frozen":
-        beside["teacher"] = footprint.head(job)  # a copy: the state's own is donated
+    if workload.over_vocabulary and workload.teacher_follows != "frozen":
+        beside["teacher"] = resident.teacher_head(workload)  # a copy: the state's own is donated
     given = {"rows": busiest.arguments["rows"]}
     update = _sum(base, trained, gradients, beside, given, busiest.temporaries)
     found.append(Stage("update", update))
-    if job.apart:  # the finished ones of the other terms lie beside
-        finished = {"gradients": (len(job.terms) - 1) * _finished(job)}
+    if workload.apart:  # the finished ones of the other terms lie beside
+        finished = {"gradients": (len(workload.terms) - 1) * _finished(workload)}
         found.append(Stage("gradients apart", _sum(update, finished)))
-    summed = {"gradients": footprint.gradients(job)}
-    if job.layout.devices > 1:  # summed over the devices, and the new compute weights
-        summed["gradients"] += footprint.master(job)
+    summed = {"gradients": resident.gradients(workload)}
+    if workload.layout.devices > 1:  # summed over the devices, and the new compute weights
+        summed["gradients"] += resident.masters(workload)
     found.append(
-        Stage("optimizer", _sum(base, trained, summed, footprint.optimizer(job).temporaries))
+        Stage("optimizer", _sum(base, trained, summed, footprint.optimizer(workload).temporaries))
     )
-    if job.evaluated:
-        rows_here = -(-job.evaluated // job.layout.rows)
-        answering = _decoding(dataclasses.replace(job, response=job.answer), rows_here)
+    if workload.evaluated:
+        answering = _decoding(
+            dataclasses.replace(workload, response=workload.answer), workload.device_answers
+        )
         found.append(Stage("evaluate", _sum(base, own, answering)))
-        if job.teacher is not None and job.asks_teacher:  # it reads its own prompts
+        if workload.teacher is not None and workload.asks_teacher:  # it reads its own prompts
             alone = dataclasses.replace(
-                job, student=job.teacher, itemsize=job.teacher_itemsize, response=job.answer,
-                prompt=(job.teacher_width or job.width) - job.response,
+                workload, student=workload.teacher, itemsize=workload.teacher_itemsize,
+                response=workload.answer,
+                prompt=(workload.teacher_width or workload.width) - workload.response,
             )  # fmt: skip
-            answering = _decoding(alone, rows_here)
-            live = own if job.teacher_follows == "live" else {}
-            if job.teacher_follows == "average" and job.own_copy:
-                live = {"teacher": footprint.weights(job, "teacher")}
+            answering = _decoding(alone, workload.device_answers)
+            live = own if workload.teacher_follows == "live" else {}
+            if workload.teacher_follows == "average" and workload.own_copy:
+                live = {"teacher": resident.weight_bytes(workload, "teacher")}
             found.append(Stage("evaluate teacher", _sum(base, live, answering)))
     found.append(Stage("checkpoint", base))
     return found
 
 
-def resident(job: Job) -> dict[str, float]:
-    """What stays on a device from the first step to the last."""
-    state = footprint.master(job)
-    held = {"master": state, "optimizer": 2 * state}
-    if job.teacher_follows == "average":
-        held["average"] = state
-    if job.teacher is not None and job.teacher_follows == "frozen":
-        held["teacher"] = footprint.weights(job, "teacher")
-        held["teacher"] += footprint.head_rows(job) if job.renumbered else 0.0
-    if job.reference is not None and not job.same_reference:
-        held["reference"] = footprint.weights(job, "reference")
+def always(workload: Workload) -> dict[str, float]:
+    """Return the bytes that stay on a device from the first step to the last."""
+    state = resident.state(workload)
+    held = {
+        "master": resident.bytes_on_device(state.params),
+        "optimizer": resident.bytes_on_device(state.opt_state),
+    }
+    if state.average is not None:
+        held["average"] = resident.bytes_on_device(state.average)
+    if workload.teacher is not None and workload.teacher_follows == "frozen":
+        held["teacher"] = resident.teacher_bytes(workload)
+    if workload.reference is not None and not workload.same_reference:
+        held["reference"] = resident.weight_bytes(workload, "reference")
     return held
 
 
-def host_bytes(job: Job) -> dict[str, float]:
+def host_bytes(workload: Workload) -> dict[str, float]:
     """Memory of the host: a device's share of a checkpoint on its way, and an export of the student."""
-    copies = 4 if job.teacher_follows == "average" else 3
-    whole = 4.0 * flops.all_parameters(job.student)
-    return {"checkpoint": copies * footprint.master(job), "export": whole}
+    copies = 4 if workload.teacher_follows == "average" else 3
+    whole = 4.0 * resident.parameters(workload.student, ONE)
+    return {"checkpoint": copies * resident.masters(workload), "export": whole}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +122,7 @@ class Memory:
     `largest` has, by field, the largest value with which every stage fits, the others as they are.
     """
 
-    job: Job
+    workload: Workload
     device: Device
     usable: float
     stages: tuple[Stage, ...]
@@ -137,15 +144,15 @@ class Memory:
         return self.headroom >= 0
 
 
-def plan(job: Job, device: Device, *, usable: float | None = None) -> Memory:
-    """The memory plan of a job; `usable` is what a device has for arrays, where that is known."""
+def plan(workload: Workload, device: Device, *, usable: float | None = None) -> Memory:
+    """The memory plan of a workload; `usable` is what a device has for arrays, where that is known."""
     if usable is None:
-        usable = usable_bytes(device, job.layout)
+        usable = usable_bytes(device, workload.layout)
     largest = {
-        "optim.microbatch_tokens": largest_microbatch(job, usable),
-        "rollout.slots": largest_slots(job, usable) if job.rollouts else 0,
+        "optim.microbatch_tokens": largest_microbatch(workload, usable),
+        "rollout.slots": largest_slots(workload, usable) if workload.rollouts else 0,
     }
-    return Memory(job, device, usable, tuple(stages(job)), largest)
+    return Memory(workload, device, usable, tuple(stages(workload)), largest)
 
 
 def usable_bytes(device: Device, layout: Layout) -> float:
@@ -155,48 +162,50 @@ def usable_bytes(device: Device, layout: Layout) -> float:
     return device.memory_gib * GIB / layout.devices
 
 
-def largest_microbatch(job: Job, usable: float) -> int:
+def largest_microbatch(workload: Workload, usable: float) -> int:
     """The most `optim.microbatch_tokens` with which scoring and update fit; 0 where not one row does."""
-    widest = max(job.width, job.teacher_width)
-    most = max(job.device_batch * job.rollouts, -(-job.golden // job.layout.rows), 1)
+    widest = max(workload.width, workload.teacher_width)
+    most = max(
+        workload.device_batch * workload.rollouts, -(-workload.golden // workload.layout.rows), 1
+    )
 
     def fits(rows: int) -> bool:
-        sized = dataclasses.replace(job, microbatch_tokens=rows * widest)
+        sized = dataclasses.replace(workload, microbatch_tokens=rows * widest)
         return _peak(sized, but=(*_ROLLING, *_ANSWERING)) <= usable
 
     return widest * _largest(fits, most)
 
 
-def largest_slots(job: Job, usable: float) -> int:
+def largest_slots(workload: Workload, usable: float) -> int:
     """The most `rollout.slots`, up to all rollouts of a step; 0 where not one a device fits."""
-    rows = job.layout.rows
+    rows = workload.layout.rows
 
     def fits(slots: int) -> bool:
-        sized = dataclasses.replace(job, slots=min(slots * rows, job.batch))
+        sized = dataclasses.replace(workload, slots=min(slots * rows, workload.batch))
         return _peak(sized, only=_ROLLING) <= usable
 
-    return min(_largest(fits, -(-job.batch // rows)) * rows, job.batch)
+    return min(_largest(fits, -(-workload.batch // rows)) * rows, workload.batch)
 
 
-def largest_answers(job: Job, usable: float) -> int:
-    """The most `eval.slots`, up to what the job has; 0 where not one a device fits."""
-    rows = job.layout.rows
+def largest_answers(workload: Workload, usable: float) -> int:
+    """The most `eval.slots`, up to what the workload has; 0 where not one a device fits."""
+    rows = workload.layout.rows
 
     def fits(answers: int) -> bool:
-        sized = dataclasses.replace(job, evaluated=min(answers * rows, job.evaluated))
+        sized = dataclasses.replace(workload, evaluated=min(answers * rows, workload.evaluated))
         return _peak(sized, only=_ANSWERING) <= usable
 
-    return min(_largest(fits, -(-job.evaluated // rows)) * rows, job.evaluated)
+    return min(_largest(fits, -(-workload.evaluated // rows)) * rows, workload.evaluated)
 
 
 def require_fit(memory: Memory) -> None:
-    """Raise PlanError where the job does not fit: what is too large, and the fields that mend it.
+    """Raise PlanError where the workload does not fit: what is too large, and the fields that mend it.
 
-    A CPU's job is refused only where it is beyond the whole machine: what is free changes.
+    A CPU's workload is refused only where it is beyond the whole machine: what is free changes.
     """
     limit = memory.usable
     if not memory.device.gpu:
-        limit = max(limit, whole_host_bytes() / memory.job.layout.devices)
+        limit = max(limit, whole_host_bytes() / memory.workload.layout.devices)
     if memory.peak.total <= limit:
         return
     stage, name = memory.peak, memory.device.kind
@@ -208,8 +217,8 @@ def require_fit(memory: Memory) -> None:
 
 
 def remedy(memory: Memory) -> str:
-    """The smallest change found that makes the job fit, as flags."""
-    for fields, changed in _changes(memory.job):
+    """The smallest change found that makes the workload fit, as flags."""
+    for fields, changed in _changes(memory.workload):
         small = dataclasses.replace(
             changed, slots=min(changed.layout.rows, changed.batch),
             microbatch_tokens=max(changed.width, changed.teacher_width),
@@ -217,16 +226,16 @@ def remedy(memory: Memory) -> str:
         )  # fmt: skip
         if _peak(small) > memory.usable:
             continue
-        fields, job = dict(fields), changed
-        tokens = largest_microbatch(job, memory.usable)
-        if tokens < job.microbatch_tokens:
+        fields, workload = dict(fields), changed
+        tokens = largest_microbatch(workload, memory.usable)
+        if tokens < workload.microbatch_tokens:
             fields["optim.microbatch_tokens"] = tokens
-            job = dataclasses.replace(job, microbatch_tokens=tokens)
-        slots = largest_slots(job, memory.usable)
-        if slots < job.slots:
+            workload = dataclasses.replace(workload, microbatch_tokens=tokens)
+        slots = largest_slots(workload, memory.usable)
+        if slots < workload.slots:
             fields["rollout.slots"] = slots
-        answers = largest_answers(job, memory.usable)
-        if answers < job.evaluated:
+        answers = largest_answers(workload, memory.usable)
+        if answers < workload.evaluated:
             fields["eval.slots"] = answers
         if not fields:
             return "nothing has to change"
@@ -234,27 +243,27 @@ def remedy(memory: Memory) -> str:
     return "take more devices, devices with more memory, or smaller models"
 
 
-def _changes(job: Job) -> list[tuple[dict[str, Any], Job]]:
+def _changes(workload: Workload) -> list[tuple[dict[str, Any], Workload]]:
     """Changes to try, each with the fields that make it, the cheapest first."""
-    found: list[tuple[dict[str, Any], Job]] = [({}, job)]
+    found: list[tuple[dict[str, Any], Workload]] = [({}, workload)]
 
     def also(fields: dict[str, Any], **changes: Any) -> None:
         before, changed = found[-1]
         found.append((before | fields, dataclasses.replace(changed, **changes)))
 
-    if job.apart:
+    if workload.apart:
         also({"log.gradients": 0}, apart=False)
-    if job.remat in ("none", "dots"):
+    if workload.remat in ("none", "dots"):
         also({"optim.remat": "attention"}, remat="attention")
-    if max(job.token_chunk, job.score_chunk) > 512:
+    if max(workload.token_chunk, workload.score_chunk) > 512:
         also(
             {"optim.token_chunk": 512, "scoring.token_chunk": 512}, token_chunk=512, score_chunk=512
         )
     also({"optim.remat": "full"}, remat="full")
-    count = job.layout.devices
+    count = workload.layout.devices
     if count == 1:
         return found
-    roles = [role for role in ("teacher", "reference", "student") if getattr(job, role)]
+    roles = [role for role in ("teacher", "reference", "student") if getattr(workload, role)]
     axes = {"mesh.data": 1, "mesh.fsdp": count, "mesh.tensor": 1}
     for some in range(1, len(roles) + 1):
         over: dict[str, Any] = dict.fromkeys(roles[:some], "sharded")
@@ -262,7 +271,9 @@ def _changes(job: Job) -> list[tuple[dict[str, Any], Job]]:
         also(axes | {f"mesh.{role}": "sharded" for role in over}, layout=inner)
     whole = {f"mesh.{role}": "replicated" for role in roles}
     for tensor in (2, 4, 8):
-        if count % tensor == 0 and all(partition.divides(getattr(job, r), tensor) for r in roles):
+        if count % tensor == 0 and all(
+            partition.divides(getattr(workload, r), tensor) for r in roles
+        ):
             inner = Layout(data=count // tensor, tensor=tensor)
             also(
                 axes | whole | {"mesh.data": -1, "mesh.fsdp": 1, "mesh.tensor": tensor},
@@ -271,22 +282,22 @@ def _changes(job: Job) -> list[tuple[dict[str, Any], Job]]:
     return found
 
 
-def _decoding(job: Job, slots: int) -> dict[str, float]:
-    programs = (footprint.decode(job, slots), footprint.prefill(job, slots))
+def _decoding(workload: Workload, slots: int) -> dict[str, float]:
+    programs = (footprint.decode(workload, slots), footprint.prefill(workload, slots))
     busiest: Footprint = max(programs, key=lambda one: one.temporary_bytes)
     return _sum(programs[0].arguments, busiest.temporaries)
 
 
-def _finished(job: Job) -> float:
+def _finished(workload: Workload) -> float:
     """A gradient that is whole: divided like the state where there are several devices."""
-    return footprint.master(job)
+    return resident.masters(workload)
 
 
-def _peak(job: Job, *, only: Sequence[str] = (), but: Sequence[str] = ()) -> float:
+def _peak(workload: Workload, *, only: Sequence[str] = (), but: Sequence[str] = ()) -> float:
     """The largest stage of all, of those named, or of the others; what is always held is one of each."""
     return max(
         stage.total
-        for stage in stages(job)
+        for stage in stages(workload)
         if (stage.name not in but and (not only or stage.name in only))
         or stage.name == "checkpoint"
     )

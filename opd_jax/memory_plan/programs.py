@@ -18,8 +18,9 @@ from ml_collections import ConfigDict
 
 from opd_jax import data
 from opd_jax.aot import Program
-from opd_jax.memory_plan.workload import Job
-from opd_jax.models import attention, decoder
+from opd_jax.memory_plan import resident
+from opd_jax.memory_plan.workload import Workload
+from opd_jax.models import attention
 from opd_jax.models.end_tokens import Events
 from opd_jax.sharding.mesh import ONE, Mesh
 from opd_jax.training.objective import make_terms
@@ -28,30 +29,24 @@ from opd_jax.training.step_functions import StepSpec, make_step_functions
 Place = Callable[[Any], Any]
 
 
-def programs(config: ConfigDict, job: Job, mesh: Mesh = ONE) -> list[Program]:
-    """Every program of the training steps of `config`, for devices of the job's kind; see `make_mesh`."""
-    with compiling_for("gpu" if job.fused else None):
-        return _programs(config, job, mesh)
+def programs(config: ConfigDict, workload: Workload, mesh: Mesh = ONE) -> list[Program]:
+    """Return every program of the training steps of `config`, for the kind of devices of `workload`."""
+    with compiling_for("gpu" if workload.fused else None):
+        return _programs(config, workload, mesh)
 
 
-def _programs(config: ConfigDict, job: Job, mesh: Mesh) -> list[Program]:
+def _programs(config: ConfigDict, workload: Workload, mesh: Mesh) -> list[Program]:
     spec = StepSpec(
-        config=config, terms=make_terms(config), student=job.student, teacher=job.teacher,
-        reference=job.reference or job.student,
-        alignment=data.alone(job.vocabulary, job.student.eos_token_ids or (0,)),
-        dtype=jnp.dtype(_dtype(job.itemsize)), teacher_width=job.teacher_width, mesh=mesh,
+        config=config, terms=make_terms(config), student=workload.student, teacher=workload.teacher,
+        reference=workload.reference or workload.student,
+        alignment=data.alone(workload.vocabulary, workload.student.eos_token_ids or (0,)),
+        dtype=jnp.dtype(_dtype(workload.itemsize)), teacher_width=workload.teacher_width, mesh=mesh,
     )  # fmt: skip
     teacher = reference = None
-    if job.teacher is not None and job.teacher_follows == "frozen":
-        teacher = _weights(job.teacher, job.teacher_itemsize)
-        if job.renumbered:
-            teacher = jax.eval_shape(
-                decoder.with_head_rows, teacher, jnp.zeros(job.vocabulary, jnp.int32)
-            )
-        teacher = _resharded(teacher, "teacher", mesh)
-    if job.reference is not None:
-        reference = _weights(job.reference, job.reference_itemsize)
-        reference = _resharded(reference, "reference", mesh)
+    if workload.teacher is not None and workload.teacher_follows == "frozen":
+        teacher = resident.weights(workload, "teacher", mesh)
+    if workload.reference is not None:
+        reference = resident.weights(workload, "reference", mesh)
     return make_step_functions(spec).programs(teacher, reference, spec.terms.weights)
 
 
@@ -105,18 +100,6 @@ def _placed(leaf: Any, *, mesh: jax.sharding.Mesh) -> Any:
     if not hasattr(leaf, "shape"):
         return leaf  # a static argument
     return jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=sharding)
-
-
-def _weights(model: Any, itemsize: int) -> Any:
-    dtype = _dtype(itemsize)
-    params = decoder.abstract_params(model)
-    return jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, dtype), params)
-
-
-def _resharded(params: Any, role: str, mesh: Mesh) -> Any:
-    """Shapes and dtypes of `params`, in the layout of the role's compute weights."""
-    params = mesh.slices(params, role)
-    return mesh.structs(params, mesh.weights(params))
 
 
 def _dtype(itemsize: int) -> Any:

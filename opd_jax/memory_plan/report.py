@@ -8,14 +8,14 @@ from opd_jax.hardware import GIB
 from opd_jax.memory_plan import footprint, memory
 from opd_jax.memory_plan.memory import KINDS, Memory
 from opd_jax.memory_plan.step_time import EFFICIENCY, StepTime, step_time
-from opd_jax.memory_plan.workload import Job
+from opd_jax.memory_plan.workload import Workload
 
 MIB = 2**20
 _LEAST = 0.002  # of a stage: what is less is not mentioned in a line
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """Memory, and a step's time if every response reaches the budget, and if lengths are spread evenly."""
 
     memory: Memory
@@ -23,17 +23,17 @@ class Plan:
     spread: StepTime
 
 
-def make(planned: Memory) -> Plan:
+def make(planned: Memory) -> RunPlan:
     """With the estimate of a step's time."""
-    job, device = planned.job, planned.device
-    half = step_time(job, device, mean_response=(job.response + 1) / 2)
-    return Plan(planned, step_time(job, device), half)
+    workload, device = planned.workload, planned.device
+    half = step_time(workload, device, mean_response=(workload.response + 1) / 2)
+    return RunPlan(planned, step_time(workload, device), half)
 
 
-def lines(plan: Plan) -> list[str]:
+def lines(plan: RunPlan) -> list[str]:
     """A few lines: where and on what, each stage's memory, what would fit, the time of a step."""
     planned = plan.memory
-    device, layout = planned.device, planned.job.layout
+    device, layout = planned.device, planned.workload.layout
     where = f"{layout.devices} x {device.kind}"
     if layout.devices > 1:
         where += f" (data {layout.data} x fsdp {layout.fsdp} x tensor {layout.tensor})"
@@ -48,7 +48,7 @@ def lines(plan: Plan) -> list[str]:
     if device.gpu:
         out += [f"  {text}" for text in _times(plan)]
     else:
-        passes = amount(memory.host_bytes(planned.job)["checkpoint"])
+        passes = amount(memory.host_bytes(planned.workload)["checkpoint"])
         out += [f"  a checkpoint passes {passes} through the host"]
     return out
 
@@ -58,7 +58,7 @@ def amount(size: float) -> str:
     return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / MIB:.1f} MiB"
 
 
-def table(plan: Plan) -> str:
+def table(plan: RunPlan) -> str:
     """Stages by kinds, in GiB (of small models MiB), for a terminal."""
     planned = plan.memory
     unit = GIB if planned.peak.total >= GIB else MIB
@@ -79,13 +79,13 @@ def table(plan: Plan) -> str:
     return "\n".join(rows)
 
 
-def to_json(plan: Plan) -> dict[str, Any]:
+def to_json(plan: RunPlan) -> dict[str, Any]:
     """Everything, as plan.json has it: bytes and seconds."""
     planned = plan.memory
-    job, device = planned.job, planned.device
+    workload, device = planned.workload, planned.device
     return {
         "device": {"kind": device.kind, "memory_gib": device.memory_gib, "source": device.source},
-        "layout": dataclasses.asdict(job.layout),
+        "layout": dataclasses.asdict(workload.layout),
         "usable_bytes": planned.usable,
         "fits": planned.fits,
         "headroom_bytes": planned.headroom,
@@ -93,9 +93,9 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "largest": dict(planned.largest),
         "remedy": None if planned.fits else memory.remedy(planned),
         "stages": {stage.name: dict(stage.held) for stage in planned.stages},
-        "host_bytes": memory.host_bytes(job),
-        "microbatch": {"rollout_rows": job.microbatch_rows, "golden_rows": job.golden_rows,
-                       "width": job.width},
+        "host_bytes": memory.host_bytes(workload),
+        "microbatch": {"rollout_rows": workload.rollout_rows, "golden_rows": workload.golden_rows,
+                       "width": workload.width},
         "step": {"longest": _step(plan.longest), "spread": _step(plan.spread)}
         if device.gpu
         else None,
@@ -103,19 +103,19 @@ def to_json(plan: Plan) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def programs(job: Job) -> dict[str, footprint.Footprint]:
+def programs(workload: Workload) -> dict[str, footprint.Footprint]:
     """Planned bytes of the widest program of each kind, by what its name begins with."""
-    found = {"optimizer": footprint.optimizer(job)}
-    if job.layout.devices > 1:
-        found["compute weights"] = footprint.compute_weights(job)
-        found["sum of gradients"] = footprint.gradient_sum(job)
-    if job.rollouts:
-        found["prefill"] = footprint.prefill(job, job.device_slots)
-        found["decode"] = footprint.decode(job, job.device_slots)
-        found["score"] = footprint.score(job)
-        found["gradient on rollouts"] = footprint.gradient(job)
-    if job.golden:
-        found["gradient on golden"] = footprint.gradient(job, golden=True)
+    found = {"optimizer": footprint.optimizer(workload)}
+    if workload.layout.devices > 1:
+        found["compute weights"] = footprint.compute_weights(workload)
+        found["sum of gradients"] = footprint.gradient_sum(workload)
+    if workload.rollouts:
+        found["prefill"] = footprint.prefill(workload, workload.device_slots)
+        found["decode"] = footprint.decode(workload, workload.device_slots)
+        found["score"] = footprint.score(workload)
+        found["gradient on rollouts"] = footprint.gradient(workload)
+    if workload.golden:
+        found["gradient on golden"] = footprint.gradient(workload, golden=True)
     return found
 
 
@@ -134,7 +134,7 @@ def _largest(planned: Memory) -> str:
     return ", ".join(f"{name} {value:,}" for name, value in planned.largest.items() if value)
 
 
-def _times(plan: Plan) -> Iterator[str]:
+def _times(plan: RunPlan) -> Iterator[str]:
     for step, what in (
         (plan.longest, "every response at its budget"),
         (plan.spread, "lengths spread evenly up to it"),
@@ -144,18 +144,24 @@ def _times(plan: Plan) -> Iterator[str]:
         )
         speed = f"; {step.tokens_per_s:,.0f} tokens/s" if step.tokens else ""
         yield (
-            f"a step, {what}: about {step.expected_s:.0f} s (at least {step.floor_s:.0f}): {stages}"
-            f"{speed}; {step.steps} steps are {step.days:.1f} days"
+            f"a step, {what}: lower bound {step.lower_bound_s:.0f} s, estimate {step.expected_s:.0f} s: "
+            f"{stages}{speed}; {step.steps} steps are {step.days:.1f} days"
         )
+    assumed = ", ".join(f"{name} {share:g}" for name, share in EFFICIENCY.items())
+    yield f"estimates assume these shares of the device's rates, which are not measured: {assumed}"
 
 
 def _step(step: StepTime) -> dict[str, Any]:
     return {
-        "expected_s": step.expected_s, "floor_s": step.floor_s, "tokens": step.tokens,
+        "expected_s": step.expected_s, "floor_s": step.lower_bound_s, "tokens": step.tokens,
         "tokens_per_s": step.tokens_per_s, "steps": step.steps, "days": step.days,
         "stages": {
             stage.name: dataclasses.asdict(stage)
-            | {"expected_s": stage.expected_s, "floor_s": stage.floor_s, "bound": stage.bound}
+            | {
+                "expected_s": stage.expected_s,
+                "floor_s": stage.lower_bound_s,
+                "bound": stage.bound,
+            }
             for stage in step.stages
         },
     }  # fmt: skip

@@ -7,24 +7,24 @@ import jax
 from opd_jax import hardware
 from opd_jax.hardware import Device
 from opd_jax.memory_plan import memory, report
-from opd_jax.memory_plan.report import Plan
+from opd_jax.memory_plan.report import RunPlan
 from opd_jax.memory_plan.workload import of_setup
 from opd_jax.training.setup import Setup
 from opd_jax.workdir import atomic
 
 
-def of_run(setup: Setup) -> Plan | None:
+def of_run(setup: Setup) -> RunPlan | None:
     """The plan of a run on the devices of this process's runtime; None where their kind is not known."""
     found = jax.devices()
     device = hardware.of_jax(found[0].device_kind, found[0].platform)
     if device is None:
         return None
     used = setup.mesh.devices.size if setup.mesh.devices is not None else 1
-    job = of_setup(setup, device, used)
-    return report.make(memory.plan(job, device, usable=_pool(device)))
+    workload = of_setup(setup, device, used)
+    return report.make(memory.plan(workload, device, usable=_pool(device)))
 
 
-def say(plan: Plan | None) -> list[str]:
+def say(plan: RunPlan | None) -> list[str]:
     """Lines for the start of the run. On a CPU one, unless memory is short: then all, as a warning."""
     if plan is None:
         kind = jax.devices()[0].device_kind
@@ -40,13 +40,13 @@ def say(plan: Plan | None) -> list[str]:
     return [f"warning: {line}; {memory.remedy(planned)}", *report.lines(plan)[1:]]
 
 
-def require_fit(plan: Plan | None) -> None:
+def require_fit(plan: RunPlan | None) -> None:
     """Raise PlanError where the run does not fit."""
     if plan is not None:
         memory.require_fit(plan.memory)
 
 
-def write(plan: Plan | None, folder: pathlib.Path) -> None:
+def write(plan: RunPlan | None, folder: pathlib.Path) -> None:
     """plan.json of the workdir."""
     if plan is not None:
         atomic.write_json(folder / "plan.json", report.to_json(plan), indent=2)

@@ -15,14 +15,14 @@ from opd_jax.errors import ConfigError
 from opd_jax.hardware import Device
 from opd_jax.memory_plan import collectives, report
 from opd_jax.memory_plan import programs as real
-from opd_jax.memory_plan.workload import Job
+from opd_jax.memory_plan.workload import Workload
 from opd_jax.sharding.mesh import ONE, make_mesh
 
 MIB = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class Comparison:
     """A program: planned and compiled bytes of its arguments and temporaries, seconds to compile.
 
     `sent`: bytes that a device sends to others in one run (links.py).
@@ -37,7 +37,9 @@ class Row:
     seconds: float
 
 
-def compare(config: ConfigDict, job: Job, device: Device, target: pathlib.Path) -> Iterator[Row]:
+def compare(
+    config: ConfigDict, workload: Workload, device: Device, target: pathlib.Path
+) -> Iterator[Comparison]:
     """The widest program of each kind, one after another.
 
     For a GPU they are compiled by JAX's CUDA plug-in, for `target`; for a CPU, by this process.
@@ -46,7 +48,7 @@ def compare(config: ConfigDict, job: Job, device: Device, target: pathlib.Path) 
     the layout has.
     """
     place, mesh = None, ONE
-    count = job.layout.devices
+    count = workload.layout.devices
     if device.gpu:
         if importlib.util.find_spec("jax_cuda13_plugin") is None:
             raise ConfigError(
@@ -71,13 +73,13 @@ def compare(config: ConfigDict, job: Job, device: Device, target: pathlib.Path) 
     config = config.copy_and_resolve_references()
     for role in ("student", "teacher", "reference"):
         config[role].dtype = hardware.dtype_name(config[role].dtype, gpu=device.gpu)
-    planned = report.programs(job)
-    for kind, program in widest(real.programs(config, job, mesh), planned).items():
+    planned = report.programs(workload)
+    for kind, program in widest(real.programs(config, workload, mesh), planned).items():
         began = time.perf_counter()
         compiled = real.compile_for(program, place, gpu=device.gpu)
         found = compiled.memory_analysis()
         assert found is not None
-        yield Row(
+        yield Comparison(
             program.name, planned[kind].argument_bytes, found.argument_size_in_bytes,
             planned[kind].temporary_bytes, found.temp_size_in_bytes,
             collectives.sent_bytes(compiled.as_text() or "", count) if count > 1 else 0.0,
@@ -95,7 +97,7 @@ def widest(programs: Sequence[Program], kinds: dict) -> dict[str, Program]:
     return found
 
 
-def table(rows: Iterator[Row]) -> str:
+def table(rows: Iterator[Comparison]) -> str:
     """Markdown: a program a line."""
     out = [
         "| program | arguments MiB planned | compiled | off | temporaries MiB planned | compiled | off "

@@ -1,27 +1,32 @@
-"""A run as its plan sees it: architectures, shapes and placement; no weights, no tokenizer needed."""
+"""A run as its plan sees it: architectures, shapes and layout. Needs no weights and no tokenizer."""
 
 import dataclasses
 import os
 from typing import Any
 
+import optax
 from ml_collections import ConfigDict
 
 from opd_jax import hardware, models
 from opd_jax.config.validate import validate
+from opd_jax.data import microbatches
 from opd_jax.errors import ModelError
 from opd_jax.hardware import Device
 from opd_jax.models import ModelConfig, catalog
+from opd_jax.rollout.generate import Shapes
 from opd_jax.sharding import partition
+from opd_jax.sharding.mesh import Mesh, make_abstract_mesh
 from opd_jax.training.objective import Terms, make_terms
 from opd_jax.training.setup import Setup
+from opd_jax.training.update import make_optimizer
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How devices stand and who is divided over them.
+    """Sizes of the mesh, and which roles' compute weights are sharded.
 
-    Rows and slots go over `data` x `fsdp`, heads and MLP over `tensor`; the vocabulary is whole. The
-    float32 state is divided like the weights and over data x fsdp as well. `student`, `teacher`,
+    Rows and slots are divided over `data` x `fsdp`, heads and MLP over `tensor`; the vocabulary is whole.
+    The float32 state is sharded like the weights, and over data x fsdp as well. `student`, `teacher`,
     `reference`: compute weights "replicated" over data x fsdp, or "sharded" over fsdp.
     """
 
@@ -47,39 +52,41 @@ class Layout:
         """Devices that rows are divided over."""
         return self.data * self.fsdp
 
-    def sharded(self, role: str) -> int:
-        """Over how many devices a role's compute weights are divided, `tensor` aside."""
-        return self.fsdp if getattr(self, role) == "sharded" else 1
+    @property
+    def mesh(self) -> Mesh:
+        """A mesh of these sizes whose devices are abstract."""
+        sharded = [role for role in partition.ROLES if getattr(self, role) == "sharded"]
+        return make_abstract_mesh(self.sizes, sharded)
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
-    """What the plan is computed from.
+class Workload:
+    """What the plan is computed from: the numbers of a config, architectures, and a layout of devices.
 
     Attributes:
       student, teacher, reference: architectures; None where no term needs one.
-      itemsize: bytes of a number that is computed with; teacher_itemsize, reference_itemsize: likewise.
+      itemsize: bytes of a number of the compute dtype; teacher_itemsize, reference_itemsize: likewise.
       fused: whether attention is one kernel (a GPU, 16 bits).
       own_copy: whether the student's compute weights are a copy beside its float32 ones.
       teacher_follows: "frozen" has weights of its own, "average" and "live" are made of the student's.
-      same_reference: whether the reference is the teacher's very weights.
+      same_reference: whether the reference and the teacher share one copy of their weights.
       renumbered: whether the teacher has a second output matrix, in the order of the student's ids.
       vocabulary: ids that are scored; fewer than a model's rows make a copy of its output matrix.
-      batch, golden: rollouts a step, golden rows an update (0 = none); updates: optimizer steps a step.
-      prompt, response: their budgets; teacher_width: of the teacher's own rows, 0 where it has none.
-      nucleus: whether tokens are drawn from the likeliest that have a mass (`rollout.top_p` < 1).
+      batch: rollouts a step. golden: golden rows an update (0 = none). updates: optimizer steps a step.
+      prompt, response: their token budgets. teacher_width: of the teacher's own rows, 0 where it has none.
       slots, microbatch_tokens, token_chunk, score_chunk, remat: as in the config, slots resolved.
-        A device's share of micro-batches is `microbatch_tokens`, whatever the layout.
-      over_vocabulary: whether the update takes the teacher's output matrix and the hidden states that
-        scoring kept of it.
-      terms: of the loss, by name; apart: whether their gradients are looked at one by one.
-      evaluated: rows that an evaluation decodes at one time, of answers of up to `answer` tokens;
-        asks_teacher: whether the teacher answers too, for the closing table.
-      rollouts: whether any are made.
+        `microbatch_tokens` is the limit of one replica.
+      over_vocabulary: whether the update reads the teacher's output matrix and hidden states.
+      terms: names of the loss terms. apart: whether the gradient of each is measured by itself.
+      rollouts: whether the loss needs any.
+      evaluated: rows that an evaluation decodes at one time.
       steps: of the run.
+      optimizer: decides which arrays are kept beside the weights.
+      answer: token budget of an evaluation's answers. asks_teacher: whether the teacher answers as well.
       layout: of the devices.
-      support: ids of a token that scoring takes down for the loss, with the mass outside them (0 = none);
-        support_arrays: of as many numbers each that the update takes.
+      nucleus: whether sampling is cut to a nucleus (`rollout.top_p` < 1).
+      support: ids of a token that scoring records for the loss (0 = none).
+      support_arrays: arrays of as many numbers each that the update reads.
     """
 
     student: ModelConfig
@@ -111,6 +118,7 @@ class Job:
     rollouts: bool
     evaluated: int
     steps: int
+    optimizer: optax.GradientTransformation
     answer: int = 0
     asks_teacher: bool = False
     layout: Layout = Layout()
@@ -120,36 +128,80 @@ class Job:
 
     @property
     def width(self) -> int:
-        """Tokens of a whole row."""
+        """Tokens of a row, prompt and response."""
         return self.prompt + self.response
 
+    def itemsize_of(self, role: str) -> int:
+        """Return the bytes of a number of a role's compute weights."""
+        return self.itemsize if role == "student" else getattr(self, f"{role}_itemsize")
+
     @property
-    def microbatch_rows(self) -> int:
-        """Rows of the widest micro-batch on a device: even shares, as batching.split makes them."""
-        return _even(self.device_batch, self.microbatch_tokens // self._widest)
+    def score_rows(self) -> int:
+        """Rows of the widest micro-batch of scoring on a device."""
+        return self._widest(self.batch, self.teacher_width)
+
+    @property
+    def rollout_rows(self) -> int:
+        """Rows of the widest micro-batch of rollouts in the update on a device."""
+        return self._widest(self.batch // self.updates)
 
     @property
     def golden_rows(self) -> int:
-        """Likewise of golden solutions."""
-        return _even(-(-self.golden // self.layout.rows), self.microbatch_tokens // self.width)
+        """Rows of the widest micro-batch of golden solutions in the update on a device."""
+        return self._widest(self.golden)
 
     @property
     def device_batch(self) -> int:
-        """A device's rollouts of one update."""
-        return -(-(self.batch // self.updates) // self.layout.rows)
+        """A device's share of the rollouts of a step."""
+        return -(-self.batch // self.layout.rows)
 
     @property
     def device_slots(self) -> int:
-        """A device's share of the slots."""
-        return -(-self.slots // self.layout.rows)
+        """Slots of a device in training."""
+        return self.slots_of(self.batch, self.slots)
 
     @property
-    def _widest(self) -> int:
-        return max(self.width, self.teacher_width)
+    def device_answers(self) -> int:
+        """Slots of a device in an evaluation."""
+        return self.slots_of(self.evaluated, self.evaluated)
+
+    def slots_of(self, prompts: int, slots: int) -> int:
+        """Return the slots of a device where so many prompts are decoded in so many slots."""
+        return Shapes.of(
+            prompts, slots=slots, prompt_tokens=self.prompt, response_tokens=self.response,
+            chunk=None, replicas=self.layout.rows,
+        ).slots  # fmt: skip
+
+    def _widest(self, batch: int, teacher_width: int = 0) -> int:
+        """Return a device's rows of the widest micro-batch that `microbatches.split` makes of a batch."""
+        if not batch:
+            return 0
+        replicas = self.layout.rows
+        widest = microbatches.shapes(
+            batch, width=self.width, tokens=self.microbatch_tokens, teacher_width=teacher_width,
+            replicas=replicas,
+        )[0]  # fmt: skip
+        return widest.count // replicas
 
 
-def of_config(config: ConfigDict, device: Device, devices: int) -> Job:
-    """The job of a config whose models' folders or names need not be there with their weights.
+@dataclasses.dataclass(frozen=True)
+class _Roles:
+    """What the models' folders, the tokenizers and the problems decide; the config decides the rest.
+
+    Attributes are those of `Workload`, and `problems`: how many an evaluation asks.
+    """
+
+    student: ModelConfig
+    teacher: ModelConfig | None
+    reference: ModelConfig | None
+    vocabulary: int
+    teacher_width: int
+    renumbered: bool
+    problems: int
+
+
+def of_config(config: ConfigDict, device: Device, devices: int) -> Workload:
+    """Return the workload of a config; its models may be published names, and need no weights.
 
     Raises ConfigError, or ModelError where an architecture is not known here.
     """
@@ -172,67 +224,57 @@ def of_config(config: ConfigDict, device: Device, devices: int) -> Job:
     other_prompts = (data.teacher_prompt_template, data.teacher_system_prompt) != ("same", "same")
     separate = teacher is not None and (other_prompts or not itself)
     width = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
-    return _job(
-        config, terms, device, devices, student=student, teacher=teacher, reference=reference,
+    roles = _Roles(
+        student=student, teacher=teacher, reference=reference,
         vocabulary=min(tokens, student.vocab_size), teacher_width=width * separate,
         renumbered=not itself and config.scoring.special_tokens == "remap",
         problems=config.eval.problems if config.eval.data else 0,
     )  # fmt: skip
+    return _workload(config, terms, roles, device, devices)
 
 
-def of_setup(setup: Setup, device: Device, devices: int) -> Job:
-    """The job of a run that is about to start."""
+def of_setup(setup: Setup, device: Device, devices: int) -> Workload:
+    """Return the workload of a run that is about to start."""
     needs = setup.terms.needs_reference
-    return _job(
-        setup.config, setup.terms, device, devices, student=setup.student, teacher=setup.teacher,
+    roles = _Roles(
+        student=setup.student, teacher=setup.teacher,
         reference=setup.reference if needs else None, vocabulary=setup.alignment.vocabulary,
         teacher_width=setup.teacher_width if setup.separate_prompts else 0,
         renumbered=setup.alignment.head_rows is not None, problems=len(setup.held_out),
     )  # fmt: skip
+    return _workload(setup.config, setup.terms, roles, device, devices)
 
 
-def _job(
-    config: ConfigDict,
-    terms: Terms,
-    device: Device,
-    devices: int,
-    *,
-    student: ModelConfig,
-    teacher: ModelConfig | None,
-    reference: ModelConfig | None,
-    vocabulary: int,
-    teacher_width: int,
-    renumbered: bool,
-    problems: int,
-) -> Job:
-    rollout, optim = config.rollout, config.optim
+def _workload(
+    config: ConfigDict, terms: Terms, roles: _Roles, device: Device, devices: int
+) -> Workload:
+    rollout, optim, teacher = config.rollout, config.optim, roles.teacher
     layout = layout_of(config, devices)
-    for role, model in (("student", student), ("teacher", teacher), ("reference", reference)):
-        if model is not None:
+    for role in partition.ROLES:
+        if (model := getattr(roles, role)) is not None:
             partition.check(role, model, layout.sizes, sharded=config.mesh[role] == "sharded")
     itemsize = _itemsize(config.student.dtype, device)
     batch = rollout.prompts_per_step * rollout.samples_per_prompt
-    answers = problems * config.eval.samples
-    named = [role for role in ("student", "teacher", "reference") if config[role].path]
-    source = "reference" if "reference" in named else "student"
+    answers = roles.problems * config.eval.samples
+    source = "reference" if config.reference.path else "student"
     frozen = teacher is not None and config.teacher.follow == "frozen"
     same = (config[source].path, config.reference.dtype) == (
         config.student.path if config.teacher.path == "student" else config.teacher.path,
         config.teacher.dtype,
     )
-    return Job(
-        student=student, teacher=teacher, reference=reference, itemsize=itemsize,
+    return Workload(
+        student=roles.student, teacher=teacher, reference=roles.reference, itemsize=itemsize,
         teacher_itemsize=_itemsize(config.teacher.dtype, device) if frozen else itemsize,
         reference_itemsize=_itemsize(config.reference.dtype, device),
         fused=device.gpu and itemsize == 2,
         own_copy=itemsize != 4 or layout.devices > 1,
         teacher_follows=config.teacher.follow,
-        same_reference=frozen and reference is not None and same,
-        renumbered=teacher is not None and renumbered,
-        vocabulary=vocabulary, batch=batch,
+        same_reference=frozen and roles.reference is not None and same,
+        renumbered=teacher is not None and roles.renumbered,
+        vocabulary=roles.vocabulary, batch=batch,
         golden=rollout.prompts_per_step // optim.updates_per_rollout if terms.needs_golden else 0,
         updates=optim.updates_per_rollout, prompt=rollout.max_prompt_tokens,
-        response=rollout.max_response_tokens, teacher_width=teacher_width,
+        response=rollout.max_response_tokens, teacher_width=roles.teacher_width,
         slots=min(rollout.slots or batch, batch), nucleus=rollout.top_p < 1,
         microbatch_tokens=optim.microbatch_tokens,
         token_chunk=optim.token_chunk, score_chunk=config.scoring.token_chunk, remat=optim.remat,
@@ -242,6 +284,7 @@ def _job(
         answer=config.eval.max_response_tokens or rollout.max_response_tokens,
         asks_teacher=teacher is not None and config.eval.teacher,
         steps=config.steps, layout=layout,
+        optimizer=make_optimizer(optim, config.steps * optim.updates_per_rollout),
         support=_places(terms),
         # ids, and of a divergence the teacher's log-probs, of a surrogate the sampler's and advantages
         support_arrays=1 + (terms.divergence_weight != 0) + 2 * terms.on_support,
@@ -283,10 +326,3 @@ def _architecture(section: Any) -> tuple[ModelConfig, int]:
 
 def _itemsize(dtype: str, device: Device) -> int:
     return 4 if hardware.dtype_name(dtype, gpu=device.gpu) == "float32" else 2
-
-
-def _even(batch: int, most: int) -> int:
-    """Rows of a micro-batch where `batch` rows are cut into even shares of at most `most`."""
-    if not batch:
-        return 0
-    return -(-batch // -(-batch // max(most, 1)))

@@ -131,12 +131,13 @@ def hidden_states(
     length_B: jax.Array,
     *,
     remat: str = "none",
+    sums: Params | None = None,
 ) -> jax.Array:
     """Return the final normed hidden states [B, T, D] of right-padded rows, in the final norm's dtype.
 
     Position t attends to tokens 0..t of its row; entries at t >= length are finite and meaningless.
-    `remat` names the activations that each layer saves for the backward pass (models/remat.py). Where
-    `params` has `sums`, float32 and shaped like `layers`, the layers compute in the final norm's dtype; the
+    `remat` names the activations that each layer saves for the backward pass (models/remat.py). With
+    `sums`, float32 and shaped like `params["layers"]`, the layers compute in the final norm's dtype; the
     gradient of `sums` is then `sums` plus the gradient of the layers, whose own gradient is 0.
     """
     x_BTD = _embedded(params, tokens_BT).astype(params["norm"]["scale"].dtype)
@@ -157,11 +158,10 @@ def hidden_states(
 
     if has_slices(params) and remat == "none":
         remat = "slices"
-    if "sums" in params:
+    if sums is not None:
         layers = (jnp.arange(config.num_layers), params["layers"])
-        start = (x_BTD, params["sums"])
-        (x_BTD, sums), _ = jax.lax.scan(checkpointed(layer, remat), start, layers)
-        x_BTD = layer_gradients.seed_sums(x_BTD, sums, jax.lax.stop_gradient(params["sums"]))
+        (x_BTD, carried), _ = jax.lax.scan(checkpointed(layer, remat), (x_BTD, sums), layers)
+        x_BTD = layer_gradients.seed_sums(x_BTD, carried, jax.lax.stop_gradient(sums))
     else:
         x_BTD, _ = jax.lax.scan(checkpointed(plain, remat), x_BTD, params["layers"])
     return _final_norm(params, config, x_BTD)

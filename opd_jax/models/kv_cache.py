@@ -28,7 +28,7 @@ def init(config: ModelConfig, batch: int, slots: int, dtype: jnp.dtype) -> tuple
     else:
         shapes = [
             ((batch, kv_heads, size, width), (batch, kv_heads, width, size))
-            for width in _block_widths(slots)
+            for width in block_widths(slots)
         ]
     return tuple(
         tuple((jnp.zeros(keys, dtype), jnp.zeros(values, dtype)) for keys, values in shapes)
@@ -41,7 +41,7 @@ def head_axis(dtype: jnp.dtype) -> int:
     return 2 if attention.fused(dtype) else 1
 
 
-def _block_widths(slots: int) -> list[int]:
+def block_widths(slots: int) -> list[int]:
     """Return the widths of the blocks: equal and a multiple of `BLOCK`, except for the last."""
     width = -(-slots // (BLOCK * MOST_BLOCKS)) * BLOCK
     return [min(width, slots - start) for start in range(0, slots, width)]

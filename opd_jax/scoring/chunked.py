@@ -15,6 +15,15 @@ from opd_jax.types import Array
 TokenFn = Callable[..., Any]
 
 
+def chunk_shape(tokens: int, token_chunk: int) -> tuple[int, int]:
+    """Return how many chunks `map_tokens` cuts so many tokens into, and the tokens of each.
+
+    The shares are even, so that hardly any of the last chunk is padding.
+    """
+    chunks = -(-tokens // token_chunk)
+    return chunks, -(-tokens // chunks)
+
+
 class Readout(flax.struct.PyTreeNode):
     """What a model's next-token log-probs are computed from.
 
@@ -56,8 +65,7 @@ def map_tokens(
     Returns: a tree of [B, T, ...], aligned with `tokens_BT`; position 0, which nothing predicts, is 0.
     """
     batch, time = tokens_BT.shape
-    chunks = -(-batch * time // token_chunk)
-    token_chunk = -(-batch * time // chunks)  # equal chunks need little padding in the last one
+    chunks, token_chunk = chunk_shape(batch * time, token_chunk)
     padding = chunks * token_chunk - batch * time
 
     def cut(array: jax.Array) -> jax.Array:

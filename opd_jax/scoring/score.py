@@ -27,6 +27,8 @@ from opd_jax.shapes import check_shapes
 from opd_jax.sharding.mesh import ONE, ROWS, WHOLE, Mesh
 from opd_jax.types import Scores, Support, TeacherRows
 
+IN_FLIGHT = 3  # micro-batches whose scores are on the device at one time, at most
+
 
 class ScoreSpec(flax.struct.PyTreeNode):
     """What scoring is asked for. Numbers are static under jit, arrays are not.
@@ -122,7 +124,7 @@ def score(
         rows = mesh.rows((tokens, length, other))
         scores = score_part(student, teacher, *rows, spec, mesh=mesh)
         in_flight.append((part, scores))
-        if len(in_flight) > 2:  # two keep the device busy while one is fetched; more would fill it
+        if len(in_flight) == IN_FLIGHT:  # two keep the device busy while one is fetched
             put(*in_flight.pop(0))
     for part, scores in in_flight:
         put(part, scores)

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from opd_jax.aot import Program
@@ -289,6 +289,15 @@ def make_mesh(section: Any, devices: Sequence[jax.Device] | None = None) -> Mesh
     types = (AxisType.Auto,) * len(AXES)
     sharded = tuple(role for role in ROLES if section[role] == "sharded")
     return Mesh(jax.make_mesh(shape, AXES, axis_types=types, devices=devices), sharded)
+
+
+def make_abstract_mesh(sizes: partition.Sizes, sharded: Sequence[str]) -> Mesh:
+    """Return a mesh of devices that need not be there: it has shardings and shapes, and runs nothing."""
+    shape = tuple(sizes[name] for name in AXES)
+    if math.prod(shape) == 1:
+        return ONE
+    devices: Any = AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(devices, tuple(sharded))
 
 
 def _spec(x: Any, kind: str) -> Any:

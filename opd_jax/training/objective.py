@@ -24,8 +24,8 @@ from opd_jax.scoring import topk
 from opd_jax.types import Frozen, GoldenRows, RolloutRows
 
 Parts = dict[str, jax.Array]  # by the name of the term: its mean over the tokens that count
-RolloutLoss = Callable[[decoder.Params, Frozen, RolloutRows], Parts]
-GoldenLoss = Callable[[decoder.Params, GoldenRows], Parts]
+RolloutLoss = Callable[..., Parts]  # (params, frozen, rows, sums=None), see decoder.hidden_states
+GoldenLoss = Callable[..., Parts]  # (params, rows, sums=None)
 ON_ROLLOUTS = ("opd", "divergence", "reference_kl")
 ON_GOLDEN = ("sft",)
 
@@ -151,7 +151,7 @@ def make_rollout_loss(
     remat: str,
     events: Events = EVERY_ID,
 ) -> RolloutLoss:
-    """Make loss(params, frozen, rows) -> the terms on rollouts, unweighted, each a weighted sum over tokens.
+    """Make loss(params, frozen, rows, sums=None) -> unweighted terms on rollouts, weighted sums over tokens.
 
     `frozen` holds the reference where its term is present (`reference_config` is its architecture), and the
     teacher's output matrix where `terms.over_vocabulary`; the rows then hold the teacher's hidden states.
@@ -180,10 +180,15 @@ def make_rollout_loss(
             )
         return out
 
-    def loss(params: decoder.Params, frozen: Frozen, rows: RolloutRows) -> Parts:
+    def loss(
+        params: decoder.Params,
+        frozen: Frozen,
+        rows: RolloutRows,
+        sums: decoder.Params | None = None,
+    ) -> Parts:
         head_VD = decoder.head(params)
         hidden_BTD = decoder.hidden_states(
-            params, config, rows.tokens_BT, rows.length_B, remat=remat
+            params, config, rows.tokens_BT, rows.length_B, remat=remat, sums=sums
         )
         student, readouts = scoring.Readout(head_VD, hidden_BTD), []
         if "teacher" in others:
@@ -213,15 +218,15 @@ def make_rollout_loss(
 def make_golden_loss(
     config: ModelConfig, *, vocabulary: int, token_chunk: int, remat: str
 ) -> GoldenLoss:
-    """Make loss(params, rows) -> L_SFT, unweighted, a weighted sum over tokens.
+    """Make loss(params, rows, sums=None) -> L_SFT, unweighted, a weighted sum over tokens.
 
     Every id is an event of its own here, end tokens too: a golden solution teaches its own end token.
     """
 
-    def loss(params: decoder.Params, rows: GoldenRows) -> Parts:
+    def loss(params: decoder.Params, rows: GoldenRows, sums: decoder.Params | None = None) -> Parts:
         head_VD = decoder.head(params)
         hidden_BTD = decoder.hidden_states(
-            params, config, rows.tokens_BT, rows.length_B, remat=remat
+            params, config, rows.tokens_BT, rows.length_B, remat=remat, sums=sums
         )
         parts = scoring.map_tokens(
             lambda student_CV, token_C: {

@@ -303,7 +303,10 @@ def make_add(loss: Callable, dtype: jnp.dtype, mesh: Mesh = ONE) -> Callable:
     def compute(own: Any, sums: Any, rest: tuple) -> tuple[jax.Array, Parts]:
         layers, frozen, rows, weights = rest
         params = _in(dtype, own) | {name: own[name] for name in _OF_MANY_TOKENS if name in own}
-        parts = loss(params | ({"layers": layers, "sums": sums} if layers else {}), frozen, rows)
+        if layers:
+            parts = loss(params | {"layers": layers}, frozen, rows, sums)
+        else:
+            parts = loss(params, frozen, rows)
         return sum((weights[name] * x for name, x in parts.items()), jnp.zeros(())), parts
 
     def own_gradient(params: Any, frozen: Frozen, rows: Any, weights: Any, grads: Any) -> tuple:
@@ -333,7 +336,7 @@ def _in(dtype: Any, params: Any) -> Any:
 
 
 def _without_frozen(loss: GoldenLoss) -> Callable:
-    return lambda params, _, rows: loss(params, rows)
+    return lambda params, _, rows, *sums: loss(params, rows, *sums)
 
 
 def _decayed(params: Any) -> Any:

@@ -77,3 +77,9 @@ def test_gather_and_scatter_are_inverse():
         assert not taken["length_B"][len(part.rows) :].any()
         microbatches.scatter(out, taken["a_BT"], part)
     np.testing.assert_array_equal(out, rows["a_BT"])
+
+
+def test_padded_lengths_are_the_widths_of_micro_batches():
+    length_B = np.arange(0, 12)
+    alone = [microbatches.split(np.array([n]), width=11, tokens=11)[0].width for n in length_B]
+    assert microbatches.padded_lengths(length_B, 11).tolist() == alone

@@ -8,10 +8,10 @@ import pytest
 from configs import stable_opd
 from opd_jax import hardware, train
 from opd_jax.aot import Program
-from opd_jax.memory_plan import collectives, footprint, report, verify
+from opd_jax.memory_plan import collectives, report, resident, verify
 from opd_jax.memory_plan import programs as real
 from opd_jax.memory_plan.workload import of_config, of_setup
-from opd_jax.sharding.mesh import make_mesh
+from opd_jax.sharding.mesh import ONE, make_mesh
 from opd_jax.sharding.partition import ROLES
 from opd_jax.training import precompile
 from opd_jax.training.setup import make_setup
@@ -81,7 +81,7 @@ def test_what_a_step_sends_is_a_reduction_of_gradients_and_new_weights(count):
         for program in real.programs(config, given, mesh)
         if "64 x 50" in program.name or program.name.startswith(("sum of", "compute"))
     }
-    whole = 4 * footprint.parameters(given.student, 1) * (count - 1) / count
+    whole = 4 * resident.parameters(given.student, ONE) * (count - 1) / count
     assert sent.pop("sum of gradients") == pytest.approx(whole, rel=0.01)
     assert sent.pop("compute weights") == pytest.approx(whole, rel=0.01)
     assert set(sent) == {"score 64 x 50", "gradient on rollouts 64 x 50"}

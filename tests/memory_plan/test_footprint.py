@@ -1,14 +1,16 @@
 """Bytes of each program by hand, and against programs that are compiled for this machine."""
 
 import dataclasses
+import pathlib
+import re
 
 import pytest
 
 from configs import stable_opd
 from opd_jax import hardware
-from opd_jax.memory_plan import footprint, programs, report, verify
+from opd_jax.memory_plan import footprint, programs, report, step_time, verify, xla
 from opd_jax.memory_plan.workload import Layout, of_config
-from tests.support.plan_small import MODEL, job
+from tests.support.plan_small import MODEL, workload
 
 P = 316
 # A chunk of the scorer and the update: 16 tokens of 2 rows are two chunks of 8, float32 over 10 ids.
@@ -17,29 +19,29 @@ CHUNK = 4 * 8 * 10
 
 @pytest.mark.short
 def test_the_token_loop():
-    found = footprint.decode(job(), 4)
+    found = footprint.decode(workload(), 4)
     assert found.arguments == {"unstacked": 2 * P, "caches": 4 * 8 * (16 + 8)}
     assert found.temporaries == {"logits": 4 * 10 * 4, "working": 4 * 6 * 2}
-    plain = footprint.decode(job(itemsize=4, fused=False), 4)
+    plain = footprint.decode(workload(itemsize=4, fused=False), 4)
     # The MLP, scores of 2 heads against a block, here the whole row of 8, and the rows.
     assert plain.temporaries == {"logits": 160, "working": 4 * 6 * 4 + 4 * 4 * 2 * 8 + 4 * 8 * 8}
     # A nucleus is found among the probabilities.
-    assert footprint.decode(job(nucleus=True), 4).temporaries["logits"] == 2 * 160
+    assert footprint.decode(workload(nucleus=True), 4).temporaries["logits"] == 2 * 160
 
 
 @pytest.mark.short
 def test_what_several_devices_add():
-    four = job(layout=Layout(data=2, fsdp=2))
+    four = workload(layout=Layout(data=2, fsdp=2))
     found = footprint.compute_weights(four)
     # The largest cast weight: 2 layers of 4 x 6 are more than the embedding of 10 x 4.
-    assert found.arguments == {"master": 4 * P / 4}
+    assert found.arguments == {"master": 4 * (P + 3 * 8) / 4}  # 8 numbers of biases do not divide
     assert found.temporaries == {"weight copies": 48 * 2 / 4}
     assert footprint.gradient_sum(four).arguments == {"gradients": 4 * P}
 
 
 @pytest.mark.short
 def test_scoring_is_busiest_in_its_logits():
-    found = footprint.score(job(score_chunk=16))
+    found = footprint.score(workload(score_chunk=16))
     assert found.arguments == {"student": 2 * P, "teacher": 2 * P, "rows": 4 * 16}
     # Logits of each model; both models' states of 16 tokens, 4 numbers of 2 bytes.
     assert found.temporaries == {
@@ -48,19 +50,19 @@ def test_scoring_is_busiest_in_its_logits():
         "weight copies": 0,
     }
     # The mass outside a support is summed with its ids struck out.
-    struck = footprint.score(job(score_chunk=16, support=2))
+    struck = footprint.score(workload(score_chunk=16, support=2))
     assert struck.temporaries["logits"] == 3 * 2 * CHUNK
-    cut = footprint.score(job(score_chunk=16, vocabulary=9, renumbered=True))
+    cut = footprint.score(workload(score_chunk=16, vocabulary=9, renumbered=True))
     assert cut.temporaries["logits"] == 2 * 16 * 9 * 4
     assert cut.arguments["teacher"] == 2 * P + 9 * 4 * 2
     # The states that the update will want are handed out: no temporary.
-    handed = footprint.score(job(score_chunk=16, over_vocabulary=True))
+    handed = footprint.score(workload(score_chunk=16, over_vocabulary=True))
     assert handed.temporaries["activations"] == 16 * 8
 
 
 @pytest.mark.short
 def test_scoring_may_be_busiest_in_a_layer():
-    found = footprint.score(job(score_chunk=1))
+    found = footprint.score(workload(score_chunk=1))
     # The teacher's: one layer's 120 weights, the stream, two MLP widths; the student's states.
     assert found.temporaries == {"activations": 16 * 8,
                                  "working": 2 * 120 + 16 * 8 + 2 * 16 * 12}  # fmt: skip
@@ -68,7 +70,7 @@ def test_scoring_may_be_busiest_in_a_layer():
 
 @pytest.mark.short
 def test_the_update():
-    given = job(reference=MODEL, token_chunk=16, remat="full")
+    given = workload(reference=MODEL, token_chunk=16, remat="full")
     found = footprint.gradient(given)
     assert found.arguments == {
         "master": 4 * P, "gradients": 4 * P, "rows": 16 * 16, "reference": 2 * P,
@@ -80,9 +82,11 @@ def test_the_update():
         "weight copies": 40 * 2 + 40 * 4,
     }  # fmt: skip
     # Three places a token, of ids and the teacher's log-probs.
-    on_ids = footprint.gradient(job(support=3, support_arrays=2))
+    on_ids = footprint.gradient(workload(support=3, support_arrays=2))
     assert on_ids.arguments["rows"] == 16 * 16 + 16 * 3 * 8
-    two = footprint.gradient(job(layout=Layout(data=2), batch=8, student=MODEL, token_chunk=16))
+    two = footprint.gradient(
+        workload(layout=Layout(data=2), batch=8, student=MODEL, token_chunk=16)
+    )
     assert two.arguments["student"] == 2 * P  # compute weights, the masters are elsewhere
     # Whose output matrix is made float32 as well.
     assert two.temporaries["weight copies"] == 40 * 2 + 2 * 40 * 4
@@ -90,7 +94,7 @@ def test_the_update():
 
 @pytest.mark.short
 def test_the_update_over_the_vocabulary_has_the_head_and_the_states_of_the_teacher():
-    found = footprint.gradient(job(over_vocabulary=True, token_chunk=16, remat="full"))
+    found = footprint.gradient(workload(over_vocabulary=True, token_chunk=16, remat="full"))
     assert found.arguments == {
         "master": 4 * P, "gradients": 4 * P, "rows": 16 * 16 + 16 * 8, "teacher": 40 * 2,
     }  # fmt: skip
@@ -99,24 +103,24 @@ def test_the_update_over_the_vocabulary_has_the_head_and_the_states_of_the_teach
     # 16 tokens as 3 chunks of 6: the teacher's states are padded, which copies them.
     tall = dataclasses.replace(MODEL, vocab_size=90)
     padded = footprint.gradient(
-        job(over_vocabulary=True, student=tall, vocabulary=90, token_chunk=7, remat="full")
+        workload(over_vocabulary=True, student=tall, vocabulary=90, token_chunk=7, remat="full")
     )
     assert padded.temporaries["activations"] == 2 * 16 * 8 + 4 * 16 * 8
     assert padded.temporaries["logits"] == 3 * 4 * 6 * 90
     # Golden solutions ask no teacher. Logits that are cut to the scored ids are there once more.
-    golden = job(over_vocabulary=True, golden=2, student=tall, vocabulary=90, token_chunk=16,
+    golden = workload(over_vocabulary=True, golden=2, student=tall, vocabulary=90, token_chunk=16,
                  remat="full")  # fmt: skip
     assert footprint.gradient(golden, golden=True).temporaries["logits"] == 2 * 4 * 16 * 90
-    fewer = job(student=tall, vocabulary=80, token_chunk=16, remat="full")
+    fewer = workload(student=tall, vocabulary=80, token_chunk=16, remat="full")
     assert footprint.gradient(fewer).temporaries["logits"] == 3 * 4 * 16 * 80
 
 
 @pytest.mark.short
 def test_the_optimizer_works_in_place_on_a_gpu():
-    found = footprint.optimizer(job())
+    found = footprint.optimizer(workload())
     assert found.arguments == {"master": 4 * P, "optimizer": 8 * P, "gradients": 4 * P}
     assert found.temporary_bytes == 0
-    assert footprint.optimizer(job(fused=False)).temporary_bytes == 2 * 4 * P
+    assert footprint.optimizer(workload(fused=False)).temporary_bytes == 2 * 4 * P
 
 
 @pytest.mark.short
@@ -129,7 +133,14 @@ def test_the_optimizer_works_in_place_on_a_gpu():
     ],
 )  # fmt: skip
 def test_what_layers_keep(remat, kept):
-    assert footprint.kept(job(remat=remat), 2) == 2 * 16 * kept
+    assert footprint.kept(workload(remat=remat), 2) == 2 * 16 * kept
+
+
+@pytest.mark.short
+def test_every_number_that_was_read_from_xla_is_used():
+    counts = {name for name, value in vars(xla).items() if isinstance(value, xla.Count)}
+    source = "".join(pathlib.Path(m.__file__).read_text() for m in (footprint, step_time))
+    assert set(re.findall(r"\bxla\.([A-Z_]+)", source)) == counts
 
 
 def compared(kinds: tuple[str, ...], **optim: int) -> list[tuple[str, float, float]]:

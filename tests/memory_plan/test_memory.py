@@ -8,9 +8,9 @@ from configs import grpo, opd, opsd, sft, stable_opd, topk_opd
 from configs.recipes import RECIPES
 from opd_jax.errors import PlanError
 from opd_jax.hardware import DEVICES, GIB, Device
-from opd_jax.memory_plan import footprint, memory, report
+from opd_jax.memory_plan import footprint, memory, report, resident
 from opd_jax.memory_plan.workload import Layout, of_config
-from tests.support.plan_small import MODEL, job
+from tests.support.plan_small import MODEL, workload
 
 pytestmark = pytest.mark.short
 DEVICE = Device("toy", 1.0, 1e9, 1e9, 1e9, 1e9, 8, 0.0, True, "by hand", {})
@@ -23,59 +23,62 @@ def held(name, given):
 
 def test_what_stays_on_one_device():
     # AdamW: a master and two moments, float32; the teacher in 16 bits.
-    assert memory.resident(job()) == {"master": 4 * P, "optimizer": 8 * P, "teacher": 2 * P}
-    followed = job(teacher_follows="average")
-    assert memory.resident(followed) == {"master": 4 * P, "optimizer": 8 * P, "average": 4 * P}
-    beside = job(reference=MODEL, renumbered=True)
-    assert memory.resident(beside)["reference"] == 2 * P
-    assert memory.resident(beside)["teacher"] == 2 * P + 2 * 10 * 4  # a second output matrix
-    shared = job(reference=MODEL, same_reference=True)
-    assert "reference" not in memory.resident(shared)
+    assert memory.always(workload()) == {"master": 4 * P, "optimizer": 8 * P, "teacher": 2 * P}
+    followed = workload(teacher_follows="average")
+    assert memory.always(followed) == {"master": 4 * P, "optimizer": 8 * P, "average": 4 * P}
+    beside = workload(reference=MODEL, renumbered=True)
+    assert memory.always(beside)["reference"] == 2 * P
+    assert memory.always(beside)["teacher"] == 2 * P + 2 * 10 * 4  # a second output matrix
+    shared = workload(reference=MODEL, same_reference=True)
+    assert "reference" not in memory.always(shared)
 
 
 def test_the_state_is_divided_and_compute_weights_are_not():
-    four = job(layout=Layout(data=4))
-    assert memory.resident(four) == {"master": P, "optimizer": 2 * P, "teacher": 2 * P}
-    assert footprint.gradients(four) == 4 * P  # partial sums, whole on every device
-    sharded = job(layout=Layout(fsdp=4, student="sharded", teacher="sharded"))
-    assert footprint.weights(sharded, "student") == 2 * P / 4
-    assert footprint.gradients(sharded) == P
-    assert memory.resident(sharded)["teacher"] == 2 * P / 4
-    # Over tensor go the layers alone: 276 of the 316.
-    halves = job(layout=Layout(data=2, tensor=2))
-    assert footprint.weights(halves, "student") == 2 * (40 + 138)
-    assert footprint.master(halves) == 4 * (40 + 138) / 2
+    four = workload(layout=Layout(data=4))
+    # Biases of keys and values, 2 layers x 2 numbers each, do not divide among 4.
+    state = (P - 8) + 4 * 8
+    assert memory.always(four) == {"master": state, "optimizer": 2 * state, "teacher": 2 * P}
+    assert resident.gradients(four) == 4 * P  # partial sums, whole on every device
+    sharded = workload(layout=Layout(fsdp=4, student="sharded", teacher="sharded"))
+    # fsdp divides the 280 numbers in matrices, and none of the 36 in norms and biases.
+    assert resident.weight_bytes(sharded, "student") == 2 * (280 / 4 + 36)
+    assert resident.gradients(sharded) == 4 * (280 / 4 + 36)
+    assert memory.always(sharded)["teacher"] == 2 * (280 / 4 + 36)
+    # tensor divides the layers' matrices and biases, 256 of the 316: no norms, no embedding.
+    halves = workload(layout=Layout(data=2, tensor=2))
+    assert resident.weight_bytes(halves, "student") == 2 * (60 + 128)
+    assert resident.masters(halves) == 4 * (60 + 128) / 2
 
 
 def test_rollout_holds_two_copies_of_the_weights_and_the_caches():
-    found = held("rollout", job())
+    found = held("rollout", workload())
     assert (found["student"], found["unstacked"]) == (2 * P, 2 * P)
     # 4 slots of 8 positions: 16 bytes of keys and values, an id and a log-prob.
     assert found["caches"] == 4 * 8 * (16 + 8)
-    assert held("rollout", job(slots=2))["caches"] == 2 * 8 * 24
-    assert held("rollout", job(layout=Layout(data=4)))["caches"] == 8 * 24
+    assert held("rollout", workload(slots=2))["caches"] == 2 * 8 * 24
+    assert held("rollout", workload(layout=Layout(data=4)))["caches"] == 8 * 24
     # float32 on one device computes with the masters themselves.
-    plain = held("rollout", job(itemsize=4, own_copy=False, fused=False))
+    plain = held("rollout", workload(itemsize=4, own_copy=False, fused=False))
     assert "student" not in plain
     assert plain["unstacked"] == 4 * P
 
 
 def test_an_evaluation_has_answers_slots_and_a_teacher_of_its_own():
     # 2 answers of 3 + 7 tokens: keys and values of 8 numbers a position, in 16 bits.
-    asked = job(evaluated=2, answer=7, asks_teacher=True)
-    assert held("evaluate", asked)["caches"] == footprint.caches(job(response=7), 2)
+    asked = workload(evaluated=2, answer=7, asks_teacher=True)
+    assert held("evaluate", asked)["caches"] == footprint.slots_bytes(workload(response=7), 2)
     teacher = held("evaluate teacher", asked)
-    assert teacher["caches"] == footprint.caches(job(response=7), 2)
+    assert teacher["caches"] == footprint.slots_bytes(workload(response=7), 2)
     assert teacher["unstacked"] == held("evaluate", asked)["unstacked"]
     assert "student" not in teacher  # no compute weights of the student's beside it
     wide = held("evaluate teacher", dataclasses.replace(asked, teacher_width=3 + 4 + 5))
-    assert wide["caches"] == footprint.caches(job(prompt=7, response=7), 2)
-    names = [stage.name for stage in memory.stages(job(evaluated=2, answer=7))]
+    assert wide["caches"] == footprint.slots_bytes(workload(prompt=7, response=7), 2)
+    names = [stage.name for stage in memory.stages(workload(evaluated=2, answer=7))]
     assert "evaluate teacher" not in names
 
 
 def test_an_evaluation_that_does_not_fit_is_told_its_own_field():
-    asked = job(evaluated=400, answer=500)
+    asked = workload(evaluated=400, answer=500)
     usable = (
         max(stage.total for stage in memory.stages(asked) if stage.name != "evaluate") + 300_000
     )
@@ -89,37 +92,44 @@ def test_an_evaluation_that_does_not_fit_is_told_its_own_field():
 
 
 def test_scoring_keeps_the_teachers_states_for_the_update():
-    kept, alone = (held("score", job(over_vocabulary=over)) for over in (True, False))
+    kept, alone = (held("score", workload(over_vocabulary=over)) for over in (True, False))
     assert kept["rows"] - alone["rows"] == 4 * 8 * 8  # 4 rows of 8 tokens, 4 numbers of 2 bytes
-    live = held("update", job(over_vocabulary=True, teacher_follows="live"))
+    live = held("update", workload(over_vocabulary=True, teacher_follows="live"))
     assert live["teacher"] == 40 * 2  # a copy of the output matrix; the weights are the state's
 
 
 def test_gradients_of_each_term_lie_beside_one_another():
-    three = job(terms=("opd", "reference_kl", "sft"), apart=True)
+    three = workload(terms=("opd", "reference_kl", "sft"), apart=True)
     assert held("gradients apart", three)["gradients"] == 3 * 4 * P
     four = dataclasses.replace(three, layout=Layout(data=4))
-    assert held("gradients apart", four)["gradients"] == 4 * P + 2 * P  # finished ones are divided
-    assert "gradients apart" not in [stage.name for stage in memory.stages(job())]
+    assert held("gradients apart", four)["gradients"] == 4 * P + 2 * (
+        P + 3 * 8
+    )  # finished ones are divided
+    assert "gradients apart" not in [stage.name for stage in memory.stages(workload())]
 
 
-def test_micro_batches_are_even_shares():
-    assert job(batch=10, microbatch_tokens=39).microbatch_rows == 4  # 10 rows as 4 + 4 + 2
-    assert job(batch=10, microbatch_tokens=40).microbatch_rows == 5
-    assert job(batch=10, microbatch_tokens=1000).microbatch_rows == 10
-    assert job(batch=10, microbatch_tokens=40, teacher_width=13).microbatch_rows == 3  # 3 x 13
-    assert job(batch=10, updates=2, layout=Layout(data=2)).device_batch == 3
-    assert job(golden=4, layout=Layout(data=8)).golden_rows == 1
+def test_micro_batches_are_those_of_scoring_and_of_the_update():
+    assert workload(batch=10, microbatch_tokens=39).rollout_rows == 4  # 10 rows as 4 + 4 + 2
+    assert workload(batch=10, microbatch_tokens=40).rollout_rows == 5
+    assert workload(batch=10, microbatch_tokens=1000).rollout_rows == 10
+    wide = workload(batch=10, microbatch_tokens=40, teacher_width=13)
+    assert (
+        wide.score_rows == 3
+    )  # 3 x 13 tokens of the teacher's rows, which the update does not read
+    assert wide.rollout_rows == 5
+    two = workload(batch=10, microbatch_tokens=1000, updates=2, layout=Layout(data=2))
+    assert (two.score_rows, two.rollout_rows, two.device_batch) == (5, 3, 5)
+    assert workload(golden=4, layout=Layout(data=8)).golden_rows == 1
 
 
 def test_attention_keeps_the_stream_and_what_attention_returned():
     # 2 layers, 16 tokens of 2 rows: 4 numbers of 2 bytes; heads 4 x 2 bytes, 2 float32 statistics.
-    assert footprint.kept(job(remat="full"), 2) == 2 * 16 * 8
-    assert footprint.kept(job(remat="attention"), 2) == 2 * 16 * (8 + 8 + 8)
+    assert footprint.kept(workload(remat="full"), 2) == 2 * 16 * 8
+    assert footprint.kept(workload(remat="attention"), 2) == 2 * 16 * (8 + 8 + 8)
 
 
 def test_the_largest_sizes_are_the_largest_that_fit():
-    given = job(batch=64, slots=64, microbatch_tokens=64)
+    given = workload(batch=64, slots=64, microbatch_tokens=64)
     for usable in (30_000.0, 60_000.0, 1e9):
         tokens = memory.largest_microbatch(given, usable)
         slots = memory.largest_slots(given, usable)
@@ -142,7 +152,7 @@ def test_the_largest_sizes_are_the_largest_that_fit():
 
 
 def test_too_little_memory_is_refused_with_what_to_set():
-    given = job(batch=64, slots=64, microbatch_tokens=512)
+    given = workload(batch=64, slots=64, microbatch_tokens=512)
     planned = memory.plan(given, DEVICE, usable=30_000.0)
     assert not planned.fits
     with pytest.raises(
@@ -163,7 +173,7 @@ def test_too_little_memory_is_refused_with_what_to_set():
 
 
 def test_a_model_that_is_too_large_wants_more_devices():
-    planned = memory.plan(job(), DEVICE, usable=1000.0)
+    planned = memory.plan(workload(), DEVICE, usable=1000.0)
     assert (
         memory.remedy(planned) == "take more devices, devices with more memory, or smaller models"
     )
@@ -171,7 +181,7 @@ def test_a_model_that_is_too_large_wants_more_devices():
 
 def test_a_mesh_that_divides_weights_is_offered_where_there_is_one():
     heads = dataclasses.replace(MODEL, num_kv_heads=2)
-    four = job(layout=Layout(data=4), student=heads, teacher=heads, reference=heads)
+    four = workload(layout=Layout(data=4), student=heads, teacher=heads, reference=heads)
     little = max(s.total for s in memory.stages(dataclasses.replace(four, slots=4))) - 600
     flags = memory.remedy(memory.plan(four, DEVICE, usable=little))
     assert "--config.mesh.fsdp=4" in flags
@@ -187,11 +197,11 @@ def test_a_mesh_that_divides_weights_is_offered_where_there_is_one():
 
 
 def test_a_run_without_a_teacher_has_a_plan():
-    alone = job(teacher=None)
+    alone = workload(teacher=None)
     names = [stage.name for stage in memory.stages(alone)]
     assert names == ["rollout", "score", "update", "optimizer", "checkpoint"]
     assert all("teacher" not in stage.held for stage in memory.stages(alone))
-    learning = job(teacher=None, rollouts=False, golden=4)
+    learning = workload(teacher=None, rollouts=False, golden=4)
     assert [stage.name for stage in memory.stages(learning)] == [
         "update",
         "optimizer",

@@ -56,8 +56,8 @@ def test_the_programs_are_those_that_training_compiles(folders, tmp_path, monkey
     with pytest.raises(Stop):
         train.run(config, str(tmp_path / "run"), command=["test"])
     setup = make_setup(config)
-    job = of_setup(setup, hardware.find("cpu"), 1)
-    ours = real.programs(setup.config, job)
+    workload = of_setup(setup, hardware.find("cpu"), 1)
+    ours = real.programs(setup.config, workload)
     assert [program.name for program in ours] == [program.name for program in theirs]
     for one, other in zip(ours, theirs, strict=True):
         assert one.function.__name__ == other.function.__name__
@@ -118,11 +118,16 @@ def test_a_model_that_is_not_there_is_planned_as_published():
 
     config = stable_opd.get_config("qwen2.5-math-7b,teacher=openthinker3-7b")
     device = hardware.find("h200")
-    job = of_config(config, device, 4)
-    assert job.student.num_layers == 28
-    assert (job.batch, job.golden, job.width, job.device_slots) == (256, 64, 9216, 64)
-    assert job.vocabulary == 151_665
-    plan = report.make(memory.plan(job, device))
+    workload = of_config(config, device, 4)
+    assert workload.student.num_layers == 28
+    assert (workload.batch, workload.golden, workload.width, workload.device_slots) == (
+        256,
+        64,
+        9216,
+        64,
+    )
+    assert workload.vocabulary == 151_665
+    plan = report.make(memory.plan(workload, device))
     assert json.loads(json.dumps(report.to_json(plan)))["layout"]["data"] == 4
     config.student.path = "Qwen/Qwen9"
     with pytest.raises(ModelError, match="architecture of 'Qwen/Qwen9' is not known here"):

@@ -6,7 +6,7 @@ import pytest
 from opd_jax.hardware import Device
 from opd_jax.memory_plan import step_time
 from opd_jax.memory_plan.workload import Layout
-from tests.support.plan_small import job
+from tests.support.plan_small import workload
 
 pytestmark = pytest.mark.short
 
@@ -16,7 +16,7 @@ FOUR = np.full(4, 5)
 
 
 def test_rollout_reads_weights_once_a_token_and_positions_once():
-    found = step_time.rollout(job(), DEVICE, FOUR)
+    found = step_time.rollout(workload(), DEVICE, FOUR)
     # Step t reads 3 + t positions a row: 3 + 4 + 5 + 6 + 7 = 25, written 5; 16 bytes a position.
     # Weights, in 16 bits: 280 a step, 5 steps; the prefill reads 240 and writes 12 positions.
     moved = 2 * 280 * 5 + 16 * 4 * (25 + 5) + 2 * 240 + 16 * 12
@@ -29,22 +29,22 @@ def test_rollout_reads_weights_once_a_token_and_positions_once():
 
 
 def test_fewer_slots_take_more_steps():
-    one, two = (step_time.rollout(job(slots=n), DEVICE, FOUR) for n in (4, 2))
+    one, two = (step_time.rollout(workload(slots=n), DEVICE, FOUR) for n in (4, 2))
     assert two.memory_s - one.memory_s == pytest.approx(2 * 280 * 5 / 100)  # 10 steps, not 5
     uneven = np.array([5, 1, 1, 1])  # the long one alone is 5 steps, the others fit beside
-    less = step_time.rollout(job(slots=2), DEVICE, uneven)
-    most = step_time.rollout(job(slots=4), DEVICE, uneven)
+    less = step_time.rollout(workload(slots=2), DEVICE, uneven)
+    most = step_time.rollout(workload(slots=4), DEVICE, uneven)
     assert less.memory_s == most.memory_s
 
 
 def test_score_is_a_pass_of_each_model_over_padded_rows():
-    found = step_time.score(job(), DEVICE, FOUR)
+    found = step_time.score(workload(), DEVICE, FOUR)
     # Rows of 8, all padded to 8: 32 tokens, 36 pairs a row, twice.
     assert found.compute_s == pytest.approx(2 * (2 * 280 * 32 + 32 * 4 * 36) / 1000)
     # Micro-batches of 16 tokens: two, each reads all weights.
     assert found.memory_s == pytest.approx(2 * 2 * 280 * 2 / 100)
     # Rows of 3 + 2 are as wide as a quarter of 8 times 3: 6 tokens each.
-    short = step_time.score(job(), DEVICE, np.full(4, 2))
+    short = step_time.score(workload(), DEVICE, np.full(4, 2))
     assert short.compute_s == pytest.approx(2 * (2 * 280 * 24 + 32 * 4 * 15) / 1000)
 
 
@@ -53,7 +53,7 @@ def test_score_is_a_pass_of_each_model_over_padded_rows():
     [("none", 3, 3.5), ("dots", 3, 3.5), ("attention", 4, 3.5), ("full", 4, 4.5)],
 )
 def test_update_counts_what_is_computed_again(remat, layers, attention):
-    found = step_time.update(job(remat=remat), DEVICE, FOUR)
+    found = step_time.update(workload(remat=remat), DEVICE, FOUR)
     products = 2 * 32 * (240 * layers + 40 * 4)  # logits are always made twice
     assert found.compute_s == pytest.approx((products + attention * 32 * 4 * 36) / 1000)
     adamw = 28 * 316
@@ -61,27 +61,27 @@ def test_update_counts_what_is_computed_again(remat, layers, attention):
 
 
 def test_a_reference_is_one_more_pass_with_its_logits_twice():
-    alone, beside = job(), job(reference=job().student)
+    alone, beside = workload(), workload(reference=workload().student)
     more = [step_time.update(one, DEVICE, FOUR).compute_s for one in (alone, beside)]
     assert more[1] - more[0] == pytest.approx((2 * 32 * (240 + 80) + 32 * 4 * 36) / 1000)
 
 
 def test_a_loss_over_the_vocabulary_is_the_teachers_logits_twice():
-    alone, beside = job(), job(over_vocabulary=True)
+    alone, beside = workload(), workload(over_vocabulary=True)
     more = [step_time.update(one, DEVICE, FOUR).compute_s for one in (alone, beside)]
     assert more[1] - more[0] == pytest.approx(2 * 32 * 80 / 1000)
 
 
 def test_gradients_are_reduced_and_weights_gathered_once_a_step():
-    two = step_time.update(job(layout=Layout(data=2)), DEVICE, FOUR[:2])
+    two = step_time.update(workload(layout=Layout(data=2)), DEVICE, FOUR[:2])
     # Of 316 float32 gradients and 316 weights of 2 bytes, half goes over the link.
     assert two.communication_s == pytest.approx(316 * 6 / 2 / 50, abs=1e-4)
-    assert step_time.update(job(), DEVICE, FOUR).communication_s == 0
+    assert step_time.update(workload(), DEVICE, FOUR).communication_s == 0
 
 
 def test_sharded_weights_are_gathered_every_micro_batch():
     layout = Layout(fsdp=2, student="sharded")
-    found = step_time.update(job(layout=layout), DEVICE, FOUR[:2])
+    found = step_time.update(workload(layout=layout), DEVICE, FOUR[:2])
     # One micro-batch of 2 rows: weights gathered forward and backward, gradients scattered.
     assert found.communication_s == pytest.approx((2 * 2 + 4) * 316 / 2 / 50, abs=1e-3)
 
@@ -92,13 +92,15 @@ def test_beyond_a_node_its_ports_are_the_limit():
 
 
 def test_a_step_adds_up():
-    step = step_time.step_time(job(), DEVICE)
+    step = step_time.step_time(workload(), DEVICE)
     assert [stage.name for stage in step.stages] == ["rollout", "score", "update"]
     assert step.tokens == 20
-    assert step.floor_s == pytest.approx(sum(stage.floor_s for stage in step.stages))
-    assert step.expected_s > step.floor_s
+    assert step.lower_bound_s == pytest.approx(sum(stage.lower_bound_s for stage in step.stages))
+    assert step.expected_s > step.lower_bound_s
     assert step.days == pytest.approx(10 * step.expected_s / 86400)
-    spread = step_time.step_time(job(), DEVICE, mean_response=3)  # 1.25, 2.5, 3.75, 5 rounded up
+    spread = step_time.step_time(
+        workload(), DEVICE, mean_response=3
+    )  # 1.25, 2.5, 3.75, 5 rounded up
     assert spread.tokens == 2 + 3 + 4 + 5
 
 
@@ -108,7 +110,7 @@ def test_the_papers_small_student_on_four_h200():
     from opd_jax.models import catalog
 
     small = catalog.find("Qwen/Qwen2.5-Math-1.5B")
-    paper = job(
+    paper = workload(
         student=small.model, batch=256, slots=256, prompt=200, response=7168, layout=Layout(data=4)
     )
     found = step_time.rollout(paper, hardware.find("h200"), np.full(64, 7168))

@@ -14,8 +14,8 @@ CONFIG = tiny_config(num_layers=3)
 TOKENS, LENGTH = random_rows(CONFIG, 2, 16)
 
 
-def loss(params, remat: str = "none"):
-    hidden = decoder.hidden_states(params, CONFIG, TOKENS, LENGTH, remat=remat)
+def loss(params, remat: str = "none", sums=None):
+    hidden = decoder.hidden_states(params, CONFIG, TOKENS, LENGTH, remat=remat, sums=sums)
     return jnp.sum(jnp.sin(hidden.astype(jnp.float32)))
 
 
@@ -36,7 +36,7 @@ def test_the_sum_begins_where_it_was_and_grows_by_the_gradient(params, plain, re
     own = {name: params[name] for name in ("embed", "norm")}
 
     def with_sums(own, sums):
-        return 2.0 * loss(own | {"layers": params["layers"], "sums": sums}, remat)
+        return 2.0 * loss(own | {"layers": params["layers"]}, remat, sums)
 
     rest, sums = jax.jit(jax.grad(with_sums, argnums=(0, 1)))(own, start["layers"])
     for got, grown, begun in zip(
@@ -52,9 +52,8 @@ def test_the_sum_begins_where_it_was_and_grows_by_the_gradient(params, plain, re
 def test_layers_compute_in_the_embeddings_dtype_and_sum_in_float32(params):
     own = jax.tree.map(lambda w: w.astype(jnp.bfloat16), {k: params[k] for k in ("embed", "norm")})
     zeros = jax.tree.map(jnp.zeros_like, params["layers"])
-    program = jax.make_jaxpr(lambda s: loss(own | {"layers": params["layers"], "sums": s}))(zeros)
+    halves = own | {"layers": params["layers"]}
+    program = jax.make_jaxpr(lambda s: loss(halves, sums=s))(zeros)
     assert "bf16[2,16,32]" in str(program)
-    sums = jax.eval_shape(
-        jax.grad(lambda s: loss(own | {"layers": params["layers"], "sums": s})), zeros
-    )
+    sums = jax.eval_shape(jax.grad(lambda s: loss(halves, sums=s)), zeros)
     assert {leaf.dtype for leaf in jax.tree.leaves(sums)} == {jnp.dtype("float32")}

@@ -92,8 +92,9 @@ def naive_update(vocabulary: int, tokens: int) -> Case:
     """The same through whole arrays of logits."""
     config = model(vocabulary)
 
-    def loss(params, frozen, given):
-        logits = decoder.forward(params, config, given.tokens_BT, given.length_B)
+    def loss(params, frozen, given, sums):
+        hidden = decoder.hidden_states(params, config, given.tokens_BT, given.length_B, sums=sums)
+        logits = decoder.logits(decoder.head(params), hidden)
         logprob = jax.nn.log_softmax(logits, axis=-1)
         taken = jnp.take_along_axis(logprob, given.tokens_BT[..., None], axis=-1)[..., 0]
         ratio = jnp.exp(taken - given.sampler_logprob_BT)

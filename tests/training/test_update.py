@@ -369,7 +369,7 @@ def test_in_bfloat16_the_gradients_of_embedding_and_head_add_up_in_float32():
     )
     gradients = {}
     for dtype in (jnp.bfloat16, jnp.float32):
-        add = update.make_add(lambda params, _, rows: loss(params, rows), dtype)
+        add = update.make_add(lambda params, _, rows, sums: loss(params, rows, sums), dtype)
         zeros = jax.tree.map(jnp.zeros_like, params)
         _, _, gradients[dtype] = add(params, Frozen(), rows, {"sft": 1.0}, zeros)
     rough, exact = gradients[jnp.bfloat16], gradients[jnp.float32]

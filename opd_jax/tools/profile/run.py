@@ -12,7 +12,7 @@ from jax import monitoring
 from ml_collections import ConfigDict
 
 from opd_jax import hardware, train
-from opd_jax.memory_plan.workload import Job, of_setup
+from opd_jax.memory_plan.workload import Workload, of_setup
 from opd_jax.metrics.tracing import FOLDER, MEMORY
 from opd_jax.models import flops
 from opd_jax.models.flops import Work
@@ -86,7 +86,7 @@ def lengths(file: pathlib.Path, first: int) -> dict[int, list[tuple[int, int]]]:
     return out
 
 
-def works(job: Job, steps: Mapping[int, Sequence[tuple[int, int]]]) -> dict[str, Work]:
+def works(job: Workload, steps: Mapping[int, Sequence[tuple[int, int]]]) -> dict[str, Work]:
     """Operations and bytes of each stage over the steps, nothing recomputed, padding left out.
 
     Golden solutions, whose lengths a run does not write, are left out as well.
@@ -226,7 +226,7 @@ def _listen() -> dict[str, float]:
     return seconds
 
 
-def _ceilings(job: Job, count: int) -> Ceilings:
+def _ceilings(job: Workload, count: int) -> Ceilings:
     """Of so many devices like the first."""
     dtype = jnp.float32 if job.itemsize == 4 else jnp.bfloat16
     rows = min(job.microbatch_tokens, 8192)

@@ -14,7 +14,7 @@ from opd_jax.tools.bench.ceilings import Ceilings
 from opd_jax.tools.profile import trace
 from opd_jax.tools.profile.run import lengths, scope_table, stage_table, works
 from opd_jax.tools.profile.trace import Operation, Span, Trace
-from tests.support.plan_small import job
+from tests.support.plan_small import workload
 from tests.support.small_run import small
 
 NS = 1e9
@@ -105,7 +105,7 @@ def test_work_is_counted_from_what_was_really_generated(tmp_path):
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = lengths(file, 2)
     assert found == {2: [(3, 2), (2, 1)]}
-    counted = works(job(), found)
+    counted = works(workload(), found)
     # Score: rows of 5 and 3 through two models of 280 weights; pairs 15 + 6, 32 operations each.
     assert counted["score"].flops == 2 * (2 * 280 * 8 + 32 * 21)
     assert counted["update"].flops == 3 * (2 * 280 * 8 + 32 * 21)

@@ -1,4 +1,4 @@
-"""The student, teacher and reference: Hugging Face folders as pure functions of parameter trees."""
+"""Student, teacher and reference: Hugging Face folders as pure functions of parameter trees."""
 
 from opd_jax.models.config import ModelConfig
 from opd_jax.models.decoder import Params, forward, with_head_rows

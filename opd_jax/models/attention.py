@@ -1,7 +1,7 @@
-"""Causal attention over right-padded rows. One query against a cache: cache.py.
+"""Causal attention over right-padded rows. For one query against a cache see kv_cache.py.
 
-Lengths count from index 0 (right padding), which is what cuDNN's fused kernels want. cuDNN runs
-bfloat16/float16 on GPU; everything else takes the plain XLA form.
+Lengths count from index 0 (right padding), as cuDNN's fused kernels require. cuDNN computes
+bfloat16/float16 on GPU; every other case takes the plain XLA implementation.
 """
 
 from contextvars import ContextVar
@@ -11,17 +11,17 @@ import jax.numpy as jnp
 
 from opd_jax.sharding.partition import over_heads
 
-# What programs are compiled for, where that is not what this process runs on (plan/real.py).
+# The backend that programs are compiled for, where this process runs on another (memory_plan/programs.py).
 BACKEND: ContextVar[str | None] = ContextVar("backend", default=None)
 
 
 def attend_causal(
     query_BTNH: jax.Array, key_BTKH: jax.Array, value_BTKH: jax.Array, length_B: jax.Array
 ) -> jax.Array:
-    """Causal grouped-query attention over right-padded rows, softmax in float32; [B, T, N, H].
+    """Return causal grouped-query attention over right-padded rows, softmax in float32; [B, T, N, H].
 
-    With a causal mask padding on the right is never seen by a real token, so `length` only lets a
-    fused kernel skip it.
+    Under a causal mask no real token attends to padding on the right, so `length` only lets a fused
+    kernel skip it.
     """
     if fused(query_BTNH.dtype):
         return over_heads(_one_kernel)(query_BTNH, key_BTKH, value_BTKH, length_B)
@@ -40,7 +40,7 @@ def _one_kernel(
 
 
 def fused(dtype: jnp.dtype) -> bool:
-    """Whether attention in this dtype is one cuDNN kernel here."""
+    """Return whether attention in this dtype is one cuDNN kernel here."""
     return (BACKEND.get() or jax.default_backend()) == "gpu" and dtype in (
         jnp.bfloat16,
         jnp.float16,

@@ -1,7 +1,7 @@
-"""Architectures that hub models publish, by name: to plan a run without its weights.
+"""Architectures of models published on the hub, by name: to plan a run without their weights.
 
-Each is what the model's config.json on the Hugging Face hub says (https://huggingface.co/NAME), of
-which only sizes matter here, and the number of ids that its tokenizer knows.
+Each entry repeats the model's config.json on the Hugging Face hub (https://huggingface.co/NAME), where
+only sizes matter here, and the number of ids of its tokenizer.
 """
 
 import dataclasses
@@ -12,14 +12,14 @@ from opd_jax.models.config import ModelConfig, from_hf
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """A model's architecture, and how many ids its tokenizer has (rows beyond them are padding)."""
+    """A model's architecture, and the number of ids of its tokenizer (rows beyond them are padding)."""
 
     model: ModelConfig
     tokens: int
 
 
 def find(name: str, *, rope_theta: float = 0.0, max_position: int = 0) -> Published | None:
-    """The model of a hub name, None where it is not listed here; overrides as in `load_config`."""
+    """Return the model of a hub name, None where it is not listed here; overrides as in `load_config`."""
     if name not in _MODELS:
         return None
     fields, tokens = _MODELS[name]
@@ -28,12 +28,12 @@ def find(name: str, *, rope_theta: float = 0.0, max_position: int = 0) -> Publis
 
 
 def names() -> list[str]:
-    """The hub names that are listed."""
+    """Return the hub names that are listed."""
     return list(_MODELS)
 
 
 def _fields(kind: str, sizes: tuple[int, ...], **more: Any) -> dict[str, Any]:
-    """config.json of these (width, MLP width, layers, query heads, key heads, rows)."""
+    """Return a config.json with these sizes (width, MLP width, layers, query heads, key heads, rows)."""
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
              "num_key_value_heads", "vocab_size")  # fmt: skip
     return {"model_type": kind, **dict(zip(names, sizes, strict=True)), **more}

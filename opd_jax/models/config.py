@@ -1,4 +1,4 @@
-"""`ModelConfig`: what the decoder needs to know of a Hugging Face `config.json`, checked."""
+"""`ModelConfig`: the fields of a Hugging Face `config.json` that the decoder needs, checked."""
 
 import dataclasses
 import difflib
@@ -11,8 +11,8 @@ from opd_jax.models.rope_scaling import RopeScaling
 
 SUPPORTED = ("llama", "qwen2", "qwen3")
 
-# What transformers takes where config.json leaves a field out. The sizes have no default here:
-# a file without them is broken, whatever transformers makes of it.
+# Defaults of transformers for fields that config.json leaves out. The sizes have no default here:
+# a file without them is broken, even if transformers accepts it.
 _QWEN: dict[str, Any] = {
     "num_key_value_heads": 32, "max_position_embeddings": 32_768, "rms_norm_eps": 1e-6,
     "hidden_act": "silu",
@@ -39,7 +39,7 @@ class ModelConfig:
     head_dim: int
     rope_theta: float
     rms_norm_eps: float
-    max_position: int  # longest prompt + response the model was made for
+    max_position: int  # longest prompt + response that the model supports
     tie_embeddings: bool
     qkv_bias: bool
     qk_norm: bool
@@ -52,8 +52,8 @@ def from_hf(
 ) -> ModelConfig:
     """Read a Hugging Face config (`config.json` as a dict); `source` names it in errors.
 
-    A field that is left out means what it means to transformers; the sizes must be there.
-    `rope_theta` and `max_position` act as if the file said so; 0 leaves the file's value.
+    A missing field has the default of transformers; the sizes are required. `rope_theta` and
+    `max_position` replace the values of the file; 0 keeps them.
 
     Raises ModelError for another architecture, a missing or impossible field, or a feature that
     would change the logits and is not implemented (sliding windows, unknown RoPE scaling).
@@ -84,7 +84,7 @@ def from_hf(
     head_dim = size("head_dim", hidden // heads)
     if head_dim % 2:
         raise ModelError(
-            f"{source}: head_dim={head_dim} is odd, RoPE wants an even one; correct it"
+            f"{source}: head_dim={head_dim} is odd, RoPE needs an even one; correct the file"
         )
     positions = size("max_position_embeddings")
     theta, rope_scaling = scaling.read(config, positions, source=source)
@@ -110,7 +110,7 @@ def from_hf(
 
 
 def to_hf(model: ModelConfig) -> dict[str, Any]:
-    """The `config.json` that transformers reads back as the same model."""
+    """Return the `config.json` that transformers reads back as the same model."""
     name = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[model.model_type]
     ids = list(model.eos_token_ids)
     return {
@@ -127,15 +127,15 @@ def to_hf(model: ModelConfig) -> dict[str, Any]:
         "max_position_embeddings": model.max_position,
         "rms_norm_eps": model.rms_norm_eps,
         "tie_word_embeddings": model.tie_embeddings,
-        # Written out where there is none: a Llama config that leaves it out means 2.
+        # Written even where there is none: in a Llama config a missing value means 2.
         "eos_token_id": None if not ids else ids[0] if len(ids) == 1 else ids,
     } | scaling.write(model.rope_theta, model.rope_scaling)
 
 
 def eos_ids(value: Any, vocab_size: int, *, source: str) -> tuple[int, ...]:
-    """`eos_token_id` as written by transformers (absent, a number or a list), as a tuple.
+    """Return `eos_token_id` as transformers writes it (absent, a number or a list) as a tuple.
 
-    Raises ModelError for what is no token id or not in the vocabulary: such a model never stops.
+    Raises ModelError for a value that is no token id or not in the vocabulary: such a model never stops.
     """
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
@@ -146,13 +146,13 @@ def eos_ids(value: Any, vocab_size: int, *, source: str) -> tuple[int, ...]:
     if ids and max(ids) >= vocab_size:
         raise ModelError(
             f"{source}: eos_token_id is {show(value)}, which the vocabulary of {vocab_size} ids "
-            "does not hold, so that no answer would end; correct the file"
+            "does not contain, so no answer would end; correct the file"
         )
     return tuple(dict.fromkeys(ids))
 
 
 def _refuse_unsupported(config: dict[str, Any], source: str) -> None:
-    layers = str(config.get("layer_types"))  # a list of names, if the file is in order
+    layers = str(config.get("layer_types"))  # a list of names in a valid file
     sliding = config.get("use_sliding_window") or "sliding_attention" in layers
     for bad, what in (
         (sliding, "sliding-window attention is on (use_sliding_window / layer_types)"),
@@ -174,9 +174,9 @@ def _refuse_unsupported(config: dict[str, Any], source: str) -> None:
 def _overrides(
     config: dict[str, Any], source: str, rope_theta: float, max_position: int
 ) -> dict[str, Any]:
-    """The fields that the two overrides replace, checked."""
+    """Return the fields that the two overrides replace, checked."""
     changes: dict[str, Any] = {}
-    if _given(rope_theta):
+    if _is_set(rope_theta):
         if not (isinstance(rope_theta, int | float) and 1 < rope_theta < 1e12):
             raise ModelError(
                 f"{source}: rope_theta is overridden by {show(rope_theta)}, wanted a number above "
@@ -186,16 +186,16 @@ def _overrides(
         for name in ("rope_scaling", "rope_parameters"):
             if isinstance(config.get(name), dict):
                 changes[name] = config[name] | {"rope_theta": rope_theta}
-    if _given(max_position):
+    if _is_set(max_position):
         if not (isinstance(max_position, int) and 1 < max_position <= LARGEST):
             raise ModelError(
-                f"{source}: max_position is overridden by {show(max_position)}, wanted a whole "
-                f"number from 2 to {LARGEST}, or 0 to keep the file's; correct the override"
+                f"{source}: max_position is overridden by {show(max_position)}, wanted an integer "
+                f"from 2 to {LARGEST}, or 0 to keep the file's; correct the override"
             )
         changes["max_position_embeddings"] = max_position
     return changes
 
 
-def _given(override: Any) -> bool:
-    """Only a number that is 0 leaves the file's value: False and None are mistakes."""
+def _is_set(override: Any) -> bool:
+    """Return whether an override is set: only the number 0 keeps the file's value; False and None do not."""
     return isinstance(override, bool) or override != 0

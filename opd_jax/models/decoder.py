@@ -6,7 +6,7 @@ Parameters are a plain tree:
 
 Training scans one layer over the stacked weights. Decoding takes the same weights as a tuple of
 layers (`unstack`, once per rollout) and a tuple of caches, so that the token loop copies neither.
-Compute follows the dtype of the parameters (that of norm.scale where the embedding and the head are
+The compute dtype is that of the parameters (that of norm.scale where the embedding and the head are
 float32 masters); norms, rotations, softmax and logits are float32.
 """
 
@@ -26,7 +26,7 @@ from opd_jax.sharding.partition import gather, has_slices
 from opd_jax.types import Array
 
 Params = dict[str, Any]
-EXCLUDED = -1e30  # a finite logit of no mass: exp gives 0 exactly, and 0 * EXCLUDED is not nan
+EXCLUDED = -1e30  # a finite logit without mass: its exp is exactly 0, and 0 * EXCLUDED is not nan
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
@@ -45,7 +45,7 @@ class RMSNorm(nn.Module):
 
 
 class Layer(nn.Module):
-    """Pre-norm attention and SwiGLU. How queries meet keys is handed in, so every mode shares it."""
+    """Pre-norm attention and SwiGLU. `attend` is an argument, so that every mode shares the layer."""
 
     config: ModelConfig
 
@@ -53,7 +53,7 @@ class Layer(nn.Module):
     def __call__(
         self, x_BTD: jax.Array, tables: tuple[jax.Array, jax.Array], attend: Attend
     ) -> tuple[jax.Array, Any]:
-        """Return the new residual stream [B, T, D] and whatever `attend` returns beside its output."""
+        """Return the new residual stream [B, T, D] and the second result of `attend`."""
         c = self.config
 
         def dense(features: int, name: str, bias: bool = False) -> nn.Dense:
@@ -86,7 +86,7 @@ class Layer(nn.Module):
 
 
 def init(key: jax.Array, config: ModelConfig) -> Params:
-    """Random float32 parameters (normal, 0.02), the initialisation of the Qwen and Llama families."""
+    """Return random float32 parameters (normal, 0.02), initialised as in the Qwen and Llama families."""
     embed_key, head_key, layers_key = jax.random.split(key, 3)
     x = jnp.zeros((1, 1, config.hidden_size), jnp.float32)
     tables = rope.rotary(config, jnp.zeros((1, 1), jnp.int32))
@@ -106,7 +106,7 @@ def init(key: jax.Array, config: ModelConfig) -> Params:
 
 
 def abstract_params(config: ModelConfig) -> Params:
-    """Shapes and dtypes of `init`'s tree, without arrays."""
+    """Return shapes and dtypes of `init`'s tree, without arrays."""
     return jax.eval_shape(lambda: init(jax.random.key(0), config))
 
 
@@ -118,12 +118,12 @@ def hidden_states(
     *,
     remat: str = "none",
 ) -> jax.Array:
-    """Final normed hidden states [B, T, D] of right-padded rows, in the final norm's dtype.
+    """Return the final normed hidden states [B, T, D] of right-padded rows, in the final norm's dtype.
 
-    Position t sees tokens 0..t of its row; entries at t >= length are finite and meaningless.
-    `remat` names what each layer keeps for the backward pass (models/remat.py). Where `params` has
-    `sums`, float32 and shaped like `layers`, the layers compute in the final norm's dtype, and the
-    gradient of `sums` is `sums` plus the gradient of the layers, which have none of their own.
+    Position t attends to tokens 0..t of its row; entries at t >= length are finite and meaningless.
+    `remat` names the activations that each layer saves for the backward pass (models/remat.py). Where
+    `params` has `sums`, float32 and shaped like `layers`, the layers compute in the final norm's dtype; the
+    gradient of `sums` is then `sums` plus the gradient of the layers, whose own gradient is 0.
     """
     x_BTD = _embedded(params, tokens_BT).astype(params["norm"]["scale"].dtype)
     tables = rope.rotary(config, jnp.arange(tokens_BT.shape[1])[None])
@@ -134,7 +134,7 @@ def hidden_states(
 
     def layer(carry: tuple, inputs: tuple[jax.Array, Params]) -> tuple[tuple, None]:
         (x_BTD, sums), (index, weights) = carry, inputs
-        weights, sums = layer_gradients.lend(x_BTD.dtype, weights, sums, index)
+        weights, sums = layer_gradients.add_to_sums(x_BTD.dtype, weights, sums, index)
         x_BTD, _ = _apply(config, gather(weights), x_BTD, tables, attend)
         return (x_BTD, sums), None
 
@@ -147,30 +147,30 @@ def hidden_states(
         layers = (jnp.arange(config.num_layers), params["layers"])
         start = (x_BTD, params["sums"])
         (x_BTD, sums), _ = jax.lax.scan(checkpointed(layer, remat), start, layers)
-        x_BTD = layer_gradients.begin(x_BTD, sums, jax.lax.stop_gradient(params["sums"]))
+        x_BTD = layer_gradients.seed_sums(x_BTD, sums, jax.lax.stop_gradient(params["sums"]))
     else:
         x_BTD, _ = jax.lax.scan(checkpointed(plain, remat), x_BTD, params["layers"])
     return _final_norm(params, config, x_BTD)
 
 
 def head(params: Params) -> jax.Array:
-    """The output matrix [V, D]: the embedding where the two are tied."""
+    """Return the output matrix [V, D], which is the embedding where the two are tied."""
     return gather(params["head"]["kernel"] if "head" in params else params["embed"]["embedding"])
 
 
 def head_alone(params: Params) -> Params:
-    """Of the parameters those that `head` takes."""
+    """Return only the parameters that `head` reads."""
     name = "head" if "head" in params else "embed"
     return {name: params[name]}
 
 
 def with_head_rows(params: Params, ids_V: jax.Array) -> Params:
-    """The same model with the rows `ids_V` of its output matrix, in that order: its ids renumbered."""
+    """Renumber the ids of a model: return it with the rows `ids_V` of its output matrix, in that order."""
     return params | {"head": {"kernel": head(params)[ids_V]}}
 
 
 def logits(head_VD: jax.Array, hidden: jax.Array, allowed_V: Array | None = None) -> jax.Array:
-    """hidden @ head^T with float32 accumulation and result: [..., D], [V, D] -> [..., V].
+    """Return hidden @ head^T, accumulated and returned in float32: [..., D], [V, D] -> [..., V].
 
     Ids outside `allowed_V` (bool) get `EXCLUDED`: no mass, and 0 in p log p and in p (log p - log q).
     """
@@ -179,19 +179,19 @@ def logits(head_VD: jax.Array, hidden: jax.Array, allowed_V: Array | None = None
 
 
 def exclude(logits: jax.Array, allowed_V: Array) -> jax.Array:
-    """Logits [..., V] with `EXCLUDED` in place of those that are not allowed."""
+    """Replace logits [..., V] of ids that are not allowed by `EXCLUDED`."""
     return jnp.where(jnp.expand_dims(allowed_V, range(logits.ndim - 1)), logits, EXCLUDED)
 
 
 def forward(
     params: Params, config: ModelConfig, tokens_BT: jax.Array, length_B: jax.Array
 ) -> jax.Array:
-    """All logits [B, T, V], float32, for tests and small inputs: training never builds this array."""
+    """Return all logits [B, T, V], float32, for tests and small inputs: training never holds this array."""
     return logits(head(params), hidden_states(params, config, tokens_BT, length_B))
 
 
 def unstack(params: Params) -> Params:
-    """The same parameters with `layers` as a tuple of one tree a layer: what decoding takes."""
+    """Return the parameters with `layers` as a tuple of one tree per layer, as decoding takes them."""
     count = jax.tree.leaves(params["layers"])[0].shape[0]
     return params | {
         "layers": tuple(jax.tree.map(lambda w, i=i: w[i], params["layers"]) for i in range(count))
@@ -201,9 +201,9 @@ def unstack(params: Params) -> Params:
 def prefill(
     params: Params, config: ModelConfig, tokens_BT: jax.Array, length_B: jax.Array
 ) -> tuple[tuple[jax.Array, jax.Array], ...]:
-    """Keys and values [B, T, K, H] of every layer for right-padded prompts: `cache.place` takes them.
+    """Return keys and values [B, T, K, H] of every layer for right-padded prompts, for `kv_cache.place`.
 
-    `params` unstacked.
+    `params` are unstacked.
     """
     x_BTD = _embedded(params, tokens_BT)
     tables = rope.rotary(config, jnp.arange(tokens_BT.shape[1])[None])
@@ -227,10 +227,10 @@ def decode(
     position_B: jax.Array,
     caches: tuple[Cache, ...],
 ) -> tuple[jax.Array, tuple[Cache, ...]]:
-    """One token a row: write its key and value at `position`, attend to 0..position.
+    """Decode one token per row: write its key and value at `position`, attend to 0..position.
 
-    Returns normed hidden states [B, D] and the caches, updated in place when donated. `params`
-    unstacked.
+    Return normed hidden states [B, D] and the caches, which are updated in place when donated. `params`
+    are unstacked.
     """
     x_BTD = _embedded(params, token_B)[:, None]
     tables = rope.rotary(config, position_B[:, None])
@@ -260,7 +260,7 @@ def _apply(
     tables: tuple[jax.Array, jax.Array],
     attend: Attend,
 ) -> tuple[jax.Array, Any]:
-    """One layer as a function of its weights."""
+    """Apply one layer as a function of its weights."""
     out: Any = Layer(config).apply({"params": weights}, x_BTD, tables, attend)
     return out
 

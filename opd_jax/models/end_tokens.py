@@ -1,10 +1,10 @@
 """The events over which next-token log-probs are normalised: the same for sampler, scorer and losses.
 
 An event is an id that every model of a run can score, or "the response ends here". Models of one
-family may end a response by different tokens, and by several: a Qwen2.5-Math folder names
+family may end a response with different tokens, and with several: a Qwen2.5-Math folder names
 `<|endoftext|>`, its chat template closes a turn with `<|im_end|>`, and an R1-Distill teacher has
 one end token, `<｜end▁of▁sentence｜>`. Compared token by token, the end of a response would be
-masked or punished; so each model's end tokens count as one event, whose probability is their sum.
+masked or punished. Therefore each model's end tokens count as one event, whose probability is their sum.
 """
 
 from functools import partial
@@ -18,7 +18,7 @@ from opd_jax.types import Array, Ends
 
 
 class Events(flax.struct.PyTreeNode):
-    """What log-probs are normalised over.
+    """The set of events over which log-probs are normalised.
 
     Attributes:
       scored_V: bool, the ids that all models score; None for all of them. Of the student's end tokens
@@ -34,7 +34,7 @@ class Events(flax.struct.PyTreeNode):
     def restrict(
         self, logits: jax.Array, *, vocabulary: int | None = None, model: str = "student"
     ) -> jax.Array:
-        """Logits of the events from all of a model's logits: [..., >= V] -> [..., V], float32.
+        """Reduce a model's logits to those of the events: [..., >= V] -> [..., V], float32.
 
         Column `ends.id` becomes log sum exp over the columns of the model's own end tokens; ids that
         are not scored get `decoder.EXCLUDED`. `model` is student, teacher or reference; V =
@@ -48,7 +48,7 @@ class Events(flax.struct.PyTreeNode):
         return logits if self.scored_V is None else decoder.exclude(logits, self.scored_V)
 
     def of_tokens(self, token: jax.Array) -> jax.Array:
-        """The event of each of the student's tokens: `ends.id` for every end token, else the token itself."""
+        """Return the event of each of the student's tokens: `ends.id` for end tokens, else the token."""
         if self.ends is None or self.ends.student == (self.ends.id,):
             return token
         for i in self.ends.student:
@@ -58,9 +58,9 @@ class Events(flax.struct.PyTreeNode):
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _with_one_end(logits: jax.Array, own: tuple[int, ...], end: int) -> jax.Array:
-    """Logits whose column `end` is log sum exp over the columns `own`.
+    """Replace column `end` of the logits by log sum exp over the columns `own`.
 
-    The gradient is written out: that of slices would add one array of the logits' size for each.
+    The gradient is written by hand: that of slices would add one array of the logits' size for each.
     """
     return _one_end_forward(logits, own, end)[0]
 
@@ -87,8 +87,8 @@ _with_one_end.defvjp(_one_end_forward, _one_end_backward)
 
 
 def _columns(logits: jax.Array) -> jax.Array:
-    """The id of each entry: int32, of the logits' shape."""
+    """Return the id of each entry: int32, of the logits' shape."""
     return jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
 
 
-EVERY_ID = Events()  # each id by itself, untempered
+EVERY_ID = Events()  # each id is an event of its own, temperature 1

@@ -1,10 +1,9 @@
-"""What a piece of work costs at least: operations and bytes counted from the shapes alone.
+"""Lower bounds of work: operations and bytes of each stage, counted from the shapes alone.
 
-A multiplication and an addition are two operations. Counted are the matrix products, attention over
-the tokens that are there (not the padding), and the bytes that no implementation can do without:
-weights once a pass, keys and values of live positions. Norms, biases, rotations, softmax and sampling
-are left out (under 1 % of both from a width of 500 on), and so is whatever is computed twice: a
-fraction of the roofline counts recomputation as time lost.
+A multiplication and an addition are two operations. The counts include the matrix products, attention
+over real tokens (not padding), and the bytes that no implementation can avoid: weights once per pass,
+keys and values of live positions. They omit norms, biases, rotations, softmax and sampling (under 1 % of
+both from a width of 500 on), and recomputation: a fraction of the roofline counts that as time lost.
 """
 
 import dataclasses
@@ -17,26 +16,26 @@ from opd_jax.models import ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """One stage: it takes at least max(flops / matrix rate, bytes / bandwidth) seconds."""
+    """The work of one stage: it takes at least max(flops / matrix rate, bytes / bandwidth) seconds."""
 
     flops: float
     bytes: float
 
 
 def matrix_parameters(config: ModelConfig) -> int:
-    """Weights of the layers' matrices: query, key, value, output, and three of the MLP."""
+    """Count the weights of the layers' matrices: query, key, value, output, and three of the MLP."""
     c = config
     attention = c.hidden_size * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
     return c.num_layers * (attention + 3 * c.hidden_size * c.intermediate_size)
 
 
 def head_parameters(config: ModelConfig) -> int:
-    """Weights of the output matrix, V D."""
+    """Count the weights of the output matrix, V D."""
     return config.vocab_size * config.hidden_size
 
 
 def all_parameters(config: ModelConfig) -> int:
-    """Every trained number, of norms and biases as well: what the optimizer walks over."""
+    """Count all trained parameters, norms and biases included, which the optimizer updates."""
     c = config
     biases = c.head_dim * (c.num_heads + 2 * c.num_kv_heads) if c.qkv_bias else 0
     norms = 2 * c.hidden_size + (2 * c.head_dim if c.qk_norm else 0)
@@ -45,20 +44,20 @@ def all_parameters(config: ModelConfig) -> int:
 
 
 def cache_bytes_per_token(config: ModelConfig, itemsize: int) -> int:
-    """Keys and values of one position in all layers."""
+    """Return the bytes of the keys and values of one position in all layers."""
     return 2 * config.num_layers * config.num_kv_heads * config.head_dim * itemsize
 
 
 def attention_flops(config: ModelConfig, pairs: float) -> float:
-    """Scores and weighted values of that many (query position, key position) pairs, all layers."""
+    """Return the operations of scores and weighted values for `pairs` (query, key) positions, all layers."""
     return 4.0 * config.num_layers * config.num_heads * config.head_dim * pairs
 
 
 def decode_step(config: ModelConfig, *, rows: int, positions: float, itemsize: int) -> Work:
-    """One token for `rows` sequences that attend to `positions` positions altogether.
+    """Return the work of one token for `rows` sequences that attend to `positions` positions in total.
 
-    Weights and head are read once; each live position's keys and values are read, each row's new
-    ones written.
+    Weights and head are read once; the keys and values of every live position are read, and each row's
+    new ones are written.
     """
     weights = matrix_parameters(config) + head_parameters(config)
     return Work(
@@ -74,9 +73,9 @@ def decode(
     *,
     itemsize: int,
 ) -> list[Work]:
-    """Every step of decoding the rows together, all from the start: one `Work` a step.
+    """Return the work of decoding the rows together from the start, one `Work` per step.
 
-    Step t of a row reads its prompt and t - 1 tokens of the response, the one it is fed included.
+    Step t of a row reads its prompt and t - 1 tokens of the response, the input token included.
     """
     prompt_B, response_B = np.asarray(prompt_B), np.asarray(response_B)
     works = []
@@ -92,9 +91,9 @@ def decode(
 def forward(
     config: ModelConfig, length_B: Sequence[int] | np.ndarray, *, itemsize: int, head: bool = True
 ) -> Work:
-    """A pass over whole rows, with the logits of every token (`head`) or without.
+    """Return the work of a forward pass over the rows, with the logits of every token (`head`) or without.
 
-    2 operations a weight and token; causal attention of a row of T has T (T + 1) / 2 pairs.
+    It takes 2 operations per weight and token; causal attention of a row of T has T (T + 1) / 2 pairs.
     """
     length_B = np.asarray(length_B, np.float64)
     weights = matrix_parameters(config) + (head_parameters(config) if head else 0)
@@ -108,7 +107,7 @@ def forward(
 def prefill(
     config: ModelConfig, length_B: Sequence[int] | np.ndarray, *, itemsize: int
 ) -> list[Work]:
-    """A pass over the prompts that leaves their keys and values, without logits."""
+    """Return the work of a pass over the prompts that stores their keys and values, without logits."""
     work = forward(config, length_B, itemsize=itemsize, head=False)
     written = cache_bytes_per_token(config, itemsize) * float(np.sum(length_B))
     return [Work(work.flops, work.bytes + written)]
@@ -117,7 +116,7 @@ def prefill(
 def update(
     config: ModelConfig, length_B: Sequence[int] | np.ndarray, *, itemsize: int
 ) -> list[Work]:
-    """Forward and backward (twice the forward's operations), nothing recomputed; then AdamW.
+    """Return the work of forward and backward (twice the forward's operations, no recomputation) and AdamW.
 
     AdamW reads weight, gradient and two moments and writes all but the gradient, in float32.
     """
@@ -129,7 +128,7 @@ def update(
 def floor_seconds(
     works: Sequence[Work], *, flops_per_s: float, bytes_per_s: float
 ) -> tuple[float, str]:
-    """The least time these stages take one after another, and which ceiling most of it is under."""
+    """Return the least time these stages take one after another, and the ceiling that limits most of it."""
     compute = sum(
         w.flops / flops_per_s for w in works if w.flops / flops_per_s > w.bytes / bytes_per_s
     )

@@ -1,7 +1,7 @@
-"""The tensors of a folder against those that its config.json asks for: missing, misnamed, left over.
+"""Compare the tensors of a folder with those that its config.json requires: missing, misnamed, unused.
 
 A tensor that nothing reads may be a buffer, or a part of the model that this decoder does not have.
-Only the second kind changes logits, and only that is refused (docs/models.md has the table).
+Only the second kind changes logits, and only that kind is refused (docs/models.md has the table).
 """
 
 import difflib
@@ -14,7 +14,7 @@ from opd_jax.models.config import ModelConfig
 from opd_jax.models.hf_names import EMBEDDING, HEAD, is_known
 from opd_jax.models.safetensors_files import FLOATS, Tensor
 
-# What no text logit depends on: the first pattern that fits a name says what it is.
+# Tensors that do not affect the logits of text: the first pattern that matches a name gives its purpose.
 _UNUSED = (
     (r"rotary_emb\.\w+$|rope\.freqs$", "computed from config.json"),
     (r"self_attn\.(masked_)?bias$", "causal masks"),
@@ -23,7 +23,7 @@ _UNUSED = (
     (r"^(model\.)?mtp", "multi-token prediction"),
 )
 _DECODER = re.compile(r"^(model|lm_head)\.")
-# The decoder again, inside a wrapper: with another prefix than its own.
+# The decoder inside a wrapper, with another prefix than its own.
 _WRAPPED = re.compile(
     r"^((base_model|model|module|policy|transformer|language_model|_\w+)\.)*"
     r"(layers\.\d+|embed_tokens|norm|lm_head)\."
@@ -33,7 +33,7 @@ _SHOWN = 4  # kinds of tensors that a line names
 
 
 def has_own_head(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether there are a head and an embedding, and their numbers differ."""
+    """Return whether the folder has both a head and an embedding, and their numbers differ."""
     if HEAD not in tensors or EMBEDDING not in tensors:
         return False
     head = tensors[HEAD]
@@ -41,15 +41,15 @@ def has_own_head(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def unread(
-    path: str, config: ModelConfig, tensors: Mapping[str, Tensor], wanted: Iterable[str]
+    path: str, config: ModelConfig, tensors: Mapping[str, Tensor], required: Iterable[str]
 ) -> list[str]:
-    """One line that names the tensors beside `wanted`, by kind; [] where there are none.
+    """Return one line that names the tensors besides `required`, by kind; [] where there are none.
 
-    Raises ModelError for those that would change the logits: layers beyond `num_layers`, and inside
-    the decoder whatever is not known to be unused. Biases of zeros change nothing.
+    Raises ModelError for those that would change the logits: layers beyond `num_layers`, and any tensor of
+    the decoder that is not known to be unused. Biases of zeros change nothing.
     """
     kinds: dict[str, list[str]] = {}
-    for name in sorted(tensors.keys() - set(wanted)):
+    for name in sorted(tensors.keys() - set(required)):
         kinds.setdefault(_purpose(tensors[name], config), []).append(name)
     if beyond := kinds.get("layers"):
         last = max(int(number) for name in beyond for number in _LAYER.findall(name))
@@ -62,12 +62,12 @@ def unread(
             f"{path}: holds {_named(foreign)}, which a {config.model_type} model does not have and which "
             f"would change the logits{_remedy(foreign)}"
         )
-    told = [f"{_named(names)} ({purpose})" for purpose, names in kinds.items()]
-    return [f"not read: {'; '.join(told)}"] if told else []
+    kinds_shown = [f"{_named(names)} ({purpose})" for purpose, names in kinds.items()]
+    return [f"not read: {'; '.join(kinds_shown)}"] if kinds_shown else []
 
 
 def missing(path: str, name: str, tensors: Mapping[str, Tensor]) -> ModelError:
-    """The error for a tensor that is not there: what is there in its place, and under which prefix."""
+    """Return the error for a missing tensor; it names the tensors that the folder has instead."""
     text = f"{path}: tensor {name} is missing, config.json asks for it"
     spare = sorted(other for other in tensors if not is_known(other))
     core = name.removeprefix("model.")
@@ -95,7 +95,7 @@ def missing(path: str, name: str, tensors: Mapping[str, Tensor]) -> ModelError:
 
 
 def _purpose(tensor: Tensor, config: ModelConfig) -> str:
-    """What a tensor that nothing reads is for; "layers" and "logits" where it must not be left out."""
+    """Return the purpose of a tensor that nothing reads; "layers" and "logits" if it must not be ignored."""
     layer = _LAYER.match(tensor.name)
     if layer and int(layer[1]) >= config.num_layers:
         return "layers"
@@ -110,7 +110,7 @@ def _purpose(tensor: Tensor, config: ModelConfig) -> str:
 
 
 def _named(names: list[str]) -> str:
-    """Names with `*` for the number of a layer, each once and counted."""
+    """Return the names, with `*` for the number of a layer, each once with its count."""
     counts = Counter(_LAYER.sub("model.layers.*.", name) for name in names)
     shown = [
         f"{name} in {count} layers" if count > 1 else name
@@ -121,27 +121,23 @@ def _named(names: list[str]) -> str:
 
 
 def _remedy(names: list[str]) -> str:
-    """What to do about tensors that would change the logits."""
+    """Return what to do about tensors that would change the logits."""
     if any(".lora_" in name for name in names):
-        return ": an adapter that is not merged; merge it and save the model again"
+        return ": they belong to an adapter that is not merged; merge it and save the model again"
     if any(re.search(r"scale|zeros|g_idx", name) for name in names):
-        return ": weights that are quantised; use a checkpoint that is not"
+        return ": the weights are quantised; use a checkpoint that is not"
     if not any(_DECODER.match(name) for name in names):
-        return (
-            "; save the model inside its wrapper, or remove them where they are not meant to count"
-        )
-    return (
-        "; use a checkpoint of that architecture, or remove them where they are not meant to count"
-    )
+        return "; save the model inside its wrapper, or remove these tensors if they are not needed"
+    return "; use a checkpoint of that architecture, or remove these tensors if they are not needed"
 
 
 def _extra(name: str, other: str) -> list[str] | None:
-    """The parts of `other` beyond those of `name`, which stand in the same order; None: it lacks one."""
+    """Return the parts of `other` that `name` lacks, if it has all parts of `name` in order; else None."""
     parts = iter(other.split("."))
     extra: list[str] = []
-    for wanted in name.split("."):
+    for required in name.split("."):
         for part in parts:
-            if part == wanted:
+            if part == required:
                 break
             extra.append(part)
         else:
@@ -150,7 +146,7 @@ def _extra(name: str, other: str) -> list[str] | None:
 
 
 def _prefix(name: str, alike: str, tensors: Mapping[str, Tensor]) -> str:
-    """How `alike` differs from `name`, how many names do, and how to get rid of it."""
+    """Describe how `alike` differs from `name`, how many names do, and the remedy."""
     own = "model." if name.startswith("model.") else ""
     core = name.removeprefix(own)
     if alike == core:

@@ -1,6 +1,6 @@
-"""Hugging Face folders in: config.json + safetensors (one file, or shards and an index).
+"""Load Hugging Face folders: config.json + safetensors (one file, or shards and an index).
 
-Nothing but JSON and safetensors is read: no pickle, no code from the folder.
+Only JSON and safetensors are read: no pickle, no code from the folder.
 """
 
 import dataclasses
@@ -25,8 +25,8 @@ Index = tuple[slice, ...]
 def load_config(path: str, *, rope_theta: float = 0.0, max_position: int = 0) -> ModelConfig:
     """Read and check `config.json` and the end tokens of `generation_config.json`.
 
-    Of the weights only a head beside tied embeddings is read, where the folder has one: if its numbers
-    differ from the embedding's, the model is untied, whatever config.json says (as in transformers).
+    The only weights read are those of a head where config.json ties the embeddings and the folder has a head
+    all the same: if its numbers differ from the embedding's, the model is untied (as in transformers).
 
     `rope_theta` and `max_position` replace the file's values; 0 keeps them. LUFFY's 16k student,
     for one, is Qwen2.5-Math-7B with 40000 and 16384.
@@ -59,8 +59,8 @@ def load_config(path: str, *, rope_theta: float = 0.0, max_position: int = 0) ->
 def check_weights(path: str, config: ModelConfig) -> list[str]:
     """Check names, shapes and dtypes of a folder's tensors; return lines for the start of a run.
 
-    The lines name the tensors that are not read, and a head that config.json says is tied and is not.
-    A folder that holds no weights yet gives none. Raises ModelError as `load` does before it reads.
+    The lines name the tensors that are not read, and a head that config.json wrongly calls tied. A folder
+    without weights gives none. Raises ModelError in the cases in which `load` does before it reads.
     """
     if not holds_weights(pathlib.Path(path)):
         return []
@@ -69,10 +69,10 @@ def check_weights(path: str, config: ModelConfig) -> list[str]:
         "tie_word_embeddings"
     ):
         lines.append(
-            f"config.json says tie_word_embeddings, and {HEAD} differs from {EMBEDDING}: not tied"
+            f"config.json sets tie_word_embeddings, but {HEAD} differs from {EMBEDDING}: not tied"
         )
     with open_tensors(pathlib.Path(path)) as tensors:
-        return lines + _found(path, config, tensors, decoder.abstract_params(config))[1]
+        return lines + _match(path, config, tensors, decoder.abstract_params(config))[1]
 
 
 def load(
@@ -87,31 +87,31 @@ def load(
 
     Args:
       path: a folder with config.json and safetensors.
-      dtype: converted to on the way; None keeps the file's.
-      shardings: a tree of `jax.sharding.Sharding` like the params: of each leaf only the slices
+      dtype: the dtype to convert to while loading; None keeps the file's.
+      shardings: a tree of `jax.sharding.Sharding` like the params: only the slices of each leaf
         that this process's devices hold are read, one at a time; None: the default device.
       rope_theta, max_position: see `load_config`.
 
-    Host memory beside the result stays within a buffer of weights.CHUNK bytes and, where the
+    Host memory besides the result stays within a buffer of safetensors_files.CHUNK bytes and, where the
     devices have memory of their own, the largest shard of a leaf.
 
     Raises ModelError naming file and tensor: missing, truncated, wrong shape or dtype, not finite.
     Names, shapes and dtypes of all tensors are checked before the first is read.
     """
     config = load_config(path, rope_theta=rope_theta, max_position=max_position)
-    wanted = decoder.abstract_params(config)
+    abstract = decoder.abstract_params(config)
     if shardings is None:
-        shardings = jax.tree.map(lambda _: None, wanted)
+        shardings = jax.tree.map(lambda _: None, abstract)
     with open_tensors(pathlib.Path(path)) as tensors:
-        found, _ = _found(path, config, tensors, wanted)
+        tensors_of, _ = _match(path, config, tensors, abstract)
         dtypes = jax.tree.map(
-            lambda parts: parts.dtype if dtype is None else np.dtype(dtype), found
+            lambda parts: parts.dtype if dtype is None else np.dtype(dtype), tensors_of
         )
-        host = _Host(max(jax.tree.leaves(jax.tree.map(_shard_bytes, wanted, dtypes, shardings))))
+        host = _Host(max(jax.tree.leaves(jax.tree.map(_shard_bytes, abstract, dtypes, shardings))))
         params = jax.tree.map(
             lambda leaf, parts, dtype, sharding: _place(leaf.shape, parts, dtype, sharding, host),
-            wanted,
-            found,
+            abstract,
+            tensors_of,
             dtypes,
             shardings,
         )
@@ -120,7 +120,7 @@ def load(
 
 @dataclasses.dataclass(frozen=True)
 class _Parts:
-    """The tensors of one leaf, in the order of its layers; not a pytree, so a leaf of one."""
+    """The tensors of one leaf, in the order of its layers; not a pytree, so that it is a leaf itself."""
 
     tensors: tuple[Tensor, ...]
     stacked: bool
@@ -134,7 +134,7 @@ class _Parts:
 
 
 def _has_own_head(folder: pathlib.Path) -> bool:
-    """False also where a file is missing or broken: whoever reads the weights refuses that."""
+    """Return `has_own_head`, and False for a missing or broken file, which loading the weights refuses."""
     try:
         with open_tensors(folder) as tensors:
             return hf_inventory.has_own_head(tensors)
@@ -142,55 +142,56 @@ def _has_own_head(folder: pathlib.Path) -> bool:
         return False
 
 
-def _found(
-    path: str, config: ModelConfig, tensors: dict[str, Tensor], wanted: decoder.Params
+def _match(
+    path: str, config: ModelConfig, tensors: dict[str, Tensor], abstract: decoder.Params
 ) -> tuple[Any, list[str]]:
-    """The tree `wanted` with the tensors of each leaf, checked; lines about those that no leaf has."""
+    """Replace each leaf of `abstract` by its tensors, checked; return lines about tensors without a leaf."""
     by_name = tensors
     if config.tie_embeddings and EMBEDDING not in tensors and HEAD in tensors:
         by_name = tensors | {EMBEDDING: tensors[HEAD]}  # one matrix, stored under its other name
-    found = jax.tree_util.tree_map_with_path(
-        lambda key_path, leaf: _find(path, by_name, hf_names.leaf_name(key_path), leaf.shape),
-        wanted,
+    tensors_of = jax.tree_util.tree_map_with_path(
+        lambda key_path, leaf: _match_leaf(path, by_name, hf_names.leaf_name(key_path), leaf.shape),
+        abstract,
     )
-    names = {tensor.name for parts in jax.tree.leaves(found) for tensor in parts.tensors}
-    return found, hf_inventory.unread(path, config, tensors, names)
+    names = {tensor.name for parts in jax.tree.leaves(tensors_of) for tensor in parts.tensors}
+    return tensors_of, hf_inventory.unread(path, config, tensors, names)
 
 
-def _find(path: str, tensors: dict[str, Tensor], name: str, shape: tuple[int, ...]) -> _Parts:
-    """The tensors that make up a leaf, checked against the shape that config.json gives it."""
-    found = []
+def _match_leaf(path: str, tensors: dict[str, Tensor], name: str, shape: tuple[int, ...]) -> _Parts:
+    """Return the tensors that make up a leaf, checked against the shape that config.json requires."""
+    tensors_of = []
     transposed, stacked = False, False
     for part in hf_names.parts(name, shape[0]):
         tensor = tensors.get(part.name)
         if tensor is None:
             raise hf_inventory.missing(path, part.name, tensors)
         transposed, stacked = part.transposed, part.layer is not None
-        got = tensor.shape[::-1] if transposed else tensor.shape
-        want = shape[1:] if stacked else shape
-        if got != want:
+        actual = tensor.shape[::-1] if transposed else tensor.shape
+        expected = shape[1:] if stacked else shape
+        if actual != expected:
             raise ModelError(
-                f"{tensor.path}: {part.name} has shape {got} here, config.json "
-                f"asks for {want} (kernels are shown [in, out]); the folder mixes two models"
+                f"{tensor.path}: {part.name} has shape {actual} here, config.json "
+                f"asks for {expected} (kernels are shown [in, out]); the folder mixes two models: "
+                "download it again"
             )
-        _ = tensor.dtype  # refused here if it is no float
-        found.append(tensor)
-    return _Parts(tuple(found), stacked, transposed)
+        _ = tensor.dtype  # raises if it is not a float
+        tensors_of.append(tensor)
+    return _Parts(tuple(tensors_of), stacked, transposed)
 
 
 class _Host:
     """Host memory that a shard is read into on its way to its devices.
 
-    CPU: fresh and aligned, so that JAX takes it over as the array, without a copy. Elsewhere: one
-    buffer for all shards, because JAX lets go of fresh ones later than it has copied them. (Never
-    one buffer on CPU: an array may be an alias of it, whatever `may_alias` says.)
+    On a CPU each shard gets a new aligned buffer, which JAX uses as the array, without a copy. Elsewhere one
+    buffer serves all shards, because JAX frees new ones later than it has copied them. (One buffer is never
+    safe on a CPU: an array may be an alias of it, even with `may_alias=False`.)
     """
 
     def __init__(self, largest: int):
         self._largest, self._shared = largest, np.empty(0, np.uint8)
 
     def buffer(self, size: int, platform: str) -> np.ndarray:
-        """`size` bytes; what an earlier call gave is lost, except on CPU."""
+        """Return `size` bytes; except on CPU this overwrites the buffer of the call before."""
         if platform == "cpu":
             fresh = np.empty(size + 63, np.uint8)
             return fresh[-fresh.ctypes.data % 64 :][:size]
@@ -213,7 +214,7 @@ def _place(
     sharding: jax.sharding.Sharding | None,
     host: _Host,
 ) -> jax.Array:
-    """One leaf on its devices; each distinct shard of it is read once."""
+    """Place one leaf on its devices; each distinct shard of it is read once."""
 
     def put(index: Index, devices: Sequence[jax.Device | None], platform: str) -> list[jax.Array]:
         sizes = [len(range(*s.indices(n))) for s, n in zip(index, shape, strict=True)]
@@ -221,7 +222,7 @@ def _place(
         shard = buffer.view(dtype).reshape(sizes)
         _read_into(shard, parts, index)
         copies = [jax.device_put(shard, device) for device in devices]
-        return jax.block_until_ready(copies)  # only then may the buffer be written again
+        return jax.block_until_ready(copies)  # the next shard overwrites the buffer
 
     if sharding is None:  # uncommitted, on the default device (not jnp.asarray: it copies twice)
         return put(tuple(slice(None) for _ in shape), [None], _default_platform())[0]
@@ -237,7 +238,7 @@ def _place(
 
 
 def _default_platform() -> str:
-    """Asked of an array, since jax.default_device may say otherwise than jax.default_backend."""
+    """Return the platform of a new array: jax.default_device may differ from jax.default_backend."""
     return next(iter(jax.device_put(np.zeros(())).devices())).platform
 
 

@@ -1,10 +1,10 @@
-"""Where each leaf of our parameter tree lies in a Hugging Face checkpoint."""
+"""Names and layouts of the parameter tree's leaves in a Hugging Face checkpoint."""
 
 import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-# Our name within a layer -> (name in the file, transposed). Dense kernels are [in, out] here.
+# Leaf of a layer -> (name in the file, transposed). Dense kernels are [in, out] in the parameter tree.
 _LAYER = {
     "attention_norm.scale": ("input_layernorm.weight", False),
     "query.kernel": ("self_attn.q_proj.weight", True),
@@ -31,7 +31,7 @@ _KNOWN = re.compile(
 
 
 class Part(NamedTuple):
-    """One tensor of a file: its name, the layer of our leaf that it is (None: all), transposed."""
+    """One tensor of a file: its name, its layer in our stacked leaf (None: the full leaf), transposed."""
 
     name: str
     layer: int | None
@@ -39,12 +39,12 @@ class Part(NamedTuple):
 
 
 def leaf_name(path: tuple[Any, ...]) -> str:
-    """`layers.query.kernel` of a key path of jax.tree_util."""
+    """Return the name, such as `layers.query.kernel`, of a key path of jax.tree_util."""
     return ".".join(str(key.key) for key in path)
 
 
 def parts(leaf: str, layers: int) -> Iterator[Part]:
-    """The tensors that make up our leaf, in the order of its layers."""
+    """Yield the tensors that make up a leaf, in the order of its layers."""
     if leaf.startswith("layers."):
         name, transposed = _LAYER[leaf.removeprefix("layers.")]
         for i in range(layers):
@@ -54,5 +54,5 @@ def parts(leaf: str, layers: int) -> Iterator[Part]:
 
 
 def is_known(name: str) -> bool:
-    """Whether some model has a tensor of this name, in whatever layer."""
+    """Return whether some model has a tensor of this name, in any layer."""
     return name in _TOP.values() or _KNOWN.fullmatch(name) is not None

@@ -1,6 +1,6 @@
-"""Hugging Face folders out: config.json, generation_config.json, safetensors, tokenizer files.
+"""Save Hugging Face folders: config.json, generation_config.json, safetensors, tokenizer files.
 
-A folder appears whole or not at all: it is written beside its place and renamed.
+Writing is atomic: a folder is written under another name next to its place, and then renamed.
 """
 
 import json
@@ -22,8 +22,8 @@ from opd_jax.models.config import ModelConfig
 from opd_jax.models.json_fields import Json
 from opd_jax.models.safetensors_files import INDEX, SINGLE, read_json
 
-# Fields of a source's config.json that `to_hf` and the dtype say anew, under any of their names.
-_SAID_ANEW = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor",
+# Fields of a source's config.json that `to_hf` and the dtype replace, under any of their names.
+_REPLACED = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor",
               "original_max_position_embeddings", "dtype", "torch_dtype")  # fmt: skip
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
               "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model",
@@ -40,21 +40,21 @@ def save(
     dtype: Any = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Write the folder `load` and transformers read.
+    """Write a folder that `load` and transformers read.
 
     Args:
-      path: a new or empty folder; its parents are made.
+      path: a new or empty folder; its parents are created.
       config, params: the model. Leaves may be JAX or NumPy arrays.
-      tokenizer: anything with `save_pretrained`.
-      source: a model folder whose tokenizer files, generation settings and fields of config.json
-        that are not modelled here (bos_token_id, ...) are carried over.
-      dtype: converted to on the way; None keeps the parameters'.
-      max_shard_bytes: weights above this are cut into files of at most so much, with an index.
+      tokenizer: any object with `save_pretrained`.
+      source: a model folder; its tokenizer files, generation settings and the fields of config.json
+        that are not modelled here (bos_token_id, ...) are copied.
+      dtype: the dtype to convert to; None keeps the parameters'.
+      max_shard_bytes: larger weights are split into files of at most this size, with an index.
 
-    Host memory beside the parameters stays within about one such file.
+    Host memory besides the parameters stays within about one such file.
 
-    Raises ModelError, and leaves nothing: the folder is not empty or cannot be written, the params
-    are not of this config, a number is not finite in the dtype asked for.
+    Raises ModelError, and leaves nothing behind: the folder is not empty or cannot be written, the params
+    do not match the config, a number is not finite in `dtype`.
     """
     check_free(path)
     _check_params(config, params)
@@ -78,11 +78,11 @@ def save(
             "give another path, or make room"
         ) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # gone already where all went well
+        shutil.rmtree(temporary, ignore_errors=True)  # after a success it does not exist any more
 
 
 def check_free(path: str) -> None:
-    """Refuse a place where something is, so that no model is ever overwritten. Raises ModelError."""
+    """Raise ModelError where the path is in use, so that no model is ever overwritten."""
     folder = pathlib.Path(path)
     if folder.is_dir() and any(folder.iterdir()):
         raise ModelError(
@@ -99,26 +99,26 @@ def _check_params(config: ModelConfig, params: decoder.Params) -> None:
             for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
         }
 
-    got, want = shapes(params), shapes(decoder.abstract_params(config))
-    for name in sorted(got.keys() | want.keys()):
-        if got.get(name) != want.get(name):
+    actual, expected = shapes(params), shapes(decoder.abstract_params(config))
+    for name in sorted(actual.keys() | expected.keys()):
+        if actual.get(name) != expected.get(name):
             raise ModelError(
-                f"parameter {name} has shape {got.get(name)}, its config asks for "
-                f"{want.get(name)}; save it with the config it was made with"
+                f"parameter {name} has shape {actual.get(name)}, its config asks for "
+                f"{expected.get(name)}; save it with the config that it was created with"
             )
 
 
 def _write_configs(
     folder: pathlib.Path, config: ModelConfig, dtype: str, source: str | None
 ) -> None:
-    theirs: Json = read_json(pathlib.Path(source) / "config.json") if source is not None else {}
-    ours = architecture.to_hf(config) | {"dtype": dtype, "torch_dtype": dtype}
-    if "eos_token_id" in theirs:  # ours has the generation config's merged in
-        ours["eos_token_id"] = theirs["eos_token_id"]
-    kept = {name: value for name, value in theirs.items() if name not in _SAID_ANEW}
-    _write_json(folder / "config.json", kept | ours)
+    original: Json = read_json(pathlib.Path(source) / "config.json") if source is not None else {}
+    fields = architecture.to_hf(config) | {"dtype": dtype, "torch_dtype": dtype}
+    if "eos_token_id" in original:  # `config` also has the end tokens of generation_config.json
+        fields["eos_token_id"] = original["eos_token_id"]
+    kept = {name: value for name, value in original.items() if name not in _REPLACED}
+    _write_json(folder / "config.json", kept | fields)
     names = ("bos_token_id", "pad_token_id")
-    generation: Json = {name: theirs[name] for name in names if theirs.get(name) is not None}
+    generation: Json = {name: original[name] for name in names if original.get(name) is not None}
     if source is not None and (pathlib.Path(source) / "generation_config.json").is_file():
         generation |= read_json(pathlib.Path(source) / "generation_config.json")
     if config.eos_token_ids:
@@ -130,7 +130,7 @@ def _write_configs(
 def _write_weights(
     folder: pathlib.Path, params: decoder.Params, dtype: Any, max_shard_bytes: int
 ) -> None:
-    """One file, or as many as the limit asks for and their index; one file's tensors at a time."""
+    """Write one file, or several within the limit and their index; hold one file's tensors at a time."""
     shards: list[list[tuple[hf_names.Part, Any]]] = [[]]
     total = filled = 0
     for part, leaf in _in_file_order(params):
@@ -156,7 +156,7 @@ def _write_weights(
 
 
 def _in_file_order(params: decoder.Params) -> Iterator[tuple[hf_names.Part, Any]]:
-    """Every tensor with its leaf: the embedding, layer after layer, the last norm, the head."""
+    """Yield every tensor with its leaf: the embedding, layer after layer, the last norm, the head."""
     placed = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = hf_names.leaf_name(path)

@@ -1,4 +1,4 @@
-"""Models by hub name: found in the local cache, or fetched once where there is a network."""
+"""Models by hub name: located in the local cache, or downloaded once where there is a network."""
 
 import contextlib
 import os
@@ -13,7 +13,7 @@ _FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 
 
 def _complete(folder: pathlib.Path) -> bool:
-    """Whether a cached folder holds settings, tokenizer, and every file of weights."""
+    """Return whether a cached folder has settings, tokenizer, and every file of weights."""
     if not all((folder / name).is_file() for name in ("config.json", "tokenizer.json")):
         return False
     if (folder / SINGLE).is_file():
@@ -23,23 +23,23 @@ def _complete(folder: pathlib.Path) -> bool:
 
 
 def locate(path: str) -> str:
-    """The folder of a model: `path` itself where it exists, else that of the hub's model of that name.
+    """Return the folder of a model: `path` itself where it exists, else that of the hub model of this name.
 
-    Only a name of the form OWNER/MODEL asks the network, and only where the cache does not hold it.
+    Only a name of the form OWNER/MODEL that the cache does not hold is looked up on the network.
     Raises ModelError: no such folder and no such name, or the hub cannot be reached.
     """
     if os.path.exists(path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or path[0] in "./":
-        return path  # a folder that does not exist is refused where it is read
-    from huggingface_hub import snapshot_download  # only those who name a hub model need it
+        return path  # reading a folder that does not exist raises the error
+    from huggingface_hub import snapshot_download  # needed only for hub models
 
-    with contextlib.suppress(Exception):  # not in the cache
+    with contextlib.suppress(Exception):  # the model is not in the cache
         cached = snapshot_download(path, allow_patterns=_FILES, local_files_only=True)
         if _complete(pathlib.Path(cached)):
             return cached
     try:
         print(f"fetching {path} from the Hugging Face hub", flush=True)
         return snapshot_download(path, allow_patterns=_FILES)
-    except Exception as error:  # the hub's client raises whatever its layers raise
+    except Exception as error:  # the hub's client may raise any type of error
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelError(
             f"model {path!r} is neither a folder nor can it be fetched from the hub ({reason:.200}); "

@@ -1,9 +1,10 @@
-"""Keys and values of what has been read, laid out as the attention that reads them wants it.
+"""The KV cache, in the layout of the attention that reads it.
 
-cuDNN takes one [B, S, K, H] each and stops at each row's length. The plain form keeps a few blocks of
-positions apart, keys [B, K, H, S] and values [B, K, S, H]: a matrix product reads a whole block where it
-lies, and blocks beyond the longest live row are not read at all, so the cost follows what is there and
-not the budget. Only this file knows which of the two a cache is.
+cuDNN takes keys and values as one array [B, S, K, H] each, and stops at each row's length. The plain
+implementation keeps a few blocks of positions as separate arrays, keys [B, K, H, S] and values
+[B, K, S, H]: a matrix product reads a block without a copy, and blocks beyond the longest live row are
+not read, so that the cost follows the live tokens and not the budget. Only this file knows which of the
+two layouts a cache has.
 """
 
 import jax
@@ -14,13 +15,13 @@ from opd_jax.models.config import ModelConfig
 from opd_jax.sharding.partition import over_heads
 
 Cache = tuple[tuple[jax.Array, jax.Array], ...]  # blocks of keys and values
-BLOCK = 128  # positions of a block of the plain form, at least
-MOST_BLOCKS = 4  # of a row; each is a program of its own in every layer
-_MASKED = -1e30  # finite: the difference of two is no nan
+BLOCK = 128  # least number of positions in a block of the plain layout
+MOST_BLOCKS = 4  # blocks per row; each adds code to every layer
+_MASKED = -1e30  # finite, so that the difference of two is not nan
 
 
 def init(config: ModelConfig, batch: int, slots: int, dtype: jnp.dtype) -> tuple[Cache, ...]:
-    """Zeroed caches of `slots` positions, one a layer. Zeros: 0 * nan is nan under a mask."""
+    """Return caches of `slots` positions, one per layer; zeros, because 0 * nan is nan under a mask."""
     kv_heads, size = config.num_kv_heads, config.head_dim
     if attention.fused(dtype):
         shapes = [((batch, slots, kv_heads, size),) * 2]
@@ -36,18 +37,18 @@ def init(config: ModelConfig, batch: int, slots: int, dtype: jnp.dtype) -> tuple
 
 
 def head_axis(dtype: jnp.dtype) -> int:
-    """Which axis of a cache's keys and values are the key heads."""
+    """Return the axis of key heads in a cache's keys and values."""
     return 2 if attention.fused(dtype) else 1
 
 
 def _block_widths(slots: int) -> list[int]:
-    """Blocks of equal width, a multiple of `BLOCK`; the last holds what is left."""
+    """Return the widths of the blocks: equal and a multiple of `BLOCK`, except for the last."""
     width = -(-slots // (BLOCK * MOST_BLOCKS)) * BLOCK
     return [min(width, slots - start) for start in range(0, slots, width)]
 
 
 def append(cache: Cache, key_BKH: jax.Array, value_BKH: jax.Array, position_B: jax.Array) -> Cache:
-    """The cache with one more token a row, at `position`."""
+    """Return the cache with one more token per row, at `position`."""
     rows = jnp.arange(position_B.shape[0])
     key_BKH, value_BKH = (x.astype(cache[0][0].dtype) for x in (key_BKH, value_BKH))
     if attention.fused(key_BKH.dtype):
@@ -58,7 +59,7 @@ def append(cache: Cache, key_BKH: jax.Array, value_BKH: jax.Array, position_B: j
     for keys, values in cache:
         width = values.shape[2]
         inside_B = (position_B >= start) & (position_B < start + width)
-        at_B = jnp.where(inside_B, position_B - start, width)  # else beyond the end: dropped
+        at_B = jnp.where(inside_B, position_B - start, width)  # beyond the end means dropped
         out.append(
             (
                 keys.at[rows, :, :, at_B].set(key_BKH, mode="drop"),
@@ -70,7 +71,7 @@ def append(cache: Cache, key_BKH: jax.Array, value_BKH: jax.Array, position_B: j
 
 
 def place(cache: Cache, key_BTKH: jax.Array, value_BTKH: jax.Array, slot_B: jax.Array) -> Cache:
-    """The cache with whole prompts in its rows `slot`, from position 0; rows it has not are dropped."""
+    """Return the cache with prompts in its rows `slot`, from position 0; slots that it lacks are dropped."""
     key_BTKH, value_BTKH = (x.astype(cache[0][0].dtype) for x in (key_BTKH, value_BTKH))
     if attention.fused(key_BTKH.dtype):
         ((keys, values),) = cache
@@ -92,9 +93,9 @@ def place(cache: Cache, key_BTKH: jax.Array, value_BTKH: jax.Array, slot_B: jax.
 
 
 def attend(query_BNH: jax.Array, cache: Cache, length_B: jax.Array) -> jax.Array:
-    """One query a row against its first `length` (1 or more) positions; [B, N, H], softmax in float32.
+    """Attend with one query per row to its first `length` (1 or more) positions; [B, N, H], float32 softmax.
 
-    The N/K = G query heads that share a key head stand together, so each key and value is read once
+    The N/K = G query heads that share a key head are grouped, so that each key and value is read once
     for all of them.
     """
     batch, heads, size = query_BNH.shape
@@ -110,7 +111,7 @@ def attend(query_BNH: jax.Array, cache: Cache, length_B: jax.Array) -> jax.Array
 def _one_kernel(
     query_BGKH: jax.Array, keys_BSKH: jax.Array, values_BSKH: jax.Array, length_B: jax.Array
 ) -> jax.Array:
-    """The group in the place of time: rows of one key head."""
+    """Attend with the group of query heads in the place of time: the rows share one key head."""
     return jax.nn.dot_product_attention(
         query_BGKH, keys_BSKH, values_BSKH, implementation="cudnn", key_value_seq_lengths=length_B,
         query_seq_lengths=jnp.full_like(length_B, query_BGKH.shape[1]),
@@ -118,9 +119,10 @@ def _one_kernel(
 
 
 def _attend_blocks(query_BNH: jax.Array, cache: Cache, length_B: jax.Array) -> jax.Array:
-    """`attend` block by block, with a running maximum and sum of the softmax.
+    """Compute `attend` block by block, with a running maximum and sum of the softmax.
 
-    A block beyond a row's length changes nothing of it, to the bit: its neighbours do not matter.
+    A block beyond a row's length does not change the row by a single bit, so a row's result does not
+    depend on the other rows.
     """
     batch, kv_heads, size, _ = cache[0][0].shape
     query_BKGH = query_BNH.reshape(batch, kv_heads, -1, size)
@@ -132,12 +134,12 @@ def _attend_blocks(query_BNH: jax.Array, cache: Cache, length_B: jax.Array) -> j
     )
     longest, start = jnp.max(length_B), 0
     for keys, values in cache:
-        there_BS = start + jnp.arange(values.shape[2])[None] < length_B[:, None]
+        valid_BS = start + jnp.arange(values.shape[2])[None] < length_B[:, None]
         state = jax.lax.cond(
             longest > start,
             _add_block,
             lambda state, *_: state,
-            *(state, query_BKGH, keys, values, there_BS),
+            *(state, query_BKGH, keys, values, valid_BS),
         )
         start += values.shape[2]
     _, sum_BKG, out_BKGH = state
@@ -149,14 +151,14 @@ def _add_block(
     query_BKGH: jax.Array,
     key_BKHS: jax.Array,
     value_BKSH: jax.Array,
-    there_BS: jax.Array,
+    valid_BS: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(maximum, sum of weights, weighted values) with one more block of positions."""
+    """Update (maximum, sum of weights, weighted values) with one more block of positions."""
     top_BKG, sum_BKG, out_BKGH = state
     score_BKGS = query_BKGH.shape[-1] ** -0.5 * jnp.einsum(
         "BKGH,BKHS->BKGS", query_BKGH, key_BKHS, preferred_element_type=jnp.float32
     )
-    score_BKGS = jnp.where(there_BS[:, None, None], score_BKGS, _MASKED)
+    score_BKGS = jnp.where(valid_BS[:, None, None], score_BKGS, _MASKED)
     new_BKG = jnp.maximum(top_BKG, jnp.max(score_BKGS, axis=-1))
     weight_BKGS = jnp.exp(score_BKGS - new_BKG[..., None])
     kept_BKG = jnp.exp(top_BKG - new_BKG)

@@ -1,4 +1,4 @@
-"""What a layer keeps for its backward pass, by name; whatever is not kept is computed again."""
+"""Which activations a layer saves for its backward pass; the others are recomputed."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,16 +9,16 @@ _policies = jax.checkpoint_policies
 
 
 def _fused_attention(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Output and softmax statistics of the fused kernel.
+    """Save output and softmax statistics of the fused kernel.
 
-    By the primitive: naming its output would keep only that, and the kernel would run again for the
-    statistics. The plain XLA form of attention is other primitives, none of which this keeps.
+    The policy tests the primitive: naming its output would save only that, and the kernel would run again
+    for the statistics. The plain XLA implementation consists of other primitives, which it does not save.
     """
     return primitive.name.startswith("dot_product_attention")
 
 
 def _but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
-    """All but weights that were gathered from slices (mesh.py): kept, they would be whole after all."""
+    """Save everything except gathered weights (mesh.py): to save them would undo their sharding."""
     return primitive.name != "all_gather"
 
 
@@ -35,10 +35,10 @@ POLICIES = ("none", "attention", "dots", "full")  # of `optim.remat`
 
 
 def checkpointed(layer: Callable, name: str) -> Callable:
-    """`layer` as the body of a scan that keeps, beside its inputs, what the policy `name` says.
+    """Wrap `layer`, the body of a scan, to save its inputs and what the policy `name` selects.
 
-    none: every activation; attention: what fused attention returned; dots: that and the results of
-    matrix products with weights; full: nothing; slices: what none keeps, but gathered weights.
+    none: every activation; attention: the results of fused attention; dots: those and the results of
+    matrix products with weights; full: nothing; slices: as none, without gathered weights.
     """
     policy = _KEEP[name]
     return layer if policy is None else jax.checkpoint(layer, policy=policy, prevent_cse=False)

@@ -11,7 +11,7 @@ from opd_jax.models.rope_scaling import RopeScaling
 
 
 def inverse_frequencies(config: ModelConfig) -> np.ndarray:
-    """theta^(-2i/H) for i < H/2, scaled as the config asks; float32 [H/2], a constant of the model."""
+    """Return theta^(-2i/H) for i < H/2 with the config's scaling; float32 [H/2], a constant of the model."""
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
     inverse = (np.float32(1.0) / np.float32(config.rope_theta) ** exponents).astype(np.float32)
     scaling = config.rope_scaling
@@ -21,7 +21,7 @@ def inverse_frequencies(config: ModelConfig) -> np.ndarray:
         return inverse / np.float32(scaling.factor)
     if scaling.kind == "yarn":
         return _yarn(inverse, scaling, config)
-    # llama3: long wavelengths are divided by the factor, short ones kept, blended in between.
+    # llama3: low frequencies are divided by the factor, high ones kept, and those between blended.
     wavelength = 2 * np.pi / inverse
     low = scaling.original_max_position / scaling.low_freq_factor
     high = scaling.original_max_position / scaling.high_freq_factor
@@ -35,7 +35,7 @@ def inverse_frequencies(config: ModelConfig) -> np.ndarray:
 
 
 def attention_factor(scaling: RopeScaling | None) -> float:
-    """What yarn multiplies cosines and sines with, and so the logits with its square; else 1."""
+    """Return the factor of cosines and sines in yarn, whose square scales the logits; 1 otherwise."""
     if scaling is None or scaling.kind != "yarn":
         return 1.0
     if scaling.attention_factor:
@@ -50,7 +50,7 @@ def attention_factor(scaling: RopeScaling | None) -> float:
 
 
 def rotary(config: ModelConfig, position_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine tables of the positions, float32 [B, T, 1, H/2]."""
+    """Return cosine and sine tables of the positions, float32 [B, T, 1, H/2]."""
     inverse = jnp.asarray(inverse_frequencies(config))[None, None, None]
     angle = position_BT.astype(jnp.float32)[..., None, None] * inverse
     factor = attention_factor(config.rope_scaling)
@@ -66,10 +66,10 @@ def rotate(x_BTNH: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 def _yarn(inverse: np.ndarray, scaling: RopeScaling, config: ModelConfig) -> np.ndarray:
-    """YaRN (arXiv 2309.00071): pairs that turn often keep their frequency, slow ones are divided.
+    """Scale frequencies by YaRN (arXiv 2309.00071): high ones are kept, low ones divided by the factor.
 
-    In between is a linear ramp over the pair's index, from where a pair makes beta_fast turns in
-    the original context to where it makes beta_slow.
+    In between is a linear ramp over the pair's index, from the pair that makes beta_fast turns in
+    the original context to the pair that makes beta_slow.
     """
     size = config.head_dim
 
@@ -82,7 +82,7 @@ def _yarn(inverse: np.ndarray, scaling: RopeScaling, config: ModelConfig) -> np.
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, size - 1)
     if low == high:
-        high += 0.001  # as transformers does: no division by zero
+        high += 0.001  # as in transformers, against a division by zero
     ramp = np.clip((np.arange(size // 2, dtype=np.float32) - low) / (high - low), 0, 1)
     kept = (1 - ramp).astype(np.float32)
     return (inverse / np.float32(scaling.factor) * (1 - kept) + inverse * kept).astype(np.float32)

@@ -30,9 +30,9 @@ class RopeScaling:
 
 
 def read(config: Json, max_position: int, *, source: str) -> tuple[float, RopeScaling | None]:
-    """Base and scaling from `rope_parameters` (transformers >= 5) or `rope_theta` + `rope_scaling`.
+    """Read base and scaling from `rope_parameters` (transformers >= 5) or `rope_theta` + `rope_scaling`.
 
-    Where both are there the older `rope_scaling` wins, as it does in transformers.
+    Where both are present the older `rope_scaling` wins, as it does in transformers.
     """
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
@@ -48,8 +48,8 @@ def read(config: Json, max_position: int, *, source: str) -> tuple[float, RopeSc
     partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
     if partial not in (None, 1):
         raise ModelError(
-            f"{source}: partial_rotary_factor is {show(partial)}, and only whole heads are "
-            "rotated here; use a checkpoint without it"
+            f"{source}: partial_rotary_factor is {show(partial)}, but only rotation of full heads "
+            "is implemented; use a checkpoint without it"
         )
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
@@ -69,7 +69,7 @@ def read(config: Json, max_position: int, *, source: str) -> tuple[float, RopeSc
 
 
 def write(theta: float, scaling: RopeScaling | None) -> Json:
-    """The fields that transformers reads back as the same RoPE, whichever its version."""
+    """Return the fields that every version of transformers reads back as the same RoPE."""
     scaled: dict[str, Any] = {}
     if scaling is not None:
         scaled = {"rope_type": scaling.kind, "factor": scaling.factor}
@@ -80,8 +80,8 @@ def write(theta: float, scaling: RopeScaling | None) -> Json:
             names = ("low_freq_factor", "high_freq_factor")
         elif scaling.kind == "yarn":
             optional = ("attention_factor", "mscale", "mscale_all_dim")
-            given = tuple(name for name in optional if getattr(scaling, name))
-            names = ("beta_fast", "beta_slow", "truncate", *given)
+            present = tuple(name for name in optional if getattr(scaling, name))
+            names = ("beta_fast", "beta_slow", "truncate", *present)
         scaled |= {name: getattr(scaling, name) for name in names}
     fields: Json = {
         "rope_theta": theta,

@@ -1,4 +1,4 @@
-"""The tensors of a folder's safetensors files: found, checked, and read a slice at a time.
+"""The tensors of a folder's safetensors files: opened, checked, and read a slice at a time.
 
 Files are opened once and read by plain file reads into a buffer of CHUNK bytes. They are not
 mapped: mapped pages would count as the process's memory until the file is closed, and a load
@@ -32,7 +32,7 @@ CHUNK = 1 << 24  # bytes of a file in memory at one time
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """One tensor of an open file: where its bytes begin, its shape, and its dtype as the file says."""
+    """One tensor of an open file: the offset of its bytes, its shape, and its dtype as the file names it."""
 
     name: str
     path: pathlib.Path
@@ -43,7 +43,7 @@ class Tensor:
 
     @property
     def dtype(self) -> np.dtype:
-        """Its dtype here. Raises ModelError for what is not a weight that we compute with."""
+        """Its NumPy dtype. Raises ModelError for a dtype that is not supported for weights."""
         if self.stored not in FLOATS:
             raise ModelError(
                 f"{self.path}: {self.name} has dtype {self.stored}, wanted one of "
@@ -60,29 +60,29 @@ class Tensor:
         for first, rows in self._pieces(start, stop, self.dtype.itemsize):
             piece = rows[:, *index[1:]]
             target = out[first - start : first - start + len(rows)]
-            with np.errstate(over="ignore", invalid="ignore"):  # said better just below
+            with np.errstate(over="ignore", invalid="ignore"):  # the error below is clearer
                 target[...] = piece
             if not np.isfinite(target).all():
                 raise ModelError(self._not_finite(piece, out.dtype))
 
     def equals(self, other: "Tensor") -> bool:
-        """Whether both hold the same numbers, whatever their dtypes. Raises ModelError as `dtype` does."""
+        """Return whether both hold the same numbers, in any dtypes. Raises ModelError as `dtype` does."""
         if self.shape != other.shape:
             return False
         size = max(self.dtype.itemsize, other.dtype.itemsize)
         count = math.prod(self.shape[:1])
         pairs = zip(self._pieces(0, count, size), other._pieces(0, count, size), strict=True)
-        return all(np.array_equal(mine, theirs) for (_, mine), (_, theirs) in pairs)
+        return all(np.array_equal(rows, other_rows) for (_, rows), (_, other_rows) in pairs)
 
     def is_zero(self) -> bool:
-        """Whether every number is 0. Raises ModelError as `dtype` does."""
+        """Return whether every number is 0. Raises ModelError as `dtype` does."""
         pieces = self._pieces(0, math.prod(self.shape[:1]), self.dtype.itemsize)
         return not any(rows.any() for _, rows in pieces)
 
     def _pieces(self, start: int, stop: int, itemsize: int) -> Iterator[tuple[int, np.ndarray]]:
-        """(first, rows): rows `start` to `stop` in CHUNK bytes at a time, each lost at the next.
+        """Yield (first, rows): rows `start` to `stop` in pieces of CHUNK bytes, each overwritten by the next.
 
-        `itemsize` is what a number counts for: two tensors with the same one are cut alike.
+        The size of a piece counts `itemsize` bytes per number: two tensors with the same one split alike.
         """
         row_size = math.prod(self.shape[1:])
         step = max(1, CHUNK // max(1, row_size * itemsize))
@@ -107,13 +107,13 @@ class Tensor:
 
 
 def holds_weights(folder: pathlib.Path) -> bool:
-    """Whether there is something for `open_tensors` to open."""
+    """Return whether the folder has a file for `open_tensors` to open."""
     return (folder / SINGLE).is_file() or (folder / INDEX).is_file()
 
 
 @contextlib.contextmanager
 def open_tensors(folder: pathlib.Path) -> Iterator[dict[str, Tensor]]:
-    """Every tensor of the folder by name; the files stay open inside the `with`.
+    """Open every tensor of the folder by name; the files stay open inside the `with`.
 
     Raises ModelError: no weights, a broken index, a shard that is missing or outside the folder, a
     file that is truncated or whose header does not describe it.
@@ -133,8 +133,8 @@ def open_tensors(folder: pathlib.Path) -> Iterator[dict[str, Tensor]]:
             for name, shard in _weight_map(folder).items():
                 if name not in header(shard):
                     raise ModelError(
-                        f"{folder / shard}: does not hold {show(name)}, which {INDEX} says it "
-                        "does; download the folder again"
+                        f"{folder / shard}: does not hold {show(name)}, although {INDEX} lists it "
+                        "there; download the folder again"
                     )
                 tensors[name] = header(shard)[name]
             yield tensors
@@ -146,7 +146,7 @@ def open_tensors(folder: pathlib.Path) -> Iterator[dict[str, Tensor]]:
 
 
 def read_json(path: pathlib.Path) -> Json:
-    """A JSON object. Raises ModelError: missing, not JSON, or not an object."""
+    """Read a JSON object. Raises ModelError: missing, not JSON, or not an object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -159,19 +159,19 @@ def read_json(path: pathlib.Path) -> Json:
 
 
 def _weight_map(folder: pathlib.Path) -> dict[str, str]:
-    """Which shard holds each tensor."""
+    """Return which shard holds each tensor."""
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{folder / INDEX}: no weight_map; download the folder again")
     for shard in weight_map.values():
         inside = isinstance(shard, str) and pathlib.PurePath(shard).name == shard
-        if not inside or not os.path.isfile(folder / shard):  # False for a name that cannot be
+        if not inside or not os.path.isfile(folder / shard):  # False for an impossible name
             raise ModelError(f"{folder / INDEX}: shard {show(shard)} is not in the folder; add it")
     return weight_map
 
 
 def _header(path: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, Tensor]:
-    """Open a file and read what its header promises. `safe_open` checks that the promise holds."""
+    """Open a file and read its header; `safe_open` checks that the file matches it."""
     try:
         with safe_open(path, framework="numpy"):
             pass

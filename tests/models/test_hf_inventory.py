@@ -122,7 +122,7 @@ LEFT_OVER = {
                   "mtp.layers.0.mlp.up_proj.weight": ones(48, 32)}, LOADED, "not read: ", True),
     "scales of weights that were quantised": Row(
         "qwen2", {"model.layers.0.mlp.up_proj.weight_scale": ones(48, 1)}, LOADED,
-        "weights that are quantised; use a checkpoint that is not"),
+        "the weights are quantised; use a checkpoint that is not"),
     "embeddings of positions": Row(
         "llama", {"model.embed_positions.weight": ones(64, 32)}, LOADED, "model.embed_positions.weight"),
     "buffers of RoPE and masks": Row(
@@ -244,7 +244,7 @@ def one_number(tensors: Tensors) -> Tensors:
     return tensors | {HEAD: head}
 
 
-NOT_TIED = f"config.json says tie_word_embeddings, and {HEAD} differs from {EMBEDDING}: not tied"
+NOT_TIED = f"config.json sets tie_word_embeddings, but {HEAD} differs from {EMBEDDING}: not tied"
 HEADS = {  # the head's change, whether it is tied now, what is said. All were tied, without a word.
     "equal": (lambda t: t | {HEAD: t[EMBEDDING]}, True, f"{HEAD} (equal to the embedding, tied)"),
     "equal, in float16 both": (

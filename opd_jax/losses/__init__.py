@@ -1,9 +1,9 @@
-"""The papers' equations, one function each: arrays in, per-token arrays out, reduced by the caller.
+"""The papers' equations, one function each: arrays in, per-token arrays out; the caller reduces them.
 
-Symbols: p = pi_theta the student, q = pi_T the teacher, ref = pi_ref the reference, y_t the token
-that was sampled, s_t its prefix, S_t a support (some ids at a prefix). Log-probs are natural and
-float32; ids outside a support have log-prob -inf. "Constant" = no gradient. Eq. (n) without a paper
-is that of arXiv 2604.08527 (Stable-OPD).
+Symbols: p = pi_theta the student, q = pi_T the teacher, ref = pi_ref the reference, y_t the sampled
+token, s_t its prefix, S_t a support (a set of ids at a prefix). Log-probs are natural and float32; ids
+outside a support have log-prob -inf. "Constant" means no gradient. Eq. (n) without a paper refers to
+arXiv 2604.08527 (Stable-OPD).
 """
 
 from opd_jax.losses.advantage import (

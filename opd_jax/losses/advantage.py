@@ -1,4 +1,4 @@
-"""Advantages: what the surrogate is told about each sampled token, or each id of a support. Constants."""
+"""Advantages of the surrogate, for each sampled token or for each id of a support. All are constants."""
 
 import jax
 import jax.numpy as jnp
@@ -36,14 +36,14 @@ def discounted(*, reward_BT: jax.Array, discount: float) -> jax.Array:
 def group_advantage(
     *, reward_B: jax.Array, group: int, normalise: bool, counted_B: jax.Array | None = None
 ) -> jax.Array:
-    """(r_i - mean r) / (std r + 1e-6) over the `group` rollouts of a prompt, which stand together. [B].
+    """(r_i - mean r) / (std r + 1e-6) over the `group` rollouts of a prompt, which are adjacent rows. [B].
 
-    GRPO (2402.03300), Eq. (1) of 2604.08527; `normalise` = False leaves the division out: Dr.GRPO
+    GRPO (2402.03300), Eq. (1) of 2604.08527; `normalise` = False omits the division: Dr.GRPO
     (2503.20783). The standard deviation is the unbiased one, as in verl. A constant.
 
     Mean and deviation are taken over the rollouts in `counted_B` (bool [B]; None = all); the others
     get 0, as does every rollout of a group in which fewer than two count. Rewards are measured from
-    the least of their group, so equal ones give exactly 0, whatever their mean would round to.
+    the least of their group, so equal ones give exactly 0, however their mean would round.
     """
     counted_B = jnp.ones(reward_B.shape, bool) if counted_B is None else counted_B
     reward_PG, counted_PG = reward_B.reshape(-1, group), counted_B.reshape(-1, group)
@@ -63,11 +63,11 @@ def group_advantage(
 def truncated_importance(
     *, logprob_BT: jax.Array, sampler_logprob_BT: jax.Array, cap: float
 ) -> jax.Array:
-    """min(p_old(y_t) / p_sampler(y_t), cap), a constant: tokens that the sampler overweighs. [B, T].
+    """min(p_old(y_t) / p_sampler(y_t), cap), a constant weight of each token. [B, T].
 
     Token-level truncated importance sampling. p_old is the scorer's and p_sampler the sampler's
-    probability under the same weights; they differ by rounding and kernels. Multiplies the advantage:
-    the surrogate is linear in it.
+    probability under the same weights; they differ by rounding and kernels. The weight multiplies the
+    advantage, in which the surrogate is linear.
     """
     check_shapes(logprob_BT=logprob_BT, sampler_logprob_BT=sampler_logprob_BT)
     ratio_BT = jnp.exp(logprob_BT - sampler_logprob_BT)
@@ -81,13 +81,13 @@ def support_advantage(
     weight: str,
     normalise: bool = True,
 ) -> jax.Array:
-    """A_t(v) = w_t(v) (log q(v) - log p(v)) of each id of a support, a constant. [B, T, X].
+    """A_t(v) = w_t(v) (log q(v) - log p(v)) for each id of a support, a constant. [B, T, X].
 
-    2604.13016's code, "top-k": log-probs are those of the full vocabulary, w the student's or the
-    teacher's probabilities, or uniform, renormalised over the support unless `normalise` is False (as
-    the code has it for the symmetric difference). Put into the surrogate for every id it has the
-    gradient -sum_v w(v) (log q - log p) grad log p(v) at ratio 1, which is not that of any
-    renormalised KL. Ids outside the support (-inf) get 0.
+    This is "top-k" in the code of 2604.13016: log-probs are those of the full vocabulary; w are the student's
+    or the teacher's probabilities, or uniform, renormalised over the support unless `normalise` is False (as
+    in that code for the symmetric difference). In the surrogate over every id it has the gradient
+    -sum_v w(v) (log q - log p) grad log p(v) at ratio 1, which is not that of any renormalised KL. Ids
+    outside the support (-inf) get 0.
     """
     check_shapes(student_logprob_BTX=student_logprob_BTX, teacher_logprob_BTX=teacher_logprob_BTX)
     member = student_logprob_BTX > -jnp.inf

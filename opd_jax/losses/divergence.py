@@ -1,9 +1,9 @@
-"""Divergences of student and teacher at a prefix: over the vocabulary, or over a support of some ids.
+"""Divergences between student and teacher at each prefix, over the vocabulary or over a support.
 
-One more axis than a token has: V for the vocabulary, X for a support. Entries of -inf are outside
-(both models have them there) and contribute nothing, neither value nor gradient. Over a support the
-log-probs are still those of the full vocabulary, so they sum to less than 1; `form` says what is made
-of that. Gradients go through p only.
+Arrays have one more axis than tokens have: V for the vocabulary, X for a support. Entries of -inf are
+outside (in both models) and contribute nothing, neither value nor gradient. Over a support the log-probs
+are still those of the full vocabulary, so the probabilities sum to less than 1; `form` selects how this
+is treated. Gradients flow through p only.
 """
 
 import jax
@@ -13,17 +13,17 @@ from opd_jax.shapes import check_shapes
 
 DIRECTIONS = ("reverse", "forward", "jsd", "skewed_reverse", "skewed_forward")
 FORMS = ("raw", "renormalised", "tail", "stop_gradient")
-_NEVER = -1e30  # a log-prob of no mass that may be multiplied by 0
+_NEVER = -1e30  # a finite log-prob without mass: its product with 0 is 0
 
 
 def exact_kl(*, p_logprob_BTV: jax.Array, q_logprob_BTV: jax.Array) -> jax.Array:
     """KL(p || q) = sum_v p(v) (log p(v) - log q(v)) at every prefix. [B, T]; gradient through p only.
 
-    With q the reference: the per-prefix KL of 2604.08527, Eq. (6). With q the teacher: reverse KL.
-    Ids that p gives no mass (log p = -inf) contribute 0, and 0 to the gradient.
+    With q the reference this is the per-prefix KL of 2604.08527, Eq. (6); with q the teacher, reverse KL.
+    Ids without mass in p (log p = -inf) contribute 0, and 0 to the gradient.
     """
     check_shapes(p_logprob_BTV=p_logprob_BTV, q_logprob_BTV=q_logprob_BTV)
-    possible = p_logprob_BTV > -jnp.inf  # chosen before the product: -inf * 0 is nan, backwards too
+    possible = p_logprob_BTV > -jnp.inf  # masked before the product: -inf * 0 is nan, backwards too
     log_p = jnp.where(possible, p_logprob_BTV, 0.0)
     log_q = jnp.where(possible, jax.lax.stop_gradient(q_logprob_BTV), 0.0)
     return jnp.sum(jnp.where(possible, jnp.exp(log_p) * (log_p - log_q), 0.0), axis=-1)
@@ -44,11 +44,11 @@ def forward_kl(*, p_logprob_BTV: jax.Array, q_logprob_BTV: jax.Array) -> jax.Arr
 
 
 def stop_gradient_reverse_kl(*, p_logprob_BTV: jax.Array, q_logprob_BTV: jax.Array) -> jax.Array:
-    """sum_v p(v) (sg[log p(v)] - log q(v)): the value of `exact_kl`, another gradient. [B, T].
+    """sum_v p(v) (sg[log p(v)] - log q(v)): the value of `exact_kl`, with another gradient. [B, T].
 
     2605.11182, "notail_sg". The gradient is sum_v p (log p - log q) grad log p. That of `exact_kl` has
-    log p - log q + 1 there; the + 1 cancels where the p(v) sum to 1, and over a support, where they
-    do not, it pushes every id of it down, whatever the teacher says.
+    log p - log q + 1 there; the + 1 cancels where the p(v) sum to 1. Over a support, where they do not, it
+    decreases the probability of every id of the support, whatever the teacher's probabilities are.
     """
     check_shapes(p_logprob_BTV=p_logprob_BTV, q_logprob_BTV=q_logprob_BTV)
     possible = p_logprob_BTV > -jnp.inf
@@ -95,21 +95,21 @@ def skewed_forward_kl(
 
 
 def renormalised(logprob_BTX: jax.Array) -> jax.Array:
-    """log p^(v) = log p(v) - log sum_{u in S} p(u): the distribution over the support alone. [B, T, X].
+    """log p^(v) = log p(v) - log sum_{u in S} p(u): the distribution restricted to the support. [B, T, X].
 
-    2604.13016, Eq. (5); 2603.25562. Entries of -inf stay; so does a support without any id.
+    2604.13016, Eq. (5); 2603.25562. Entries of -inf stay -inf, also in a support without any id.
     """
     member = logprob_BTX > -jnp.inf
     some = jnp.any(member, axis=-1, keepdims=True)
-    safe = jnp.where(some, logprob_BTX, 0.0)  # logsumexp of nothing has no gradient
+    safe = jnp.where(some, logprob_BTX, 0.0)  # the gradient of an empty logsumexp is nan
     mass = jax.nn.logsumexp(safe, axis=-1, keepdims=True)
     return jnp.where(member, jnp.where(member, safe, 0.0) - mass, -jnp.inf)
 
 
 def with_rest(logprob_BTX: jax.Array, rest_BT: jax.Array) -> jax.Array:
-    """A last entry for all ids outside the support together: log of their mass. [B, T, X + 1].
+    """Append an entry for the tail: the log of the total mass of all ids outside the support. [B, T, X + 1].
 
-    The tail bucket of 2605.11182: the entries sum to 1 again.
+    This is the tail bucket of 2605.11182: the probabilities sum to 1 again.
     """
     return jnp.concatenate([logprob_BTX, rest_BT[..., None]], axis=-1)
 
@@ -127,9 +127,9 @@ def divergence(
 ) -> jax.Array:
     """D(student, teacher) over the last axis, by the named direction and form. [B, T].
 
-    form "raw": sums over the support as they are. "renormalised": of `renormalised` distributions.
+    form "raw": sums over the support without correction. "renormalised": of `renormalised` distributions.
     "tail": of those `with_rest`, whose log-masses are `p_rest_BT`, `q_rest_BT`. "stop_gradient":
-    `stop_gradient_reverse_kl`, for direction "reverse". Over the whole vocabulary all four agree.
+    `stop_gradient_reverse_kl`, for direction "reverse". Over the full vocabulary all four agree.
     """
     q_logprob_BTV = jax.lax.stop_gradient(q_logprob_BTV)
     if form == "renormalised":
@@ -151,10 +151,10 @@ def divergence(
 
 
 def _possible(p_logprob: jax.Array, q_logprob: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Log-probs without -inf, the teacher's as constants: 0 * -inf would be nan."""
+    """Return log-probs without -inf, the teacher's as constants, because 0 * -inf is nan."""
     return jnp.maximum(p_logprob, _NEVER), jnp.maximum(jax.lax.stop_gradient(q_logprob), _NEVER)
 
 
 def _mixture(first: jax.Array, second: jax.Array, share: float) -> jax.Array:
-    """log(share * first + (1 - share) * second), both given as logs."""
+    """log(share * first + (1 - share) * second), where both arguments are logs."""
     return jnp.logaddexp(first + jnp.log(share), second + jnp.log1p(-share))

@@ -1,11 +1,11 @@
-"""Terms of sampled tokens: the clipped surrogate, the supervised loss, estimates of KL; entropy."""
+"""The policy-gradient loss: the clipped surrogate."""
 
 import jax
 import jax.numpy as jnp
 
 from opd_jax.shapes import check_shapes
 
-_LARGEST = 40.0  # exponent up to which exp is taken: the squares of a gradient norm overflow at 44
+_LARGEST = 40.0  # largest exponent for exp: the squares in a gradient norm overflow at 44
 
 
 def clipped_surrogate(
@@ -23,10 +23,10 @@ def clipped_surrogate(
     acts; the gradient is then -A_t grad log p(y_t|s_t), Eq. (3). `dual_clip` = c > 1 bounds the loss
     of a token with A_t < 0 to -c A_t, however large its ratio (1912.09729; verl's default is 3).
 
-    Computed as -A_t clip(rho_t, low_t, high_t): the bounds are 0 and 1 + high where A_t >= 0, and
-    1 - low and c where A_t < 0. Logarithms are clipped, so a ratio beyond its bound is never computed,
-    and an unbounded one grows by its tangent from e^40 on: value, gradient and the gradient's norm are
-    finite for the log-probs of any model.
+    It is computed as -A_t clip(rho_t, low_t, high_t): the bounds are 0 and 1 + high where A_t >= 0, and
+    1 - low and c where A_t < 0. The clip applies to logarithms, so a ratio beyond its bound is never
+    computed, and an unbounded one continues along its tangent from e^40 on: value, gradient and the
+    gradient's norm are finite for the log-probs of any model.
     """
     check_shapes(
         logprob_BT=logprob_BT, sampler_logprob_BT=sampler_logprob_BT, advantage_BT=advantage_BT
@@ -40,6 +40,6 @@ def clipped_surrogate(
 
 
 def _exp(x: jax.Array) -> jax.Array:
-    """e^x; beyond `_LARGEST` its tangent there, so that value and gradient are finite."""
+    """e^x, continued beyond `_LARGEST` by its tangent there, so that value and gradient are finite."""
     inside = jnp.minimum(x, _LARGEST)
     return jnp.exp(inside) * (1.0 + (x - inside))

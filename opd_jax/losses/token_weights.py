@@ -1,4 +1,4 @@
-"""From per-token losses to one number: what each token weighs, decided once over the global batch."""
+"""Reduction of per-token losses to one number: the weight of each token, computed over the global batch."""
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +10,14 @@ AGGREGATIONS = ("token", "sequence", "constant")
 def token_weights(
     mask_BT: jax.Array | np.ndarray, aggregation: str, *, length: int | None = None
 ) -> jax.Array:
-    """Each token's share in the mean over the global batch; float32 [B, T], 0 outside the mask.
+    """Return each token's weight in the mean over the global batch; float32 [B, T], 0 outside the mask.
 
-    "token":    1 / sum_i |o_i|     every token counts the same
-    "sequence": 1 / (N |o_i|)       every response counts the same; 2604.08527, Eq. (1)
+    "token":    1 / sum_i |o_i|     every token has the same weight
+    "sequence": 1 / (N |o_i|)       every response has the same weight; 2604.08527, Eq. (1)
     "constant": 1 / (B L)           B rows, L = `length`: a long response weighs more; Dr.GRPO, 2503.20783
 
-    N counts responses with a token that counts. The first two sum to 1 (0 if no token counts).
-    Computed once over the whole batch, so splitting it into micro-batches changes nothing.
+    N counts responses with at least one token in the mask. The first two sum to 1 (0 if no token counts).
+    The weights are computed once over the global batch, so splitting it into micro-batches changes nothing.
     """
     mask_BT = jnp.asarray(mask_BT)
     length_B1 = jnp.sum(mask_BT, axis=1, keepdims=True).astype(jnp.float32)

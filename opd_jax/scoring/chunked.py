@@ -1,4 +1,4 @@
-"""Log-probs of rows, a chunk of tokens at a time, without ever holding [batch, time, vocabulary]."""
+"""Log-probs of rows in chunks of tokens, so that no array [batch, time, vocabulary] ever exists."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -32,20 +32,20 @@ def map_tokens(
         each array of `per_token` as [C, ...]; returns a tree of [C, ...].
       heads, hiddens: per model the output matrix [>= V, D] and final hidden states [B, T, D]. A head
         is cast to the dtype of its hidden states chunk by chunk, so that the gradient of a float32
-        one is summed in float32.
+        head is summed in float32.
       tokens_BT: the student's ids; ids of V or more are clamped (callers mask them).
       per_token: more [B, T, ...] arrays, aligned with `tokens_BT`.
-      token_chunk: most tokens whose logits exist at one time.
-      vocabulary: V, the first ids that all models have, over which alone log-probs are normalised
-        (None: all of the heads; no slice of a head is copied).
-      events: which of them are scored, and which end a response and count as one.
-      names: whose each head is: student, teacher or reference.
+      token_chunk: the largest number of tokens whose logits exist at one time.
+      vocabulary: V; log-probs are normalised over the first V ids, which all models have (None: all
+        ids of the heads; no slice of a head is copied).
+      events: which ids are scored, and which of them end a response and count as one event.
+      names: the role of each head: student, teacher or reference.
 
-    Returns: tree of [B, T, ...], aligned with `tokens_BT`; position 0, which nothing predicts, is 0.
+    Returns: a tree of [B, T, ...], aligned with `tokens_BT`; position 0, which nothing predicts, is 0.
     """
     batch, time = tokens_BT.shape
     chunks = -(-batch * time // token_chunk)
-    token_chunk = -(-batch * time // chunks)  # even shares: hardly any of the last is padding
+    token_chunk = -(-batch * time // chunks)  # equal chunks need little padding in the last one
     padding = chunks * token_chunk - batch * time
 
     def cut(array: jax.Array) -> jax.Array:
@@ -53,7 +53,7 @@ def map_tokens(
         flat = jnp.pad(flat, [(0, padding)] + [(0, 0)] * (flat.ndim - 1))
         return flat.reshape(chunks, token_chunk, *flat.shape[1:])
 
-    def shifted(array_BT: jax.Array) -> jax.Array:  # what the hidden state at t predicts
+    def shifted(array_BT: jax.Array) -> jax.Array:  # the hidden state at t predicts token t + 1
         return cut(jnp.roll(array_BT, -1, axis=1))
 
     @partial(jax.checkpoint, prevent_cse=False)
@@ -79,9 +79,9 @@ def map_tokens(
 
 
 def align(hidden_BTD: jax.Array, offset_B: jax.Array, width: int) -> jax.Array:
-    """Hidden states of rows with other prompts, laid out as rows of `width`: out[t] = hidden[t + offset].
+    """Shift hidden states of rows with other prompts to rows of `width`: out[t] = hidden[t + offset].
 
-    What falls outside is some other position's, and means nothing (it is outside the response).
+    Entries from outside the row repeat another position and are meaningless; they are outside the response.
     """
     index_BT = jnp.arange(width)[None] + offset_B[:, None]
     index_BT = jnp.clip(index_BT, 0, hidden_BTD.shape[1] - 1)
@@ -89,5 +89,5 @@ def align(hidden_BTD: jax.Array, offset_B: jax.Array, width: int) -> jax.Array:
 
 
 def take(logprob_CV: jax.Array, token_C: jax.Array) -> jax.Array:
-    """log p of the given ids: [C, V], [C] -> [C]."""
+    """Return log p of the given ids: [C, V], [C] -> [C]."""
     return jnp.take_along_axis(logprob_CV, token_C[:, None], axis=-1, mode="clip")[:, 0]

@@ -1,9 +1,9 @@
-"""Log-probs of rows without ever holding [batch, time, vocabulary].
+"""Score rows with student and teacher, without an array [batch, time, vocabulary].
 
-`map_tokens` is the only place, beside the sampler, that knows about the shift by one: the hidden
-state at t-1 predicts token t. It walks over chunks of tokens, builds the logits of one chunk in
-float32, hands them to a function, and keeps only what that returns; in the backward pass each
-chunk's logits are made again.
+`map_tokens` is the only place, besides the sampler, that knows about the shift by one: the hidden
+state at t-1 predicts token t. It iterates over chunks of tokens, computes the logits of one chunk in
+float32, passes them to a function, and keeps only its result; the backward pass recomputes each
+chunk's logits.
 """
 
 from functools import partial
@@ -33,7 +33,7 @@ def teacher_states(
     length_B: jax.Array,
     other: TeacherRows | None,
 ) -> jax.Array:
-    """The teacher's hidden states [B, T, D] over the student's rows, read behind its own prompts if any."""
+    """Return the teacher's hidden states [B, T, D] for the student's rows, from its own rows if any."""
     if other is None:
         return decoder.hidden_states(teacher, config, tokens_BT, length_B)
     hidden = decoder.hidden_states(teacher, config, other.tokens_BT, other.length_B)
@@ -52,7 +52,7 @@ def token_logprob(
 ) -> jax.Array:
     """log p(tokens[b, t] | tokens[b, :t]) of right-padded rows; float32 [B, T], 0 at t = 0 and padding.
 
-    `vocabulary` cuts the logits to the first ids (those that the tokenizers share).
+    `vocabulary` restricts the logits to the first ids (those that the tokenizers share).
     """
     check_shapes(tokens_BT=tokens_BT, length_B=length_B)
     out = map_tokens(
@@ -84,15 +84,15 @@ def score(
     keep_hidden: bool = False,
     mesh: Mesh = ONE,
 ) -> Scores:
-    """Student and teacher on the same responses, in one pass over chunks of tokens; see `Scores`.
+    """Score the same responses with student and teacher, in one pass over chunks of tokens; see `Scores`.
 
-    `top_k` is that of the overlap; `support` names a support (supports.SUPPORTS) and its own k, for
-    losses over one; `keep_hidden` keeps the teacher's hidden states, for losses over the whole
-    vocabulary. `teacher_rows` holds the responses behind the teacher's own prompts, where those
-    are others; `events` is what log-probs are normalised over (see data.alignment). Rows go
-    through the models in micro-batches of at most `microbatch_tokens` tokens, which bounds the
-    activations as `token_chunk` bounds the logits; both are those of one replica of the `mesh`.
-    Returns host arrays of the shape of `tokens_BT`.
+    `top_k` is that of the overlap; `support` names a support (topk.SUPPORTS) and its own k, for losses
+    over a support; `keep_hidden` keeps the teacher's hidden states, for losses over the full vocabulary.
+    `teacher_rows` holds the responses after the teacher's own prompts, where these differ; `events` are
+    the events over which log-probs are normalised (see models.end_tokens). Rows are processed in
+    micro-batches of at most `microbatch_tokens` tokens, which bounds the activations as `token_chunk`
+    bounds the logits; both are those of one replica of the `mesh`. Returns host arrays of the shape of
+    `tokens_BT`.
     """
     tokens_BT, length_B = np.asarray(tokens_BT), np.asarray(length_B)
     out: Any = None
@@ -105,7 +105,7 @@ def score(
             )
         jax.tree.map(partial(microbatches.scatter, part=part), out, mesh.fetch(scores))
 
-    under_way = []
+    in_flight = []
     for part in microbatches.split(
         length_B, width=tokens_BT.shape[1], tokens=microbatch_tokens, teacher=teacher_rows,
         replicas=mesh.replicas,
@@ -117,10 +117,10 @@ def score(
             *mesh.rows((tokens, length, other)), events, vocabulary=vocabulary, top_k=top_k,
             token_chunk=token_chunk, support=support, keep_hidden=keep_hidden, mesh=mesh,
         )  # fmt: skip
-        under_way.append((part, scores))
-        if len(under_way) > 2:  # the device has work while one is fetched; no more lie on it
-            put(*under_way.pop(0))
-    for part, scores in under_way:
+        in_flight.append((part, scores))
+        if len(in_flight) > 2:  # enough to keep the device busy while one is fetched
+            put(*in_flight.pop(0))
+    for part, scores in in_flight:
         put(part, scores)
     return out
 
@@ -139,10 +139,10 @@ def programs(
     mesh: Mesh = ONE,
     **settings: Any,
 ) -> list[Program]:
-    """All that `score` compiles for `batch` rows of `width`, whatever their lengths.
+    """Return every program that `score` compiles for `batch` rows of `width`, whatever their lengths.
 
-    `teacher_width` is that of the teacher's own rows, 0 where it has none; the models may be shapes
-    and dtypes alone.
+    `teacher_width` is the width of the teacher's own rows, 0 without them; the models may be shapes and
+    dtypes alone.
     """
     out = []
     for part in microbatches.shapes(
@@ -153,12 +153,12 @@ def programs(
         tokens_BT = np.zeros((part.count, part.width), np.int32)
         other = None
         if teacher_width:
-            theirs_BT = np.zeros((part.count, part.teacher_width), np.int32)
-            other = TeacherRows(tokens_BT=theirs_BT, length_B=length_B, offset_B=length_B)
+            teacher_BT = np.zeros((part.count, part.teacher_width), np.int32)
+            other = TeacherRows(tokens_BT=teacher_BT, length_B=length_B, offset_B=length_B)
         models = (student, student_config, teacher, teacher_config)
-        given = (*models, *mesh.row_structs((tokens_BT, length_B, other)), events)
+        args = (*models, *mesh.row_structs((tokens_BT, length_B, other)), events)
         name = f"score {part.count} x {part.width}"
-        out.append(Program(name, score_part, given, settings | {"mesh": mesh}))
+        out.append(Program(name, score_part, args, settings | {"mesh": mesh}))
     return out
 
 
@@ -186,7 +186,7 @@ def score_part(
     keep_hidden: bool = False,
     mesh: Mesh = ONE,
 ) -> Scores:
-    """`score` of one micro-batch, traced once for each of its shapes."""
+    """Score one micro-batch; traced once for each shape of it."""
     own = partial(
         _score_rows, student_config=student_config, teacher_config=teacher_config,
         vocabulary=vocabulary, top_k=top_k, token_chunk=token_chunk, support=support,
@@ -212,7 +212,7 @@ def _score_rows(
     support: tuple[str, int] | None,
     keep_hidden: bool,
 ) -> Scores:
-    """`score_part` on one replica."""
+    """Score the rows of one replica."""
     heads = [decoder.head(student)]
     hiddens = [decoder.hidden_states(student, student_config, tokens_BT, length_B)]
     fn: TokenFn = _student_statistics
@@ -229,7 +229,7 @@ def _score_rows(
 
 
 def _student_statistics(student_CV: jax.Array, *, token_C: jax.Array) -> Scores:
-    """What `Scores` holds without a teacher, for one chunk of tokens."""
+    """Return the fields of `Scores` that need no teacher, for one chunk of tokens."""
     return Scores(
         student_logprob_BT=take(student_CV, token_C),
         student_entropy_BT=losses.entropy(logprob_BTV=student_CV[None])[0],
@@ -244,7 +244,7 @@ def _pair_statistics(
     top_k: int,
     support: tuple[str, int] | None,
 ) -> Scores:
-    """Everything `Scores` holds, for one chunk of tokens, from both log-softmaxes."""
+    """Return all fields of `Scores` for one chunk of tokens, from both log-softmaxes."""
     most = max(top_k, support[1] if support else 0)
     student_CX, student_ids_CX = topk.top_k(student_CV, most)
     _, teacher_ids_CX = topk.top_k(teacher_CV, most)

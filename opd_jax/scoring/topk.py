@@ -1,6 +1,6 @@
-"""Supports: at each prefix some ids, the most likely of student or teacher, combined; no long sort.
+"""Supports: a few ids at each prefix, the most likely ones of student or teacher, or a combination.
 
-Ids [C, X] with -1 where a place holds none; log-probs over a support have -inf there.
+Ids [C, X] are -1 in empty places, and log-probs over a support are -inf there.
 """
 
 import jax
@@ -10,21 +10,21 @@ SUPPORTS = ("full", "student", "teacher", "intersection", "union", "symmetric_di
 
 
 def top_k(logprob_CV: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """The k largest and their ids, both [C, k], largest first, ties by id: `lax.top_k`, in two stages.
+    """Return the k largest values and their ids, both [C, k], largest first, ties by id, as `lax.top_k`.
 
-    The k largest are all in the k blocks of ids with the largest maxima (of equal ones the first), so
-    one pass over the vocabulary for the maxima is enough, and `lax.top_k` sees two short rows of
-    about sqrt(k V) places.
+    It works in two stages. The k largest values are all in the k blocks of ids with the largest maxima (of
+    equal ones the first), so one pass over the vocabulary for the maxima is enough, and `lax.top_k` sorts
+    two short rows of about sqrt(k V) places.
     """
     count, vocabulary = logprob_CV.shape
     size = 1 << ((vocabulary // k).bit_length() // 2)
-    if k * size * 4 > vocabulary:  # nothing to be won
+    if k * size * 4 > vocabulary:  # two stages would not be faster
         return jax.lax.top_k(logprob_CV, k)
     padded_CV = jnp.pad(logprob_CV, ((0, 0), (0, -vocabulary % size)), constant_values=-jnp.inf)
     _, block_CK = jax.lax.top_k(jnp.max(padded_CV.reshape(count, -1, size), axis=-1), k)
     block_CK = jnp.sort(block_CK, axis=-1)  # so that of equal values the smaller id comes first
     ids_CX = (block_CK[:, :, None] * size + jnp.arange(size)[None, None]).reshape(count, -1)
-    # Of the array itself: the padded one is then a step of the maxima and nowhere in memory.
+    # Gathered from the unpadded array: then the padded one is fused into the maxima, never stored.
     among_CX = jnp.take_along_axis(logprob_CV, jnp.minimum(ids_CX, vocabulary - 1), axis=-1)
     among_CX = jnp.where(ids_CX < vocabulary, among_CX, -jnp.inf)
     values_CK, place_CK = jax.lax.top_k(among_CX, k)
@@ -32,14 +32,14 @@ def top_k(logprob_CV: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
 
 
 def shared(ids_CX: jax.Array, others_CX: jax.Array) -> jax.Array:
-    """Which ids of the first are also among the second. bool [C, X]."""
+    """Return which ids of the first array are also in the second; bool [C, X]."""
     return jnp.any(ids_CX[:, :, None] == others_CX[:, None, :], axis=-1)
 
 
 def combine(student_CX: jax.Array, teacher_CX: jax.Array, support: str) -> jax.Array:
-    """Ids of the named support from both models' top-k ids: [C, k], or [C, 2 k] for the last two.
+    """Return the ids of the named support from both models' top-k: [C, k], or [C, 2 k] for the last two.
 
-    2604.13016: only_stu, only_tch, intersection, union, union-intersection.
+    Names in 2604.13016: only_stu, only_tch, intersection, union, union-intersection.
     """
     also_teacher = shared(student_CX, teacher_CX)
     also_student = shared(teacher_CX, student_CX)
@@ -56,15 +56,15 @@ def combine(student_CX: jax.Array, teacher_CX: jax.Array, support: str) -> jax.A
 
 
 def gather(logprob_CV: jax.Array, ids_CX: jax.Array) -> jax.Array:
-    """Log-probs of a support's ids, -inf where there is none. [C, X]."""
+    """Return the log-probs of a support's ids, -inf in empty places; [C, X]."""
     taken = jnp.take_along_axis(logprob_CV, jnp.maximum(ids_CX, 0), axis=-1)
     return jnp.where(ids_CX >= 0, taken, -jnp.inf)
 
 
 def rest(logprob_CV: jax.Array, ids_CX: jax.Array) -> jax.Array:
-    """log of the mass of all ids outside the support, -inf where none is. [C].
+    """Return the log of the tail mass, of all ids outside the support; -inf where there are none; [C].
 
-    Summed over what is outside, not 1 - what is inside: that would keep no digit of a small rest.
+    It sums over the ids outside: 1 minus the sum inside would lose all digits of a small tail.
     """
     vocabulary = logprob_CV.shape[-1]
     rows_C1 = jnp.arange(logprob_CV.shape[0])[:, None]

@@ -1,8 +1,8 @@
 """The training run: config -> data -> rollout -> score -> loss -> update -> metrics -> checkpoint.
 
-Only this file knows the whole pipeline; stepping.py is one step of it, held_out.py what is measured
-beside. Everything that can be refused is refused (setup.py, workdir.check) before a file is written,
-weights are loaded, or anything is compiled.
+Only this file knows the complete pipeline; training/step.py is one step of it, evaluation/held_out.py the
+evaluation during the run. Everything that can be refused is refused (training/setup.py, workdir.check)
+before a file is written, weights are loaded, or anything is compiled.
 """
 
 import contextlib
@@ -34,12 +34,12 @@ from opd_jax.workdir import console
 from opd_jax.workdir.stop import Stop
 from opd_jax.workdir.trackers import Log, require
 
-_NEWS = ("eval/", "guard/")  # keys that are logged whenever they occur
+_NEWS = ("eval/", "guard/")  # keys that are logged at every step that has them
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a run leaves: its last state, and the rows of the closing table by who they are of."""
+    """The result of a run: its last state, and the rows of the closing table by model."""
 
     state: TrainState
     table: dict[str, Summary]
@@ -55,20 +55,20 @@ def run(
 ) -> Result:
     """Train to `config.steps`, resuming where the workdir holds a checkpoint.
 
-    With `accept_changes` it may go on with a config that differs in what is computed; run.json says so.
-    Raises an OpdError for whatever the user can mend; Interrupted where `stop` asks for an end.
+    With `accept_changes` it may continue with a config that computes something else; run.json records that.
+    Raises an OpdError for every error that the user can fix; Interrupted where `stop` requests an end.
     """
     stop = stop or Stop()
     folder = pathlib.Path(path)
     config = config.copy_and_resolve_references()
-    config.data.date = config.data.date or workdir.date_of(folder)  # prompts stay what they were
+    config.data.date = config.data.date or workdir.date_of(folder)  # so that prompts do not change
     setup = make_setup(config)
     config = setup.config
     stop.limit(config.checkpoint)
     if multihost.several():
         multihost.agree(_facts(config, path))
     changes = workdir.check(folder, config, accept=accept_changes)
-    multihost.agree({})  # all have looked before the first writes
+    multihost.agree({})  # every process has checked the folder before process 0 writes
     if multihost.first():
         print(f"workdir {folder}", *setup.notes, sep="\n", flush=True)
     first, damaged = manifest.newest(folder)
@@ -90,7 +90,7 @@ def run(
         print(*planning.say(plan), sep="\n", flush=True)
     planning.require_fit(plan)
     _require_disk(setup, folder, first or 0)
-    _leave_if_asked(stop, "before anything was loaded")
+    _end_if_requested(stop, "before anything was loaded")
     with failures.explained(folder, plan):
         # A broken file is refused before anything is written.
         with stage("load"):
@@ -98,21 +98,21 @@ def run(
         if multihost.first():
             workdir.create(folder, config, command, changes=changes)
             planning.write(plan, folder)
-        if changes or moved:  # what comes after the checkpoint will be another trajectory
+        if changes or moved:  # after the checkpoint the trajectory will differ
             discard_after(folder, first or 0)
         with (
             make_grader(config.grading) as grader,
             checkpoint.Checkpoints(folder, keep=config.checkpoint.keep) as saved,
         ):
-            if multihost.first():  # which alone grades
+            if multihost.first():  # only process 0 grades
                 grader.start()
-            made = _Run(setup, weights, folder, grader, saved, stop)
-            with contextlib.closing(made.log), contextlib.closing(made.samples):
-                return made.loop()
+            training = _Run(setup, weights, folder, grader, saved, stop)
+            with contextlib.closing(training.log), contextlib.closing(training.samples):
+                return training.loop()
 
 
 class _Run:
-    """The moving parts of one run: built by __init__, walked through by `loop`."""
+    """The components of one run: built by __init__, driven by `loop`."""
 
     def __init__(
         self,
@@ -141,32 +141,32 @@ class _Run:
         self.like = self.functions.abstract_state()
         self.first = newest = saved.latest or 0
         self.pending: resume.Pending | None = None
-        kept = -1  # without a checkpoint even step 0 is written anew
+        logged = -1  # without a checkpoint even step 0 is logged again
         if newest:
             point = resume.point(folder, saved)
             self.first, self.guard, self.pending = point.step, point.guard, point.pending
-            if self.first < newest:  # a rollback was cut short
+            if self.first < newest:  # a rollback was interrupted
                 discard_after(folder, self.first)
             saved.delete_after(self.first)
             train = saved.restore(self.first, self.like, self.batches)
             self.state = StepState(train, point.numerics)
-            kept = newest - (self.pending is not None)
+            logged = newest - (self.pending is not None)
         else:
-            student, weights.student = weights.student, None  # the state takes it over
-            assert student is not None  # read where there is no checkpoint
+            student, weights.student = weights.student, None  # initial_state donates its buffers
+            assert student is not None  # loaded because there is no checkpoint
             self.state = StepState(self.functions.initial_state(student))
         self.cut_short = self.first < newest  # a rollback
         self.log: workdir.Lines | workdir.NoLines = workdir.NoLines()
         self.samples: workdir.Lines | workdir.NoLines = workdir.NoLines()
         if multihost.first():
-            self.log = Log(folder / "metrics.jsonl", resume_step=kept, config=config)
-            self.samples = workdir.Lines(folder / "rollouts.jsonl", resume_step=kept)
+            self.log = Log(folder / "metrics.jsonl", resume_step=logged, config=config)
+            self.samples = workdir.Lines(folder / "rollouts.jsonl", resume_step=logged)
         if self.cut_short:
             self.log.go_back(self.first)
             self.samples.go_back(self.first)
 
     def loop(self) -> Result:
-        """Steps from where the run stands to `steps`, with evaluations, logs and checkpoints."""
+        """Run the steps from the current one to `steps`, with evaluations, logs and checkpoints."""
         config, step = self.config, self.first
         self.progress = progress = console.Progress(
             config.steps, step, silent=not multihost.first()
@@ -182,13 +182,13 @@ class _Run:
         if step:
             progress.say(f"resumed at step {step}")
         if self.cut_short and (summary := self.held_out.summary(step)):
-            self._keep_best(step, summary)  # where a discarded step had taken its place
+            self._keep_best(step, summary)  # a discarded step may have replaced it
         if self.pending is not None:
             self._finish(step, *self.pending, due=True)
         elif not step:
             before = self._evaluate(0) if self.held_out else {}
             self.log.write({"step": 0} | before)
-        _leave_if_asked(self.stop, f"before step {step + 1}")
+        _end_if_requested(self.stop, f"before step {step + 1}")
         if step < config.steps:
             progress.show("the first step also compiles its programs ...", always=True)
         last, pace = False, resume.Pace()
@@ -212,15 +212,15 @@ class _Run:
                 self._log(step, row, sampled)
                 step = self._go_back(response.restore)
                 last = response.stop
-                if last:  # the line of the alarm's own step is set aside, and no later one comes
+                if last:  # the line of the alarm's step is set aside, and there is no later one
                     self.log.amend({"step": step} | response.event)
                 continue
             last = response.stop or step == config.steps
             due = bool(last or (config.eval.every and step % config.eval.every == 0))
             self.stop.mind_deadline(pace.lap())
-            asked = multihost.agree_on_stop(self.stop.reason)
-            if asked is not None and not last:
-                self._end_early(step, row, sampled, asked, due=due)
+            reason = multihost.agree_on_stop(self.stop.reason)
+            if reason is not None and not last:
+                self._end_early(step, row, sampled, reason, due=due)
             self._finish(step, row, sampled, due=due, last=last)
             if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
                 self._save(step)
@@ -233,14 +233,14 @@ class _Run:
             )
         if table:
             progress.say(f"\n{console.table(table)}\n")
-        self.saved.wait()  # what cannot be written is said before all is said to be
+        self.saved.wait()  # a failed write raises here, before the line that reports success
         progress.say(f"written to {self.folder}")
         return Result(self.state.train, table)
 
     def _finish(
         self, step: int, row: Summary, sampled: list[dict], *, due: bool, last: bool = False
     ) -> None:
-        """What follows a step: an evaluation where it is due, and its lines."""
+        """Complete a step: evaluate where it is due, and log."""
         if due and self.held_out:
             row |= self._evaluate(step)
         news = any(key.startswith(_NEWS) for key in row)
@@ -248,14 +248,14 @@ class _Run:
             self._log(step, row, sampled)
 
     def _evaluate(self, step: int) -> Summary:
-        """The `eval/*` keys of the student as it is now; said, and kept if it is the best."""
+        """Evaluate the current student, print the result, keep it if best; return the `eval/*` keys."""
         summary = self.held_out.evaluate(step, self.state.train)
         self.progress.say(f"step {step}: {console.headline(summary)}")
         self._keep_best(step, summary)
         return self.held_out.keys(summary)
 
     def _keep_best(self, step: int, summary: Summary) -> None:
-        """Keep the state as it is now, of `step`, if it is the best by `summary`."""
+        """Keep the current state, of `step`, if it is the best by `summary`."""
         self.held_out.keep_best(
             step,
             summary,
@@ -265,30 +265,30 @@ class _Run:
         )
 
     def _save(self, step: int, pending: resume.Pending | None = None) -> None:
-        """Begin a checkpoint; the lines before it are on the disk first."""
+        """Start writing a checkpoint; the log lines before it are flushed to the disk first."""
         self.log.sync()
         self.samples.sync()
-        told, every = collapse_guard.to_json(self.guard), self.config.checkpoint.every
-        beside: dict[str, Any] = {"numerics": nonfinite.to_json(self.state.numerics)}
+        guard, every = collapse_guard.to_json(self.guard), self.config.checkpoint.every
+        extras: dict[str, Any] = {"numerics": nonfinite.to_json(self.state.numerics)}
         if pending is not None:
-            beside["pending"] = pending
+            extras["pending"] = pending
         with stage("checkpoint"):
             self.saved.save(
-                step, self.state.train, self.batches, told, beside=beside,
+                step, self.state.train, self.batches, guard, extras=extras,
                 scheduled=not every or step % every == 0,
             )  # fmt: skip
 
     def _end_early(
-        self, step: int, row: Summary, sampled: list[dict], asked: str, *, due: bool
+        self, step: int, row: Summary, sampled: list[dict], reason: str, *, due: bool
     ) -> None:
-        """Save and end. An evaluation that is due now is left to the run that goes on from here."""
-        waits = due and bool(self.held_out)
-        if not waits:
+        """Save and end. An evaluation that is due is left to the run that resumes from here."""
+        postponed = due and bool(self.held_out)
+        if not postponed:
             self._finish(step, row, sampled, due=False)
-        self._save(step, (row, sampled) if waits else None)
+        self._save(step, (row, sampled) if postponed else None)
         self.saved.wait()
         raise Interrupted(
-            f"{asked}: step {step} is saved in {self.folder}; run the same command again to go on"
+            f"{reason}: step {step} is saved in {self.folder}; run the same command again to go on"
         )
 
     def _log(self, step: int, row: Summary, sampled: list[dict]) -> None:
@@ -297,7 +297,7 @@ class _Run:
             self.samples.write(sample)
 
     def _watch(self, step: int, row: Summary) -> collapse_guard.Response:
-        """What the guard makes of a step; its keys go into the step's row."""
+        """Pass a step's metrics to the guard and return its response, whose keys are added to the row."""
         if self.rules.action == "off":
             return collapse_guard.Response()
         self.guard, alarm = collapse_guard.observe(self.guard, step, row, self.rules)
@@ -308,27 +308,27 @@ class _Run:
         return response
 
     def _go_back(self, step: int) -> int:
-        """To the checkpoint of `step`, with the guards as they are now; later lines are set aside."""
+        """Restore the checkpoint of `step` and keep the guards' states; later log lines are set aside."""
         resume.note_rollback(self.folder, step, self.guard)
         discard_after(self.folder, step)
         self.saved.delete_after(step)
         numerics = self.state.numerics
-        del self.state  # makes room for the one that is read
+        del self.state  # frees memory for the restored state
         self.state = StepState(self.saved.restore(step, self.like, self.batches), numerics)
         self.log.go_back(step)
         self.samples.go_back(step)
         if summary := self.held_out.summary(step):
-            self._keep_best(step, summary)  # where a discarded step has taken its place
+            self._keep_best(step, summary)  # a discarded step may have replaced it
         return step
 
     def _weights(self) -> dict[str, float]:
-        """The weight of each term, as configured or as the guard has raised it."""
+        """Return the weight of each term, as configured or as strengthened by the guard."""
         beta_kl, lambda_gold = collapse_guard.terms(self.guard, self.rules)
         return self.setup.terms.weights | {"reference_kl": beta_kl, "sft": lambda_gold}
 
 
 def _schedule_moved(folder: pathlib.Path, config: ConfigDict) -> list[str]:
-    """A line where the steps of a resumed run are others, and its learning rate depends on them."""
+    """Return a line if a resumed run has another number of steps and its learning rate depends on it."""
     before = workdir.read_config(folder)["steps"]
     moving = config.optim.schedule != "constant" or config.optim.warmup_fraction
     if before == config.steps or not moving:
@@ -341,27 +341,26 @@ def _schedule_moved(folder: pathlib.Path, config: ConfigDict) -> list[str]:
 
 
 def _require_disk(setup: Setup, folder: pathlib.Path, first: int) -> None:
-    """Refuse a run whose checkpoints the disk cannot hold at one time."""
+    """Raise WorkdirError where the disk cannot hold all checkpoints that exist at one time."""
     section = setup.config.checkpoint
-    to_come = math.ceil((setup.config.steps - first) / (section.every or setup.config.steps))
-    here = multihost.from_first(lambda: len(manifest.steps(folder / "checkpoints")))
-    copies = max(min(section.keep + 1 - here, to_come), min(to_come, 1))
-    copies += (
-        2 if setup.config.eval.best and to_come else 0
-    )  # the old one goes when a better is complete
+    remaining = math.ceil((setup.config.steps - first) / (section.every or setup.config.steps))
+    existing = multihost.from_first(lambda: len(manifest.steps(folder / "checkpoints")))
+    copies = max(min(section.keep + 1 - existing, remaining), min(remaining, 1))
+    # The best one is removed only when a better one is complete, so two may exist.
+    copies += 2 if setup.config.eval.best and remaining else 0
     size = checkpoint.bytes_of(make_step_functions(setup.spec).abstract_state())
     manifest.require_room(folder, size, copies, what=f"a run with checkpoint.keep={section.keep}")
 
 
 def _facts(config: ConfigDict, path: str) -> dict[str, Any]:
-    """What must be the same in every process of a run."""
-    here = workdir.provenance([])
-    versions = {name: here[name] for name in ("commit", "python", "packages")}
+    """Return the facts that must be the same in every process of a run."""
+    provenance = workdir.provenance([])
+    versions = {name: provenance[name] for name in ("commit", "python", "packages")}
     return {"workdir": path} | versions | configuration.flatten(config.to_dict())
 
 
-def _leave_if_asked(stop: Stop, where: str) -> None:
-    """End where nothing has happened since the last checkpoint."""
-    asked = multihost.agree_on_stop(stop.reason)
-    if asked is not None:
-        raise Interrupted(f"{asked}: ended {where}; run the same command again to go on")
+def _end_if_requested(stop: Stop, where: str) -> None:
+    """End the run on request, where nothing has changed since the last checkpoint."""
+    reason = multihost.agree_on_stop(stop.reason)
+    if reason is not None:
+        raise Interrupted(f"{reason}: ended {where}; run the same command again to go on")

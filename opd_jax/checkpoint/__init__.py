@@ -1,4 +1,4 @@
-"""Checkpoints: written, verified, resumed from, the best one kept, exported."""
+"""Checkpoints: write, verify, resume, keep the best one, export."""
 
 from opd_jax.checkpoint.checkpoint import Checkpoints, bytes_of, latest_step, restore_params
 

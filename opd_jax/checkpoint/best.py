@@ -1,7 +1,7 @@
-"""The checkpoint that did best on the held-out problems, beside the newest ones.
+"""The best checkpoint by a metric of the held-out problems, kept in addition to the newest ones.
 
-WORKDIR/best/ has config.json and checkpoints/ as a workdir has them, so launch/export.py and
-launch/evaluate.py take it for one; best.json says which step it is and how good.
+WORKDIR/best/ has config.json and checkpoints/ like a workdir, so launch/export.py and launch/evaluate.py
+accept it as one; best.json holds its step and value.
 """
 
 import json
@@ -19,7 +19,7 @@ from opd_jax.workdir import atomic
 
 
 class Best:
-    """WORKDIR/best/, kept by one metric of the evaluations; more is better, or less."""
+    """WORKDIR/best/, selected by one metric of the evaluations; `more`: whether a larger value is better."""
 
     def __init__(self, workdir: pathlib.Path, *, metric: str, more: bool):
         self._workdir, self._folder = workdir, workdir / "best"
@@ -27,10 +27,10 @@ class Best:
 
     @property
     def record(self) -> dict[str, Any] | None:
-        """step, metric and value of what is kept; None where nothing is, or by another metric."""
+        """step, metric and value of the kept checkpoint; None without one, or with one by another metric."""
         file = self._folder / "best.json"
-        found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
-        return found if found and found["metric"] == self._metric else None
+        record = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+        return record if record and record["metric"] == self._metric else None
 
     def offer(
         self,
@@ -40,15 +40,16 @@ class Best:
         *,
         comparable: Callable[[int], bool] = lambda _: True,
     ) -> bool:
-        """Keep `step` if it is better than what is kept; `save` writes it. Equal is not better.
+        """Keep `step` if it is strictly better than the kept one; `save` writes it. Return whether it is.
 
-        `comparable`: whether the evaluation of a step was made as this one was. What is kept by another
-        is replaced, whatever its value. Raises ConfigError where the evaluation did not measure the metric.
+        `comparable`: whether the evaluation of a step had the same settings as this one. A kept step whose
+        evaluation had others is replaced, whatever its value. Raises ConfigError where the evaluation did not
+        measure the metric.
         """
         if self._metric not in summary:
             raise ConfigError(
                 f"eval.best={self._metric}, but the held-out problems give only {', '.join(summary)}; set "
-                "--config.eval.best to one of these, or name problems with answers by --config.eval.data"
+                "--config.eval.best to one of these, or --config.eval.data to problems with answers"
             )
         value, kept = summary[self._metric], multihost.from_first(lambda: self.record)
         if math.isnan(value):
@@ -62,26 +63,28 @@ class Best:
             config = (self._workdir / "config.json").read_text(encoding="utf-8")
             atomic.write_text(self._folder / "config.json", config)
         with Checkpoints(self._folder, keep=1) as saved:
-            saved.delete_after(step - 1)  # of before a rollback, this step's too
+            saved.delete_after(step - 1)  # a rollback may have left this step or later ones
             save(saved)
         if multihost.first():
-            found = {"step": step, "metric": self._metric, "value": value}
-            atomic.write_json(self._folder / "best.json", found)  # after what it speaks of
+            record = {"step": step, "metric": self._metric, "value": value}
+            atomic.write_json(
+                self._folder / "best.json", record
+            )  # after the checkpoint is complete
         return True
 
 
 def forget_after(workdir: pathlib.Path, step: int) -> None:
-    """Remove best/ where it keeps a step after `step`: the trajectory that led to it is discarded."""
+    """Remove best/ if it keeps a step after `step`, whose trajectory is discarded."""
     folder = workdir / "best"
 
     def newest() -> int:
         file = folder / "best.json"
-        found = json.loads(file.read_text(encoding="utf-8"))["step"] if file.exists() else -1
-        return max(found, *manifest.steps(folder / "checkpoints"), -1)
+        recorded = json.loads(file.read_text(encoding="utf-8"))["step"] if file.exists() else -1
+        return max(recorded, *manifest.steps(folder / "checkpoints"), -1)
 
     if multihost.from_first(newest) <= step:
         return
     if multihost.first():
-        (folder / "best.json").unlink(missing_ok=True)  # first: it speaks of the rest
+        (folder / "best.json").unlink(missing_ok=True)  # first, because it refers to the rest
         shutil.rmtree(folder)
     multihost.agree({})

@@ -1,7 +1,7 @@
-"""Checkpoints by Orbax: train state and data iterator. Teacher and reference are never saved.
+"""Checkpoints in Orbax's format: train state and data iterator. Teacher and reference are never saved.
 
 Random keys need no saving: each is derived from (seed, step, stream). To resume: build everything
-from config.json, restore the newest step, cut the logs back to it, go on.
+from config.json, restore the newest step, cut the logs back to it, continue.
 """
 
 import contextlib
@@ -23,15 +23,15 @@ from opd_jax.errors import OpdError, WorkdirError
 from opd_jax.sharding import multihost
 from opd_jax.types import TrainState
 
-_UNSCHEDULED = "unscheduled"  # an empty file in a checkpoint that does not count for `keep`
+_UNSCHEDULED = "unscheduled"  # an empty file that marks a checkpoint as not counting for `keep`
 
 
 class Checkpoints:
     """The `checkpoints/` folder of a workdir; a context manager that waits for writes to finish.
 
-    A checkpoint is there when it is complete, its manifest (intact.py) in it. The newest `keep` of
-    the scheduled ones stay, and the newest of all: one that an early end made does not count, and goes
-    when a newer one is complete. So an old one that a rollback needs outlives any number of restarts.
+    A checkpoint exists when it is complete and contains its manifest (manifest.py). The newest `keep` of
+    the scheduled ones are kept, and the newest of all: one that an early end wrote does not count, and is
+    removed when a newer one is complete. So an old one that a rollback needs survives any number of restarts.
     """
 
     def __init__(self, workdir: pathlib.Path, *, keep: int):
@@ -59,7 +59,7 @@ class Checkpoints:
             self.wait()
             self._manager.close()
         except Exception:
-            if kind is None:  # else that error is the one to tell of
+            if kind is None:  # otherwise the first error is the one to report
                 raise
 
     @property
@@ -69,7 +69,7 @@ class Checkpoints:
 
     @property
     def steps(self) -> list[int]:
-        """All complete steps, in order, and one that is being written."""
+        """All complete steps, in order, and the one that is being written."""
         return sorted(self._manager.all_steps())
 
     def save(
@@ -79,14 +79,13 @@ class Checkpoints:
         data: Any,
         guard: str,
         *,
-        beside: Any = None,
+        extras: Any = None,
         scheduled: bool = True,
     ) -> None:
-        """Write `step` in the background; the iterator's state is taken now.
+        """Write `step` in the background; the iterator's state is copied now.
 
-        `beside`: whatever else, a dict that JSON holds. `scheduled`: whether it counts for `keep`.
-        Raises WorkdirError where this or the one before cannot be written: those that were complete
-        before stay.
+        `extras`: further values, a dict that JSON can hold. `scheduled`: whether it counts for `keep`.
+        Raises WorkdirError where this or the previous one cannot be written; complete ones remain.
         """
         if step == self.latest:
             return
@@ -96,31 +95,31 @@ class Checkpoints:
         self._writing = step
         if not scheduled:
             self._unscheduled.add(step)
-        with self._told():
+        with self._reported():
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state),
                     data=grain.checkpoint.CheckpointSave(data),
-                    guard=ocp.args.JsonSave({"state": guard} | (beside or {})),
+                    guard=ocp.args.JsonSave({"state": guard} | (extras or {})),
                 ),
             )
 
     def wait(self) -> None:
-        """Wait until what was begun is complete; then remove what does not stay."""
+        """Wait until the checkpoint being written is complete; then remove those that are not kept."""
         self._settle()
         steps = self.steps
         scheduled = [step for step in steps if step not in self._unscheduled]
-        stay = {*scheduled[-self._keep :], *steps[-1:]}
-        self._remove([step for step in steps if step not in stay])
+        kept = {*scheduled[-self._keep :], *steps[-1:]}
+        self._remove([step for step in steps if step not in kept])
 
     def delete_after(self, step: int) -> None:
-        """Remove what is newer than `step`."""
+        """Remove every checkpoint newer than `step`."""
         self._settle()  # `step` may be the oldest of more than `keep`
         self._remove([later for later in self.steps if later > step])
 
     def _settle(self) -> None:
-        with self._told():
+        with self._reported():
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
 
@@ -128,14 +127,14 @@ class Checkpoints:
         if not steps:
             return
         if multihost.first():
-            for step in reversed(steps):  # the newest first: what is left is always the oldest
+            for step in reversed(steps):  # newest first: an interruption leaves the oldest ones
                 manifest.remove(self._folder, step)
         multihost.agree({})
         self._unscheduled -= set(steps)
         self._manager.reload()
 
     def _marked(self) -> list[int]:
-        """Steps of checkpoints that say of themselves that they were not scheduled."""
+        """Return the steps of checkpoints that are marked as unscheduled."""
         return [
             step
             for step in manifest.steps(self._folder)
@@ -143,7 +142,7 @@ class Checkpoints:
         ]
 
     def _seal(self) -> None:
-        """Called when all is written and before it gets its name; in a thread of Orbax's."""
+        """Write the manifest; Orbax calls this in a thread after the last write, before the rename."""
         if multihost.first():
             for folder in manifest.unfinished(self._folder, self._writing):
                 if self._writing in self._unscheduled:
@@ -151,66 +150,73 @@ class Checkpoints:
                 manifest.seal(folder)
 
     @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
-        """What Orbax and TensorStore make of a disk that is full or gone, in one line."""
+    def _reported(self) -> Iterator[None]:
+        """Turn Orbax's and TensorStore's errors about a full or lost disk into one line."""
         try:
             yield
         except OpdError:
             raise
-        except Exception as error:  # whatever their parts raise
-            left = manifest.steps(self._folder)
-            stays = f"that of step {left[-1]} is whole" if left else "there is none before it"
+        except Exception as error:  # they may raise any type of error
+            complete = manifest.steps(self._folder)
+            previous = (
+                f"that of step {complete[-1]} is complete"
+                if complete
+                else "there is none before it"
+            )
             free = manifest.free_bytes(self._workdir) / manifest.GIB
             raise WorkdirError(
                 f"{self._folder / str(self._writing)} could not be written ({_reason(error)}; "
-                f"{free:.2f} GiB free); {stays}: make room, and run the same command again to go on"
+                f"{free:.2f} GiB free); {previous}: make room, and run the same command again to go on"
             ) from error
 
-    def beside(self, step: int) -> dict[str, Any]:
-        """What was saved beside the arrays of `step`: `state` is the guard's, as text."""
+    def extras(self, step: int) -> dict[str, Any]:
+        """Return the values saved with the arrays of `step`; `state` is the guard's, as text."""
         restored = self._manager.restore(
             step, args=ocp.args.Composite(guard=ocp.args.JsonRestore())
         )
         return restored["guard"]
 
     def restore(self, step: int, state: TrainState, data: Any) -> TrainState:
-        """The state of `step`, of the shapes, dtypes and places of `state`; moves the iterator `data`.
+        """Restore the state of `step` with shapes, dtypes and shardings of `state`; set the iterator `data`.
 
-        Where `state` says no places it is as weights that a run starts from, on the default device but
-        not bound to it: bound arrays would have every program compiled anew.
+        Where `state` has no shardings, the arrays are uncommitted on the default device, like the weights
+        that a run starts from: committed arrays would have every program compiled again.
         """
-        bound = all(getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(state))
+        committed = all(getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(state))
         try:
-            # Orbax makes host arrays where it is given such; these are empty, and take no memory.
-            like = state if bound else jax.tree.map(lambda x: np.empty(x.shape, x.dtype), state)
-            asked = ocp.args.Composite(state=ocp.args.StandardRestore(like))
-            restored = self._manager.restore(step, args=asked)["state"]
+            # Orbax returns host arrays for host arrays; these are never written, and take no memory.
+            target = state
+            if not committed:
+                target = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), state)
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
+            restored = self._manager.restore(step, args=args)["state"]
         except Exception as error:
             raise WorkdirError(
                 f"{self._folder / str(step)}: cannot be restored ({_reason(error)}); move the folder "
                 "elsewhere to go on from the checkpoint before it"
             ) from error
         data.set_state(self._iterator(step))
-        return restored if bound else jax.tree.map(jnp.array, restored)
+        return restored if committed else jax.tree.map(jnp.array, restored)
 
     def _iterator(self, step: int) -> Any:
-        """The state of the data iterator at `step`: of every process the same, however many there were."""
+        """Return the state of the data iterator at `step`, which is the same in every process."""
         folder = pathlib.Path(self._manager.directory) / str(step) / "data"
         for file in sorted(folder.glob("process_*.json")):
             return json.loads(file.read_text(encoding="utf-8"))
         raise WorkdirError(
-            f"{folder}: holds no state of the data; restore the folder, or delete checkpoint {step} "
-            "to go on from the one before"
+            f"{folder}: holds no state of the data iterator; restore the folder, or delete checkpoint "
+            f"{step} to go on from the one before"
         )
 
 
 def latest_step(workdir: pathlib.Path) -> int | None:
-    """Newest complete step of a workdir, None where there is none; changes nothing."""
+    """Return the newest complete step of a workdir, None where there is none; changes nothing."""
     folder = (workdir / "checkpoints").absolute()
     if not folder.is_dir():
         return None
-    with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(create=False)) as found:
-        return found.latest_step()
+    options = ocp.CheckpointManagerOptions(create=False)
+    with ocp.CheckpointManager(folder, options=options) as manager:
+        return manager.latest_step()
 
 
 def restore_params(
@@ -218,7 +224,7 @@ def restore_params(
 ) -> tuple[int, Any]:
     """Read only the parameters of a step (default: the newest) -> (step, host arrays).
 
-    `abstract_params` gives their tree and shapes; the optimiser's state is left on the disk.
+    `abstract_params` gives their tree and shapes; the optimiser's state is not read.
     Nothing in the workdir is changed.
 
     Raises WorkdirError: no checkpoint, not this step, or one of another model or damaged.
@@ -243,9 +249,9 @@ def restore_params(
                 f"workdir {str(workdir)!r} has no checkpoint of step {step}; "
                 f"there are those of {', '.join(map(str, steps))}"
             )
-        if wrong := manifest.damage(folder / str(step)):
+        if reason := manifest.damage(folder / str(step)):
             raise WorkdirError(
-                f"{folder / str(step)}: damaged ({wrong}); take an earlier step with --step"
+                f"{folder / str(step)}: damaged ({reason}); take an earlier step with --step"
             )
         item = {"params": abstract_params}
         host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
@@ -256,14 +262,16 @@ def restore_params(
                     state=ocp.args.PyTreeRestore(item, restore_args=host, partial_restore=True)
                 ),
             )
-        except Exception as error:  # Orbax and TensorStore raise whatever their parts raise
+        except Exception as error:  # Orbax and TensorStore may raise any type of error
             raise WorkdirError(
                 f"{folder / str(step)}: cannot restore the parameters ({_reason(error)}); it is damaged "
-                "or of another model: export an earlier step with --step"
+                "or belongs to another model: export an earlier step with --step"
             ) from error
     params = restored["state"]["params"]
-    got, want = (jax.tree.map(lambda leaf: leaf.shape, tree) for tree in (params, abstract_params))
-    if got != want:
+    actual, expected = (
+        jax.tree.map(lambda leaf: leaf.shape, tree) for tree in (params, abstract_params)
+    )
+    if actual != expected:
         raise WorkdirError(
             f"{folder / str(step)}: its parameters have other shapes than student.path of "
             "config.json asks for; restore the model folder that the run started from"
@@ -272,11 +280,11 @@ def restore_params(
 
 
 def bytes_of(tree: Any) -> int:
-    """Bytes of all arrays, or of their shapes, each once however many devices hold it."""
+    """Return the bytes of all arrays (or shapes), each counted once however many devices hold it."""
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _reason(error: Exception) -> str:
-    """One line: how a long text of Orbax and TensorStore begins, and how it ends."""
+    """Shorten a long error of Orbax or TensorStore to one line: its beginning and its end."""
     text = " ".join((str(error).strip() or type(error).__name__).split())
     return text if len(text) <= 200 else f"{text[:80]} ... {text[-100:]}"

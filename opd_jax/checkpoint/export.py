@@ -1,4 +1,4 @@
-"""A trained student as a Hugging Face folder: weights of a checkpoint, everything else of its source."""
+"""Export a trained student as a Hugging Face folder: weights of a checkpoint, the rest from its source."""
 
 import pathlib
 
@@ -12,7 +12,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def export(workdir: str, out: str, *, step: int | None = None, dtype: str = "float32") -> int:
-    """Write the student of a run as the folder `out`, which transformers loads; returns its step.
+    """Write the student of a run as the folder `out`, which transformers loads; return its step.
 
     Only the parameters are read from the checkpoint. Tokenizer, chat template, generation settings
     and the rest of config.json come from the folder that the run started from (`student.path`), the
@@ -26,7 +26,7 @@ def export(workdir: str, out: str, *, step: int | None = None, dtype: str = "flo
       dtype: of the weights, one of DTYPES.
 
     Raises an OpdError, and writes nothing: no such workdir or checkpoint, `out` is not empty, the
-    source folder is gone.
+    source folder does not exist any more.
     """
     if dtype not in DTYPES:
         raise ConfigError(
@@ -37,7 +37,7 @@ def export(workdir: str, out: str, *, step: int | None = None, dtype: str = "flo
     source = student["path"]
     config = models.load_config(
         source,
-        rope_theta=student.get("rope_theta", 0.0),  # runs from before these fields lack them
+        rope_theta=student.get("rope_theta", 0.0),  # configs of old runs lack these fields
         max_position=student.get("max_position", 0),
     )
     step, params = checkpoint.restore_params(

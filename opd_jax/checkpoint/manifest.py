@@ -1,7 +1,7 @@
-"""Whether a checkpoint on the disk is what was written: sizes and CRC-32 of its files, kept inside it.
+"""Integrity of checkpoints on the disk: sizes and CRC-32 of all files, in a manifest inside each.
 
-Orbax and OCDBT say when a checkpoint is complete (a folder that is renamed last); not that a byte of
-its arrays has changed since, or that files are missing.
+Orbax and OCDBT show whether a checkpoint is complete (the folder is renamed last), but not whether a byte
+of its arrays has changed since, or whether files are missing.
 """
 
 import json
@@ -17,10 +17,10 @@ from opd_jax.workdir import atomic
 
 MANIFEST = "manifest.json"
 ASIDE = "set_aside"
-_LEFT = ".orbax-checkpoint-tmp"  # in the names of folders that Orbax does not take for checkpoints
-_ORBAX = "_CHECKPOINT_METADATA"  # written once more after all else is complete
+_LEFT = ".orbax-checkpoint-tmp"  # in the names of folders that Orbax does not count as checkpoints
+_ORBAX = "_CHECKPOINT_METADATA"  # written again after everything else is complete
 _CHUNK = 1 << 22
-_SPARE = 32 << 20  # bytes beside the arrays: metadata, logs
+_SPARE = 32 << 20  # bytes in addition to the arrays: metadata, logs
 GIB = 2**30
 
 
@@ -33,32 +33,34 @@ def seal(folder: pathlib.Path) -> None:
 
 
 def damage(folder: pathlib.Path) -> str | None:
-    """What is wrong with a checkpoint's folder, None where nothing is. Reads all of it."""
+    """Return what is wrong with a checkpoint's folder, None where nothing is. Reads all of its files."""
     if not _is_json(folder / _ORBAX):
         return f"{_ORBAX} cannot be read"
     manifest = folder / MANIFEST
     if not manifest.exists():
         return f"{MANIFEST} missing"
     try:
-        wanted = json.loads(manifest.read_text(encoding="utf-8"))
-        expected = {name: (int(size), str(check)) for name, (size, check) in wanted.items()}
+        entries = json.loads(manifest.read_text(encoding="utf-8"))
+        expected = {name: (int(size), str(check)) for name, (size, check) in entries.items()}
     except (ValueError, OverflowError, TypeError, AttributeError, OSError, RecursionError):
         return f"{MANIFEST} cannot be read"
     present = set(_files(folder))
     for name in expected:
-        if name not in present:  # so that no name leads outside
+        if name not in present:  # also refuses names that lead out of the folder
             return f"{name} missing"
     with ThreadPoolExecutor(max_workers=4) as pool:
-        found = list(pool.map(lambda name: _found(folder / name), expected))
-    for name, one in zip(expected, found, strict=True):
-        if one != expected[name]:
+        actual = list(pool.map(lambda name: _sum_or_none(folder / name), expected))
+    for name, size_and_sum in zip(expected, actual, strict=True):
+        if size_and_sum != expected[name]:
             return f"{name} is not what was written"
     return None
 
 
 def newest(workdir: pathlib.Path) -> tuple[int | None, list[str]]:
-    """The newest checkpoint that is whole, None where there is none; and lines about those that are not,
-    which are moved to WORKDIR/set_aside/. Of several processes the first looks."""
+    """Return the newest intact checkpoint, None where there is none, and lines about damaged ones.
+
+    Damaged ones are moved to WORKDIR/set_aside/. Of several processes the first checks them.
+    """
     step, lines = multihost.from_first(lambda: _newest(workdir))
     return step, lines
 
@@ -67,24 +69,24 @@ def _newest(workdir: pathlib.Path) -> tuple[int | None, list[str]]:
     folder = workdir / "checkpoints"
     lines: list[str] = []
     for step in sorted(steps(folder), reverse=True):
-        wrong = damage(folder / str(step))
-        if wrong is None:
+        reason = damage(folder / str(step))
+        if reason is None:
             return step, lines
         place = _aside(workdir, step)
         (folder / str(step)).rename(place)
-        lines.append(f"warning: checkpoint {step} is damaged ({wrong}); set aside as {place}")
+        lines.append(f"warning: checkpoint {step} is damaged ({reason}); set aside as {place}")
     return None, lines
 
 
 def steps(folder: pathlib.Path) -> list[int]:
-    """Steps of the complete checkpoints in a folder of them."""
+    """Return the steps of the complete checkpoints in a folder of checkpoints."""
     if not folder.is_dir():
         return []
     return sorted(int(f.name) for f in folder.iterdir() if f.name.isdecimal() and f.is_dir())
 
 
 def remove(folder: pathlib.Path, step: int) -> None:
-    """Delete a checkpoint: at once by its name, so that no half of one is ever taken for a whole one."""
+    """Delete a checkpoint; it is renamed first, so that a partial one never counts as complete."""
     leaving = folder / f"{step}{_LEFT}-removed"
     shutil.rmtree(leaving, ignore_errors=True)
     (folder / str(step)).rename(leaving)
@@ -92,31 +94,31 @@ def remove(folder: pathlib.Path, step: int) -> None:
 
 
 def clear(folder: pathlib.Path) -> None:
-    """Remove what a killed process had begun to write, or to delete."""
+    """Remove partial checkpoints that a killed process was writing or deleting."""
     if folder.is_dir():
         for left in folder.glob(f"*{_LEFT}*"):
             shutil.rmtree(left, ignore_errors=True)
 
 
 def unfinished(folder: pathlib.Path, step: int) -> list[pathlib.Path]:
-    """The folder that Orbax is writing a step into, if it is there."""
+    """Return the folder that Orbax is writing a step into, if it exists."""
     return list(folder.glob(f"{step}{_LEFT}*"))
 
 
 def require_room(workdir: pathlib.Path, size: int, copies: int, *, what: str) -> None:
-    """Raise WorkdirError where the disk has no room for so many checkpoints of `size` bytes."""
+    """Raise WorkdirError where the disk has no room for `copies` checkpoints of `size` bytes."""
     needed = copies * size + _SPARE
     free = multihost.from_first(lambda: free_bytes(workdir))
     if free < needed:
         raise WorkdirError(
             f"{what} needs {needed / GIB:.2f} GiB ({copies} of {size / GIB:.2f}, and {_SPARE / GIB:.2f} to "
-            f"spare), and the disk of {str(workdir)!r} has {free / GIB:.2f} free; make room, or give a "
-            "--workdir elsewhere"
+            f"spare), and the disk of {str(workdir)!r} has {free / GIB:.2f} free; make room, or set "
+            "--workdir to a folder on another disk"
         )
 
 
 def free_bytes(path: pathlib.Path) -> int:
-    """What the disk of a path, which need not exist yet, has free."""
+    """Return the free bytes on the disk of a path, which need not exist yet."""
     path = path.absolute()
     while not path.exists():
         path = path.parent
@@ -132,24 +134,24 @@ def _aside(workdir: pathlib.Path, step: int) -> pathlib.Path:
 
 
 def _files(folder: pathlib.Path) -> list[str]:
-    """All but the manifest and what Orbax changes last, as paths inside of the folder."""
-    found = []
+    """List all files but the manifest and the one that Orbax changes last, as paths inside the folder."""
+    paths = []
     for parent, _, names in os.walk(folder):
-        found += [str((pathlib.Path(parent) / name).relative_to(folder)) for name in names]
-    return sorted(name for name in found if name not in (MANIFEST, _ORBAX))
+        paths += [str((pathlib.Path(parent) / name).relative_to(folder)) for name in names]
+    return sorted(path for path in paths if path not in (MANIFEST, _ORBAX))
 
 
 def _sum(path: pathlib.Path) -> tuple[int, str]:
-    """Bytes of a file and their CRC-32."""
+    """Return the size of a file in bytes and its CRC-32."""
     size = check = 0
     with path.open("rb", buffering=0) as file:
         while chunk := file.read(_CHUNK):
             size += len(chunk)
-            check = zlib.crc32(chunk, check)  # lets other threads go on meanwhile
+            check = zlib.crc32(chunk, check)  # releases the GIL
     return size, f"{check:08x}"
 
 
-def _found(path: pathlib.Path) -> tuple[int, str] | None:
+def _sum_or_none(path: pathlib.Path) -> tuple[int, str] | None:
     try:
         return _sum(path)
     except OSError:

@@ -1,4 +1,4 @@
-"""Where a run goes on: what its newest checkpoint, or a rollback that was cut short, says of that."""
+"""Where a run resumes: at its newest checkpoint, or at the target of an interrupted rollback."""
 
 import dataclasses
 import json
@@ -11,16 +11,19 @@ from opd_jax.training import collapse_guard, nonfinite
 from opd_jax.workdir import atomic
 
 Pending = tuple[dict[str, float], list[dict]]  # metrics and rollouts of a step, not yet logged
-_ROLLBACK = "rollback.json"  # what a rollback is about, until a later checkpoint knows of it
+_ROLLBACK = (
+    "rollback.json"  # target and guard state of a rollback, until a later checkpoint has them
+)
 _RECENT = 50
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """The step to go on from.
+    """The step to resume from.
 
     Attributes:
-      pending: of that step, where the run was ended before its evaluation: it comes first.
+      pending: metrics and rollouts of that step where the run ended before its evaluation, which is then
+        done first.
     """
 
     step: int
@@ -30,46 +33,48 @@ class Point:
 
 
 def point(folder: pathlib.Path, saved: Checkpoints) -> Point:
-    """The newest checkpoint; or the one that a rollback which was cut short was going back to."""
+    """Return the newest checkpoint, or the target of a rollback that was interrupted."""
     newest = saved.latest
     assert newest is not None
-    state = collapse_guard.from_json(saved.beside(newest)["state"])
-    noted = multihost.from_first(lambda: _noted(folder))
-    last = None if noted is None else (noted["step"], collapse_guard.from_json(noted["guard"]))
+    state = collapse_guard.from_json(saved.extras(newest)["state"])
+    record = multihost.from_first(lambda: _rollback_record(folder))
+    last = None if record is None else (record["step"], collapse_guard.from_json(record["guard"]))
     step, state = collapse_guard.resumed((newest, state), last)
-    beside = saved.beside(step)
-    pending = beside.get("pending") if step == newest else None
+    extras = saved.extras(step)
+    pending = extras.get("pending") if step == newest else None
     return Point(
         step,
         state,
-        nonfinite.from_json(beside.get("numerics")),
+        nonfinite.from_json(extras.get("numerics")),
         None if pending is None else (pending[0], pending[1]),
     )
 
 
 def note_rollback(folder: pathlib.Path, step: int, state: collapse_guard.State) -> None:
-    """Say where a rollback goes, before it touches anything."""
+    """Record the target of a rollback before the rollback changes anything."""
     if multihost.first():
         atomic.write_json(
             folder / _ROLLBACK, {"step": step, "guard": collapse_guard.to_json(state)}
         )
 
 
-def _noted(folder: pathlib.Path) -> dict | None:
+def _rollback_record(folder: pathlib.Path) -> dict | None:
     file = folder / _ROLLBACK
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
 class Pace:
-    """How long it may take from one step to the next, by the last ones."""
+    """Estimates how long a step may take, from the last ones."""
 
     def __init__(self) -> None:
         self._last = time.monotonic()
         self._laps: list[float] = []
 
     def lap(self) -> float:
-        """A step has ended. Seconds that another one, and saving, should be given: twice the longest
-        of the last, of which the process's first, which compiled, is none."""
+        """Record the end of a step; return seconds to allow for another step and a checkpoint.
+
+        That is twice the longest of the last steps, without the process's first one, which compiled.
+        """
         now = time.monotonic()
         self._laps = [*self._laps, now - self._last][-_RECENT:]
         self._last = now

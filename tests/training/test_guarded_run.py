@@ -225,6 +225,6 @@ def test_the_guards_state_is_in_the_checkpoint(folders, tmp_path):
     states = []
     for name in ("straight", "run"):
         with checkpoint.Checkpoints(tmp_path / name, keep=40) as saved:
-            states.append(collapse_guard.from_json(saved.beside(4)["state"]))
+            states.append(collapse_guard.from_json(saved.extras(4)["state"]))
     assert states[0] == states[1]
     assert states[0].steps["truncation"] == 4

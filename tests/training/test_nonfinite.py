@@ -127,7 +127,7 @@ def test_a_log_prob_that_is_not_finite_stops_the_run_and_its_text_is_kept(
     assert "loss/total" not in metrics[2]
     assert "optim/grad_norm" in metrics[3]
     with checkpoint.Checkpoints(tmp_path / "skips", keep=2) as saved:
-        assert nonfinite.from_json(saved.beside(4)["numerics"]).skipped == 1
+        assert nonfinite.from_json(saved.extras(4)["numerics"]).skipped == 1
 
 
 def at_call(number: int, change: Callable, original: Callable) -> Callable:

@@ -1,4 +1,4 @@
-"""Which curves stand in which figure. What no run has is left out, with a sentence."""
+"""The figures and the curves in each. A metric that no run has is omitted, with a sentence."""
 
 import dataclasses
 import re
@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from opd_jax.report.curves import Curve, between, standardised
 from opd_jax.report.read import Run
 
-APART = 6  # runs that get panels of their own
+SEPARATE = 6  # largest number of runs with panels of their own
 STABLE, AGREE = "2604.08527", "2604.13016"
 _PAIR = re.compile(r"^(opd|divergence|sft|reference_kl)_(?!kl$)(.+)$")  # two terms of a cosine
 
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """One curve of a panel. `look` picks colour, dashes and marker; `error` is drawn around it."""
+    """One curve of a panel. `look` selects colour, dashes and marker; `error` is drawn around it."""
 
     label: str
     look: int
@@ -24,7 +24,7 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class Mark:
-    """Something at a step: `kind` is onset, or that of a guard's event."""
+    """A mark at a step: `kind` is onset, or that of a guard's event."""
 
     step: int
     kind: str
@@ -34,7 +34,7 @@ class Mark:
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """One pair of axes. `unit` is of the y axis; x is always the step.
+    """One pair of axes. `unit` belongs to the y axis; x is always the step.
 
     `form` is lines or stacked (areas on top of each other).
     """
@@ -48,7 +48,7 @@ class Panel:
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """Panels under one title; `missing` are sentences on what is left out."""
+    """Panels under one title; `missing` are sentences about what is omitted."""
 
     name: str
     title: str
@@ -58,7 +58,7 @@ class Figure:
 
 
 def figures(runs: Sequence[Run]) -> list[Figure]:
-    """Every figure of the report, in order; one without panels has only its sentences."""
+    """Return every figure of the report, in order; one without panels has only its sentences."""
     return [
         _rollouts(runs), _held_out(runs), _signals(runs), _repeated(runs), _together(runs),
         _agreement(runs), _positions(runs), _gradients(runs), _losses(runs), _time(runs),
@@ -66,12 +66,12 @@ def figures(runs: Sequence[Run]) -> list[Figure]:
 
 
 def letter(i: int) -> str:
-    """A, B, ... Z, A2, B2, ...: what a run is called in figures."""
+    """Return the letter of a run in figures: A, B, ... Z, A2, B2, ..."""
     return chr(65 + i % 26) + (str(i // 26 + 1) if i >= 26 else "")
 
 
 def label(i: int, run: Run) -> str:
-    """How a run is called where there is room."""
+    """Return the name of a run where there is room."""
     return f"{letter(i)}  {run.name}"
 
 
@@ -135,7 +135,7 @@ def _repeated(runs: Sequence[Run]) -> Figure:
     share = _lines(runs, "score/repeated_token_fraction")
     if share:
         panels.append(Panel("Share of repetitive tokens", "share of tokens", share, _marks(runs)))
-    for i, run in _apart(runs):
+    for i, run in _separate(runs):
         lines = _named(run, [("score/repeated_token_advantage", "repetitive"),
                              ("score/regular_token_advantage", "regular")])  # fmt: skip
         if lines:
@@ -157,7 +157,7 @@ def _repeated(runs: Sequence[Run]) -> Figure:
 
 def _together(runs: Sequence[Run]) -> Figure:
     panels, missing = [], []
-    for i, run in _apart(runs):
+    for i, run in _separate(runs):
         wanted = [("score/advantage_mean", "advantage"), ("score/teacher_logprob_mean", "teacher log-prob"),
                   ("rollout/truncation_rate", "TruncRate"), ("rollout/repetition_rate", "RepRate"),
                   ("rollout/length_mean", "length")]  # fmt: skip
@@ -206,7 +206,7 @@ def _agreement(runs: Sequence[Run]) -> Figure:
 
 def _positions(runs: Sequence[Run]) -> Figure:
     panels, missing = [], []
-    for i, run in _apart(runs):
+    for i, run in _separate(runs):
         found = False
         for name, title, unit in (
             ("overlap_ratio", "overlap", "share of ids"), ("entropy_gap", "entropy gap", "nats"),
@@ -239,7 +239,7 @@ def _gradients(runs: Sequence[Run]) -> Figure:
                              ("optim/learning_rate", "Learning rate", "rate")):  # fmt: skip
         if lines := _lines(runs, key):
             panels.append(Panel(title, unit, lines, _marks(runs)))
-    for i, run in _apart(runs):
+    for i, run in _separate(runs):
         norms = _starting(run, "optim/grad_norm_")
         angles = _starting(run, "optim/grad_cosine_")
         if norms:
@@ -272,7 +272,7 @@ def _losses(runs: Sequence[Run]) -> Figure:
 
 def _time(runs: Sequence[Run]) -> Figure:
     panels, missing = [], []
-    for i, run in _apart(runs):
+    for i, run in _separate(runs):
         stages = [key for key in run.curves if key.startswith("time/") and key != "time/step_s"]
         lines = _named(run, [(key, key[5:].removesuffix("_s")) for key in stages])
         if lines:
@@ -305,9 +305,9 @@ def _overlaid(
     marked: bool = False,
     silent: Sequence[str] = (),
 ) -> Figure:
-    """A panel for each (key, title, unit) that some run has; a sentence for each that one lacks.
+    """Make a panel for each (key, title, unit) that some run has; a sentence for each that one lacks.
 
-    Nothing is said of keys that are `silent`: many methods have no such thing.
+    Missing `silent` keys get no sentence: many methods do not have them.
     """
     panels, missing = [], []
     for key, heading, unit in wanted:
@@ -336,9 +336,9 @@ def _lines(runs: Sequence[Run], key: str, error: str = "") -> list[Line]:
 
 
 def _named(run: Run, wanted: Sequence[tuple[str, str]]) -> list[Line]:
-    """Several keys of one run, as lines of one panel."""
+    """Return several keys of one run as lines of one panel."""
     return [
-        Line(told, j, run.curves[key]) for j, (key, told) in enumerate(wanted) if _has(run, key)
+        Line(title, j, run.curves[key]) for j, (key, title) in enumerate(wanted) if _has(run, key)
     ]
 
 
@@ -352,7 +352,7 @@ def _marks(runs: Sequence[Run]) -> list[Mark]:
 
 
 def _own_marks(run: Run, look: int = -1, prefix: str = "") -> list[Mark]:
-    """The onset and the guard's events; `look` -1 is black."""
+    """Return the onset and the guard's events; `look` -1 is black."""
     events = [
         Mark(event.step, event.kind, look, "") for event in run.events if event.kind != "terms"
     ]
@@ -363,15 +363,15 @@ def _own_marks(run: Run, look: int = -1, prefix: str = "") -> list[Mark]:
 
 
 def logged(runs: Sequence[Run]) -> list[tuple[int, Run]]:
-    """The runs that have curves, with their places among all."""
+    """Return the runs that have curves, with their indices among all."""
     return [(i, run) for i, run in enumerate(runs) if run.curves]
 
 
-def _apart(runs: Sequence[Run]) -> list[tuple[int, Run]]:
-    return logged(runs)[:APART]
+def _separate(runs: Sequence[Run]) -> list[tuple[int, Run]]:
+    return logged(runs)[:SEPARATE]
 
 
 def _too_many(runs: Sequence[Run]) -> list[str]:
-    if len(logged(runs)) <= APART:
+    if len(logged(runs)) <= SEPARATE:
         return []
-    return [f"Panels of single runs are drawn for the first {APART} of {len(runs)} runs."]
+    return [f"Panels of single runs are drawn for the first {SEPARATE} of {len(runs)} runs."]

@@ -13,7 +13,7 @@ from opd_jax.report.read import Run
 from opd_jax.report.samples import HEAD, Sample, as_json, rollouts
 from opd_jax.report.text import escape
 
-# |advantage| in nats from which a token has the next shade.
+# Thresholds of |advantage|, in nats, between the shades of tokens.
 SHADES = (0.05, 0.3, 1.0, 3.0)
 _OUTCOMES = {
     "eos": "ended by itself",
@@ -26,7 +26,7 @@ _GLYPHS = {"alarm": "▼", "rollback": "◀", "stop": "■", "recovered": "●",
 def page(
     runs: Sequence[Run], figures: Sequence[Figure], *, samples: int, tokenizer: str = ""
 ) -> str:
-    """The whole page. `samples` rollouts of each run; `tokenizer`: see samples.samples."""
+    """Return the complete page. `samples` rollouts of each run; `tokenizer`: see samples.rollouts."""
     style, script = _asset("style.css"), _asset("script.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
@@ -102,7 +102,7 @@ def _thinned(figure: Figure) -> str:
 
 
 def _legend(runs: Sequence[Run]) -> str:
-    """Which run is which, as the curves look; and what the guard's marks mean, where there are any."""
+    """Return the legend: which run is which, and the meaning of the guard's marks, where there are any."""
     items = []
     for i, run in logged(runs):
         colour = drawing.COLOURS[i % len(drawing.COLOURS)]
@@ -166,7 +166,7 @@ def _samples(runs: Sequence[Run], count: int, tokenizer: str) -> str:
 
 
 def _shades() -> str:
-    """What colours and lines of tokens mean."""
+    """Return the legend of the colours and underlines of tokens."""
     far = [f"-{SHADES[-1]:g}", *(f"-{x:g}" for x in SHADES[-2::-1])]
     keys = [f'<i class="n{4 - k}">{x} or less</i>' for k, x in enumerate(far)]
     keys += ["<i>about 0</i>"] + [

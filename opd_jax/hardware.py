@@ -151,8 +151,8 @@ def free_host_bytes() -> int:
 
 def whole_host_bytes() -> int:
     """Return the total memory of the machine, or of the control group where that is smaller."""
-    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min(whole, _group_limit())
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(total, _group_limit())
 
 
 def _meminfo() -> dict[str, int]:

@@ -196,12 +196,12 @@ def golden(value: str) -> str:
     parts = marked(value)
     if parts is None:
         return value
-    steps, found = parts
+    steps, gold = parts
     if not steps:
         raise Unusable("has nothing before ####")
-    if not found or last_boxed(steps) == found:
+    if not gold or last_boxed(steps) == gold:
         return steps
-    return f"{steps}\n\\boxed{{{found}}}"
+    return f"{steps}\n\\boxed{{{gold}}}"
 
 
 def marked(value: str) -> tuple[str, str] | None:
@@ -216,16 +216,16 @@ def marked(value: str) -> tuple[str, str] | None:
         pass
     if mark is None:
         return None
-    found = _tidy(mark[1])
+    gold = _tidy(mark[1])
     more, has_box = bool(value[mark.end() :].strip()), last_boxed(value) is not None
     on_its_line = "\n" not in value[mark.start() : mark.start(1)]
-    is_amount = _is_expression(found) and re.search(r"\d", found)
-    if found and not on_its_line and not has_box and not is_amount:
+    is_amount = _is_expression(gold) and re.search(r"\d", gold)
+    if gold and not on_its_line and not has_box and not is_amount:
         return _CALCULATOR.sub("", value).strip(), ""
-    if (more and has_box) or ((more or has_box) and not _is_expression(found)):
+    if (more and has_box) or ((more or has_box) and not _is_expression(gold)):
         return None
     steps = _CALCULATOR.sub("", value[: mark.start()]).strip()
-    return steps, "" if is_placeholder(found) else found
+    return steps, "" if is_placeholder(gold) else gold
 
 
 def _tidy(line: str) -> str:
@@ -289,41 +289,41 @@ def chat(value: Any) -> Turns:
     for turn in value:
         if not isinstance(turn, dict):
             raise Unusable("is a list, but not of chat turns")
-        role, said, _ = _turn(turn)
-        turns.append((role, unicode(said)))
+        role, content, _ = _turn(turn)
+        turns.append((role, unicode(content)))
     return turns
 
 
 def _turn(turn: dict[str, Any]) -> tuple[str, str, set[str]]:
     """Return (role, text, keys of both) of a chat turn; a key of thoughts that the text repeats counts."""
     keys = {"role" if "role" in turn else "from", "content" if "content" in turn else "value"}
-    role, said = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-    if not isinstance(role, str) or not isinstance(said, str):
+    role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+    if not isinstance(role, str) or not isinstance(content, str):
         raise Unusable("has a chat turn without role and content")
     if role.lower() not in _ROLES:
         raise Unusable(f"has a turn of role {role!r}, wanted system, user or assistant")
     role = _ROLES[role.lower()]
     if role == "assistant":
         for name in THOUGHTS:
-            said = with_thoughts(turn.get(name), said)
-        inner, mark, _ = said.partition("</think>")
+            content = with_thoughts(turn.get(name), content)
+        inner, mark, _ = content.partition("</think>")
         texts = {name: turn[name] for name in THOUGHTS if mark and isinstance(turn.get(name), str)}
         keys |= {name for name, text in texts.items() if _thoughts(text) in inner}
-    return role, said, keys
+    return role, content, keys
 
 
 def unread(value: Any) -> set[str]:
     """Return the keys of chat turns that hold a value and that `chat` does not read; else an empty set."""
     value = chat_of(value)
     turns = [turn for turn in value if isinstance(turn, dict)] if isinstance(value, list) else []
-    found: set[str] = set()
+    names: set[str] = set()
     for turn in turns:
         try:
             keys = _turn(turn)[2]
         except Unusable:  # the turn is not used
             continue
-        found |= {key for key, held in turn.items() if key not in keys and holds(held)}
-    return found
+        names |= {key for key, held in turn.items() if key not in keys and holds(held)}
+    return names
 
 
 def history(value: list[Any]) -> Turns:
@@ -338,17 +338,17 @@ def history(value: list[Any]) -> Turns:
     return turns
 
 
-def with_thoughts(thoughts: Any, said: str) -> str:
-    """Put the thoughts before `said`, if there are any and it does not contain them already.
+def with_thoughts(thoughts: Any, content: str) -> str:
+    """Put the thoughts before `content`, if there are any and it does not contain them already.
 
     A setting ("on", "high") is not a thought, nor is a placeholder.
     """
-    if not isinstance(thoughts, str) or "</think>" in said:
-        return said
+    if not isinstance(thoughts, str) or "</think>" in content:
+        return content
     inner = _thoughts(thoughts)
     if inner.lower() in _SWITCHES or is_placeholder(inner):
-        return said
-    return f"<think>\n{unicode(inner)}\n</think>\n\n{said}"
+        return content
+    return f"<think>\n{unicode(inner)}\n</think>\n\n{content}"
 
 
 def _thoughts(text: str) -> str:

@@ -166,12 +166,12 @@ def count(counts: Counts, row: Row, problem: Problem, taken: Columns) -> None:
 
 def describe(counts: Mapping[str, Mapping[str, int]]) -> str:
     """`problem from question, answer from answer; 12 with earlier turns; not read: level`."""
-    taken = [
+    sources = [
         f"{part} from {_ranked(counts[part])}"
         for part in ("problem", "solution", "answer", "id")
         if any(counts.get(part, ()))
     ]
-    phrases = [", ".join(taken)] if taken else []
+    phrases = [", ".join(sources)] if sources else []
     if turns := counts.get("earlier turns"):
         phrases.append(f"{turns['rows']} with earlier turns")
     if names := sorted(counts.get("not read", ())):
@@ -248,9 +248,9 @@ def _may_be_place(value: Any, choices: tuple[tuple[str, str], ...]) -> bool:
     """Return whether an answer may mean "the second": an integer, or its text where no choice shows it."""
     if isinstance(value, str):
         shown = {part for choice in choices for part in choice}
-        said = value.strip()
-        is_number = re.fullmatch(r"\d{1,2}(?:\.0+)?", said) is not None
-        return is_number and float(said) <= len(choices) and shown.isdisjoint((said, ""))
+        text = value.strip()
+        is_number = re.fullmatch(r"\d{1,2}(?:\.0+)?", text) is not None
+        return is_number and float(text) <= len(choices) and shown.isdisjoint((text, ""))
     if isinstance(value, float):
         return value.is_integer()
     return isinstance(value, int) and not isinstance(value, bool)

@@ -169,17 +169,17 @@ class Tokenizer:
     def _turn(self) -> tuple[str, str, str]:
         """The template's text after a user turn: the generation prompt; before a reply; after a reply."""
         question, reply = "9876543210", "0123456789"
-        asked = self.render(question).rpartition(question)[2]
+        prompt_end = self.render(question).rpartition(question)[2]
         before, _, after = (
             self.render(question, reply=reply).rpartition(question)[2].rpartition(reply)
         )
-        return asked, before, after
+        return prompt_end, before, after
 
     @property
     def reply_space(self) -> str:
         """White space between the prompt and a reply in a closed conversation (Llama 2 has one)."""
-        asked, before, _ = self._turn
-        space = before.removeprefix(asked) if before.startswith(asked) else ""
+        prompt_end, before, _ = self._turn
+        space = before.removeprefix(prompt_end) if before.startswith(prompt_end) else ""
         return space if space.isspace() else ""
 
     @property
@@ -190,10 +190,10 @@ class Tokenizer:
         """
         if not self.has_template:
             return ""
-        asked, before, _ = self._turn
+        prompt_end, before, _ = self._turn
         alone = self._apply([{"role": "user", "content": "?"}], generation_prompt=False)
-        missing = before.removeprefix(asked).strip()
-        return missing if before.startswith(asked) and alone.endswith("?" + asked) else ""
+        missing = before.removeprefix(prompt_end).strip()
+        return missing if before.startswith(prompt_end) and alone.endswith("?" + prompt_end) else ""
 
     def end_of_turn(self) -> int | None:
         """Return the special token with which the chat template closes the model's turn, if it does."""

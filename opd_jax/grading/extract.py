@@ -44,8 +44,8 @@ def find(text: str, fallbacks: tuple[str, ...] = ()) -> Found | None:
         return Found(box)
     finders = dict(zip(FALLBACKS, (_answer_line, _after_think, _last_number), strict=True))
     for name in fallbacks:
-        if (found := finders[name](text)) is not None:
-            return found
+        if (answer := finders[name](text)) is not None:
+            return answer
     return None
 
 
@@ -161,17 +161,17 @@ def parts(text: str) -> list[str]:
     text = re.sub(r"(?<=\d)\{,\}(?=\d{3})", "", text)
     while text.startswith("{") and _closes(text) == len(text) - 1:
         text = text[1:-1].strip()
-    found, depth, start = [], 0, 0
+    pieces, depth, start = [], 0, 0
     for mark in re.finditer(r"[()\[\]{},;]|\s(?:and|or)\s", text):
         if mark[0] in "([{":
             depth += 1
         elif mark[0] in ")]}":
             depth -= 1
         elif depth <= 0:
-            found.append(text[start : mark.start()])
+            pieces.append(text[start : mark.start()])
             start = mark.end()
-    found.append(text[start:])
-    clean = [part.strip() for part in found if part.strip()]
+    pieces.append(text[start:])
+    clean = [part.strip() for part in pieces if part.strip()]
     both = [
         [part.replace("\\pm", "+", 1), part.replace("\\pm", "-", 1)]
         if part.count("\\pm") == 1 else [part]

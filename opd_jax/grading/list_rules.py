@@ -51,10 +51,10 @@ def matched(answers: Sequence[T], golds: Sequence[T], same: Callable[[T, T], boo
     """Return whether the answers agree with the golds one to one, in some order."""
     left = list(golds)
     for answer in answers:
-        found = next((gold for gold in left if same(answer, gold)), None)
-        if found is None:
+        match = next((gold for gold in left if same(answer, gold)), None)
+        if match is None:
             return False
-        left.remove(found)
+        left.remove(match)
     return not left
 
 
@@ -141,19 +141,19 @@ def named(text: str) -> list[tuple[str, str]] | None:
     """
     if tuples := re.fullmatch(r"(\(.*\))=(\(.*\))", letters(text)):
         left, right = members(tuples[1])[1], members(tuples[2])[1]
-        found = [*zip(left, right, strict=False)] if len(left) == len(right) else []
+        pairs = [*zip(left, right, strict=False)] if len(left) == len(right) else []
     else:
         listed = parts(re.sub(r"\\q?quad(?![a-z])|\\\\", ",", text))
-        found = [(one[0], one[2]) for one in (letters(part).partition("=") for part in listed)]
+        pairs = [(one[0], one[2]) for one in (letters(part).partition("=") for part in listed)]
     plain = all(
         (re.fullmatch(NAME, name) or _LONG.fullmatch(name)) and value and "=" not in value
-        for name, value in found
+        for name, value in pairs
     )
-    if not plain or not found:
+    if not plain or not pairs:
         return None
-    if len(found) == 1 and (not _AT.fullmatch(found[0][0]) or _AT.search(found[0][1])):
+    if len(pairs) == 1 and (not _AT.fullmatch(pairs[0][0]) or _AT.search(pairs[0][1])):
         return None
-    return [(re.sub(rf"{FONT}(?=\{{)|[{{}}]", "", name), value) for name, value in found]
+    return [(re.sub(rf"{FONT}(?=\{{)|[{{}}]", "", name), value) for name, value in pairs]
 
 
 def names(answer: str, gold: str, same: Same) -> bool | None:

@@ -144,9 +144,9 @@ def _base(text: str) -> int | str:
 
 def _shortest(digits: str) -> str:
     """Return the digits without leading and trailing zeros that do not matter: 0101.10 is 101.1."""
-    whole, point, fraction = digits.partition(".")
+    integer, point, fraction = digits.partition(".")
     fraction = fraction.rstrip("0")
-    return (whole.lstrip("0") or "0") + (point + fraction if fraction else "")
+    return (integer.lstrip("0") or "0") + (point + fraction if fraction else "")
 
 
 def bases(answer: str, gold: str, same: Same) -> bool | None:

@@ -19,8 +19,8 @@ def sides(text: str) -> list[str] | None:
     plain = letters(text)
     if "=" not in plain or re.search(r"[<>]|\\(?:[lg]eq?|neq?|approx|equiv|in)(?![a-z])", plain):
         return None
-    found = plain.split("=")
-    return found if all(found) and len(parts(text)) == 1 else None
+    chain = plain.split("=")
+    return chain if all(chain) and len(parts(text)) == 1 else None
 
 
 def equations(answer: str, gold: str, same: Same) -> bool | None:
@@ -101,8 +101,8 @@ def ranges(text: str) -> Ranges | None:
         text = builder[2]
     name, member, rest = text.partition("\\in")
     if member and re.fullmatch(NAME, letters(name)) and not re.match("[a-z]", rest):
-        found = ranges(rest)
-        return found and dataclasses.replace(found, form="membership", name=letters(name))
+        interval = ranges(rest)
+        return interval and dataclasses.replace(interval, form="membership", name=letters(name))
     pieces: list[Range] = []
     variables = set()
     for part in map(letters, _OR.split(text)):
@@ -126,8 +126,8 @@ def _interval(text: str) -> tuple[str, list[Range]] | None:
 
 def _inequality(text: str) -> tuple[str, list[Range]] | None:
     """Return (variable, intervals) of x<3, 3≥x, 0<x≤1 or x≠3; None where it is not solved for a variable."""
-    found = re.split(r"([<>≤≥≠])", text)
-    terms, signs = found[::2], found[1::2]
+    split = re.split(r"([<>≤≥≠])", text)
+    terms, signs = split[::2], split[1::2]
     if len(signs) not in (1, 2) or not all(terms) or len(parts(text)) != 1:
         return None
     could = [t for t in terms if re.fullmatch(NAME, t) and t not in _NO_VARIABLES]

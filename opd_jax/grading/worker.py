@@ -41,8 +41,8 @@ def grade(
     grader: str = "guarded",
 ) -> str:
     """Return the grade name of an answer: CORRECT, WRONG, or UNPARSED (none that math-verify can parse)."""
-    found = find(text, fallbacks)
-    return "UNPARSED" if found is None else compare(found, gold, rule, grader)
+    answer = find(text, fallbacks)
+    return "UNPARSED" if answer is None else compare(answer, gold, rule, grader)
 
 
 def compare(found: Found, gold: str, rule: str, grader: str = "guarded") -> str:
@@ -114,9 +114,9 @@ def _latex(expression: str) -> str:
 def _value(expression: str) -> float | None:
     """Return the value of a number, or of an expression with one: the last side of an equation."""
     last = re.split(r"(?<![<>!\\])=|\\approx|\\simeq|≈", expression)[-1]
-    found = number(last)
-    if found is not None:
-        return found
+    value = number(last)
+    if value is not None:
+        return value
     for parsed in _parse(last):
         try:
             return float(parsed)

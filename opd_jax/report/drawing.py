@@ -66,11 +66,11 @@ def export(figures: list[Figure], legend: list[str], folder: pathlib.Path) -> li
         folder.mkdir(parents=True, exist_ok=True)
         for figure in figures:
             if figure.panels:
-                whole = _complete(figure, legend)
+                canvas = _complete(figure, legend)
                 for ending in ("png", "svg"):
                     path = folder / f"{figure.name}.{ending}"
                     with matplotlib.rc_context(_STYLE | {"svg.fonttype": "path"}):
-                        whole.savefig(path, dpi=150)
+                        canvas.savefig(path, dpi=150)
                     written.append(path)
     except OSError as error:
         raise WorkdirError(
@@ -86,8 +86,8 @@ def draw(axes: Any, panel: Panel) -> None:
     if panel.form == "stacked":
         _stack(axes, panel.lines, drawn)
     else:
-        for given, one in zip(panel.lines, drawn, strict=True):
-            _curve(axes, given, one)
+        for curve, one in zip(panel.lines, drawn, strict=True):
+            _curve(axes, curve, one)
     for mark in panel.marks:
         _mark(axes, mark)
     axes.set_title(line(panel.title, 48))
@@ -99,16 +99,16 @@ def draw(axes: Any, panel: Panel) -> None:
     elif panel.unit.startswith("tokens") and axes.get_ylim()[1] < 1e7:
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     if len(panel.lines) > 1 or panel.form == "stacked" or len(panel.lines[0].label) > 1:
-        columns = 2 if max(len(given.label) for given in panel.lines) > 14 else 3
+        columns = 2 if max(len(curve.label) for curve in panel.lines) > 14 else 3
         axes.legend(
             loc="upper center", bbox_to_anchor=(0.45, -0.2), ncols=columns, handlelength=3.2,
             columnspacing=1.2, labelspacing=0.3, borderaxespad=0.0,
         )  # fmt: skip
 
 
-def _name(given: Line) -> str:
+def _name(curve: Line) -> str:
     """Return the name for the legend; matplotlib omits names that begin with an underscore."""
-    name = line(given.label, 32)
+    name = line(curve.label, 32)
     return f" {name}" if name.startswith("_") else name
 
 
@@ -117,18 +117,18 @@ def _coarse(path: re.Match[str]) -> str:
     return re.sub(r"(\.\d\d)\d+", r"\1", path[0])
 
 
-def _curve(axes: Any, given: Line, drawn: Drawn) -> None:
-    colour, dashes = COLOURS[given.look % len(COLOURS)], DASHES[given.look % len(DASHES)]
+def _curve(axes: Any, curve: Line, drawn: Drawn) -> None:
+    colour, dashes = COLOURS[curve.look % len(COLOURS)], DASHES[curve.look % len(DASHES)]
     kept = np.isfinite(drawn.value_N)
     count = int(kept.sum())
-    name = _name(given)
+    name = _name(curve)
     if count <= _SPARSE:
-        marker = MARKERS[given.look % len(MARKERS)]
+        marker = MARKERS[curve.look % len(MARKERS)]
         axes.plot(drawn.step_N[kept], drawn.value_N[kept], color=colour, linestyle=dashes, lw=1.5,
                   marker=marker, ms=3.5, label=name)  # fmt: skip
-        if given.error is not None:
-            _, i, j = np.intersect1d(drawn.step_N, given.error.step_N, return_indices=True)
-            axes.errorbar(drawn.step_N[i], drawn.value_N[i], yerr=given.error.value_N[j],
+        if curve.error is not None:
+            _, i, j = np.intersect1d(drawn.step_N, curve.error.step_N, return_indices=True)
+            axes.errorbar(drawn.step_N[i], drawn.value_N[i], yerr=curve.error.value_N[j],
                           fmt="none", ecolor=colour, elinewidth=0.9, capsize=2)  # fmt: skip
         return
     if drawn.per > 1:
@@ -144,12 +144,12 @@ def _stack(axes: Any, lines: list[Line], drawn: list[Drawn]) -> None:
     """Draw areas on top of each other; a missing value counts as 0."""
     step_N = np.unique(np.concatenate([one.step_N for one in drawn]))
     below_N = np.zeros(len(step_N))
-    for given, one in zip(lines, drawn, strict=True):
+    for curve, one in zip(lines, drawn, strict=True):
         height_N = np.zeros(len(step_N))
         height_N[np.searchsorted(step_N, one.step_N)] = np.nan_to_num(one.value_N)
         axes.fill_between(
-            step_N, below_N, below_N + height_N, facecolor=FILLS[given.look % len(FILLS)],
-            hatch=HATCHES[given.look % len(HATCHES)], edgecolor="#444444", lw=0.3, label=_name(given),
+            step_N, below_N, below_N + height_N, facecolor=FILLS[curve.look % len(FILLS)],
+            hatch=HATCHES[curve.look % len(HATCHES)], edgecolor="#444444", lw=0.3, label=_name(curve),
         )  # fmt: skip
         below_N = below_N + height_N
     axes.set_ylim(0, float(np.quantile(below_N, 0.99)) * 1.15 or 1.0)

@@ -158,15 +158,15 @@ def _repeated(runs: Sequence[Run]) -> Figure:
 def _together(runs: Sequence[Run]) -> Figure:
     panels, missing = [], []
     for i, run in _separate(runs):
-        wanted = [("score/advantage_mean", "advantage"), ("score/teacher_logprob_mean", "teacher log-prob"),
+        curves = [("score/advantage_mean", "advantage"), ("score/teacher_logprob_mean", "teacher log-prob"),
                   ("rollout/truncation_rate", "TruncRate"), ("rollout/repetition_rate", "RepRate"),
                   ("rollout/length_mean", "length")]  # fmt: skip
-        wanted = [
+        curves = [
             (f"eval/{name}/accuracy", "held-out accuracy") for name in run.benchmarks[:1]
-        ] + wanted
+        ] + curves
         lines = [
             dataclasses.replace(line, curve=standardised(line.curve))
-            for line in _named(run, wanted)
+            for line in _named(run, curves)
             if len(line.curve.finite().step_N) > 1
         ]
         if len(lines) > 1:
@@ -207,7 +207,7 @@ def _agreement(runs: Sequence[Run]) -> Figure:
 def _positions(runs: Sequence[Run]) -> Figure:
     panels, missing = [], []
     for i, run in _separate(runs):
-        found = False
+        any_lines = False
         for name, title, unit in (
             ("overlap_ratio", "overlap", "share of ids"), ("entropy_gap", "entropy gap", "nats"),
             ("student_entropy", "student's entropy", "nats"), ("advantage_mean", "advantage", "nats a token"),
@@ -218,8 +218,8 @@ def _positions(runs: Sequence[Run]) -> Figure:
                 panels.append(
                     Panel(f"{letter(i)}: {title} by position", unit, lines, _own_marks(run))
                 )
-                found = True
-        if not found:
+                any_lines = True
+        if not any_lines:
             missing.append(
                 f"{label(i, run)} logged no positions: all metrics.positions are beyond its budget, "
                 "or nothing was scored."
@@ -300,7 +300,7 @@ def _overlaid(
     name: str,
     title: str,
     text: str,
-    wanted: Sequence[tuple[str, str, str]],
+    metrics: Sequence[tuple[str, str, str]],
     *,
     marked: bool = False,
     silent: Sequence[str] = (),
@@ -310,7 +310,7 @@ def _overlaid(
     Missing `silent` keys get no sentence: many methods do not have them.
     """
     panels, missing = [], []
-    for key, heading, unit in wanted:
+    for key, heading, unit in metrics:
         lines = _lines(runs, key)
         if lines:
             panels.append(Panel(heading, unit, lines, _marks(runs) if marked else []))
@@ -335,16 +335,16 @@ def _lines(runs: Sequence[Run], key: str, error: str = "") -> list[Line]:
     ]
 
 
-def _named(run: Run, wanted: Sequence[tuple[str, str]]) -> list[Line]:
+def _named(run: Run, metrics: Sequence[tuple[str, str]]) -> list[Line]:
     """Return several keys of one run as lines of one panel."""
     return [
-        Line(title, j, run.curves[key]) for j, (key, title) in enumerate(wanted) if _has(run, key)
+        Line(title, j, run.curves[key]) for j, (key, title) in enumerate(metrics) if _has(run, key)
     ]
 
 
 def _starting(run: Run, prefix: str) -> list[Line]:
-    found = {key: key.removeprefix(prefix) for key in run.curves if key.startswith(prefix)}
-    return _named(run, [(key, _PAIR.sub(r"\1, \2", name)) for key, name in found.items()])
+    titles = {key: key.removeprefix(prefix) for key in run.curves if key.startswith(prefix)}
+    return _named(run, [(key, _PAIR.sub(r"\1, \2", name)) for key, name in titles.items()])
 
 
 def _marks(runs: Sequence[Run]) -> list[Mark]:

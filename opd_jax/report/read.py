@@ -309,31 +309,31 @@ def _object(path: pathlib.Path, notes: list[str]) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        found = None
-    if isinstance(found, dict):
-        return found
+        value = None
+    if isinstance(value, dict):
+        return value
     notes.append(f"{path.name} cannot be read and is left out")
     return {}
 
 
 def _evaluated(results: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
     """Return the evaluations in results.json, in the form of `_answers`."""
-    found = results.get("results")
-    named = found.items() if isinstance(found, dict) else ()
+    figures = results.get("results")
+    named = figures.items() if isinstance(figures, dict) else ()
     numbers = {name: _numbers(one) for name, one in named if isinstance(one, dict)}
     return {"this evaluation": numbers} if numbers else {}
 
 
-def _numbers(found: dict[str, Any]) -> dict[str, float]:
-    return {k: v for k, v in found.items() if type(v) in (int, float) and math.isfinite(v)}
+def _numbers(fields: dict[str, Any]) -> dict[str, float]:
+    return {k: v for k, v in fields.items() if type(v) in (int, float) and math.isfinite(v)}
 
 
 def _answers(folder: pathlib.Path, notes: list[str]) -> dict[str, dict[str, dict[str, float]]]:
     out: dict[str, dict[str, dict[str, float]]] = {}
     for path in sorted(folder.glob("*/*.json")):
-        found = _object(path, notes)
-        if numbers := _numbers(found):
+        fields = _object(path, notes)
+        if numbers := _numbers(fields):
             out.setdefault(path.parent.name, {})[path.stem] = numbers
     return dict(sorted(out.items(), key=lambda item: (not item[0].isdigit(), item[0].zfill(20))))

@@ -59,10 +59,12 @@ def answers_table(i: int, run: Run) -> str:
     benchmarks = sorted({name for step in shown for name in run.answers[step]})
     out = []
     for name in benchmarks:
-        found = {step: run.answers[step][name] for step in shown if name in run.answers[step]}
-        columns = [column for column in _COLUMNS if any(column[0] in one for one in found.values())]
+        evaluations = {step: run.answers[step][name] for step in shown if name in run.answers[step]}
+        columns = [
+            column for column in _COLUMNS if any(column[0] in one for one in evaluations.values())
+        ]
         rows = []
-        for step, one in found.items():
+        for step, one in evaluations.items():
             who = f"after (step {step})" if step.isdigit() else step
             who = "before (step 0)" if step == "0" else who
             rows.append([who, *(_figure(one, key, kind) for key, _, kind in columns)])
@@ -107,9 +109,9 @@ def beside_papers(i: int, run: Run) -> str:
 
 def papers_table() -> str:
     """Return the averages that the papers report, with their sources."""
-    found = [row for row in results.baselines() if row["benchmark"] == "avg"]
+    averages = [row for row in results.baselines() if row["benchmark"] == "avg"]
     rows = [[row["backbone"], row["method"], row["teacher"], f"{row['value']:.1f}", row["source"]]
-            for row in found]  # fmt: skip
+            for row in averages]  # fmt: skip
     return table(["backbone", "method", "teacher", "Avg, %", "source"], rows, text=3)
 
 
@@ -209,22 +211,22 @@ def _cells(row: Sequence[str], tag: str, text: int) -> str:
 
 def _own_comparison(run: Run) -> list[dict[str, Any]]:
     steps = [step for step in run.answers if step.isdigit()]
-    found = run.answers[steps[-1]] if steps else {}
-    found = {
+    evaluations = run.answers[steps[-1]] if steps else {}
+    evaluations = {
         n: one
-        for n, one in found.items()
+        for n, one in evaluations.items()
         if n in BENCHMARKS and {"accuracy", "stderr"} <= one.keys()
     }
     backbone = results.backbone_of(run.config["student"]["path"])
-    table = results.comparison(run.name, found, backbone) if found and backbone else []
+    table = results.comparison(run.name, evaluations, backbone) if evaluations and backbone else []
     return table if len(table) > 1 else []
 
 
 def _field(run: Run, name: str) -> str:
-    found: Any = run.config
+    value: Any = run.config
     for part in name.split("."):
-        found = found.get(part) if isinstance(found, dict) else None
-    return "" if found is None else _text(found)
+        value = value.get(part) if isinstance(value, dict) else None
+    return "" if value is None else _text(value)
 
 
 def _model(run: Run, role: str) -> str:
@@ -237,13 +239,15 @@ def _model(run: Run, role: str) -> str:
 
 def _weights(run: Run) -> str:
     names = ("pg_weight", "divergence_weight", "lambda_gold", "beta_kl")
-    given = {name: _field(run, f"loss.{name}") for name in names}
-    return ", ".join(f"{name} {x}" for name, x in given.items() if x not in ("", "0", "0.0")) or "-"
+    weights = {name: _field(run, f"loss.{name}") for name in names}
+    return (
+        ", ".join(f"{name} {x}" for name, x in weights.items() if x not in ("", "0", "0.0")) or "-"
+    )
 
 
 def _devices(run: Run) -> str:
-    found = run.info.get("devices")
-    kinds = [_text(x) for x in found] if isinstance(found, list) else []
+    devices = run.info.get("devices")
+    kinds = [_text(x) for x in devices] if isinstance(devices, list) else []
     return ", ".join(f"{kinds.count(kind)} x {kind}" for kind in dict.fromkeys(kinds)) or "-"
 
 

@@ -1,4 +1,4 @@
-"""Compiled programs by name, before there is anything to run them on: to compile ahead, or to look at."""
+"""Programs with the shapes of their arguments, to compile ahead of time or to inspect."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -9,7 +9,7 @@ import jax
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A jitted function and the arguments it will be called with; arrays may be shapes and dtypes alone."""
+    """A jitted function and the arguments of a future call; arrays may be shapes and dtypes alone."""
 
     name: str
     function: Callable[..., Any]
@@ -17,6 +17,6 @@ class Program:
     kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def compile(self) -> jax.stages.Compiled:
-        """The compiled program; it also goes into the cache of compiled programs, where a call finds it."""
+        """Compile and return the program; a call finds the result in the compilation cache."""
         lowered: Any = self.function
         return lowered.lower(*self.args, **self.kwargs).compile()

@@ -1,4 +1,4 @@
-"""What every entry point in launch/ shares: flags, exit statuses, one-line errors."""
+"""Common parts of every entry point in launch/: flags, exit statuses, one-line errors."""
 
 import functools
 import os
@@ -27,32 +27,31 @@ def define_config(
     fields: Callable[[], ConfigDict] = training_fields,
     reads: aliases.Reads = aliases.TRAINING,
 ) -> None:
-    """The `--config=FILE.py[:RECIPE]` flag; every field can be overridden (`--config.steps=10`).
+    """Define the flag `--config=FILE.py[:RECIPE]`; every field can be overridden (`--config.steps=10`).
 
-    `fields` makes the tree that the entry point's config files start from, `reads` says what it reads
-    of it; `main` takes the same two.
+    `fields` creates the tree that the entry point's config files start from, `reads` describes what the
+    entry point reads of it; `main` takes the same two.
     """
-    sys.path.insert(
-        0, str(pathlib.Path(__file__).parents[1])
-    )  # config files import configs.recipes
+    # Config files import configs.recipes.
+    sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
     try:
         config_flags.DEFINE_config_file("config", default, "experiment file, with :RECIPE after it")
-    except Exception as error:  # overrides of the default file are applied here already
+    except Exception as error:  # overrides of the default file are already applied here
         _fail(str(explain(error, sys.argv[1:], fields(), reads)), EXIT_USER)
     show("config")
 
 
 def show(*names: str) -> None:
-    """Let --help of the entry point list flags that are defined elsewhere."""
+    """List flags that are defined elsewhere in --help of the entry point."""
     for name in names:
         FLAGS.register_key_flag_for_module(sys.argv[0], FLAGS[name])
 
 
 def define_processes() -> None:
-    """Flags of an entry point that may be one of several processes (docs/multi_gpu.md)."""
-    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where no launcher says it")
-    flags.DEFINE_integer("num_processes", None, "of the run", lower_bound=1)
-    flags.DEFINE_integer("process_id", None, "of this one, from 0", lower_bound=0)
+    """Define the flags of an entry point that may run as several processes (docs/multi_gpu.md)."""
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where no launcher sets it")
+    flags.DEFINE_integer("num_processes", None, "number of processes of the run", lower_bound=1)
+    flags.DEFINE_integer("process_id", None, "index of this process, from 0", lower_bound=0)
     show("coordinator", "num_processes", "process_id")
 
 
@@ -65,13 +64,11 @@ def main(
     folders: bool = False,
     stops: bool = False,
 ) -> None:
-    """Parse the command line and call `run`; exits 0, 1 (an OpdError, one line), 2 (wrong flags) or
-    75 (Interrupted: the same command goes on).
+    """Parse the command line and call `run`; exit with 0, 1 (an OpdError, one line), 2 (wrong flags) or 75.
 
-    `fields` and `reads` are those of `define_config`. With `names`, the first
-    argument must be one of them, and `run` is called with it; with `folders`, it is called with all
-    arguments, of which there must be one. With `stops`, `run` is called with what says whether it is to
-    end, `stop`.
+    75 stands for Interrupted: the same command resumes. `fields` and `reads` are those of `define_config`.
+    With `names`, the first argument must be one of them and is passed to `run`; with `folders`, all
+    arguments, at least one, are passed. With `stops`, `run` gets the stop request as `stop`.
     """
     host_memory.keep_freed()
     app.run(
@@ -93,8 +90,8 @@ def _parse(
     try:
         rest = FLAGS(arguments)
         if "config" in FLAGS:
-            _ = FLAGS.config.seed  # a file that is missing is reported at first use
-    except Exception as error:  # absl's own, or whatever a config file or an override raises
+            _ = FLAGS.config.seed  # absl reports a missing file at first use
+    except Exception as error:  # absl's errors, or any that a config file or an override raises
         if isinstance(error, flags.Error) and "--config" not in str(error):
             _fail(f"{error}{_meant(error, fields, reads)}; see --help", EXIT_FLAGS)
         _fail(str(explain(error, arguments, fields(), reads)), EXIT_USER)
@@ -110,7 +107,7 @@ def _parse(
 
 
 def _meant(error: flags.Error, fields: Callable[[], ConfigDict], reads: aliases.Reads) -> str:
-    """Of a flag that is not known: the config field that it is, or that others call so."""
+    """Suggest, for an unknown flag, the config field of this name or of an alias."""
     known = list(flatten(fields().to_dict()))
     name = getattr(error, "flagname", "").replace("-", "_")
     if "config" not in FLAGS or name not in {*aliases.FIELDS, *(f.split(".")[-1] for f in known)}:
@@ -119,13 +116,13 @@ def _meant(error: flags.Error, fields: Callable[[], ConfigDict], reads: aliases.
 
 
 def _guarded(run: Callable[..., None], *, stops: bool) -> None:
-    # Orbax tells of every file at INFO, and of what it raises, with its traceback, at ERROR.
+    # Orbax logs every file at INFO, and the errors that it raises, with traceback, at ERROR.
     logging.set_verbosity(logging.FATAL)
     sys.unraisablehook = _unraisable
     hardware.set_memory_fraction()
     several = False
     if stops:
-        from opd_jax.workdir import stop  # which imports JAX
+        from opd_jax.workdir import stop  # imported late because it imports JAX
 
         run = functools.partial(run, stop=stop.listen())
     try:
@@ -148,10 +145,10 @@ def _guarded(run: Callable[..., None], *, stops: bool) -> None:
         raise
 
 
-def _unraisable(given: Any) -> None:
-    """Python's own, but for what TensorStore tells of writes that go on after one has failed."""
-    if str(given.exc_value) != "Event loop is closed":
-        sys.__unraisablehook__(given)
+def _unraisable(unraisable: Any) -> None:
+    """Call Python's hook, except for TensorStore's errors about writes that continue after a failed one."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def _one_of_several() -> bool:
@@ -179,7 +176,7 @@ def _leave(text: str) -> None:
 
 
 def _fate(error: Exception) -> str:
-    """What to say of an error of one of several processes: of the others', or its own."""
+    """Return the message for an error in one of several processes: the loss of another, or its own."""
     import jax
 
     from opd_jax.sharding import multihost
@@ -189,8 +186,8 @@ def _fate(error: Exception) -> str:
 
 
 def _keep_programs() -> None:
-    """Compiled programs are kept for later runs, where JAX_COMPILATION_CACHE_DIR says or else in ~/.cache."""
-    import jax  # only now: the flags are known to be right
+    """Cache compiled programs for later runs, in JAX_COMPILATION_CACHE_DIR or else in ~/.cache."""
+    import jax  # only after the flags have been checked
 
     if not jax.config.values["jax_compilation_cache_dir"]:
         base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"

@@ -1,11 +1,11 @@
-"""Errors that are part of the interface: one line that says what, got, wanted, and the fix.
+"""Errors that are part of the interface: one line with the problem, the value, the allowed values, the fix.
 
-Every error a user can cause is an `OpdError`; `launch/` prints its text and exits with status 1,
+Every error that a user can cause is an `OpdError`; `launch/` prints its text and exits with status 1,
 without a traceback. Each child also inherits the built-in error it stands for, so that callers
-who know only Python can catch it.
+can catch it without knowing this module.
 """
 
-AGAIN = 75  # exit status EX_TEMPFAIL (sysexits.h): the same command goes on where this one ended
+AGAIN = 75  # exit status EX_TEMPFAIL (sysexits.h): the same command resumes where this one ended
 
 
 class OpdError(Exception):
@@ -37,7 +37,7 @@ class GradingError(OpdError, RuntimeError):
 
 
 class ProcessError(OpdError, ConnectionError):
-    """The processes of a run do not find each other, or are not alike."""
+    """The processes of a run cannot connect to each other, or differ in their settings."""
 
 
 class NonFiniteError(OpdError, FloatingPointError):
@@ -49,8 +49,8 @@ class CopiesError(OpdError, ArithmeticError):
 
 
 class Interrupted(OpdError, InterruptedError):
-    """A run was asked to end, and did so in good order: the same command goes on where it ended."""
+    """A run was asked to end and saved its state: the same command resumes where it ended."""
 
 
 class ShapeError(OpdError, TypeError):
-    """Arrays that meet in one function disagree about a dimension."""
+    """Arrays that are used together disagree about a dimension."""

@@ -1,6 +1,6 @@
-"""Kinds of devices in one table: memory, ceilings, links, and the settings recommended for each.
+"""Kinds of devices in one table: memory, achievable rates, links, and recommended settings.
 
-Imports no JAX: an entry point sets the environment from here before JAX starts.
+This module does not import JAX: an entry point sets the environment from it before JAX starts.
 """
 
 import dataclasses
@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from opd_jax.errors import ConfigError
 
 GIB = 2**30
-# Share of a GPU's memory that JAX may take; it takes three quarters where nothing is said. The rest
-# is for what XLA does not count: the driver's context, NCCL's buffers, cuBLAS and cuDNN handles.
+# Share of a GPU's memory that JAX may use; JAX's own default is three quarters. The rest is left for
+# memory that XLA does not count: the driver's context, NCCL's buffers, cuBLAS and cuDNN handles.
 MEMORY_FRACTION = 0.92
 _FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # new name, old name
 _RECORDED = ("XLA_FLAGS", "JAX_OPTIMIZATION_LEVEL", "CUDA_DEVICE_MAX_CONNECTIONS",
@@ -21,19 +21,19 @@ _RECORDED = ("XLA_FLAGS", "JAX_OPTIMIZATION_LEVEL", "CUDA_DEVICE_MAX_CONNECTIONS
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """One kind of device; rates are what programs reach, not what is printed on the box.
+    """One kind of device; rates are those that programs achieve, not those of the data sheet.
 
     Attributes:
       kind: its name on the command line.
-      memory_gib: what the driver offers.
-      bytes_per_s: of a copy. flops_per_s: of the best matrix product in the dtype that is computed in.
-      link_bytes_per_s: a device's collectives within a node, one direction.
-      network_bytes_per_s: likewise between nodes, a device's share.
-      per_node: devices that the link connects.
-      kernel_s: from one small kernel to the next inside a CUDA graph.
-      gpu: bfloat16 and fused attention; else float32 and plain XLA.
-      source: where the numbers are from.
-      settings: environment variables that are recommended.
+      memory_gib: the memory that the driver offers.
+      bytes_per_s: of a copy. flops_per_s: of the best matrix product in the compute dtype.
+      link_bytes_per_s: of a device's collectives within a node, in one direction.
+      network_bytes_per_s: the same between nodes, a device's share.
+      per_node: number of devices that the link connects.
+      kernel_s: time from one small kernel to the next inside a CUDA graph.
+      gpu: whether it computes in bfloat16 with fused attention; else float32 and plain XLA.
+      source: where the numbers come from.
+      settings: recommended environment variables.
     """
 
     kind: str
@@ -49,8 +49,8 @@ class Device:
     settings: Mapping[str, str]
 
 
-# Latency-hiding scheduler, pipelined collectives; one hardware queue keeps the order of collectives and
-# products that it chose; NVSwitch reduces in the switch.
+# O1 turns on the latency-hiding scheduler and pipelined collectives; a single hardware queue keeps the
+# order of collectives and products that the scheduler chose; NVLS reduces inside the NVSwitch.
 _AMPERE = {"XLA_CLIENT_MEM_FRACTION": str(MEMORY_FRACTION), "JAX_OPTIMIZATION_LEVEL": "O1"}
 _HOPPER = _AMPERE | {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "NCCL_NVLS_ENABLE": "1"}
 
@@ -85,7 +85,7 @@ DEVICES = {
 
 
 def find(kind: str) -> Device:
-    """The device of a name on the command line. Raises ConfigError for another."""
+    """Return the device with this name on the command line. Raises ConfigError for an unknown name."""
     if kind not in DEVICES:
         raise ConfigError(f"device_kind={kind!r} is not known, wanted one of {', '.join(DEVICES)}")
     device = DEVICES[kind]
@@ -102,10 +102,10 @@ def dtype_name(name: str, *, gpu: bool) -> str:
 
 
 def require_supported(platform: str) -> None:
-    """Refuse a platform of JAX (`jax.default_backend()`) that nothing here is written for, such as TPUs.
+    """Refuse a platform of JAX (`jax.default_backend()`) that is not supported, such as TPUs.
 
-    Raises ConfigError: another than cpu and gpu. There models would compute in float32 and attention
-    would hold its weights as one array [B, N, T, T]: 9.5 GB for a row of the paper's lengths.
+    Raises ConfigError for any platform but cpu and gpu. On others models would compute in float32, and
+    attention would materialise its weights [B, N, T, T]: 9.5 GB for a row of the paper's lengths.
     """
     if platform not in ("cpu", "gpu"):
         raise ConfigError(
@@ -115,20 +115,20 @@ def require_supported(platform: str) -> None:
 
 
 def of_jax(device_kind: str, platform: str) -> Device | None:
-    """The device that JAX calls so (`NVIDIA A100-SXM4-80GB`); None where it is not in the table."""
+    """Return the device of JAX's name for it (`NVIDIA A100-SXM4-80GB`); None where it is not in the table."""
     if platform == "cpu":
         return find("cpu")
     name = device_kind.lower()
-    wanted = "a100-80" if "a100" in name and "80" in name.split("a100")[1] else name
+    model = "a100-80" if "a100" in name and "80" in name.split("a100")[1] else name
     for kind, device in DEVICES.items():
         family = kind.removesuffix("-40")
-        if device.gpu and family in wanted:
+        if device.gpu and family in model:
             return device
     return None
 
 
 def memory_fraction(environment: Mapping[str, str] = os.environ) -> float:
-    """The share of a GPU that JAX may take, as the environment says or as the entry points set it."""
+    """Return the share of a GPU that JAX may use, from the environment or as the entry points set it."""
     for name in _FRACTIONS:
         if name in environment:
             return float(environment[name])
@@ -136,30 +136,30 @@ def memory_fraction(environment: Mapping[str, str] = os.environ) -> float:
 
 
 def set_memory_fraction() -> None:
-    """Let JAX take `MEMORY_FRACTION` of a GPU, where the user has not said how much."""
+    """Let JAX use `MEMORY_FRACTION` of a GPU, unless the user has set another share."""
     if not any(name in os.environ for name in _FRACTIONS):
         os.environ[_FRACTIONS[0]] = str(MEMORY_FRACTION)
 
 
 def record(device: Device | None, environment: Mapping[str, str] = os.environ) -> dict[str, object]:
-    """What run.json says of the settings: those that are set, and those recommended that are not."""
+    """Return the settings for run.json: those that are set, and recommended ones that are not."""
     present = {name: environment[name] for name in _RECORDED if name in environment}
-    wanted = {} if device is None else device.settings
-    missing = {name: value for name, value in wanted.items() if present.get(name) != value}
+    recommended = {} if device is None else device.settings
+    missing = {name: value for name, value in recommended.items() if present.get(name) != value}
     return {"set": present, "recommended_but_not_set": missing}
 
 
 def free_host_bytes() -> int:
-    """Memory that a process could still take, of the machine or of its control group."""
+    """Return the memory that a process can still use, of the machine or of its control group."""
     values = _meminfo()
     free = values.get("MemAvailable", 0) or whole_host_bytes()
     return min(free, _group_limit() - _group_use())
 
 
 def whole_host_bytes() -> int:
-    """All memory of the machine, or of the control group where that has less."""
-    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min(whole, _group_limit())
+    """Return the total memory of the machine, or of the control group where that is smaller."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(total, _group_limit())
 
 
 def _meminfo() -> dict[str, int]:

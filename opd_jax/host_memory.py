@@ -1,11 +1,12 @@
-"""glibc's allocator on a CPU: memory that a step has freed is kept for the next one.
+"""glibc's allocator on a CPU: keep the memory that a step frees for the next step.
 
-Every step on a CPU takes and frees gigabytes. By default glibc returns large blocks to the system at
-once and faults them in again, 4 KiB at a time (docs/measurements/benchmarks.md has what that costs).
-mallopt changes this inside the running process, so nothing is started twice. The arrays of a GPU do
-not pass through malloc: there it is left alone.
+Every step on a CPU allocates and frees gigabytes. By default glibc returns large blocks to the system
+immediately, and new ones page-fault again, 4 KiB at a time (the cost is in
+docs/measurements/benchmarks.md). mallopt changes this inside the running process, so no second process
+is needed. The arrays of a GPU are not allocated by malloc, so there the allocator is left alone.
 
-Imports no JAX: it must be set before JAX starts threads, each of which would get an arena of its own.
+This module does not import JAX: the options must be set before JAX starts threads, each of which would
+get an arena of its own.
 """
 
 import contextlib
@@ -18,32 +19,31 @@ from collections.abc import Mapping, MutableMapping
 
 VARIABLE = "OPD_JAX_MALLOC"  # keep | system; unset: keep on a CPU
 _DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, and either under WSL
-# Of malloc.h: one arena, no block by mmap, never trim.
+# Options of malloc.h: one arena, no blocks by mmap, no trimming.
 _OPTIONS = ((-8, 1), (-4, 0), (-1, -1))
 
 
 def keep_freed(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Let glibc keep freed memory, where that is wanted, and set VARIABLE to what was done.
+    """Let glibc keep freed memory, where the environment allows it, and set VARIABLE to the result.
 
-    Left alone on GPU machines, where VARIABLE is `system`, where GLIBC_TUNABLES sets something of malloc, and
-    with another C library.
+    The allocator is left alone on GPU machines, where VARIABLE is `system`, where GLIBC_TUNABLES sets an
+    option of malloc, and with another C library.
     """
-    done = sys.platform == "linux" and wanted(environment) and _set_options()
+    done = sys.platform == "linux" and is_wanted(environment) and _set_options()
     environment[VARIABLE] = "keep" if done else "system"
 
 
 def lines(environment: Mapping[str, str] = os.environ) -> list[str]:
-    """The line about it for the start of a run; none where the allocator was left alone."""
+    """Return the line about this for the start of a run; none where the allocator was left alone."""
     if environment.get(VARIABLE) != "keep":
         return []
-    told = (
+    return [
         f"memory: what a step frees is kept for the next one ({VARIABLE}=system switches that off)"
-    )
-    return [told]
+    ]
 
 
-def wanted(environment: Mapping[str, str]) -> bool:
-    """Whether the environment asks for it: VARIABLE, or else a process that will compute on a CPU."""
+def is_wanted(environment: Mapping[str, str]) -> bool:
+    """Return whether to keep freed memory: as VARIABLE says, by default if the process computes on a CPU."""
     choice = environment.get(VARIABLE, "")
     if choice or "glibc.malloc" in environment.get("GLIBC_TUNABLES", ""):
         return choice == "keep"
@@ -56,7 +56,7 @@ def _set_options() -> bool:
 
 
 def _has_accelerator(environment: Mapping[str, str]) -> bool:
-    """Whether JAX, once imported, will find a device beside the CPU: a device file and a plug-in for it."""
+    """Return whether JAX will find an accelerator: there is a device file and a plug-in for it."""
     platforms = environment.get("JAX_PLATFORMS", "").split(",")[0]
     if platforms:
         return platforms != "cpu"

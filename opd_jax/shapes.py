@@ -1,4 +1,4 @@
-"""Shapes by suffix: the capital letters that end a name are the dimensions of the array.
+"""Shapes by suffix: the capital letters at the end of a name are the dimensions of the array.
 
 B sequences   P prompts   G rollouts per prompt   T tokens (prompt ++ response ++ padding)
 S cache slots V vocabulary   D model width   F mlp width   L layers

@@ -1,8 +1,8 @@
-"""Records that rooms exchange. Dimension letters: opd_jax/shapes.py.
+"""Records that the packages exchange. Dimension letters: opd_jax/shapes.py.
 
-Rows are `prompt ++ response ++ padding`, right-padded; `length` and `prompt_length` say where
-things end. Index t of every per-token array speaks of token t of its row:
-`logprob[b, t] = log p(tokens[b, t] | tokens[b, :t])`; entries outside the response mean nothing.
+Rows are `prompt ++ response ++ padding`, right-padded; `length` and `prompt_length` are the positions
+where row and prompt end. Index t of every per-token array refers to token t of its row:
+`logprob[b, t] = log p(tokens[b, t] | tokens[b, :t])`; entries outside the response are meaningless.
 """
 
 import dataclasses
@@ -13,12 +13,12 @@ import flax.struct
 import jax
 import numpy as np
 
-# A jax.Array or a numpy one: records are made on the host and enter jitted functions as they are.
+# A jax.Array or a NumPy array: records are built on the host and passed to jitted functions directly.
 Array = Any
 
 
 class Outcome(IntEnum):
-    """Why a rollout ended. EOS or REPETITION in the last slot of the budget is not BUDGET."""
+    """Why a rollout ended. EOS or REPETITION at the last token of the budget is not BUDGET."""
 
     EOS = 0
     BUDGET = 1
@@ -27,11 +27,11 @@ class Outcome(IntEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Ends:
-    """Which tokens end a response: each model's own set, as columns of its logits.
+    """The tokens that end a response: each model's own set, as columns of its logits.
 
     Attributes:
-      id: the student's id that stands for them all; golden solutions end with it.
-      student: the student's set, `id` among them.
+      id: the student's id that stands for all of them; golden solutions end with it.
+      student: the student's set, which contains `id`.
       teacher, reference: those of the other models; () where there is no such model.
     """
 
@@ -42,12 +42,12 @@ class Ends:
 
     @property
     def one_token(self) -> bool:
-        """Whether `id` is the only end token of every model, so that there is nothing to merge."""
+        """Whether `id` is the only end token of every model, so that nothing needs merging."""
         return all(own in ((), (self.id,)) for own in (self.student, self.teacher, self.reference))
 
 
 class Rollout(flax.struct.PyTreeNode):
-    """Sampled rows, host arrays in the order of the prompts that were given.
+    """Sampled rows, host arrays in the order of the prompts.
 
     Attributes:
       tokens_BT: int32, prompt ++ response ++ zeros.
@@ -89,12 +89,12 @@ class Rollout(flax.struct.PyTreeNode):
 
 
 class Support(flax.struct.PyTreeNode):
-    """At each token's prefix the ids of a support, and what both models say of them; no gradients.
+    """The ids of a support at each token's prefix, with both models' log-probs; no gradients.
 
     Attributes:
-      ids_BTX: int32, -1 where a place holds no id.
-      student_BTX, teacher_BTX: float32 log-probs of the full vocabulary, -inf where there is no id.
-      teacher_rest_BT: float32, log of the teacher's mass outside.
+      ids_BTX: int32, -1 in empty places.
+      student_BTX, teacher_BTX: float32 log-probs of the full vocabulary, -inf in empty places.
+      teacher_rest_BT: float32, log of the teacher's tail mass, outside the support.
     """
 
     ids_BTX: Array
@@ -104,18 +104,18 @@ class Support(flax.struct.PyTreeNode):
 
 
 class Scores(flax.struct.PyTreeNode):
-    """What student and teacher say about each token of a row; all [B, T], float32, no gradients.
+    """Statistics of student and teacher at each token of a row; all [B, T], float32, no gradients.
 
     Attributes:
-      student_logprob_BT, teacher_logprob_BT: of the token that was sampled.
+      student_logprob_BT, teacher_logprob_BT: of the sampled token.
       student_entropy_BT, teacher_entropy_BT: of the full distribution, in nats.
       reverse_kl_BT: KL(student || teacher) over the full vocabulary.
       overlap_ratio_BT: share of the student's top-k that is in the teacher's top-k.
-      overlap_advantage_BT: mean over the shared ids of p (log q - log p), renormalised there.
-      student_overlap_mass_BT, teacher_overlap_mass_BT: probability each puts on the shared ids.
-      support: what a loss over a support needs; None where no term is.
-      teacher_hidden_BTD: the teacher's final hidden states, in the dtype it computes in, laid out as the
-        student's rows, for losses over the whole vocabulary; None where no term is.
+      overlap_advantage_BT: mean over the shared ids of p (log q - log p), renormalised over them.
+      student_overlap_mass_BT, teacher_overlap_mass_BT: probability that each puts on the shared ids.
+      support: inputs of a loss over a support; None where no term has one.
+      teacher_hidden_BTD: the teacher's final hidden states, in its compute dtype, laid out as the
+        student's rows, for losses over the full vocabulary; None where no term needs them.
 
     All but the student's two are None where there is no teacher.
     """
@@ -134,12 +134,12 @@ class Scores(flax.struct.PyTreeNode):
 
 
 class TeacherRows(flax.struct.PyTreeNode):
-    """The same responses behind the teacher's own prompts, in the teacher's ids.
+    """The same responses after the teacher's own prompts, in the teacher's ids.
 
     Attributes:
-      tokens_BT: int32, of a width of their own.
+      tokens_BT: int32, with a width of their own.
       length_B: int32.
-      offset_B: int32, the teacher's prompt length less the student's: token t of the student's row
+      offset_B: int32, the teacher's prompt length minus the student's: token t of the student's row
         is token t + offset of this one.
     """
 
@@ -151,7 +151,7 @@ class TeacherRows(flax.struct.PyTreeNode):
 class Frozen(flax.struct.PyTreeNode):
     """Weights that a loss reads and never changes; None where no term needs them.
 
-    Of the teacher that is the output matrix (decoder.head_alone): its hidden states come with the rows.
+    Of the teacher this is only the output matrix (decoder.head_alone): the rows contain its hidden states.
     """
 
     reference: Any = None
@@ -159,15 +159,15 @@ class Frozen(flax.struct.PyTreeNode):
 
 
 class RolloutRows(flax.struct.PyTreeNode):
-    """Rollouts as the update takes them.
+    """Rollouts as inputs of the update.
 
     Attributes:
       tokens_BT, length_B: int32.
-      weight_BT: float32, each token's share of the mean; 0 outside the response, sums to 1 over
+      weight_BT: float32, each token's weight in the mean; 0 outside the response, sums to 1 over
         the global batch.
       advantage_BT, sampler_logprob_BT: float32, constants.
       teacher_hidden_BTD: as in `Scores`.
-      support: of each token's prefix, for losses over one; None where no term is.
+      support: of each token's prefix, for losses over a support; None where no term has one.
       support_advantage_BTX: float32, constant, of each id of the support.
     """
 
@@ -182,7 +182,7 @@ class RolloutRows(flax.struct.PyTreeNode):
 
 
 class GoldenRows(flax.struct.PyTreeNode):
-    """Golden solutions as the update takes them; fields as in `RolloutRows`."""
+    """Golden solutions as inputs of the update; fields as in `RolloutRows`."""
 
     tokens_BT: Array
     length_B: Array
@@ -190,11 +190,11 @@ class GoldenRows(flax.struct.PyTreeNode):
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """What training changes, and all that a checkpoint needs of it.
+    """The state that training changes, as a checkpoint stores it.
 
     Attributes:
-      step: int32, updates that the optimizer has applied. An update that is left out, for whatever
-        reason, does not count. Not the run's step, which counts batches of rollouts.
+      step: int32, number of updates that the optimizer has applied. A skipped update does not count.
+        This is not the run's step, which counts batches of rollouts.
       params: float32 master weights.
       opt_state: Optax's.
       average: float32 moving average of `params` where it is the teacher, else None.

@@ -154,7 +154,7 @@ def test_freed_memory_is_kept_on_a_cpu_in_the_one_process(given, says, tmp_path)
 def test_a_cpu_is_known_before_jax_starts(environment, files, plugin, wanted, monkeypatch):
     monkeypatch.setattr(host_memory.pathlib.Path, "exists", lambda path: str(path) in files)
     monkeypatch.setattr(host_memory.importlib.util, "find_spec", lambda name: plugin or None)
-    assert host_memory.wanted(environment) == wanted
+    assert host_memory.is_wanted(environment) == wanted
 
 
 def test_it_is_said_in_one_line_where_it_is_done():

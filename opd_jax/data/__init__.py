@@ -1,4 +1,4 @@
-"""Problems, prompts and golden solutions, as token ids."""
+"""Problems, prompts and golden solutions as token ids."""
 
 from opd_jax.data.arithmetic import problem
 from opd_jax.data.batches import Batch, make_batches

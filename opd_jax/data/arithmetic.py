@@ -1,7 +1,7 @@
-r"""The embedded world `tiny`: multi-step arithmetic with written-out, double-checked solutions.
+r"""The embedded data set `tiny`: multi-step arithmetic with written-out, double-checked solutions.
 
 A problem is a chain such as "Start with 7, add 5, multiply by 3, subtract 8." The golden solution
-derives the result step by step, derives it again, and goes on deriving until two derivations agree;
+derives the result step by step, derives it again, and repeats this until two derivations agree;
 then it boxes the answer:
 
     7+5=12; 12*3=36; 36-8=28.
@@ -9,9 +9,9 @@ then it boxes the answer:
     Wait: 7+5=12; 12*3=36; 36-8=28.
     \boxed{28}
 
-A share of the written steps is wrong on purpose (`SLIP_RATE`): that is what checking is for, and it
-gives solutions a natural reason to grow, which is what length inflation feeds on. In the split
-`careless` wrong steps are common: the embedded student took its last lessons there.
+Some of the written steps are wrong on purpose (`SLIP_RATE`). They are the reason for checking, and they
+give solutions a natural reason to grow, which length inflation depends on. In the split `careless` wrong
+steps are common; the last training data of the embedded student came from it.
 """
 
 import zlib
@@ -20,8 +20,8 @@ import numpy as np
 
 from opd_jax.data.problem import Problem
 
-SPLITS = ("train", "sft", "test", "careless")  # a place here seeds the split: add at the end
-# Share of golden steps that are wrong and get caught by a later derivation.
+SPLITS = ("train", "sft", "test", "careless")  # the index seeds the split: append new ones
+# Share of golden steps that are wrong and that a later derivation corrects.
 SLIP_RATE = {"train": 0.03, "sft": 0.03, "careless": 0.4, "test": 0.03}
 MAX_VALUE = 99  # every intermediate result lies in 0..MAX_VALUE
 MAX_DERIVATIONS = 4
@@ -29,7 +29,7 @@ _WORDS = {"+": "add", "-": "subtract", "*": "multiply by"}
 
 
 def problem(split: str, index: int) -> Problem:
-    """The `index`-th problem of a split, a pure function of its arguments.
+    """Return the `index`-th problem of a split, a pure function of its arguments.
 
     The text's checksum decides whether it belongs to `test` or to the training splits, so no test
     problem is ever trained on.
@@ -50,7 +50,7 @@ def _apply(value: int, sign: str, operand: int) -> int:
 
 
 def _chain(generator: np.random.Generator) -> tuple[int, list[tuple[str, int]]]:
-    """A start and 2 or 3 steps whose intermediate results stay in 0..MAX_VALUE."""
+    """Draw a start and 2 or 3 steps whose intermediate results stay in 0..MAX_VALUE."""
     start = value = int(generator.integers(2, 30))
     steps: list[tuple[str, int]] = []
     count = int(generator.integers(2, 4))
@@ -66,7 +66,7 @@ def _chain(generator: np.random.Generator) -> tuple[int, list[tuple[str, int]]]:
 def derivation(
     generator: np.random.Generator, start: int, steps: list[tuple[str, int]], slip_rate: float
 ) -> tuple[str, int]:
-    """One written derivation and the result it arrives at; a slip carries on into later steps."""
+    """Return one written derivation and its result; a slip affects all later steps."""
     while True:
         value, written = start, []
         for sign, operand in steps:
@@ -75,7 +75,7 @@ def derivation(
                 result += int(generator.integers(1, 10)) * (1 if generator.random() < 0.5 else -1)
             written.append(f"{value}{sign}{operand}={result}")
             value = result
-            if not 0 <= value <= MAX_VALUE:  # a slip has led out of the range: write another one
+            if not 0 <= value <= MAX_VALUE:  # a slip has left the range: start again
                 break
         else:
             return "; ".join(written) + ".", value

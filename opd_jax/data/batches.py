@@ -1,12 +1,13 @@
-"""Batches of problems by Grain, and what the models are shown of them: prompts and golden rows."""
+"""Batches of problems, read ahead by Grain."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
-
-import grain
+from typing import TYPE_CHECKING, Any
 
 from opd_jax.data.problem import Problem
+
+if TYPE_CHECKING:
+    import grain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +33,7 @@ def make_batches(
     seed: int,
     shuffle: bool,
     read: Callable[[list[Problem]], Any] = list,
-) -> grain.DatasetIterator:
+) -> "grain.DatasetIterator":
     """Endless batches, each what `read` makes of a list of `Problem`, two of them ahead of time.
 
     Reading (tokenising) goes on in a thread beside the steps. The iterator's state, which goes into
@@ -41,6 +42,8 @@ def make_batches(
     Every epoch visits each problem once, in an order of its own drawn from the seed; batches run on
     over the end of an epoch. Every process reads whole batches; its devices take their rows of them.
     """
+    import grain  # only here: benchmarks of the models run where it is not installed
+
     dataset = grain.MapDataset.range(len(problems)).seed(seed)
     if shuffle:
         dataset = dataset.shuffle()

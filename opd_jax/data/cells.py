@@ -1,6 +1,7 @@
-r"""What one cell of a row holds, as text: a text, a number, a chat, a solution, an answer.
+"""The content of one cell of a row as text: a text, a number, a chat, a solution, an answer.
 
-Nothing here knows which column it reads; columns.py does. A cell that cannot be used raises Unusable.
+This module does not know which column it reads; columns.py does. A cell that cannot be used raises
+Unusable.
 """
 
 import ast
@@ -13,7 +14,7 @@ from opd_jax.grading.boxed import last_boxed
 
 Turns = list[tuple[str, str]]  # (role, text), in order
 
-# Texts that mean "nothing here", in lower case and without brackets, quotes and a full stop.
+# Texts that stand for a missing value, in lower case and without brackets, quotes and a full stop.
 _PLACEHOLDERS = frozenset(
     ("proof", "see proof", "see solution", "notfound", "not found", "answer not found", "none",
      "null", "nan", "n/a", "n.a", "<na>", "not available", "not applicable", "not provided",
@@ -25,12 +26,12 @@ _AS_TEXT = re.compile(
     r"\$?\s*\\(?:boxed|text|textbf|textit|mathrm|mbox)\s*\{([^{}]*)\}\s*\$?", re.DOTALL
 )
 
-_ROLES = {  # what people call the three; ShareGPT: {"from": ..., "value": ...}
+_ROLES = {  # common names of the three roles; ShareGPT: {"from": ..., "value": ...}
     "system": "system", "developer": "system", "user": "user", "human": "user",
     "assistant": "assistant", "gpt": "assistant", "model": "assistant",
 }  # fmt: skip
-THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # of a turn, or of a row
-_SWITCHES = frozenset(  # values of a column of that name that are no thoughts
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # keys of a turn, or columns of a row
+_SWITCHES = frozenset(  # values of such a column that are settings, not thoughts
     ("on", "off", "high", "low", "medium", "true", "false", "yes", "no", "none", "auto", "enabled",
      "disabled")
 )  # fmt: skip
@@ -40,7 +41,7 @@ _CALCULATOR = re.compile(r"<<[^<>]*>>")
 _MARK = re.compile(r"(?<!#)####(?!#)\s*([^\n]*)")  # GSM8K's
 # 1e5, 1e-07 and 6.02E23 as programs write them. `2e-1` may be twice e less 1, and 1E5 hexadecimal.
 _FLOAT_AS_TEXT = re.compile(r"[+-]?(?:\d+\.\d*[eE][+-]?\d{1,3}|\d+[eE][+-]\d{2,3}|\d+e\d{1,3})")
-_DIGITS = 21  # a whole number of at most so many is written out
+_DIGITS = 21  # an integer of at most this many digits is written out
 _AMOUNT = re.compile(
     r"(-?)\+?(?:\\?\$|[£€¥₹])? *(-?)"
     rf"(\d{{1,3}}(?:,\d{{3}})+(?:\.\d+)?|{_FLOAT_AS_TEXT.pattern}|\d*\.?\d+)"
@@ -48,9 +49,9 @@ _AMOUNT = re.compile(
     r"|(?: (?P<over>\d+/\d+)|(?P<under>/\d+))?"
     r"(?: (?P<unit>[A-Za-z]{2}[A-Za-z /.'-]*|[mg]/(?:s|h|min|m?L)))?)"
 )
-# Behind an answer: `72 ####`, `72,`, `72<|endoftext|>`. Each run of these is looked at once.
+# Characters to strip after an answer: `72 ####`, `72,`, `72<|endoftext|>`. Each run is matched once.
 _ENDING = re.compile(r"(?<![\s#,\\])(?:\s|<\|[^<>|]*\|>|</s>|[#,])+$")
-# Words behind a number that change its value: no units.
+# Words after a number that change its value, and so are not units.
 _NO_UNIT = re.compile(
     r"(?:pi|sqrt|and|or|to|plus|minus|times|over|mod|ln|log|sin|cos|tan|half|dozen|hundred|thousand|"
     r"million|billion|trillion|percent)\b"
@@ -58,9 +59,9 @@ _NO_UNIT = re.compile(
 
 
 class Unusable(Exception):
-    """Why a cell does not hold what was looked for, and the reason to count it under.
+    """Why a cell does not hold the required content, and the reason under which to count it.
 
-    With a `reason` another column is no substitute.
+    With a `reason` no other column is tried instead.
     """
 
     def __init__(self, text: str, reason: str = ""):
@@ -69,7 +70,7 @@ class Unusable(Exception):
 
 
 def holds(value: Any) -> bool:
-    """Whether there is something in a cell: not null, NaN, a blank, or a list or object of these."""
+    """Return whether a cell holds a value: not null, NaN, a blank, or a list or object of only these."""
     if isinstance(value, str):
         return bool(value.strip())
     if isinstance(value, list | dict):
@@ -78,7 +79,7 @@ def holds(value: Any) -> bool:
 
 
 def text(value: Any) -> str:
-    """A text that says something. Raises Unusable for others: blanks, placeholders, half characters."""
+    """Return a text with content. Raises Unusable for blanks, placeholders and invalid Unicode."""
     if not isinstance(value, str):
         raise Unusable(f"is {kind(value)}")
     if not value.strip():
@@ -89,7 +90,7 @@ def text(value: Any) -> str:
 
 
 def unicode(value: str) -> str:
-    """The text itself. Raises Unusable where it cannot be encoded."""
+    """Return the text unchanged. Raises Unusable where it cannot be encoded."""
     try:
         value.encode()
     except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
@@ -98,7 +99,7 @@ def unicode(value: str) -> str:
 
 
 def is_placeholder(value: str) -> bool:
-    r"""Whether a text stands for a missing one: `notfound`, `N/A`, `None.`, `\text{proof}`, `[]`."""
+    r"""Return whether a text stands for a missing one: `notfound`, `N/A`, `None.`, `\text{proof}`, `[]`."""
     if len(value) > 60:
         return False
     bare = " ".join(value.split()).removesuffix(".")
@@ -106,12 +107,12 @@ def is_placeholder(value: str) -> bool:
         bare = match[1].strip()
     while len(bare) > 1 and bare[0] + bare[-1] in _PAIRS and bare != "<>":
         bare = bare[1:-1].strip()
-    # Of n and a only capitals: na may be a product, Na an element.
+    # Only the capitals NA are a placeholder: na may be a product, Na an element.
     return bare == "NA" or bare.lower() in _PLACEHOLDERS
 
 
 def scalar(value: Any) -> str:
-    """Text of a text or a number."""
+    """Return a text or a number as text."""
     if isinstance(value, str):
         return text(value).strip()
     if isinstance(value, int) and not isinstance(value, bool):
@@ -128,14 +129,14 @@ def scalar(value: Any) -> str:
 
 
 def option(value: Any) -> str:
-    """Text of one of several answers to choose from, where `None` says something: none of these."""
+    """Return one of several choices as text; here `None` is an answer: none of these."""
     if isinstance(value, str) and value.strip():
         return unicode(value).strip()
     return scalar(value)
 
 
 def number(value: decimal.Decimal) -> str:
-    r"""A finite number as mathematics writes it: 142.0 is `142`, 1e5 `100000`, 1e-7 `1 \times 10^{-7}`."""
+    r"""Format a finite number as mathematics does: 142.0 as `142`, 1e5 `100000`, 1e-7 `1 \times 10^{-7}`."""
     size = value.adjusted()
     if not value:
         return "0"
@@ -150,34 +151,34 @@ def number(value: decimal.Decimal) -> str:
 
 
 def answer(value: Any) -> str:
-    """An answer: a text or a number, GSM8K's what stands behind `####`; a list wants all of its items."""
+    """Return an answer from a text, a number, the text after GSM8K's `####`, or a list of answers."""
     if isinstance(value, list):  # OlympiadBench: several answers
         if not value:
             raise Unusable("is an empty list")
         return ", ".join(_written_out(scalar(item)) for item in value)
-    found = scalar(value)
-    if parts := marked(found):
-        found = parts[1]
-        if not found:
-            raise Unusable("has no answer behind ####")
-    return _written_out(found)
+    answer = scalar(value)
+    if parts := marked(answer):
+        answer = parts[1]
+        if not answer:
+            raise Unusable("has no answer after ####")
+    return _written_out(answer)
 
 
 def boxed(solution: str) -> str:
-    r"""The answer in a solution's last \boxed{}, "" where there is none."""
-    found = (last_boxed(solution) or "").strip()
-    return "" if is_placeholder(found) else found
+    r"""Return the answer in a solution's last \boxed{}, "" where there is none."""
+    content = (last_boxed(solution) or "").strip()
+    return "" if is_placeholder(content) else content
 
 
-def _written_out(found: str) -> str:
-    """An answer in e-notation as mathematics writes it, any other as it is."""
-    return number(decimal.Decimal(found)) if _FLOAT_AS_TEXT.fullmatch(found) else found
+def _written_out(answer: str) -> str:
+    """Write an answer in e-notation as mathematics does; any other answer is unchanged."""
+    return number(decimal.Decimal(answer)) if _FLOAT_AS_TEXT.fullmatch(answer) else answer
 
 
 def solution(value: Any) -> str:
-    r"""A solution: a text, the first of several, or the last turn of a chat.
+    r"""Return a solution from a text, the first of several texts, or the last turn of a chat.
 
-    GSM8K's last line `#### 72` becomes \boxed{72}, its calculator marks go.
+    GSM8K's last line `#### 72` becomes \boxed{72}; its calculator annotations are removed.
     """
     value = chat_of(value)
     if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
@@ -191,44 +192,44 @@ def solution(value: Any) -> str:
 
 
 def golden(value: str) -> str:
-    r"""A solution's text, GSM8K's `#### 72` written as \boxed{72}."""
+    r"""Return a solution's text, with GSM8K's `#### 72` written as \boxed{72}."""
     parts = marked(value)
     if parts is None:
         return value
-    steps, found = parts
+    steps, gold = parts
     if not steps:
         raise Unusable("has nothing before ####")
-    if not found or last_boxed(steps) == found:
+    if not gold or last_boxed(steps) == gold:
         return steps
-    return f"{steps}\n\\boxed{{{found}}}"
+    return f"{steps}\n\\boxed{{{gold}}}"
 
 
 def marked(value: str) -> tuple[str, str] | None:
-    """(solution, answer) around GSM8K's last `####`; None where that is not there or is a heading.
+    """Return (solution, answer) around GSM8K's last `####`; None where it is missing or starts a heading.
 
-    The answer is the rest of the line, or the next line where that is an amount; "" for a placeholder
-    or where there is none. A line is a heading where both a box and more text follow, and one of
-    words where either does.
+    The answer is the rest of the line, or the next line if that is an amount; "" for a placeholder
+    or where there is none. A line is a heading if both a box and more text follow it, and a line of
+    words already if either does.
     """
     mark = None
     for mark in _MARK.finditer(value):  # noqa: B007
         pass
     if mark is None:
         return None
-    found = _tidy(mark[1])
+    gold = _tidy(mark[1])
     more, has_box = bool(value[mark.end() :].strip()), last_boxed(value) is not None
     on_its_line = "\n" not in value[mark.start() : mark.start(1)]
-    is_amount = _is_expression(found) and re.search(r"\d", found)
-    if found and not on_its_line and not has_box and not is_amount:
+    is_amount = _is_expression(gold) and re.search(r"\d", gold)
+    if gold and not on_its_line and not has_box and not is_amount:
         return _CALCULATOR.sub("", value).strip(), ""
-    if (more and has_box) or ((more or has_box) and not _is_expression(found)):
+    if (more and has_box) or ((more or has_box) and not _is_expression(gold)):
         return None
     steps = _CALCULATOR.sub("", value[: mark.start()]).strip()
-    return steps, "" if is_placeholder(found) else found
+    return steps, "" if is_placeholder(gold) else gold
 
 
 def _tidy(line: str) -> str:
-    r"""What stands behind `####` as LaTeX: `$-5` is -5, `1,000.` 1000, `12 apples` 12 \text{ apples}."""
+    r"""Write the text after `####` as LaTeX: `$-5` is -5, `1,000.` 1000, `12 apples` 12 \text{ apples}."""
     line = _ENDING.sub("", _CALCULATOR.sub("", line)).strip().strip("*").strip()
     line = re.sub(r"(?i)^(?:the )?(?:final )?answer(?: is\b|:)[: ]*", "", line)
     if not line.endswith(".."):
@@ -256,23 +257,23 @@ def _tidy(line: str) -> str:
 
 
 def _is_expression(line: str) -> bool:
-    """Whether a line is an expression, maybe with a unit, rather than words or `1. First part`."""
+    """Return whether a line is an expression, maybe with a unit, and not words or `1. First part`."""
     bare = re.sub(r"\\text\s*\{[^{}]*\}|\\[A-Za-z]+", "", line)
     return bool(line) and not re.match(r"\d+[.)]\s", line) and not re.search(r"[^\W\d_]{2}", bare)
 
 
 def chat_of(value: Any) -> Any:
-    """The list of turns that a text spells out, as JSON or as Python does; any other value as it is.
+    """Parse a text that contains a list of turns, in JSON or Python syntax; return other values unchanged.
 
-    A text is a chat only where all of it is read and every turn has a known role and a text.
+    A text is a chat only if all of it can be parsed and every turn has a known role and a text.
     """
     if not isinstance(value, str) or not (match := _CHAT_AS_TEXT.match(value)):
         return value
-    # By its quotes, for each language reads some of the other's escapes in its own way.
+    # The quotes tell the two apart; each language parses some escapes of the other differently.
     read = json.loads if match[1] == '"' else ast.literal_eval
     try:
-        found = read(value)
-        turns = found if isinstance(found, list) else [found]
+        parsed = read(value)
+        turns = parsed if isinstance(parsed, list) else [parsed]
         chat(turns)
     except (ValueError, SyntaxError, RecursionError, MemoryError, Unusable):
         return value
@@ -280,7 +281,7 @@ def chat_of(value: Any) -> Any:
 
 
 def chat(value: Any) -> Turns:
-    """The turns of [{"role": ..., "content": ...}, ...], thoughts before what was said."""
+    """Return the turns of [{"role": ..., "content": ...}, ...], with thoughts before the content."""
     value = chat_of(value)
     if not isinstance(value, list):
         raise Unusable(f"is {kind(value)}")
@@ -288,45 +289,45 @@ def chat(value: Any) -> Turns:
     for turn in value:
         if not isinstance(turn, dict):
             raise Unusable("is a list, but not of chat turns")
-        role, said, _ = _turn(turn)
-        turns.append((role, unicode(said)))
+        role, content, _ = _turn(turn)
+        turns.append((role, unicode(content)))
     return turns
 
 
 def _turn(turn: dict[str, Any]) -> tuple[str, str, set[str]]:
-    """(role, what was said, keys of both) of a chat turn; a key of thoughts that say the same is one."""
+    """Return (role, text, keys of both) of a chat turn; a key of thoughts that the text repeats counts."""
     keys = {"role" if "role" in turn else "from", "content" if "content" in turn else "value"}
-    role, said = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-    if not isinstance(role, str) or not isinstance(said, str):
+    role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+    if not isinstance(role, str) or not isinstance(content, str):
         raise Unusable("has a chat turn without role and content")
     if role.lower() not in _ROLES:
         raise Unusable(f"has a turn of role {role!r}, wanted system, user or assistant")
     role = _ROLES[role.lower()]
     if role == "assistant":
         for name in THOUGHTS:
-            said = with_thoughts(turn.get(name), said)
-        inner, mark, _ = said.partition("</think>")
+            content = with_thoughts(turn.get(name), content)
+        inner, mark, _ = content.partition("</think>")
         texts = {name: turn[name] for name in THOUGHTS if mark and isinstance(turn.get(name), str)}
         keys |= {name for name, text in texts.items() if _thoughts(text) in inner}
-    return role, said, keys
+    return role, content, keys
 
 
 def unread(value: Any) -> set[str]:
-    """Keys of chat turns that hold something and that `chat` does not read; none of another value."""
+    """Return the keys of chat turns that hold a value and that `chat` does not read; else an empty set."""
     value = chat_of(value)
     turns = [turn for turn in value if isinstance(turn, dict)] if isinstance(value, list) else []
-    found: set[str] = set()
+    names: set[str] = set()
     for turn in turns:
         try:
             keys = _turn(turn)[2]
-        except Unusable:  # nothing was taken from it
+        except Unusable:  # the turn is not used
             continue
-        found |= {key for key, held in turn.items() if key not in keys and holds(held)}
-    return found
+        names |= {key for key, held in turn.items() if key not in keys and holds(held)}
+    return names
 
 
 def history(value: list[Any]) -> Turns:
-    """Earlier turns: a chat, or pairs [[question, answer], ...]."""
+    """Return earlier turns from a chat, or from pairs [[question, answer], ...]."""
     if not all(isinstance(item, list) for item in value):
         return chat(value)
     turns: Turns = []
@@ -337,17 +338,17 @@ def history(value: list[Any]) -> Turns:
     return turns
 
 
-def with_thoughts(thoughts: Any, said: str) -> str:
-    """`said` behind its thoughts, where there are any and it does not hold them already.
+def with_thoughts(thoughts: Any, content: str) -> str:
+    """Put the thoughts before `content`, if there are any and it does not contain them already.
 
-    A switch ("on", "high") is not a thought, nor is a placeholder.
+    A setting ("on", "high") is not a thought, nor is a placeholder.
     """
-    if not isinstance(thoughts, str) or "</think>" in said:
-        return said
+    if not isinstance(thoughts, str) or "</think>" in content:
+        return content
     inner = _thoughts(thoughts)
     if inner.lower() in _SWITCHES or is_placeholder(inner):
-        return said
-    return f"<think>\n{unicode(inner)}\n</think>\n\n{said}"
+        return content
+    return f"<think>\n{unicode(inner)}\n</think>\n\n{content}"
 
 
 def _thoughts(text: str) -> str:
@@ -355,7 +356,7 @@ def _thoughts(text: str) -> str:
 
 
 def kind(value: Any) -> str:
-    """What a value is called in an error."""
+    """Return the name of a value's type for errors."""
     name = type(value).__name__
     return {"NoneType": "null", "dict": "an object", "list": "a list", "str": "text"}.get(
         name, name

@@ -1,8 +1,8 @@
-r"""From a row of a file to a `Problem`: which column is the problem, the solution, the answer, the id.
+"""From a row of a file to a `Problem`: find the columns of problem, solution, answer and id.
 
-A column is named by the config (`data.columns.answer=reward_model.ground_truth`) or found under the
-names that people use; docs/data.md lists the shapes. Everything becomes text (cells.py); a question
-may stand in several columns (question.py).
+The config names a column (`data.columns.answer=reward_model.ground_truth`), or it is found under its
+usual names; docs/data.md lists them. All values become text (cells.py); a question may be spread over
+several columns (question.py).
 """
 
 import collections
@@ -19,9 +19,9 @@ from opd_jax.data.files import Row, RowError, place
 from opd_jax.data.problem import Problem
 from opd_jax.data.question import read_question
 
-# In the order in which they are looked for; the first that holds something is taken.
+# In order of precedence; the first column that holds a value is used.
 PROBLEM = ("problem", "question", "prompt", "query", "instruction", "messages", "conversations")
-# Of `target` only a chat is a solution (LUFFY); elsewhere the word means the answer.
+# `target` is a solution only if it is a chat (LUFFY); in other files it is the answer.
 SOLUTION = ("target", "generations", "solution", "response", "completion", "output",
             "messages", "conversations")  # fmt: skip
 ANSWER = ("answer", "final_answer", "reward_model.ground_truth", "ground_truth", "expected_answer",
@@ -33,14 +33,14 @@ _MARKS = ("is_reasoning_complete", "correctness_math_verify")  # of OpenR1's gen
 _SHOWN = 12  # names of columns in a line
 _MISSING = object()
 
-Counts = dict[str, collections.Counter[str]]  # what `count` has seen; JSON can hold it
+Counts = dict[str, collections.Counter[str]]  # of `count`; JSON can hold it
 
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
     """The column (a dotted path) of each part of a problem; "" = found by its name, or absent.
 
-    `read_problem` returns a part that was taken from several as `context + question`.
+    `read_problem` returns a part that comes from several columns as `context + question`.
     """
 
     problem: str = ""
@@ -59,10 +59,10 @@ def read_problem(
     need_answer: bool = False,
     field: str = "data.columns",
 ) -> tuple[Problem, Columns]:
-    """The problem that a row holds, and the columns that its parts were taken from.
+    """Return the problem of a row, and the columns of its parts.
 
     `columns` has the fields of `Columns`; `field` is the config section it comes from. Raises
-    RowError (file, line, what is missing, the columns that are there, the option that names the
+    RowError (file, line, the missing part, the available columns, the option that names the
     right one) where the row lacks the problem, or a part that is needed.
     """
     where = place(path, number)
@@ -78,7 +78,7 @@ def read_problem(
                 return read(value, row, column), column
             except Unusable as error:
                 tried.append((column, error))
-                if error.reason:  # found out to be wrong; another column is no substitute
+                if error.reason:  # the part is known to be wrong, so no other column is tried
                     break
         if not needed and not chosen:
             return None, ""
@@ -98,7 +98,7 @@ def read_problem(
     )
     question, taken_problem = part("problem", PROBLEM, ask, True)
     taken_problem = " + ".join(name or taken_problem for name in question.parts)
-    # One column may hold two parts: GSM8K's answer the solution too, a solution's box the answer.
+    # One column may hold two parts: GSM8K's answer contains the solution, a solution's box the answer.
     read_solution = functools.partial(_solution, named=bool(columns.solution))
     solution, taken_solution = part("solution", SOLUTION, read_solution, False)
     read = functools.partial(_answer, choices=question.choices, named=bool(columns.answer))
@@ -127,7 +127,7 @@ def read_problem(
 
 
 def reach(row: Row, column: str) -> Any:
-    """The value at a dotted path; integers index lists. A column whose name has the dots comes first."""
+    """Return the value at a dotted path; integers index lists. A column with this exact name comes first."""
     if column in row:
         return row[column]
     value: Any = row
@@ -144,14 +144,14 @@ def reach(row: Row, column: str) -> Any:
 
 
 def count(counts: Counts, row: Row, problem: Problem, taken: Columns) -> None:
-    """Add a row to `counts`: what its problem was taken from, what was not read, earlier turns.
+    """Add a row to `counts`: the columns of its problem, what was not read, earlier turns.
 
-    What was not read are columns, and keys of the turns of a chat: `messages[].tool_calls`.
+    Not read may be columns, and keys of the turns of a chat: `messages[].tool_calls`.
     """
     paths = {path for part in dataclasses.astuple(taken) for path in part.split(" + ")}
     known = paths | {path.split(".")[0] for path in paths}
     known |= set(_MARKS) if "generations" in known else set()
-    found = {part: [column] for part, column in dataclasses.asdict(taken).items()} | {
+    entries = {part: [column] for part, column in dataclasses.asdict(taken).items()} | {
         "not read": [name for name in row if name not in known and cells.holds(row[name])]
         + [
             f"{path}[].{key}"
@@ -160,18 +160,18 @@ def count(counts: Counts, row: Row, problem: Problem, taken: Columns) -> None:
         ],
         "earlier turns": ["rows"] * bool(problem.history),
     }
-    for kind, names in found.items():
+    for kind, names in entries.items():
         counts.setdefault(kind, collections.Counter()).update(names)
 
 
 def describe(counts: Mapping[str, Mapping[str, int]]) -> str:
     """`problem from question, answer from answer; 12 with earlier turns; not read: level`."""
-    taken = [
+    sources = [
         f"{part} from {_ranked(counts[part])}"
         for part in ("problem", "solution", "answer", "id")
         if any(counts.get(part, ()))
     ]
-    phrases = [", ".join(taken)] if taken else []
+    phrases = [", ".join(sources)] if sources else []
     if turns := counts.get("earlier turns"):
         phrases.append(f"{turns['rows']} with earlier turns")
     if names := sorted(counts.get("not read", ())):
@@ -180,7 +180,7 @@ def describe(counts: Mapping[str, Mapping[str, int]]) -> str:
 
 
 def _ranked(counts: Mapping[str, int]) -> str:
-    """`answer`, or `answer (90) | none (10)` where rows differ."""
+    """Return `answer`, or `answer (90) | none (10)` where rows differ."""
     if len(counts) == 1:
         return next(iter(counts))
     ranked = sorted(counts.items(), key=lambda item: -item[1])
@@ -196,7 +196,7 @@ def _solution(value: Any, row: Row, column: str, *, named: bool) -> str:
 
 
 def _generation(value: Any, row: Row) -> str:
-    """OpenR1-Math: the first generation that is finished and that math-verify found correct."""
+    """Return OpenR1-Math's first generation that is finished and that math-verify found correct."""
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
         raise Unusable("is not a list of texts")
     finished = _flags(row, "is_reasoning_complete", len(value))
@@ -211,7 +211,7 @@ def _generation(value: Any, row: Row) -> str:
 
 def _flags(row: Row, column: str, count: int) -> list[bool]:
     marks = row.get(column)
-    if marks is None:  # not checked by anybody: the caller may (prepare_data grades)
+    if marks is None:  # not verified in the file; the caller may verify (prepare_data grades)
         return [True] * count
     if not isinstance(marks, list) or len(marks) != count:
         raise Unusable(
@@ -221,11 +221,11 @@ def _flags(row: Row, column: str, count: int) -> list[bool]:
 
 
 def _with_thoughts(solution: str, row: Row, column: str) -> tuple[str, str]:
-    """A solution behind the thoughts that stand in a column of their own, and the columns of both."""
+    """Put thoughts from a column of their own before a solution; also return the columns of both."""
     for name in THOUGHTS:
-        whole = cells.with_thoughts(row.get(name), solution)
-        if whole != solution:
-            return whole, f"{name} + {column}"
+        complete = cells.with_thoughts(row.get(name), solution)
+        if complete != solution:
+            return complete, f"{name} + {column}"
     return solution, column
 
 
@@ -234,35 +234,35 @@ def _answer(
 ) -> str:
     shown = {part for choice in choices for part in choice}
     if isinstance(value, str) and cells.is_placeholder(value) and value.strip() in shown - {""}:
-        return cells.option(value)  # the choice `None`, which elsewhere says nothing
+        return cells.option(value)  # the choice `None`, which elsewhere is a placeholder
     if choices and not named and _may_be_place(value, choices):
         raise Unusable(
-            "is a number beside choices: the place of one, or its text (a named column is taken as it "
-            "stands)",
+            "is a number beside choices: it may be the position of a choice, or its text (a column that "
+            "you name is used unchanged)",
             "no answer",
         )
     return cells.answer(value)
 
 
 def _may_be_place(value: Any, choices: tuple[tuple[str, str], ...]) -> bool:
-    """Whether an answer may mean "the second": a whole number, or as text one that no choice shows."""
+    """Return whether an answer may mean "the second": an integer, or its text where no choice shows it."""
     if isinstance(value, str):
         shown = {part for choice in choices for part in choice}
-        said = value.strip()
-        is_number = re.fullmatch(r"\d{1,2}(?:\.0+)?", said) is not None
-        return is_number and float(said) <= len(choices) and shown.isdisjoint((said, ""))
+        text = value.strip()
+        is_number = re.fullmatch(r"\d{1,2}(?:\.0+)?", text) is not None
+        return is_number and float(text) <= len(choices) and shown.isdisjoint((text, ""))
     if isinstance(value, float):
         return value.is_integer()
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _before_mark(value: Any) -> str | None:
-    """The solution in GSM8K's answer, None where there is none."""
+    """Return the solution in GSM8K's answer, None where there is none."""
     if not isinstance(value, str) or cells.marked(value) is None:
         return None
     try:
         return cells.golden(value)
-    except Unusable:  # nothing but the answer
+    except Unusable:  # it holds only the answer
         return None
 
 
@@ -271,6 +271,6 @@ def _names(row: Row) -> str:
 
 
 def _listed(names: list[str], most: int) -> str:
-    # Whatever a file calls its columns, it is one line that can be printed.
+    # Column names may contain anything; the result must be one printable line.
     shown = [" ".join(str(n).encode(errors="replace").decode().split()) for n in names[:most]]
     return ", ".join(shown) + (", ..." if len(names) > most else "")

@@ -18,10 +18,10 @@ BAD_ROWS = ("refuse", "skip")
 
 
 class Problems(Sequence[Problem]):
-    """Problems by index, read when they are asked for. Made by `open_problems`.
+    """Problems by index, read on access. Created by `open_problems`.
 
-    `name` is what the config named, `skipped` counts the rows that are left out by reason, `columns`
-    says what they were taken from; `generated` problems are made by rule and all alike.
+    `name` is the name in the config, `skipped` counts the skipped rows by reason, `columns` describes
+    their columns; `generated` problems come from `tiny` and all have the same form.
     """
 
     def __init__(
@@ -41,8 +41,8 @@ class Problems(Sequence[Problem]):
         self._kept = kept  # index of a problem -> index of its row
         if not len(kept):
             raise DataError(
-                f"{name} has no problem that can be used: {_counts(skipped)}; name another file, or "
-                "see what is wrong with the first row: --config.data.bad_rows=refuse"
+                f"{name} has no problem that can be used: {_counts(skipped)}; name another file, or set "
+                "--config.data.bad_rows=refuse to see the error of the first row"
             )
 
     def __len__(self) -> int:
@@ -54,7 +54,7 @@ class Problems(Sequence[Problem]):
         return self._read(int(self._kept[operator.index(index)]))
 
     def without(self, bad: Mapping[str, Collection[int]]) -> "Problems":
-        """The same problems less those whose indices stand under some reason, which are counted.
+        """Return the problems without those at the given indices, counted by their reasons.
 
         Raises DataError where none is left.
         """
@@ -72,8 +72,7 @@ class Problems(Sequence[Problem]):
         )
 
     def describe(self) -> str:
-        """One line: how many problems, which columns they were taken from and which were not read,
-        how many have earlier turns, what was left out."""
+        """Return one line: number of problems, columns read and not read, earlier turns, skipped rows."""
         rows = len(self) + sum(self.skipped.values())
         text = f"{self.name}: {len(self)} problems of {rows} rows"
         if self.columns:
@@ -93,11 +92,11 @@ def open_problems(
     need_answer: bool = False,
     bad_rows: str = "refuse",
 ) -> Problems:
-    """The problems that `name`, the value of the config field `field`, stands for.
+    """Open the problems named `name`, the value of the config field `field`.
 
-    `tiny:SPLIT` is the generated data set, `size` problems of it; anything else is a file (.jsonl,
-    .json, .parquet) whose rows are all read once, here. A row that cannot be used, or that lacks
-    what is needed, raises DataError (`bad_rows` "refuse") or is left out and counted ("skip").
+    `tiny:SPLIT` is the generated data set, with `size` problems; any other name is a file (.jsonl,
+    .json, .parquet), all of whose rows are read once, here. A row that cannot be used, or that lacks
+    a part that is needed, raises DataError (`bad_rows` "refuse") or is skipped and counted ("skip").
     `columns` names columns (`data.columns`). Raises ConfigError for a name that is neither.
     """
     if not _is_file(name):
@@ -123,7 +122,7 @@ def open_problems(
         try:
             if isinstance(row, RowError):
                 raise row
-            problem, found = read_problem(row, path=name, number=number, **needs)
+            problem, parts_from = read_problem(row, path=name, number=number, **needs)
         except RowError as error:
             if bad_rows == "refuse":
                 raise DataError(
@@ -132,7 +131,7 @@ def open_problems(
             skipped[error.reason] += 1
             continue
         kept[index] = True
-        count(counts, row, problem, found)
+        count(counts, row, problem, parts_from)
 
     def read(index: int) -> Problem:
         return read_problem(rows[index], path=name, number=rows.number(index), **needs)[0]
@@ -147,7 +146,7 @@ def open_problems(
 
 
 def split_of(name: str, *, field: str) -> str:
-    """The split of the embedded data set that `tiny:SPLIT` names. Raises ConfigError otherwise."""
+    """Return the split of the embedded data set that `tiny:SPLIT` names. Raises ConfigError otherwise."""
     kind, _, split = name.partition(":")
     if kind != "tiny" or split not in arithmetic.SPLITS:
         known = ", ".join(f"tiny:{s}" for s in arithmetic.SPLITS)
@@ -159,7 +158,7 @@ def split_of(name: str, *, field: str) -> str:
 
 
 def _is_file(name: str) -> bool:
-    """Whether a name is meant as a path; whether it can be read is for `files` to say."""
+    """Return whether a name is meant as a path; `files` checks whether it can be read."""
     path = pathlib.Path(name)
     if not name or name.startswith("tiny:"):
         return False

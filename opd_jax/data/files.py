@@ -1,7 +1,7 @@
 """Rows (dicts) of JSONL, JSON and Parquet files: as a stream in bounded memory, and by index.
 
-What is wrong with one row (`RowError`) can be skipped, what is wrong with a file (`DataError`)
-cannot. Both texts name the file; a row is named by its line (JSONL) or its number, from 1.
+An error in one row (`RowError`) can be skipped, an error in the file (`DataError`) cannot. Both texts
+name the file, and a row by its line (JSONL) or its number, from 1.
 """
 
 import array
@@ -27,7 +27,7 @@ EXTENSIONS = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 Row = dict[str, Any]
 _BATCH = 256  # Parquet rows that are Python objects at one time
 _CACHE_BYTES = 2**30  # of decoded Parquet row groups, as Arrow arrays
-# What pyarrow raises of broken files: its own errors, and Python's for names that are not UTF-8.
+# pyarrow's errors about broken files: its own, and Python's for names that are not UTF-8.
 _ARROW_ERRORS = (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError)
 
 
@@ -40,10 +40,10 @@ class RowError(DataError):
 
 
 def stream(path: str) -> Iterator[tuple[int, Row | RowError]]:
-    """(line or row number, row) of every row in order; a row that is broken comes as its RowError.
+    """Yield (line or row number, row) of every row in order; a broken row comes as its RowError.
 
-    Memory holds one line of JSONL or some hundred rows of Parquet; a JSON list is parsed whole.
-    Blank lines are ignored. Raises DataError where the file as a whole cannot be read.
+    Memory holds one line of JSONL or some hundred rows of Parquet; a JSON list is parsed at once.
+    Blank lines are ignored. Raises DataError where the file itself cannot be read.
     """
     kind = extension(path)
     count = 0
@@ -54,7 +54,7 @@ def stream(path: str) -> Iterator[tuple[int, Row | RowError]]:
 
 
 def open_rows(path: str) -> "Rows":
-    """The rows of a file by index, in the order of `stream`. Raises DataError as `stream` does."""
+    """Return the rows of a file by index, in the order of `stream`. Raises DataError as `stream` does."""
     kind = extension(path)
     if kind == ".jsonl.gz":
         raise DataError(
@@ -70,7 +70,7 @@ def open_rows(path: str) -> "Rows":
 
 
 def extension(path: str) -> str:
-    """The one of EXTENSIONS that a readable file's name ends in. Raises DataError otherwise."""
+    """Return which of EXTENSIONS a readable file's name ends in. Raises DataError otherwise."""
     known = [e for e in EXTENSIONS if path.lower().endswith(e)]
     if not known:
         raise DataError(
@@ -87,28 +87,28 @@ def extension(path: str) -> str:
 
 
 def place(path: str, number: int) -> str:
-    """How errors name a row: `FILE, line 17`, or `FILE, row 17` where rows are not lines."""
+    """Return the name of a row in errors: `FILE, line 17`, or `FILE, row 17` where rows are not lines."""
     return f"{path}, {'line' if '.jsonl' in path.lower() else 'row'} {number}"
 
 
 class Rows(Sequence[Row]):
-    """Rows by index; `rows[i]` raises RowError where row i is broken. Can be shared by threads."""
+    """Rows by index; `rows[i]` raises RowError where row i is broken. Threads may share it."""
 
     def __init__(self, path: str):
         self.path = path
         self._stamp = _stamp(path)
 
     def number(self, index: int) -> int:
-        """Line (JSONL) or row number of an index, from 1."""
+        """Return the line (JSONL) or row number of an index, from 1."""
         return index + 1
 
     def _check(self) -> None:
-        if _stamp(self.path) != self._stamp:  # the index of lines is no longer true
+        if _stamp(self.path) != self._stamp:  # the index of lines is no longer valid
             raise DataError(f"{self.path} has changed since it was opened; start again")
 
 
 class _JsonlRows(Rows):
-    """An index of where lines start and end; a row is read and parsed when it is asked for."""
+    """An index of where lines start and end; a row is read and parsed on access."""
 
     def __init__(self, path: str):
         super().__init__(path)
@@ -131,7 +131,9 @@ class _JsonlRows(Rows):
     def __getitem__(self, index: Any) -> Any:
         start, size = int(self._starts[index]), int(self._sizes[index])
         self._check()
-        with open(self.path, "rb") as file:  # a handle of its own: threads do not share a position
+        with open(
+            self.path, "rb"
+        ) as file:  # a new handle, because threads must not share a position
             file.seek(start)
             data = file.read(size)
         return _raised(_parsed(self.path, self.number(index), data))
@@ -141,7 +143,7 @@ class _JsonlRows(Rows):
 
 
 class _JsonRows(Rows):
-    """A JSON list, parsed whole."""
+    """A JSON list, parsed at once."""
 
     def __init__(self, path: str):
         super().__init__(path)
@@ -155,7 +157,7 @@ class _JsonRows(Rows):
 
 
 class _ParquetRows(Rows):
-    """Row groups decoded when they are asked for; the latest stay, up to _CACHE_BYTES."""
+    """Row groups, decoded on access; the latest are cached, up to _CACHE_BYTES."""
 
     def __init__(self, path: str):
         super().__init__(path)
@@ -244,16 +246,16 @@ _STREAMS = {
 
 
 def _number(text: str) -> decimal.Decimal | float:
-    """A JSON number with every digit; 0 or infinity where a float has no room for its exponent."""
+    """Parse a JSON number with every digit; 0 or infinity where its exponent is out of a float's range."""
     value = float(text)
     return decimal.Decimal(text) if value and math.isfinite(value) else value
 
 
 def _parsed(path: str, line: int, data: bytes) -> Row | RowError:
-    """The object of one line of JSONL."""
+    """Parse the object of one line of JSONL."""
     where = place(path, line)
     try:
-        # A byte order mark may open a file; json refuses it.
+        # A file may begin with a byte order mark, which json refuses.
         text = data.decode("utf-8-sig" if line == 1 else "utf-8")
         item = json.loads(text, parse_float=_number)
     except UnicodeDecodeError as error:
@@ -269,7 +271,7 @@ def _parsed(path: str, line: int, data: bytes) -> Row | RowError:
         )
     except RecursionError:
         return RowError(f"{where}: nested too deeply, wanted a plain object", "not JSON")
-    except ValueError as error:  # a number of more digits than Python reads
+    except ValueError as error:  # a number with more digits than Python parses
         return RowError(f"{where}: not JSON ({_reason(error)}); correct the line", "not JSON")
     return _object(path, line, item)
 
@@ -323,7 +325,7 @@ def _broken_parquet(path: str, error: Exception) -> DataError:
 
 
 def _arrow_rows(path: str, table: Any, first: int) -> list[tuple[int, Row | RowError]]:
-    """Rows of an Arrow table or batch whose first row has the index `first`."""
+    """Convert an Arrow table or batch to rows; `first` is the index of its first row."""
     try:
         return list(enumerate(table.to_pylist(), start=first + 1))
     except (UnicodeDecodeError, ValueError, OverflowError) as error:  # text, or a date beyond 9999

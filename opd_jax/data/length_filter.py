@@ -1,4 +1,4 @@
-"""Problems that fit their budgets: what is too long is refused by name, or left out and counted."""
+"""Length filter: reject, or drop and count, problems whose prompt or solution exceeds its token budget."""
 
 from collections.abc import Callable, Sequence
 
@@ -6,7 +6,7 @@ from opd_jax import data
 from opd_jax.data import template_boundary
 from opd_jax.errors import DataError, ModelError
 
-# Why a problem cannot be used: in short, for the count, and in a sentence that ends with the fix.
+# Why a problem cannot be used: a short form for the count, and a sentence that ends with the fix.
 Misfit = tuple[str, str]
 _BLOCK = 1024  # problems tokenised at one time
 
@@ -19,16 +19,18 @@ def without_misfits(
     count: int,
     skip: bool,
 ) -> data.Problems:
-    """The problems less those of the first `count` in which `misfits` finds something wrong.
+    """Return the problems without those of the first `count` for which `misfits` returns a reason.
 
-    `misfits` is called on blocks, in order. Where it raises ModelError, because a chat template refuses
-    turns that are a row's own, that row is a misfit. Raises DataError at the first misfit, unless `skip`.
+    `misfits` is called on blocks, in order. Where it raises ModelError, because a chat template refuses the
+    turns of a row, that row is a misfit. Raises DataError at the first misfit, unless `skip`.
     """
 
     def each(block: list[data.Problem]) -> list[Misfit | None]:
         try:
             return misfits(block)
-        except ModelError as error:  # of one row's turns, or of those that the config gives to all
+        except (
+            ModelError
+        ) as error:  # about one row's turns, or about turns that the config adds to all
             if not any(problem.system or problem.history for problem in block):
                 raise
             if len(block) == 1:
@@ -51,7 +53,7 @@ def without_misfits(
 
 
 def prompt_misfit(tokens: int, limit: int) -> Misfit | None:
-    """What is wrong with a prompt of so many tokens under rollout.max_prompt_tokens = `limit`."""
+    """Return the fault of a prompt of `tokens` tokens, where rollout.max_prompt_tokens = `limit`."""
     if tokens < 1:
         return "empty prompt", "its prompt is empty; correct --config.data.prompt_template"
     if tokens > limit:
@@ -64,12 +66,12 @@ def prompt_misfit(tokens: int, limit: int) -> Misfit | None:
 
 
 def teacher_misfit(tokens: int, max_position: int, response: int) -> Misfit | None:
-    """What is wrong with a teacher's prompt of so many tokens beside `response` tokens, in `max_position`."""
+    """Return the fault of a teacher's prompt of `tokens` tokens, followed by `response` tokens."""
     room = max_position - response
     if tokens > room:
         return (
             "teacher's prompt too long",
-            f"the teacher's prompt has {tokens} tokens, wanted at most {room} beside the response; "
+            f"the teacher's prompt has {tokens} tokens, wanted at most {room} before the response; "
             f"set --config.teacher.max_position={tokens + response}",
         )
     return None
@@ -78,9 +80,9 @@ def teacher_misfit(tokens: int, max_position: int, response: int) -> Misfit | No
 def unknown_id(
     ids: Sequence[int], tokenizer: data.Tokenizer, *, what: str, rows: dict[str, int]
 ) -> Misfit | None:
-    """What is wrong with token ids that some model has no embedding of.
+    """Return the fault of token ids that some model has no embedding for.
 
-    `what` holds the ids; `rows` of the embedding, by the role that reads them.
+    `what` names the text of the ids; `rows` is the number of rows of the embedding, by role.
     """
     largest = max(ids, default=0)
     role = min(rows, key=rows.__getitem__)
@@ -90,7 +92,7 @@ def unknown_id(
     return (
         f"{what} with an unknown id",
         f"its {what} holds {token!r}, id {largest}, wanted ids below {rows[role]}, the rows of the "
-        f"{role}'s embedding; take the token out of the data or the chat template, or give a {role} "
+        f"{role}'s embedding; remove the token from the data or the chat template, or use a {role} "
         "with a row for it",
     )
 
@@ -106,16 +108,16 @@ def golden_misfit(
     width: int,
     response: int,
 ) -> Misfit | None:
-    """What is wrong with a golden solution behind its prompt, a rendered text of `size` tokens.
+    """Return the fault of a golden solution after its prompt, a rendered text of `size` tokens.
 
-    `rows` of the student's embedding; `width` tokens of a whole row, of which `response` are
-    rollout.max_response_tokens.
+    `rows` is the number of rows of the student's embedding; `width` is the number of tokens of a row, of
+    which `response` are rollout.max_response_tokens.
     """
     begun = template_boundary.opening(prompt, closed=tokenizer.has_template)
     if fault := template_boundary.fault(problem.solution, begun):
         return fault
     room = width - size
-    # No token is shorter than a byte, and most models have a row for all that their tokenizer knows.
+    # No token is shorter than a byte, and most models have a row for every id of their tokenizer.
     if len(problem.solution.encode()) + 1 < room and tokenizer.size <= rows:
         return None
     ids = style.golden([problem], tokenizer)[0]

@@ -1,9 +1,9 @@
-"""Micro-batches by length: rows of like length go through the models together, in few fixed shapes.
+"""Micro-batches by length: rows of similar length are processed together, in few fixed shapes.
 
-Rows are sorted, longest first, and cut into micro-batches of at most so many tokens; each is as wide
-as its longest row needs, rounded up to a quarter of the whole width. Four shapes at most are ever
-compiled, short rows do not pay for long ones, and the largest shape comes first. Where the teacher
-reads rows of its own, both kinds are cut to the same quarter of their widths.
+Rows are sorted, longest first, and split into micro-batches of at most `tokens` tokens. Each is as wide
+as its longest row, rounded up to a quarter of the full width. So at most four shapes are compiled, short
+rows are not padded to long ones, and the largest shape comes first. Where the teacher reads rows of its
+own, both kinds are split at the same quarter of their widths.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ Tree = TypeVar("Tree")
 
 @dataclasses.dataclass(frozen=True)
 class MicroBatch:
-    """Which rows, in what shape: `rows` (indices), filled up with empty rows to `count`, of `width`.
+    """The rows and shape of a micro-batch: `rows` (indices), padded with empty rows to `count`, of `width`.
 
     `teacher_width` is that of the teacher's rows, where it has its own.
     """
@@ -39,13 +39,13 @@ def split(
     teacher: TeacherRows | None = None,
     replicas: int = 1,
 ) -> list[MicroBatch]:
-    """Rows of the given lengths as micro-batches of at most `tokens` tokens (one row at least).
+    """Split rows of the given lengths into micro-batches of at most `tokens` tokens (at least one row).
 
-    With `replicas` that is the share of each, and all have as many rows.
+    With `replicas` this limit applies to each replica, and all of them have the same number of rows.
 
-    `width` is that of the whole batch. `teacher`, the teacher's own rows, counts as well: no
-    micro-batch has more than `tokens` of its tokens either. How many rows a micro-batch of some width
-    holds depends on the size of the batch alone, so that later batches meet the same shapes.
+    `width` is that of the full batch. `teacher`, the teacher's own rows, counts as well: no
+    micro-batch has more than `tokens` of its tokens either. The number of rows of a micro-batch of some
+    width depends on the size of the batch alone, so that later batches have the same shapes.
     """
     length_B = np.asarray(length_B)
     teacher_width = 0 if teacher is None else teacher.tokens_BT.shape[1]
@@ -66,10 +66,10 @@ def split(
 def shapes(
     batch: int, *, width: int, tokens: int, teacher_width: int = 0, replicas: int = 1
 ) -> list[MicroBatch]:
-    """Every micro-batch, without rows, that `split` makes of `batch` rows of whatever lengths."""
-    given = (batch, width, teacher_width, tokens, replicas)
-    found = [_shape(quarters, *given) for quarters in (4, 3, 2, 1)]
-    unique = {(part.count, part.width, part.teacher_width): part for part in found}
+    """Return every micro-batch, without rows, into which `split` may divide `batch` rows of any lengths."""
+    sizes = (batch, width, teacher_width, tokens, replicas)
+    parts = [_shape(quarters, *sizes) for quarters in (4, 3, 2, 1)]
+    unique = {(part.count, part.width, part.teacher_width): part for part in parts}
     return list(unique.values())
 
 
@@ -79,7 +79,7 @@ def _shape(
     """The micro-batch of rows of so many quarters of the widths."""
     widths = [_width(quarters, whole) for whole in (width, teacher_width)]
     most = max(tokens // max(widths), 1) * replicas
-    count = math.ceil(batch / math.ceil(batch / most))  # even shares
+    count = math.ceil(batch / math.ceil(batch / most))  # equal parts
     count = math.ceil(count / replicas) * replicas
     return MicroBatch(np.zeros(0, int), count, *widths)
 
@@ -97,26 +97,26 @@ def _width(quarters: int, whole: int) -> int:
 
 
 def _quarters(length_B: np.ndarray, width: int) -> np.ndarray:
-    """How many quarters of `width` hold each row, 1 to 4."""
+    """Return how many quarters of `width` each row needs, 1 to 4."""
     return np.clip(np.ceil(np.asarray(length_B) / math.ceil(width / 4)), 1, 4).astype(int)
 
 
 def gather(rows: Tree, part: MicroBatch) -> Tree:
-    """The rows of a tree of [B, T] and [B] host arrays that make up a micro-batch."""
+    """Select the rows of a micro-batch from a tree of [B, T] and [B] host arrays."""
 
     def one(x: np.ndarray) -> np.ndarray:
         x = np.asarray(x)
-        taken = x[part.rows] if x.ndim == 1 else x[part.rows, : part.width]
-        return np.pad(taken, [(0, part.count - len(part.rows))] + [(0, 0)] * (x.ndim - 1))
+        rows = x[part.rows] if x.ndim == 1 else x[part.rows, : part.width]
+        return np.pad(rows, [(0, part.count - len(part.rows))] + [(0, 0)] * (x.ndim - 1))
 
     return jax.tree.map(one, rows)
 
 
 def gather_teacher(rows: TeacherRows, part: MicroBatch) -> TeacherRows:
-    """The teacher's rows of a micro-batch."""
+    """Select the teacher's rows of a micro-batch."""
     return gather(rows, dataclasses.replace(part, width=part.teacher_width))
 
 
 def scatter(out_BT: np.ndarray, values: jax.Array, part: MicroBatch) -> None:
-    """Put a micro-batch's [count, width] values back into their rows of `out_BT`."""
+    """Write a micro-batch's [count, width] values back to their rows of `out_BT`."""
     out_BT[part.rows, : part.width] = np.asarray(values)[: len(part.rows)]

@@ -1,4 +1,4 @@
-"""What a problem is, wherever it comes from."""
+"""The record of a problem, independent of its source."""
 
 import dataclasses
 from typing import Any
@@ -11,8 +11,8 @@ class Problem:
     """One problem: `prompt` text, `solution` (golden) text, `answer`, and a stable `id`.
 
     `solution` and `answer` are "" where the source has none; `system` is the text of a system turn
-    that the source prescribes for this problem, "" where it prescribes none. `history` holds (role,
-    text) of the turns between the two: user's and assistant's.
+    that the source prescribes for this problem, "" for none. `history` holds (role, text) of the turns
+    between the two: user's and assistant's.
     """
 
     id: str
@@ -24,11 +24,11 @@ class Problem:
 
     @property
     def question(self) -> str:
-        """The text of all turns but the system's: what makes two problems one."""
+        """The text of all turns except the system's, which identifies duplicates."""
         return "\n".join([*(text for _, text in self.history), self.prompt])
 
     def row(self) -> dict[str, Any]:
-        """The row of a file that `data.open_problems` reads as this problem."""
+        """Return the row of a file that `data.open_problems` reads as this problem."""
         row: dict[str, Any] = {
             "id": self.id, "problem": self.prompt, "solution": self.solution, "answer": self.answer,
         }  # fmt: skip

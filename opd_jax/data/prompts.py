@@ -1,4 +1,4 @@
-"""Prompts and golden rows: how a problem becomes token ids."""
+"""Prompts and golden rows: problems as token ids."""
 
 import dataclasses
 import re
@@ -14,18 +14,18 @@ from opd_jax.errors import DataError
 
 @dataclasses.dataclass(frozen=True)
 class PromptStyle:
-    """How a problem is put to a model.
+    """How a problem is presented to a model.
 
     Attributes:
-      template: text of the last user's turn; {problem}, {answer} and {solution} are filled in.
-      system: text of the system's turn; "" for the problem's own, if it has one, "none" for none.
+      template: text of the last user turn; {problem}, {answer} and {solution} are replaced.
+      system: text of the system turn; "" for the problem's own, if it has one, "none" for none.
     """
 
     template: str = "{problem}"
     system: str = ""
 
     def turns(self, problem: Problem) -> tuple[str, str, History]:
-        """The texts of the last user's and of the system's turn, and the turns between them."""
+        """Return the texts of the last user turn and of the system turn, and the turns between them."""
         fields = {
             "problem": problem.prompt, "answer": problem.answer, "solution": problem.solution,
         }  # fmt: skip
@@ -34,18 +34,21 @@ class PromptStyle:
         return text, system, problem.history
 
     def texts(self, problems: Sequence[Problem], tokenizer: Tokenizer) -> list[str]:
-        """Rendered prompt of each problem, through the tokenizer's chat template."""
+        """Render the prompt of each problem with the tokenizer's chat template."""
         return [
             tokenizer.render(text, system=system, history=history)
             for text, system, history in map(self.turns, problems)
         ]
 
     def prompts(self, problems: Sequence[Problem], tokenizer: Tokenizer) -> list[list[int]]:
-        """Prompt ids of each problem, through the tokenizer's chat template."""
+        """Return the prompt ids of each problem, with the tokenizer's chat template."""
         return tokenizer.chats([self.turns(problem) for problem in problems])
 
     def golden(self, problems: Sequence[Problem], tokenizer: Tokenizer) -> list[list[int]]:
-        """Ids of each golden solution behind its prompt, no end token added; see seam.py."""
+        """Return the ids of each golden solution after its prompt, without end token.
+
+        See template_boundary.py.
+        """
         solutions = [problem.solution for problem in problems]
         return golden_ids(tokenizer, self.texts(problems, tokenizer), solutions)
 
@@ -53,7 +56,7 @@ class PromptStyle:
 def golden_rows(
     prompts: Sequence[Sequence[int]], solutions: Sequence[Sequence[int]], *, width: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Right-padded rows of prompt ++ solution (its end token included).
+    """Build right-padded rows of prompt ++ solution (its end token included).
 
     Returns tokens [B, width] int32, length [B] int32, and the mask of solution tokens [B, width].
     Raises DataError for a row that does not fit.

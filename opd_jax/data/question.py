@@ -1,8 +1,8 @@
-"""A problem as a row puts it: one column or several that belong together, and the turns before it.
+"""The question of a row: one column or several that belong together, and the turns before it.
 
-A question that is found by its usual name is joined with the columns that it needs: `context` and
-`passage` before it, `input` and `choices` behind it. A column that the config names is taken alone.
-Earlier turns and a system turn are kept either way.
+A question found under its usual name is joined with the columns that it needs: `context` and `passage`
+before it, `input` and `choices` after it. A column that the config names is used alone. Earlier turns
+and a system turn are kept either way.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from opd_jax.data.cells import Turns, Unusable
 from opd_jax.data.files import Row
 from opd_jax.data.problem import History
 
-BEFORE, BEHIND, CHOICES = ("context", "passage"), ("input",), ("choices", "options")
+BEFORE, AFTER, CHOICES = ("context", "passage"), ("input",), ("choices", "options")
 HISTORY = "history"
 SYSTEM = ("system", "system_prompt")
 UNSEEN = ("images", "image", "videos", "video", "audios", "audio")  # these models read text
@@ -25,13 +25,13 @@ _LABELLED = re.compile(r"\s*\(?([A-Z])\s*[.):]\s*(.*\S)\s*", re.DOTALL)
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """What a row asks.
+    """The question of a row.
 
     Attributes:
       prompt: text of the last user turn. history: (role, text) of the turns before it.
       system: text of the system turn, "" where there is none.
-      parts: the columns that it was taken from, in order; "" is the problem's own.
-      choices: (label, text) of the answers to choose from, if it offers any.
+      parts: the columns it comes from, in order; "" is the problem's own.
+      choices: (label, text) of the choices, if it offers any.
     """
 
     prompt: str
@@ -44,9 +44,9 @@ class Question:
 def read_question(
     value: Any, row: Row, column: str, *, alone: bool, answered: Container[str]
 ) -> Question:
-    """The question of a row whose problem stands in `column` as `value`: a text, or a chat.
+    """Return the question of a row whose problem is `value`, a text or a chat, in `column`.
 
-    `alone`: columns are not joined. `answered`: columns that may end in an assistant turn, because
+    `alone`: do not join other columns. `answered`: columns that may end in an assistant turn, because
     solutions are read from them. Raises Unusable.
     """
     value = cells.chat_of(value)
@@ -55,7 +55,8 @@ def read_question(
     media = [name for holder in (row, *turns_of) for name in _media(holder)]
     if not alone and media:
         raise Unusable(
-            f"comes with {media[0]!r}, which a text model cannot see (a named column is taken alone)",
+            f"comes with {media[0]!r}, which a text model cannot see (a column that you name is used "
+            "alone)",
             "no problem",
         )
     parts: list[str] = [""]
@@ -77,10 +78,10 @@ def read_question(
         )
         system, parts = cells.unicode(system), [where, *parts] if where else parts
     last = _last_user(turns)
-    behind = len(turns) - 1 - last
-    if behind > 1:
-        raise Unusable(f"ends in {behind} assistant turns, wanted at most one")
-    if behind and not alone and column not in answered:
+    answers_after = len(turns) - 1 - last
+    if answers_after > 1:
+        raise Unusable(f"ends in {answers_after} assistant turns, wanted at most one")
+    if answers_after and not alone and column not in answered:
         raise Unusable(
             "ends in an assistant turn, which a prompt cannot keep (a solution can: name the column as "
             "that too)"
@@ -91,7 +92,7 @@ def read_question(
 
 
 def _media(holder: Any) -> list[str]:
-    """Columns of a row, or keys of a turn, that hold what these models cannot see."""
+    """Return the columns of a row, or keys of a turn, that hold media for which the models have no input."""
     if not isinstance(holder, dict):
         return []
     there = [name for name in UNSEEN if isinstance(holder.get(name), str | bytes | list | dict)]
@@ -103,25 +104,24 @@ def _is_said(system: Any) -> bool:
 
 
 def _says(value: Any) -> bool:
-    """Whether a cell holds something that is no placeholder."""
+    """Return whether a cell holds a value that is not a placeholder."""
     return cells.holds(value) and not (isinstance(value, str) and cells.is_placeholder(value))
 
 
 def _last_user(turns: Turns) -> int:
-    """Where the last user turn stands, in turns without the system's at the beginning."""
+    """Return the index of the last user turn, in turns without the first system turn."""
     roles = [role for role, _ in turns]
     if "system" in roles:
-        raise Unusable("has a system turn behind its first turn")
+        raise Unusable("has a system turn after its first turn")
     if "user" not in roles:
         raise Unusable("has no user turn")
     return len(roles) - 1 - roles[::-1].index("user")
 
 
 def _joined(text: str, row: Row) -> tuple[str, list[str], list[tuple[str, str]]]:
-    """A question with what stands in other columns, the names of all ("" for its own), and the
-    choices."""
+    """Join a question with its other columns; return the text, all columns ("" for its own), the choices."""
 
-    def beside(names: tuple[str, ...]) -> list[tuple[str, str]]:
+    def columns_of(names: tuple[str, ...]) -> list[tuple[str, str]]:
         there = [name for name in names if _says(row.get(name)) and row[name] != text]
         for name in there:
             if not isinstance(row[name], str):
@@ -130,7 +130,7 @@ def _joined(text: str, row: Row) -> tuple[str, list[str], list[tuple[str, str]]]
                 )
         return [(name, cells.unicode(row[name])) for name in there]
 
-    pieces = [*beside(BEFORE), ("", text), *beside(BEHIND)]
+    pieces = [*columns_of(BEFORE), ("", text), *columns_of(AFTER)]
     names, value = _choices_of(row)
     choices: list[tuple[str, str]] = []
     if names:
@@ -141,7 +141,7 @@ def _joined(text: str, row: Row) -> tuple[str, list[str], list[tuple[str, str]]]
 
 
 def _choices_of(row: Row) -> tuple[str, Any]:
-    """The columns that hold the answers to choose from, and these: one column, or A, B, C, ..."""
+    """Return the columns that hold the choices, and their values: one column, or A, B, C, ..."""
     for name in CHOICES:
         if _says(row.get(name)):
             return name, row[name]
@@ -152,7 +152,7 @@ def _choices_of(row: Row) -> tuple[str, Any]:
 
 
 def _choices(value: Any, name: str) -> list[tuple[str, str]]:
-    """(label, text) of each answer to choose from; a text stays as it is, its label ""."""
+    """Return (label, text) of each choice; a single text is unchanged and has the label ""."""
     if isinstance(value, str):
         return [("", cells.unicode(value))]
     if isinstance(value, dict) and isinstance(value.get("text"), list):  # ARC
@@ -178,7 +178,7 @@ def _lines(choices: list[tuple[str, str]]) -> str:
 
 
 def _offers(text: str, choices: list[tuple[str, str]]) -> bool:
-    """Whether a question says its choices itself: every label, with a mark behind it."""
+    """Return whether a question lists its choices itself: every label, followed by a punctuation mark."""
     return all(
         label and re.search(rf"(?<![^\W_]){re.escape(label)}\s*[.):]", text) for label, _ in choices
     ) or any(not label and one in text for label, one in choices)

@@ -1,11 +1,11 @@
-r"""The seam between a prompt and its response: what the prompt has opened, and how ids go on behind it.
+r"""The boundary between a prompt and its response: thoughts that the prompt opens, and ids across it.
 
-A generation prompt may begin the response itself. R1's ends in `<think>\n`, so that a response goes
-on inside thoughts which it never opens; Qwen3's without thinking ends in an empty block,
+A generation prompt may begin the response itself. R1's ends in `<think>\n`, so that a response continues
+inside thoughts which it never opens; Qwen3's without thinking ends in an empty block,
 `<think>\n\n</think>\n\n`. This text is the *opening* of the response:
 
-- a golden solution that begins with the opening is trained on without it: the prompt has it already;
-- a response behind an open one is written with it, so that the text is complete wherever it goes.
+- a golden solution that begins with the opening is trained on without it, because the prompt has it;
+- a response after an open one is written with it, so that the text is complete on its own.
 """
 
 import re
@@ -18,28 +18,28 @@ _TAG = re.compile(rf"<(/?)({_NAMES})>|\[(/?)(THINK)\]")
 _OPENING = re.compile(rf"(?:<({_NAMES})>|\[(THINK)\])\s*\Z")
 _CLOSED = re.compile(rf"<({_NAMES})>[^<]*</\1>\s*\Z|\[(THINK)\][^\[]*\[/THINK\]\s*\Z")
 _PIECE = re.compile(r"<[^<>\s]*>|\[/?THINK\]|[^\s<\[]+")
-_LAST = 48  # ids at the end of a prompt in which an opening is looked for
-_ANCHOR = "0"  # a text that merges with none of what follows it
+_LAST = 48  # ids at the end of a prompt that may contain an opening
+_ANCHOR = "0"  # a text whose token never merges with the next text
 
-Fault = tuple[str, str]  # in short, for a count, and in a sentence that ends with the fix
+Fault = tuple[str, str]  # a short form for the count, and a sentence that ends with the fix
 
 
 def opening(prompt: str, *, closed: bool = True) -> str:
     r"""Return the end of a prompt's text that belongs to the response: `<think>\n`, or "".
 
-    With `closed` also a block of thoughts that the prompt has closed again.
+    With `closed` this may also be a block of thoughts that the prompt has closed again.
     """
     match = _OPENING.search(prompt) or (_CLOSED.search(prompt) if closed else None)
     return match[0] if match else ""
 
 
 def is_open(text: str) -> bool:
-    """Whether an opening leaves its thoughts open."""
+    """Return whether an opening leaves its thoughts open."""
     return bool(_OPENING.fullmatch(text))
 
 
 def remainder(solution: str, begun: str) -> str:
-    """Return what is left of a solution behind a prompt that has begun it with the opening `begun`."""
+    """Return the rest of a solution after a prompt that has begun it with the opening `begun`."""
     if begun and solution.startswith(begun):
         return solution[len(begun) :]
     # The same pieces with other white space around them.
@@ -94,11 +94,11 @@ def fault(solution: str, begun: str) -> Fault | None:
 def golden_ids(
     tokenizer: Tokenizer, prompts: Sequence[str], solutions: Sequence[str]
 ) -> list[list[int]]:
-    """Return the ids of solutions as they follow their prompts (rendered texts), no end token added.
+    """Return the ids of solutions as they follow their prompts (rendered texts), without end token.
 
     They are the ids that the text of prompt and solution together has, so a SentencePiece tokenizer
-    puts no space before a solution that follows a line feed. Where a token would span the seam, the
-    solution's ids are those behind any other text.
+    puts no space before a solution that follows a line feed. Where a token would span the boundary, the
+    solution gets the ids that it has after any other text.
     """
     space = tokenizer.reply_space
     rests = []
@@ -114,14 +114,14 @@ def golden_ids(
 
 
 def response_text(tokenizer: Tokenizer, prompt: Sequence[int], response: Sequence[int]) -> str:
-    """Return the complete text of a response: with the opening that its prompt (ids) leaves open.
+    """Return the complete text of a response, with the opening that its prompt (ids) leaves open.
 
-    As golden data behind the same prompt the text has the ids of the response again.
+    Used as golden data after the same prompt, the text has the ids of the response again.
     """
     text = _text_behind(tokenizer, response)
     if tokenizer.reply_space:
         text = text.removeprefix(tokenizer.reply_space)
-    elif text.startswith(" "):  # of the tokenizer's own making, behind a special token?
+    elif text.startswith(" "):  # the tokenizer may have added it after a special token
         end = tokenizer.decode(list(prompt[-1:]), special=True)
         next_ids = tokenizer.encode(end + _ANCHOR)[len(tokenizer.encode(end)) :]
         text = text[1:] if _text_behind(tokenizer, next_ids).startswith(" ") else text
@@ -137,8 +137,8 @@ def begun_by(tokenizer: Tokenizer, prompt: Sequence[int]) -> str:
 def begun_as(prompt: str, begun: str) -> str:
     """Return a prompt's text with the opening `begun` of another prompt in place of its own.
 
-    Behind it stands a response that was written behind the other prompt: it is to be complete, and
-    open its thoughts once. Blocks that both have closed stay.
+    It is for a response that was sampled after the other prompt: the response must be complete, and
+    open its thoughts once. Blocks that both prompts have closed stay.
     """
     own = opening(prompt)
     if is_open(own) or is_open(begun):
@@ -147,13 +147,13 @@ def begun_as(prompt: str, begun: str) -> str:
 
 
 def notes(role: str, tokenizer: Tokenizer) -> list[str]:
-    """Return lines for the start of a run: what the prompts of a role do at the seam."""
+    """Return lines for the start of a run about the prompts of a role and the boundary to its responses."""
     lines = []
     begun = opening(tokenizer.render("?"), closed=tokenizer.has_template)
     if is_open(begun):
         lines.append(
-            f"{role}: prompts end in {begun!r}; golden solutions go on behind it, and texts of "
-            "responses are written with it"
+            f"{role}: prompts end in {begun!r}; golden solutions continue after it, and texts "
+            "of responses are written with it"
         )
     elif begun:
         lines.append(f"{role}: prompts end in {begun!r}: the thoughts are closed")
@@ -179,14 +179,14 @@ def notes(role: str, tokenizer: Tokenizer) -> list[str]:
 
 
 def _behind(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Return the ids of a text that follows another one with which it does not merge."""
+    """Return the ids of a text that follows another text with which it does not merge."""
     anchor = tokenizer.encode(_ANCHOR)
     ids = tokenizer.encode(_ANCHOR + text)
     return ids[len(anchor) :] if ids[: len(anchor)] == anchor else tokenizer.encode(text)
 
 
 def _text_behind(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    """Return the text of ids that follow others: a space at its beginning stays."""
+    """Return the text of ids that follow others; a leading space is kept."""
     anchor = tokenizer.encode(_ANCHOR)
     text, head = tokenizer.decode([*anchor, *ids]), tokenizer.decode(anchor)
     return text[len(head) :] if text.startswith(head) else tokenizer.decode(list(ids))

@@ -1,4 +1,4 @@
-"""The tokenizer of a model folder: transformers' own, its chat template, and its end tokens."""
+"""The tokenizer of a model folder: transformers' fast tokenizer, its chat template, and its end tokens."""
 
 import datetime
 import functools
@@ -10,9 +10,8 @@ import sys
 import threading
 from typing import Any
 
-os.environ.setdefault(
-    "TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"
-)  # that torch is not here is intended
+# No warning that torch is missing: this is intended.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
@@ -20,15 +19,15 @@ from transformers import PreTrainedTokenizerFast
 from opd_jax.data.problem import History
 from opd_jax.errors import ModelError
 
-# Directives of strftime in a template, wherever one may begin: flags, a width, a modifier, a letter.
+# A directive of strftime at any position of a template: flags, a width, a modifier, a letter.
 _DIRECTIVE = re.compile(r"(?=(%[-_0^#+:]*\d*[EO]?[A-Za-z]))")
 _PERCENT = "\ue000"  # in place of %% until all directives are replaced
 
 
 class Tokenizer:
-    """Text to ids and back for one model folder, from any thread.
+    """Text to ids and back for one model folder; thread-safe.
 
-    Nothing is fetched, no code of the folder runs.
+    It downloads nothing and runs no code of the folder.
     """
 
     def __init__(
@@ -36,9 +35,9 @@ class Tokenizer:
     ):
         """Read the folder.
 
-        `chat_template` is a Jinja file to use in place of the folder's own; `enable_thinking` is
-        handed to the template, which may know of it (Qwen3's does). `date` (YYYY-MM-DD) is the day
-        that a template prints which asks for it; "" = today.
+        `chat_template` is a Jinja file that replaces the folder's own; `enable_thinking` is passed to the
+        template, which may support it (Qwen3's does). `date` (YYYY-MM-DD) is the day for a template that
+        prints the date; "" = today.
         """
         if not (pathlib.Path(path) / "tokenizer.json").is_file():
             raise ModelError(
@@ -56,8 +55,8 @@ class Tokenizer:
             ) from None
         if chat_template:
             self.hf.chat_template = _template(chat_template)
-        self.hf.model_max_length = sys.maxsize  # what fits is for the setup to say
-        self._one = threading.Lock()  # transformers' own is for one thread at a time
+        self.hf.model_max_length = sys.maxsize  # the setup checks lengths
+        self._one = threading.Lock()  # transformers' tokenizer is not thread-safe
         self.path = path
         self.enable_thinking = enable_thinking
         self.day = datetime.date.fromisoformat(date) if date else datetime.date.today()
@@ -67,12 +66,12 @@ class Tokenizer:
 
     @property
     def has_template(self) -> bool:
-        """Whether prompts go through a chat template; a base model may have none."""
+        """Whether prompts use a chat template; a base model may have none."""
         return bool(self.hf.chat_template)
 
     @property
     def prints_date(self) -> bool:
-        """Whether the chat template asks for today's date (Llama 3's does)."""
+        """Whether the chat template prints today's date (Llama 3's does)."""
         return "strftime_now" in str(self.hf.chat_template or "")
 
     @property
@@ -82,17 +81,16 @@ class Tokenizer:
 
     @property
     def lacks_beginning(self) -> bool:
-        """Whether add_bos_token asks for a beginning token before plain prompts, and none is named."""
+        """Whether add_bos_token requires a beginning token before plain prompts, but none is named."""
         return not self.has_template and self._wants_beginning and self._begin is None
 
     def render(
         self, text: str, *, system: str = "", history: History = (), reply: str | None = None
     ) -> str:
-        """The text of a prompt: an optional system turn, earlier turns, and a user's turn, ready for
-        the answer.
+        """Return the text of a prompt: optional system turn, earlier turns, a user turn, up to the answer.
 
-        With `reply`, the text of the closed conversation instead. Without a chat template the prompt
-        is the text itself (a base model), and no other turn has a place in it.
+        With `reply`, return the text of the closed conversation instead. Without a chat template the prompt
+        is the text itself (a base model), and no other turn is possible.
 
         Raises ModelError where the template is missing but needed, or refuses the turns.
         """
@@ -118,7 +116,7 @@ class Tokenizer:
         return self._apply(messages, generation_prompt=reply is None)
 
     def _apply(self, messages: list[dict[str, str]], *, generation_prompt: bool) -> str:
-        try:  # in transformers' sandbox; the template is a program from the model folder
+        try:  # transformers renders in a sandbox: the template is a program from the model folder
             return self.hf.apply_chat_template(
                 messages,
                 chat_template=self._dated_template(),
@@ -126,10 +124,10 @@ class Tokenizer:
                 add_generation_prompt=generation_prompt,
                 enable_thinking=self.enable_thinking,
             )
-        except Exception as error:  # jinja's own, and whatever a template raises
+        except Exception as error:  # jinja's errors, and any error that a template raises
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             system = messages[0]["role"] == "system"
-            # Beside the system's, the question and a reply to it.
+            # Earlier turns are those besides the system turn, the question and a reply to it.
             earlier = len(messages) > system + 1 + (messages[-1]["role"] == "assistant")
             turns = f"a {'system' if system else 'user'} turn" + " and earlier turns" * earlier
             raise ModelError(
@@ -139,26 +137,26 @@ class Tokenizer:
             ) from None
 
     def _dated_template(self) -> str:
-        """The template, in which `strftime_now` is that of `day` instead of the clock."""
+        """Return the template; its `strftime_now` prints `day` instead of the clock's date."""
         template = self.hf.get_chat_template()
         return _dated(template, self.day) if self.prints_date else template
 
     def chat(self, text: str, *, system: str = "", history: History = ()) -> list[int]:
-        """Ids of a prompt; see `render`."""
+        """Return the ids of a prompt; see `render`."""
         return self.chats([(text, system, history)])[0]
 
     def chats(self, prompts: list[tuple[str, str, History]]) -> list[list[int]]:
-        """Ids of many prompts, given as (text, system, history); see `prompt_ids`."""
+        """Return the ids of many prompts, each a tuple (text, system, history); see `prompt_ids`."""
         return self.prompt_ids(
             [self.render(text, system=s, history=earlier) for text, s, earlier in prompts]
         )
 
     def prompt_ids(self, rendered: list[str]) -> list[list[int]]:
-        """Ids of prompts that are rendered already; fast tokenizers use every core.
+        """Return the ids of rendered prompts; fast tokenizers use every core.
 
         A chat template writes its special tokens itself; a plain prompt gets those that the tokenizer
-        puts around a text (a beginning token, for Llama), and the beginning token that
-        tokenizer_config.json asks for by add_bos_token.
+        adds to a text (a beginning token, for Llama), and the beginning token that add_bos_token in
+        tokenizer_config.json requires.
         """
         plain = not self.has_template
         with self._one:
@@ -169,36 +167,36 @@ class Tokenizer:
 
     @functools.cached_property
     def _turn(self) -> tuple[str, str, str]:
-        """What the template writes behind a user's turn: to ask for a reply, before it, behind it."""
+        """The template's text after a user turn: the generation prompt; before a reply; after a reply."""
         question, reply = "9876543210", "0123456789"
-        asked = self.render(question).rpartition(question)[2]
+        prompt_end = self.render(question).rpartition(question)[2]
         before, _, after = (
             self.render(question, reply=reply).rpartition(question)[2].rpartition(reply)
         )
-        return asked, before, after
+        return prompt_end, before, after
 
     @property
     def reply_space(self) -> str:
         """White space between the prompt and a reply in a closed conversation (Llama 2 has one)."""
-        asked, before, _ = self._turn
-        space = before.removeprefix(asked) if before.startswith(asked) else ""
+        prompt_end, before, _ = self._turn
+        space = before.removeprefix(prompt_end) if before.startswith(prompt_end) else ""
         return space if space.isspace() else ""
 
     @property
     def unopened_turn(self) -> str:
-        """What opens the model's turn in a conversation and is missing where a reply is asked for.
+        """The text that opens the model's turn in a conversation and that the generation prompt lacks.
 
         "" for a template with a generation prompt, and for one whose turns need no opening.
         """
         if not self.has_template:
             return ""
-        asked, before, _ = self._turn
+        prompt_end, before, _ = self._turn
         alone = self._apply([{"role": "user", "content": "?"}], generation_prompt=False)
-        missing = before.removeprefix(asked).strip()
-        return missing if before.startswith(asked) and alone.endswith("?" + asked) else ""
+        missing = before.removeprefix(prompt_end).strip()
+        return missing if before.startswith(prompt_end) and alone.endswith("?" + prompt_end) else ""
 
     def end_of_turn(self) -> int | None:
-        """The special token with which the chat template closes the model's turn, if it does."""
+        """Return the special token with which the chat template closes the model's turn, if it does."""
         if not self.has_template:
             return None
         after = self._turn[2]
@@ -206,34 +204,34 @@ class Tokenizer:
         return next((i for i in self.encode(after) if i in special), None)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text as it stands, no special tokens added."""
+        """Return the ids of the text, without special tokens."""
         with self._one:
             return self.hf.encode(text, add_special_tokens=False)
 
     def encode_all(self, texts: list[str]) -> list[list[int]]:
-        """`encode` of many texts."""
+        """Return the ids of many texts, each as `encode` does."""
         with self._one:
             return self.hf(texts, add_special_tokens=False)["input_ids"] if texts else []
 
     def decode(self, ids: list[int], *, special: bool = False) -> str:
-        """Text of the ids, special tokens left out unless they are asked for."""
-        # As an array: transformers looks at every id of a list, which takes longer than decoding it.
+        """Return the text of the ids; special tokens are omitted unless `special`."""
+        # An array, because transformers checks every id of a list, which takes longer than decoding.
         with self._one:
             return self.hf.decode(np.asarray(ids, np.int64), skip_special_tokens=not special)
 
     def vocabulary(self) -> dict[str, int]:
-        """Token string -> id, added tokens included."""
+        """Return token string -> id, added tokens included."""
         return self.hf.get_vocab()
 
     def added(self) -> set[int]:
-        """Ids of the tokens added to the trained vocabulary: special ones and their like."""
+        """Return the ids of the tokens added to the trained vocabulary: special and other added tokens."""
         return set(self.hf.get_added_vocab().values())
 
 
 @functools.lru_cache(maxsize=16)
 def _dated(template: str, day: datetime.date) -> str:
-    """A template behind a `strftime_now` that gives the day, at 00:00:00, in each of its directives."""
-    # A macro, for transformers hands no functions to a template.
+    """Prefix a template with a `strftime_now` that formats the day, at 00:00:00, in its directives."""
+    # It must be a macro, because transformers passes no functions to a template.
     directives = sorted(set(_DIRECTIVE.findall(template)))
     pairs = [("%%", _PERCENT), *((d, day.strftime(d)) for d in directives), (_PERCENT, "%")]
     filled = "".join(
@@ -245,7 +243,7 @@ def _dated(template: str, day: datetime.date) -> str:
 
 
 def _adds_beginning(path: str) -> bool:
-    """Whether tokenizer_config.json asks for a beginning token; transformers does not read that."""
+    """Return whether tokenizer_config.json has add_bos_token, which transformers does not read."""
     try:
         fields = json.loads((pathlib.Path(path) / "tokenizer_config.json").read_bytes())
         return bool(fields.get("add_bos_token"))
@@ -256,18 +254,18 @@ def _adds_beginning(path: str) -> bool:
 def _require_plain_merges(path: str) -> None:
     """Refuse merges whose second part loses a prefix when they are joined.
 
-    tokenizers 0.23 cuts it off in bytes: within a character that ends the whole process (SIGABRT). No
-    model of the supported families has one.
+    tokenizers 0.23 cuts the prefix off in bytes; inside a character this ends the process (SIGABRT). No
+    model of the supported families has such a prefix.
     """
     try:
         model = json.loads((pathlib.Path(path) / "tokenizer.json").read_bytes())["model"]
         prefix = model.get("continuing_subword_prefix")
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return  # for the library to say
+        return  # the library reports this error
     if prefix:
         raise ModelError(
             f"{path}/tokenizer.json: model.continuing_subword_prefix={prefix!r:.40}, wanted none; copy "
-            "the tokenizer again, or name a model without one"
+            "the tokenizer again, or use a model without this prefix"
         )
 
 

@@ -1,4 +1,4 @@
-"""Whether an answer is right: read from a response and compared with gold, in other processes."""
+"""Grade answers: extract the answer from a response and compare it with gold, in separate processes."""
 
 from opd_jax.grading.grader import Grade, Grader, grade
 

@@ -1,6 +1,6 @@
-r"""The boxed answer of a text, and the grade of whole numbers. Imports nothing but `re`.
+"""The boxed answer of a text, and the grade of integers. Imports only `re`.
 
-Whoever only looks for a box, or grades whole numbers, never pays for importing math-verify and sympy.
+So code that only looks for a box, or grades integers, need not import math-verify and sympy.
 """
 
 import re
@@ -10,12 +10,12 @@ _LONGEST = 20_000  # characters of an answer expression; longer ones are not ans
 
 
 def last_boxed(text: str) -> str | None:
-    r"""The content of the last \boxed{...}; None where there is no box or the last one is not closed.
+    r"""Return the content of the last \boxed{...}; None without a box or where the last one is not closed.
 
-    An earlier box is not the answer of a text that ends inside another one: what the last box was going
-    to hold is unknown. The papers' graders decide so (docs/evaluation.md).
+    An earlier box is not the answer of a text that ends inside a later one, whose content is unknown. The
+    papers' graders decide in the same way (docs/evaluation.md).
     """
-    opened: list[int] = []  # where the content of each open box starts, 0 for other braces
+    opened: list[int] = []  # start of the content of each open box, 0 for other braces
     latest, content = -1, None
     for brace in re.finditer(r"\\boxed\{|[{}]", text):
         if brace[0] == "{":
@@ -29,18 +29,18 @@ def last_boxed(text: str) -> str | None:
 
 
 def boxed_answer(text: str) -> str | None:
-    """What `last_boxed` finds, None where it is blank or too long to be an answer."""
+    """Return the content of `last_boxed`; None where it is blank or too long to be an answer."""
     boxed = last_boxed(text)
     return boxed if boxed and boxed.strip() and len(boxed) <= _LONGEST else None
 
 
 def same_whole_number(answer: str, gold: str) -> bool | None:
-    """Whether two whole numbers are equal; None where one is not plainly one: math-verify has to say.
+    """Return whether two integers are equal; None where a text is not plainly one, for math-verify to decide.
 
-    Plainly means a sign or none and 1 to 20 digits. Of such a text math-verify makes that sympy
-    Integer and the text itself; it compares Integers with Integers by value (rounding enters only
-    where one side is a Float) and texts with texts letter by letter, and equal letters are equal
-    numbers. So comparing the numbers gives its grade.
+    Plainly means an optional sign and 1 to 20 digits. math-verify parses such a text to that sympy
+    Integer and the text itself. It compares Integers by value (rounding enters only where one side is a
+    Float) and texts letter by letter, and equal letters are equal numbers. So comparing the numbers gives
+    its grade.
     """
     if not _WHOLE.fullmatch(answer) or not _WHOLE.fullmatch(gold):
         return None

@@ -1,8 +1,8 @@
-r"""The rules that guard math-verify's verdict, in one table; docs/evaluation.md has an example of each.
+"""The rules that correct math-verify's verdict, in one table; docs/evaluation.md has an example of each.
 
-`readable` rewrites what math-verify takes for letters. `decide` asks the rules in order; a pair that none
-of them reads is left to math-verify. `refuted` takes back what math-verify accepts wrongly. No module
-behind the table imports sympy, so that it can be used where no answer is ever evaluated.
+`readable` rewrites numbers that math-verify reads as letters. `decide` applies the rules in order; a pair
+to which none applies is left to math-verify. `refuted` rejects pairs that math-verify accepts wrongly. No
+module of the rules imports sympy, so that processes that never evaluate an answer can use them.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from opd_jax.grading.number_rules import Same
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """A rule: its name, what it reads of a text (None: nothing), and its verdict on a pair (None: none)."""
+    """A rule: its name, what it parses from a text (None: nothing), its verdict on a pair (None: none)."""
 
     name: str
     read: Callable[[str], Any]
@@ -44,7 +44,7 @@ def readable(text: str) -> str:
 
 
 def decide(answer: str, gold: str, same: Same) -> bool | None:
-    """Verdict of the first rule that has one; None leaves the pair to math-verify.
+    """Return the verdict of the first rule that has one; None leaves the pair to math-verify.
 
     `same(part, gold_part)` compares parts of the two, with these rules and math-verify.
     """
@@ -55,11 +55,11 @@ def decide(answer: str, gold: str, same: Same) -> bool | None:
 
 
 def refuted(answer: str, gold: str, same: Same) -> bool:
-    """Whether a pair that math-verify calls equal is not: two identities with other sides."""
+    """Return whether a pair that math-verify calls equal is not: two identities with different sides."""
     return relation_rules.identities(answer, gold, same) is False
 
 
 def touched(gold: str) -> list[str]:
-    """Names of the rewrites and rules that apply to a gold answer: the counts in docs/evaluation.md."""
+    """Return the names of the rewrites and rules that apply to a gold answer (docs/evaluation.md)."""
     rewrites = [name for name, rewrite in REWRITES.items() if rewrite(gold) != gold]
     return rewrites + [rule.name for rule in RULES if rule.read(readable(gold)) is not None]

@@ -1,6 +1,6 @@
-r"""Where in a text the answer is, and what answers look like when they are numbers or lists.
+"""Extract the answer from a text, and parse answers that are numbers or lists.
 
-Imports nothing but `re`: the processes that grade and the one that asks them share it.
+Imports only `re` and modules like it: the grading processes and the one that starts them share this file.
 """
 
 import dataclasses
@@ -9,33 +9,33 @@ import re
 
 from opd_jax.grading.boxed import boxed_answer
 
-# What is done where a text has no box, by name and in the order given (config: eval.fallbacks).
+# Fall-backs for texts without a box, tried in the configured order (config: eval.fallbacks).
 # answer_line: DAPO's prompt asks for a last line "Answer: $Answer" (2604.13016, section 5.2).
-# after_think: LUFFY's reward reads the text after </think>, whatever stands in it.
+# after_think: LUFFY's reward reads the text after </think>, whatever it contains.
 # last_number: the last resort of Qwen2.5-Math (evaluation/parser.py, use_last_number).
 FALLBACKS = ("answer_line", "after_think", "last_number")
-# plain: math-verify's own. units: Minerva, numbers with units and powers of ten, equal within 1e-4 of
-# their size. several: OlympiadBench, lists of answers in any order.
+# plain: math-verify's comparison. units: Minerva, numbers with units and powers of ten, equal within a
+# relative 1e-4. several: OlympiadBench, lists of answers in any order.
 RULES = ("plain", "units", "several")
-# guarded: math-verify's verdict under the rules of equivalence.py. math_verify: its bare verdict.
+# guarded: the rules of equivalence.py, then math-verify. math_verify: math-verify alone.
 GRADERS = ("guarded", "math_verify")
 RELATIVE = 1e-4  # Qwen2.5-Math, evaluation/grader.py: isclose(reference, prediction, rel_tol=1e-4)
 
 _LINE = re.compile(r"(?i)\banswer[*_]*\s*[:：][*_]*[ \t]*([^\n]+)")
 _TAIL = 4_000  # characters at the end of a text that are searched
-_LONGEST = 2_000  # of an answer line
+_LONGEST = 2_000  # characters of an answer line
 
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """An answer: `text` is the expression or, if `free`, prose in which math-verify has to find it."""
+    """An answer: `text` is the expression or, if `free`, prose in which math-verify must find it."""
 
     text: str
     free: bool = False
 
 
 def find(text: str, fallbacks: tuple[str, ...] = ()) -> Found | None:
-    r"""The answer of a text: what its last \boxed{} holds, else what a fall-back finds.
+    r"""Return the answer of a text: the content of its last \boxed{}, else the result of a fall-back.
 
     A text that ends inside its last box has no boxed answer (boxed.last_boxed).
     """
@@ -44,8 +44,8 @@ def find(text: str, fallbacks: tuple[str, ...] = ()) -> Found | None:
         return Found(box)
     finders = dict(zip(FALLBACKS, (_answer_line, _after_think, _last_number), strict=True))
     for name in fallbacks:
-        if (found := finders[name](text)) is not None:
-            return found
+        if (answer := finders[name](text)) is not None:
+            return answer
     return None
 
 
@@ -66,14 +66,14 @@ def _after_think(text: str) -> Found | None:
 
 
 def _last_number(text: str) -> Found | None:
-    r"""The last number of a text without any \boxed, which is where Qwen2.5-Math looks for it."""
+    r"""Return the last number of a text without any \boxed, as Qwen2.5-Math does."""
     if "\\boxed" in text:
         return None
     numbers = re.findall(r"-?\d*\.?\d+", text[-_TAIL:].replace(",", ""))
     return Found(numbers[-1]) if numbers else None
 
 
-# Blanks between digits stay unless they group thousands: 1 1/2 is not 11/2.
+# Blanks between digits are kept unless they group thousands: 1 1/2 is not 11/2.
 _BLANK = r"(?<![\d\s])\s+|\s+(?![\d\s])|\s+(?=\d{3}(?!\d))"
 _SPACE = re.compile(rf"\\[,;:!\s]|\\q?quad(?![a-z])|~|{_BLANK}|\\left(?![a-z])|\\right(?![a-z])|\$")
 
@@ -83,18 +83,18 @@ _GREEK = (
     " upsilon phi chi psi omega varepsilon vartheta varkappa varpi varrho varsigma varphi Gamma Delta"
     " Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega"
 ).replace(" ", "|")
-# A variable: one letter, maybe with an index and primes; \ln x, which `letters` makes \lnx, is none.
+# A variable: one letter, maybe with an index and primes. \ln x, which `letters` turns into \lnx, is not.
 NAME = rf"(?:[A-Za-z]|\\(?:{_GREEK}))(?:_\{{?\w+\}}?)?'*"
 
 
 def letters(text: str) -> str:
-    """An expression without what changes only how it looks; equal letters are equal answers."""
+    """Remove from an expression what changes only its look; equal letters are equal answers."""
     text = _SPACE.sub("", text).replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
     return text.rstrip(".")
 
 
 def same_letters(answer: str, gold: str) -> bool:
-    r"""Whether two expressions have equal letters; `x = 5` has those of `5`."""
+    """Return whether two expressions have equal letters; `x = 5` equals `5`."""
     answer, gold = letters(answer), letters(gold)
     if answer == gold or "=" in gold:
         return answer == gold
@@ -106,7 +106,7 @@ _MANTISSA = r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d*)?"
 _NUMBER = re.compile(
     rf"({_MANTISSA})(?:[eE]([+-]?\d+)|(?:(?:\\times|\\cdot|\*|×)?10\^(?:\{{([+-]?\d+)\}}|(-?\d))))?"
 )
-# \mathrm{~cm}, \text{ km/h}, \%, ^\circ, cm behind a number, with powers; x alone is no unit.
+# Units after a number: \mathrm{~cm}, \text{ km/h}, \%, ^\circ, cm, with powers; x alone is not a unit.
 _FONT = r"\\(?:mathrm|text|textrm|rm|operatorname|mathbf)"
 _BARE = r"(?![abceiknprtxyz](?![A-Za-z]))[A-Za-zμΩÅ°]++"
 _WORD = rf"(?:{_FONT}\{{[^{{}}]*\}}|\\(?:AA|Omega|mu|circ|degree)|{_BARE})"
@@ -116,7 +116,7 @@ _UNIT = re.compile(
 
 
 def number(text: str) -> float | None:
-    r"""The value of a decimal number, maybe with a power of ten and a unit behind it; None for others.
+    r"""Return the value of a decimal number, maybe with a power of ten and a unit; None for other texts.
 
     4.5e33, 4.5\times 10^{33} \mathrm{erg/s}, 1,000, -1./3, 10^{-8}, 45^\circ. A percent sign is a unit.
     """
@@ -145,14 +145,14 @@ def number(text: str) -> float | None:
 
 
 def close(a: float, b: float) -> bool:
-    """Whether two numbers are equal within 1e-4 of the larger."""
+    """Return whether two numbers are equal within 1e-4 of the larger."""
     return math.isclose(a, b, rel_tol=RELATIVE)
 
 
 def parts(text: str) -> list[str]:
-    r"""The answers of a list: split at commas, semicolons, "and" and "or" that no bracket encloses.
+    r"""Split a list into its answers: at commas, semicolons, "and" and "or" outside of brackets.
 
-    Braces around the whole are taken off, \pm stands for two answers. Spacing commands are blanks.
+    Braces around the list are removed, \pm stands for two answers. Spacing commands are blanks.
     """
     text = re.sub(r"(?<!\\)\\[,;:!]", " ", text)
     text = text.replace("$", " ").replace("\\{", "{").replace("\\}", "}").replace("\\left{", "{")
@@ -161,17 +161,17 @@ def parts(text: str) -> list[str]:
     text = re.sub(r"(?<=\d)\{,\}(?=\d{3})", "", text)
     while text.startswith("{") and _closes(text) == len(text) - 1:
         text = text[1:-1].strip()
-    found, depth, start = [], 0, 0
+    pieces, depth, start = [], 0, 0
     for mark in re.finditer(r"[()\[\]{},;]|\s(?:and|or)\s", text):
         if mark[0] in "([{":
             depth += 1
         elif mark[0] in ")]}":
             depth -= 1
         elif depth <= 0:
-            found.append(text[start : mark.start()])
+            pieces.append(text[start : mark.start()])
             start = mark.end()
-    found.append(text[start:])
-    clean = [part.strip() for part in found if part.strip()]
+    pieces.append(text[start:])
+    clean = [part.strip() for part in pieces if part.strip()]
     both = [
         [part.replace("\\pm", "+", 1), part.replace("\\pm", "-", 1)]
         if part.count("\\pm") == 1 else [part]
@@ -181,7 +181,7 @@ def parts(text: str) -> list[str]:
 
 
 def _closes(text: str) -> int:
-    """Where the bracket that opens a text closes; -1 where it does not."""
+    """Return the position at which the bracket that opens a text closes; -1 where it does not."""
     depth = 0
     for mark in re.finditer(r"[{}]", text):
         depth += 1 if mark[0] == "{" else -1

@@ -1,4 +1,4 @@
-"""Grading answers: whole numbers here, the rest by math-verify in processes that can be killed."""
+"""Grade answers: integers in this process, others by math-verify in processes that can be killed."""
 
 import contextlib
 import json
@@ -17,14 +17,12 @@ from opd_jax.grading.boxed import same_whole_number
 from opd_jax.grading.extract import Found, find, same_letters
 
 _WARM_UP_S = 60.0  # for the imports of a new process; not part of any answer's time
-_PATIENCE = (
-    20.0  # seconds by the clock a second of processor time may take: for a process that sleeps
-)
-_MOST_PROCESSES = 8  # of the default; each has sympy in its memory
+_PATIENCE = 20.0  # wall seconds allowed per second of processor time, in case a process sleeps
+_MOST_PROCESSES = 8  # of the default; each holds sympy in memory
 
 
 class Grade(Enum):
-    """What became of an answer. The four are counted apart, never merged."""
+    """The outcome of an answer. The four are counted separately and never merged."""
 
     CORRECT = "CORRECT"
     WRONG = "WRONG"
@@ -33,18 +31,18 @@ class Grade(Enum):
 
 
 class Grader:
-    """A few grading processes with a hard time limit an answer; a context manager.
+    """A few grading processes with a hard time limit per answer; a context manager.
 
-    A process that exceeds the limit ends and is replaced: a bomb costs one time-out, nothing else.
-    `timeout_s` are seconds of processor time, so that a grade does not depend on what else the
-    machine does. `workers` = 0 starts one process per core, 8 at most. `verdict`, one of
-    answer.GRADERS (config: grading.grader), says who decides whether an answer is right.
+    A process that exceeds the limit ends and is replaced: a hostile answer costs one time-out, and nothing
+    else. `timeout_s` is in seconds of processor time, so that a grade does not depend on the load of the
+    machine. `workers` = 0 starts one process per core, 8 at most. `verdict`, one of extract.GRADERS (config:
+    grading.grader), selects how equivalence is decided.
     """
 
     def __init__(self, *, workers: int = 0, timeout_s: float = 5.0, verdict: str = "guarded"):
         self.timeout_s, self.verdict, self._closed = timeout_s, verdict, False
         self._count = workers or min(_cores(), _MOST_PROCESSES)
-        self._workers: list[_Worker] = []  # started at the first answer that needs one
+        self._workers: list[_Worker] = []  # started for the first answer that needs one
 
     def __enter__(self) -> "Grader":
         return self
@@ -58,12 +56,12 @@ class Grader:
         self.close()
 
     def start(self) -> None:
-        """Start the processes, unless they run: the first answer that needs one does so."""
+        """Start the processes, unless they run; the first answer that needs one does so too."""
         if not self._workers and not self._closed:
             self._workers = [_Worker(self.timeout_s) for _ in range(self._count)]
 
     def close(self) -> None:
-        """End the processes; a thread that is grading meanwhile gets a GradingError."""
+        """End the processes; a thread that is grading gets a GradingError."""
         self._closed = True
         for worker in self._workers:
             worker.kill()
@@ -75,17 +73,17 @@ class Grader:
         fallbacks: tuple[str, ...] = (),
         rule: str = "plain",
     ) -> list[Grade]:
-        r"""Grades of (answer text, gold answer) pairs, in their order; the last \boxed{} counts.
+        r"""Grade (answer text, gold answer) pairs, in their order; the last \boxed{} counts.
 
-        Without a box the `fallbacks` (answer.FALLBACKS) are tried in their order. `rule`, one of
-        answer.RULES, says how answers are compared.
+        Without a box the `fallbacks` (extract.FALLBACKS) are tried in their order. `rule`, one of
+        extract.RULES, selects how answers are compared.
         """
-        given = [(find(text, fallbacks), gold) for text, gold in pairs]
-        found = [_at_once(answer, gold, self.verdict) for answer, gold in given]
-        grades = [grade or Grade.TIMEOUT for grade in found]
+        answers = [(find(text, fallbacks), gold) for text, gold in pairs]
+        immediate = [_at_once(answer, gold, self.verdict) for answer, gold in answers]
+        grades = [grade or Grade.TIMEOUT for grade in immediate]
         todo: list[tuple[int, dict]] = []
-        for i, (answer, gold) in reversed(list(enumerate(given))):
-            if found[i] is None and answer is not None:
+        for i, (answer, gold) in reversed(list(enumerate(answers))):
+            if immediate[i] is None and answer is not None:
                 todo.append((i, _request(answer, gold, rule, self.verdict)))
         if todo:
             self.start()
@@ -103,20 +101,20 @@ class Grader:
                         continue
                     line = worker.stdout.readline() if worker in ready else ""
                     if line and not worker.warm:
-                        worker.ask()  # the clock of the answer starts here
+                        worker.ask()  # the time limit of the answer starts here
                         continue
                     if not worker.warm:
                         raise GradingError(
-                            "a grading process ended, or said nothing for "
+                            "a grading process ended, or did not respond for "
                             f"{_WARM_UP_S:.0f} s, before its first answer; "
                             "run python -m opd_jax.grading.worker to see why"
                         )
                     if self._closed:
-                        raise GradingError("grading was ended while it went on")
+                        raise GradingError("the grader was closed while it was grading")
                     selector.unregister(worker.stdout)
                     if line:
                         grades[worker.index] = Grade(line.strip())
-                    else:  # too late, or the process died under the answer
+                    else:  # it timed out, or the answer killed the process
                         worker.restart()
                     if todo:
                         worker.start(*todo.pop())
@@ -130,7 +128,7 @@ class Grader:
         fallbacks: tuple[str, ...] = (),
         rule: str = "plain",
     ) -> list[Grade | None]:
-        """`grade` of the pairs that have a gold answer; None for those whose gold answer is ""."""
+        """Grade the pairs that have a gold answer; None for those whose gold answer is ""."""
         pairs = list(pairs)
         answered = [pair for pair in pairs if pair[1]]
         grades = iter(self.grade(answered, fallbacks=fallbacks, rule=rule))
@@ -138,12 +136,12 @@ class Grader:
 
 
 def make_grader(section: Any) -> Grader:
-    """The grader of the config section `grading`."""
+    """Make the grader of the config section `grading`."""
     return Grader(workers=section.processes, timeout_s=section.seconds, verdict=section.grader)
 
 
 def decided(grade: Grade | None) -> bool:
-    """Whether a grade says something about the answer: TIMEOUT is about the machine."""
+    """Return whether a grade judges the answer: TIMEOUT depends on the machine."""
     return grade is not None and grade is not Grade.TIMEOUT
 
 
@@ -154,7 +152,7 @@ def grade(answer_text: str, gold: str) -> Grade:
 
 
 def _at_once(answer: Found | None, gold: str, verdict: str) -> Grade | None:
-    """Grade of what needs no math-verify: no answer, whole numbers, the gold's letters; else None."""
+    """Grade what needs no math-verify: no answer, integers, the gold's letters; None for others."""
     if answer is None:
         return Grade.UNPARSED
     if answer.free:
@@ -166,7 +164,7 @@ def _at_once(answer: Found | None, gold: str, verdict: str) -> Grade | None:
 
 
 def _cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     own = getattr(os, "sched_getaffinity", None)  # Linux
     return len(own(0)) if own else os.cpu_count() or 1
 
@@ -178,30 +176,30 @@ def _request(answer: Found, gold: str, rule: str, verdict: str = "guarded") -> d
 
 
 class _Worker:
-    """One grading process and the answer it is at work on."""
+    """One grading process and the answer that it is grading."""
 
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
         self._spawn()
 
     def _spawn(self) -> None:
-        self.warm = False  # true once its first grade, of a trivial answer, is there
+        self.warm = False  # true once it has graded its first, trivial answer
         self.process = subprocess.Popen(
             [sys.executable, "-m", "opd_jax.grading.worker", f"{self._timeout_s}"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is for the run: an answer must not change by it
+            start_new_session=True,  # Ctrl-C goes to the run only: it must not change a grade
             text=True,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         )
-        assert self.process.stdin is not None  # PIPE was asked for
+        assert self.process.stdin is not None  # because of PIPE
         assert self.process.stdout is not None
         self.stdin, self.stdout = self.process.stdin, self.process.stdout
         self._send(_request(Found("2/1"), "2", "plain"))
 
     def start(self, index: int, request: dict) -> None:
-        if self.process.poll() is not None:  # killed from outside since its last answer
+        if self.process.poll() is not None:  # killed from outside after its last answer
             self.restart()
         self.index, self.request, self.started = index, request, time.monotonic()
         if self.warm:

@@ -13,7 +13,7 @@ from opd_jax.grading.extract import NAME, letters, parts
 from opd_jax.grading.number_rules import FONT, Same, colons, numeral
 
 T = TypeVar("T")
-# What may stand before a value in a list of them: AB, \text{length}, \angle ABC, \overline{AB}, f(1).
+# Names before a value in a list: AB, \text{length}, \angle ABC, \overline{AB}, f(1).
 _LONG = re.compile(
     rf"(?:\\?[A-Za-z]+|{FONT}\{{[^{{}}=]*\}}|\\[a-z]+\{{[A-Za-z]+\}})(?:_(?:\w|\{{\w+\}}))?'*(?:\([^()=]*\))?"
 )
@@ -25,9 +25,9 @@ _ELLIPSIS = re.compile(r"\\(?:[lc]?dots|dots[cbmio])(?![a-z])|\.\.\.|…")
 
 
 def members(text: str) -> tuple[str, list[str]]:
-    r"""The brackets around a text, () or [] or \{\} or none, and the members of the list inside.
+    r"""Return the brackets around a text, () or [] or \{\} or none, and the members of the list inside.
 
-    A bare { encloses nothing that a reader sees.
+    A bare { is invisible to a reader and counts as no bracket.
     """
     plain = letters(text).replace("\\lbrace", "\\{").replace("\\rbrace", "\\}")
     marks = plain.replace("\\{", "⟅").replace("\\}", "⟆")  # one character a bracket
@@ -38,7 +38,7 @@ def members(text: str) -> tuple[str, list[str]]:
 
 
 def _closing(text: str) -> int:
-    """Where the bracket closes that opens a text; -1 where it does not."""
+    """Return the position at which the bracket that opens a text closes; -1 where it does not."""
     depth = 0
     for place, mark in enumerate(text):
         depth += (mark in "([{⟅") - (mark in ")]}⟆")
@@ -48,18 +48,18 @@ def _closing(text: str) -> int:
 
 
 def matched(answers: Sequence[T], golds: Sequence[T], same: Callable[[T, T], bool]) -> bool:
-    """Whether the answers agree with the golds in some order, one with one."""
+    """Return whether the answers agree with the golds one to one, in some order."""
     left = list(golds)
     for answer in answers:
-        found = next((gold for gold in left if same(answer, gold)), None)
-        if found is None:
+        match = next((gold for gold in left if same(answer, gold)), None)
+        if match is None:
             return False
-        left.remove(found)
+        left.remove(match)
     return not left
 
 
 def bracket(text: str) -> str | None:
-    r"""`set` for \{1,2\}, `tuple` for (1,2); None for others."""
+    r"""Return `set` for \{1,2\}, `tuple` for (1,2); None for others."""
     around, inside = members(text)
     if around == "{}":
         return "set"
@@ -67,28 +67,28 @@ def bracket(text: str) -> str | None:
 
 
 def brackets(answer: str, gold: str, same: Same) -> bool | None:
-    r"""A tuple is no set: (1,2) is not \{1,2\}. A list without brackets may be either.
+    r"""A tuple is not a set: (1,2) is not \{1,2\}. A list without brackets may be either.
 
-    Members with a base or a colon are read as they are alone: (52_9,1) is not (52_8,1).
+    Members with a base or a colon follow the rules for these: (52_9,1) is not (52_8,1).
     """
     if {bracket(answer), bracket(gold)} == {"set", "tuple"}:
         return False
-    (around, given), (gold_around, wanted) = members(answer), members(gold)
-    if not around or around != gold_around or len(given) != len(wanted):
+    (around, parsed), (gold_around, parsed_gold) = members(answer), members(gold)
+    if not around or around != gold_around or len(parsed) != len(parsed_gold):
         return None
-    if not any(numeral(part) or colons(part) for part in given + wanted):
+    if not any(numeral(part) or colons(part) for part in parsed + parsed_gold):
         return None
     if around != "{}":
-        return all(map(same, given, wanted))
-    return all(any(same(part, other) for other in wanted) for part in given) and all(
-        any(same(part, other) for part in given) for other in wanted
+        return all(map(same, parsed, parsed_gold))
+    return all(any(same(part, other) for other in parsed_gold) for part in parsed) and all(
+        any(same(part, other) for part in parsed) for other in parsed_gold
     )
 
 
 def sequence(text: str) -> list[str] | None:
-    r"""Members of a list with an ellipsis, which is a member of its own; None for others.
+    r"""Return the members of a list with an ellipsis, itself a member; None for others.
 
-    A decimal with more digits to come, 0.142857\ldots, is no list.
+    A decimal with more digits to come, 0.142857\ldots, is not a list.
     """
     if not _ELLIPSIS.search(text):
         return None
@@ -101,23 +101,23 @@ def sequence(text: str) -> list[str] | None:
 
 def ellipses(answer: str, gold: str, same: Same) -> bool | None:
     r"""Lists with \ldots agree as progressions of integers, or else member by member."""
-    given, wanted = sequence(answer), sequence(gold)
-    if given is None and wanted is None:
+    parsed, parsed_gold = sequence(answer), sequence(gold)
+    if parsed is None and parsed_gold is None:
         return None
     if brackets(answer, gold, same) is False:
         return False
-    given, wanted = given or members(answer)[1], wanted or members(gold)[1]
-    one, other = _progression(given), _progression(wanted)
+    parsed, parsed_gold = parsed or members(answer)[1], parsed_gold or members(gold)[1]
+    one, other = _progression(parsed), _progression(parsed_gold)
     if one and other:
         return one == other
-    return len(given) == len(wanted) and all(
+    return len(parsed) == len(parsed_gold) and all(
         part == gold_part if "…" in part + gold_part else same(part, gold_part)
-        for part, gold_part in zip(given, wanted, strict=True)
+        for part, gold_part in zip(parsed, parsed_gold, strict=True)
     )
 
 
 def _progression(shown: list[str]) -> tuple[int, int, int | None] | None:
-    """(first, step, last; None without an end) of 1, 3, 5, …, 99 or of all its members."""
+    """Return (first, step, last; None without an end) of 1, 3, 5, …, 99 or of all its members."""
     if not all(re.fullmatch(r"[+-]?\d{1,9}|…", one) for one in shown) or shown.count("…") > 1:
         return None
     cut = shown.index("…") if "…" in shown else len(shown)
@@ -135,25 +135,25 @@ def _progression(shown: list[str]) -> tuple[int, int, int | None] | None:
 
 
 def named(text: str) -> list[tuple[str, str]] | None:
-    """(name, value) of x=3, y=4 or (x,y)=(3,4), at least two, or of f(1)=3 alone; None for others.
+    """Return (name, value) of x=3, y=4 or (x,y)=(3,4), at least two, or of f(1)=3 alone; None for others.
 
-    math-verify reads no more than the f of f(1)=3.
+    math-verify parses only the f of f(1)=3.
     """
     if tuples := re.fullmatch(r"(\(.*\))=(\(.*\))", letters(text)):
         left, right = members(tuples[1])[1], members(tuples[2])[1]
-        found = [*zip(left, right, strict=False)] if len(left) == len(right) else []
+        pairs = [*zip(left, right, strict=False)] if len(left) == len(right) else []
     else:
         listed = parts(re.sub(r"\\q?quad(?![a-z])|\\\\", ",", text))
-        found = [(one[0], one[2]) for one in (letters(part).partition("=") for part in listed)]
+        pairs = [(one[0], one[2]) for one in (letters(part).partition("=") for part in listed)]
     plain = all(
         (re.fullmatch(NAME, name) or _LONG.fullmatch(name)) and value and "=" not in value
-        for name, value in found
+        for name, value in pairs
     )
-    if not plain or not found:
+    if not plain or not pairs:
         return None
-    if len(found) == 1 and (not _AT.fullmatch(found[0][0]) or _AT.search(found[0][1])):
+    if len(pairs) == 1 and (not _AT.fullmatch(pairs[0][0]) or _AT.search(pairs[0][1])):
         return None
-    return [(re.sub(rf"{FONT}(?=\{{)|[{{}}]", "", name), value) for name, value in found]
+    return [(re.sub(rf"{FONT}(?=\{{)|[{{}}]", "", name), value) for name, value in pairs]
 
 
 def names(answer: str, gold: str, same: Same) -> bool | None:
@@ -161,34 +161,36 @@ def names(answer: str, gold: str, same: Same) -> bool | None:
 
     One name with several values, x=1 or x=2, is a set of values.
     """
-    given, wanted = named(answer), named(gold)
-    if given and wanted:
-        return len(given) == len(wanted) and all(
-            matched([v for n, v in given if n == name], [v for n, v in wanted if n == name], same)
-            for name in {name for name, _ in given}
+    parsed, parsed_gold = named(answer), named(gold)
+    if parsed and parsed_gold:
+        return len(parsed) == len(parsed_gold) and all(
+            matched(
+                [v for n, v in parsed if n == name], [v for n, v in parsed_gold if n == name], same
+            )
+            for name in {name for name, _ in parsed}
         )
-    one, text = (given, gold) if given else (wanted, answer)
+    one, text = (parsed, gold) if parsed else (parsed_gold, answer)
     if one is None:
         return None
     kind, (_, others) = bracket(text), members(text)
     if len(one) == 1:
         value = one[0][1]
-        return None if "=" in text else same(value, text) if given else same(text, value)
+        return None if "=" in text else same(value, text) if parsed else same(text, value)
     if len(others) < 2 or any("=" in other for other in others):
         return None
     several = len({name for name, _ in one}) > 1
-    if several and (kind == "tuple" or (wanted and kind is None)):
+    if several and (kind == "tuple" or (parsed_gold and kind is None)):
         values = [value for _, value in _in_order(one)]
-        pair = (values, others) if given else (others, values)
+        pair = (values, others) if parsed else (others, values)
         return len(values) == len(others) and all(map(same, *pair))
-    if kind == "tuple" or (several and wanted):
-        return False  # a tuple is no set of solutions; a set does not say which value is whose
+    if kind == "tuple" or (several and parsed_gold):
+        return False  # a tuple is not a set of solutions; a set does not assign values to names
     values = [value for _, value in one]
-    return matched(values, others, same) if given else matched(others, values, same)
+    return matched(values, others, same) if parsed else matched(others, values, same)
 
 
 def _in_order(named: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """In alphabetical order where the names are a run of the alphabet (x, y, z), else as written."""
+    """Sort by name where the names are consecutive letters (x, y, z); else keep the order."""
     ordered = sorted(named)
     run = "".join(name for name, _ in ordered)
     in_alphabet = (

@@ -19,7 +19,7 @@ FONT = (
     r"\\(?:text(?:bf|it|rm|sf|tt|sc|sl|up|md|lf|normal)?|math(?:rm|bf|it|sf|tt|normal)|operatorname\*?"
     r"|[mhf]box|emph|underline|boldsymbol|pmb|bm)\s*"
 )
-_MINUS = str.maketrans("−－﹣", "---")  # Unicode's
+_MINUS = str.maketrans("−－﹣", "---")  # Unicode's minus signs
 # A number in any font, and e, i and pi in roman type.
 _WRAPPED = re.compile(
     rf"{FONT}\{{\s*((?:\\?\$|[-+(.])*\d[^{{}}]*)\}}|\\math(?:rm|it)\{{\s*([ei]|\\pi)\s*\}}"
@@ -31,17 +31,17 @@ _SCIENTIFIC = re.compile(
 
 
 def without_fonts(text: str) -> str:
-    r"""Take numbers out of \text{} and its kin: \text{073} becomes 073, x=\mathbf{5} becomes x=5.
+    r"""Take numbers out of \text{} and similar commands: \text{073} becomes 073, x=\mathbf{5} becomes x=5.
 
-    Unicode's minus signs become that of a keyboard.
+    Unicode's minus signs become ASCII's.
     """
     return _WRAPPED.sub(lambda match: match[1] or f"{match[2]} ", text.translate(_MINUS))
 
 
 def without_exponents(text: str) -> str:
-    r"""Write 2.5e-05 as 2.5 \cdot 10^{-5}; math-verify takes the e for Euler's number.
+    r"""Write 2.5e-05 as 2.5 \cdot 10^{-5}; math-verify reads the e as Euler's number.
 
-    `2e-1` stays: it may be 0.2, or twice e less 1. `numbers` accepts either.
+    `2e-1` is unchanged: it may be 0.2, or twice e minus 1. `numbers` accepts either.
     """
     return _SCIENTIFIC.sub(
         lambda match: rf"{match[1].rstrip('.')} \cdot 10^{{{int(match[2])}}}", text
@@ -57,7 +57,7 @@ _PRECISION = Fraction(1, 10_000)
 
 
 def exact(text: str) -> Fraction | None:
-    r"""Value of an integer, a fraction or a decimal number, maybe times a power of ten; else None."""
+    """Return the value of an integer, fraction or decimal number, maybe times a power of ten; else None."""
     plain = letters(text.replace("\\$", "").replace("{,}", ","))
     if not plain or len(plain) > 100 or re.search(r",(?!\\!)[\s~\\]", text):  # 100, 200 is a list
         return None
@@ -80,20 +80,20 @@ def exact(text: str) -> Fraction | None:
 def numbers(answer: str, gold: str, same: Same) -> bool | None:
     """Integers and fractions agree exactly; other decimals to six places, as in math-verify, and to 1e-4.
 
-    The relative limit acts below 0.01, where six places are fewer than four digits.
+    The relative limit matters below 0.01, where six places are fewer than four digits.
     """
-    given, wanted = exact(answer), exact(gold)
-    if given is None or wanted is None:
+    parsed, parsed_gold = exact(answer), exact(gold)
+    if parsed is None or parsed_gold is None:
         return None
-    if given == wanted:
+    if parsed == parsed_gold:
         return True
     if any(_AMBIGUOUS.fullmatch(letters(text)) for text in (answer, gold)):
         return None
     decimal = any(re.search(r"[.e]|10\^", text.rstrip(". ")) for text in (answer, gold))
-    if not decimal or 1 in (given.denominator, wanted.denominator):
+    if not decimal or 1 in (parsed.denominator, parsed_gold.denominator):
         return False
-    near = abs(given - wanted) <= _PRECISION * max(abs(given), abs(wanted))
-    return near and round(given, 6) == round(wanted, 6)
+    near = abs(parsed - parsed_gold) <= _PRECISION * max(abs(parsed), abs(parsed_gold))
+    return near and round(parsed, 6) == round(parsed_gold, 6)
 
 
 _BASES = (
@@ -119,7 +119,7 @@ class Numeral:
 
 
 def numeral(text: str) -> Numeral | None:
-    r"""A numeral with its base: 52_9, (11001)_{2}, A3_{16}, 2143 \text{ base } 5; None for others."""
+    r"""Return a numeral with its base: 52_9, (11001)_{2}, A3_{16}, 2143 \text{ base } 5; None for others."""
     plain = letters(re.sub(rf"{FONT}\{{([^{{}}]*)\}}", r"\1", text)).rpartition("=")[2]
     match = _NUMERAL.fullmatch(plain)
     if match is None:
@@ -143,21 +143,21 @@ def _base(text: str) -> int | str:
 
 
 def _shortest(digits: str) -> str:
-    """Digits without zeros that say nothing: 0101.10 is 101.1."""
-    whole, point, fraction = digits.partition(".")
+    """Return the digits without leading and trailing zeros that do not matter: 0101.10 is 101.1."""
+    integer, point, fraction = digits.partition(".")
     fraction = fraction.rstrip("0")
-    return (whole.lstrip("0") or "0") + (point + fraction if fraction else "")
+    return (integer.lstrip("0") or "0") + (point + fraction if fraction else "")
 
 
 def bases(answer: str, gold: str, same: Same) -> bool | None:
     """Numerals agree in digits and base; a base that one side leaves out is the other side's.
 
-    Inside expressions they count as their values, 52_9+1 as 47+1; of bases that are letters the two
-    sides have the same.
+    Inside expressions they count as their values, 52_9+1 as 47+1; bases that are letters must be the same
+    on both sides.
     """
-    given, wanted = numeral(answer), numeral(gold)
-    if given and wanted:
-        return given == wanted
+    parsed, parsed_gold = numeral(answer), numeral(gold)
+    if parsed and parsed_gold:
+        return parsed == parsed_gold
     if _INSIDE.search(answer) and _INSIDE.search(gold):
         letters_of = [
             sorted(b for m in _INSIDE.finditer(text) if isinstance(b := _base(m[2] or m[3]), str))
@@ -167,17 +167,17 @@ def bases(answer: str, gold: str, same: Same) -> bool | None:
             return False
         values = [_INSIDE.sub(_value_of, text) for text in (answer, gold)]
         return same(*values) if values != [answer, gold] else None
-    one = given or wanted
+    one = parsed or parsed_gold
     if one is None:
         return None
-    bare = letters(gold if given else answer).strip("()").replace(",", "").upper()
+    bare = letters(gold if parsed else answer).strip("()").replace(",", "").upper()
     if not re.fullmatch(r"[+-]?[0-9A-Z]+(\.[0-9A-Z]+)?", bare):
         return None
     return "-" * bare.startswith("-") + _shortest(bare.lstrip("+-")) == one.digits
 
 
 def _value_of(match: re.Match[str]) -> str:
-    """What a numeral inside an expression is worth; itself where its base is a letter or too small."""
+    """Return the value of a numeral in an expression; its text where its base is a letter or too small."""
     base = _base(match[2] or match[3])
     try:
         return f"{int(match[1], base)}" if isinstance(base, int) else match[0]
@@ -193,7 +193,7 @@ _COLONS = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Colons:
-    """Terms with colons between them; `half` is a or p where a half of the day is named."""
+    """Terms separated by colons; `half` is a or p where a half of the day is named."""
 
     terms: tuple[str, ...]
     half: str = ""
@@ -219,7 +219,7 @@ class Colons:
 
 
 def colons(text: str) -> Colons | None:
-    r"""A ratio or a time: 1:2, 1:\sqrt{3}:2, 10:30, 3:00 \text{ p.m.}; None for others."""
+    r"""Return a ratio or a time: 1:2, 1:\sqrt{3}:2, 10:30, 3:00 \text{ p.m.}; None for others."""
     match = _COLONS.fullmatch(letters(text).replace("\\colon", ":"))
     if match is None:
         return None
@@ -235,22 +235,22 @@ def ratios(answer: str, gold: str, same: Same) -> bool | None:
     Two are compared as times where one of them can only be a time (3:05, 10:30 a.m.), or where the gold
     is a quarter of an hour (4:30) and the answer could be read from a clock (2:15; not 2:5 against 12:30).
     """
-    given, wanted = colons(answer), colons(gold)
-    if given and wanted:
-        if given.clock or wanted.clock or (given.digital and wanted.time):
-            halves = {given.half, wanted.half} - {""}
-            shown = [[term.lstrip("0") for term in one.terms] for one in (given, wanted)]
+    parsed, parsed_gold = colons(answer), colons(gold)
+    if parsed and parsed_gold:
+        if parsed.clock or parsed_gold.clock or (parsed.digital and parsed_gold.time):
+            halves = {parsed.half, parsed_gold.half} - {""}
+            shown = [[term.lstrip("0") for term in one.terms] for one in (parsed, parsed_gold)]
             return shown[0] == shown[1] and len(halves) < 2
-        return len(given.terms) == len(wanted.terms) and all(
-            map(same, _quotients(given.terms), _quotients(wanted.terms))
+        return len(parsed.terms) == len(parsed_gold.terms) and all(
+            map(same, _quotients(parsed.terms), _quotients(parsed_gold.terms))
         )
-    one, other = (given, gold) if given else (wanted, answer)
+    one, other = (parsed, gold) if parsed else (parsed_gold, answer)
     if one is None or "=" in other:
         return None
     if one.time or len(one.terms) > 2:
         return False
     (quotient,) = _quotients(one.terms)
-    return same(quotient, other) if given else same(other, quotient)
+    return same(quotient, other) if parsed else same(other, quotient)
 
 
 def _quotients(terms: tuple[str, ...]) -> list[str]:

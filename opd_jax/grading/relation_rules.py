@@ -15,25 +15,25 @@ _FUNCTIONS = re.compile(r"\\(?:frac|sqrt|pi|cdot|times|div|left|right|log|ln|sin
 
 
 def sides(text: str) -> list[str] | None:
-    """Sides of one equation, or of a chain of them; None for others, lists among them."""
+    """Return the sides of one equation, or of a chain of them; None for others, lists among them."""
     plain = letters(text)
     if "=" not in plain or re.search(r"[<>]|\\(?:[lg]eq?|neq?|approx|equiv|in)(?![a-z])", plain):
         return None
-    found = plain.split("=")
-    return found if all(found) and len(parts(text)) == 1 else None
+    chain = plain.split("=")
+    return chain if all(chain) and len(parts(text)) == 1 else None
 
 
 def equations(answer: str, gold: str, same: Same) -> bool | None:
     """An equation of numbers counts as the value of its sides, unless these contradict each other.
 
-    math-verify subtracts the sides, so that 3=3 is 5=5.
+    math-verify subtracts the sides, so that 3=3 equals 5=5.
     """
-    given, wanted = sides(answer) or [answer], sides(gold) or [gold]
-    equation = [side for chain in (given, wanted) if len(chain) > 1 for side in chain]
+    parsed, parsed_gold = sides(answer) or [answer], sides(gold) or [gold]
+    equation = [side for chain in (parsed, parsed_gold) if len(chain) > 1 for side in chain]
     if not equation or not all(map(_constant, equation)):
         return None
-    agreed = any(same(side, wanted[-1]) for side in given)
-    return agreed and not any(_contradicts(side, wanted[-1]) for side in given)
+    agreed = any(same(side, parsed_gold[-1]) for side in parsed)
+    return agreed and not any(_contradicts(side, parsed_gold[-1]) for side in parsed)
 
 
 def _constant(side: str) -> bool:
@@ -41,9 +41,9 @@ def _constant(side: str) -> bool:
 
 
 def _contradicts(one: str, other: str) -> bool:
-    """Whether two numbers are more than 1 % apart; nearer ones may round each other, as in 1/3 = 0.33.
+    """Return whether two numbers are more than 1 % apart; nearer ones may be rounded, as in 1/3 = 0.33.
 
-    Whole numbers that are written out round nothing: 101=100 contradicts itself.
+    Integers are not rounded: 101=100 contradicts itself.
     """
     a, b = exact(one), exact(other)
     if a is None or b is None:
@@ -54,13 +54,13 @@ def _contradicts(one: str, other: str) -> bool:
 
 
 def identities(answer: str, gold: str, same: Same) -> bool | None:
-    """An equation that always holds agrees with another one side by side only: x=x is not y=y."""
-    given, wanted = sides(answer), sides(gold)
-    if given is None or wanted is None or len(given) != 2 or len(wanted) != 2:
+    """An equation that always holds agrees with another only if the sides are the same: x=x is not y=y."""
+    parsed, parsed_gold = sides(answer), sides(gold)
+    if parsed is None or parsed_gold is None or len(parsed) != 2 or len(parsed_gold) != 2:
         return None
-    if not (same(*given) or same(*wanted)):
+    if not (same(*parsed) or same(*parsed_gold)):
         return None
-    return all(map(same, given, wanted)) or all(map(same, given, wanted[::-1]))
+    return all(map(same, parsed, parsed_gold)) or all(map(same, parsed, parsed_gold[::-1]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,15 +94,15 @@ _TURNED = {"<": ">", "≤": "≥", ">": "<", "≥": "≤"}
 
 
 def ranges(text: str) -> Ranges | None:
-    r"""Intervals, or inequalities solved for one variable: (0,12.5), 0<x<12.5, x \in [3,\infty)."""
+    r"""Return intervals, or inequalities solved for one variable: (0,12.5), 0<x<12.5, x \in [3,\infty)."""
     for pattern, sign in _SIGNS.items():
         text = re.sub(pattern, sign, text)
     if builder := _BUILDER.fullmatch(letters(text)):
         text = builder[2]
     name, member, rest = text.partition("\\in")
     if member and re.fullmatch(NAME, letters(name)) and not re.match("[a-z]", rest):
-        found = ranges(rest)
-        return found and dataclasses.replace(found, form="membership", name=letters(name))
+        interval = ranges(rest)
+        return interval and dataclasses.replace(interval, form="membership", name=letters(name))
     pieces: list[Range] = []
     variables = set()
     for part in map(letters, _OR.split(text)):
@@ -125,9 +125,9 @@ def _interval(text: str) -> tuple[str, list[Range]] | None:
 
 
 def _inequality(text: str) -> tuple[str, list[Range]] | None:
-    """(variable, intervals) of x<3, 3≥x, 0<x≤1 or x≠3; None for what is not solved for a variable."""
-    found = re.split(r"([<>≤≥≠])", text)
-    terms, signs = found[::2], found[1::2]
+    """Return (variable, intervals) of x<3, 3≥x, 0<x≤1 or x≠3; None where it is not solved for a variable."""
+    split = re.split(r"([<>≤≥≠])", text)
+    terms, signs = split[::2], split[1::2]
     if len(signs) not in (1, 2) or not all(terms) or len(parts(text)) != 1:
         return None
     could = [t for t in terms if re.fullmatch(NAME, t) and t not in _NO_VARIABLES]
@@ -155,7 +155,7 @@ def _inequality(text: str) -> tuple[str, list[Range]] | None:
 
 
 def _range(bounds: list[str], closed: tuple[bool, bool]) -> Range:
-    """An end at infinity is open, however it is written."""
+    """Return the interval; an end at infinity is open, however it is written."""
     lower, upper = (bound.lstrip("+") for bound in bounds)
     return Range(
         (lower, upper), (closed[0] and "\\infty" not in lower, closed[1] and "\\infty" not in upper)
@@ -163,20 +163,20 @@ def _range(bounds: list[str], closed: tuple[bool, bool]) -> Range:
 
 
 def inequalities(answer: str, gold: str, same: Same) -> bool | None:
-    """An inequality solved for one variable agrees with the interval of its values, and turned round."""
-    given, wanted = ranges(answer), ranges(gold)
-    if given is None or wanted is None:
+    """An inequality solved for one variable agrees with the interval of its values, and the reverse."""
+    parsed, parsed_gold = ranges(answer), ranges(gold)
+    if parsed is None or parsed_gold is None:
         return None
-    if given.form == wanted.form:
-        turned = given.form == "inequality" and given == wanted
+    if parsed.form == parsed_gold.form:
+        turned = parsed.form == "inequality" and parsed == parsed_gold
         return True if turned else None
-    if given.name and wanted.name and given.name != wanted.name:
+    if parsed.name and parsed_gold.name and parsed.name != parsed_gold.name:
         return False
-    return matched(given.pieces, wanted.pieces, lambda one, other: _alike(one, other, same))
+    return matched(parsed.pieces, parsed_gold.pieces, lambda one, other: _alike(one, other, same))
 
 
-def _alike(given: Range, wanted: Range, same: Same) -> bool:
-    return given.closed == wanted.closed and all(
+def _alike(parsed: Range, parsed_gold: Range, same: Same) -> bool:
+    return parsed.closed == parsed_gold.closed and all(
         one == other or ("\\infty" not in one + other and same(one, other))
-        for one, other in zip(given.bounds, wanted.bounds, strict=True)
+        for one, other in zip(parsed.bounds, parsed_gold.bounds, strict=True)
     )

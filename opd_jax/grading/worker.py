@@ -1,9 +1,9 @@
-"""The process that runs math-verify: one JSON line in, one grade name out.
+"""The process that runs math-verify: it reads one JSON line and writes one grade name per answer.
 
-Answers come from models and files, and math-verify evaluates what they say: a tower of powers can
-take forever or eat the memory. So it runs here, under a memory limit and a limit of processor time
-an answer, which ends the process. The parent (`grade.Grader`) kills one that sleeps; where the parent
-was killed, an alarm does. Kept free of JAX: it starts in a second.
+Answers come from models and files, and math-verify evaluates them: a tower of powers can take forever or
+exhaust the memory. So they are evaluated here, under a memory limit and a limit of processor time per
+answer, which ends the process. The parent (`grader.Grader`) kills a process that sleeps; if the parent
+was killed, an alarm does. This module does not import JAX, so that it starts in a second.
 """
 
 import contextlib
@@ -29,8 +29,8 @@ from opd_jax.grading.extract import RELATIVE, Found, close, find, number, parts,
 from opd_jax.grading.list_rules import matched
 
 _MEMORY = 4 * 2**30
-_ALONE_S = 600  # for one answer; far more than the parent ever allows
-_PARTS = 40  # answers of a list that are compared one by one
+_ALONE_S = 600  # limit of one answer without a parent; far more than the parent ever allows
+_PARTS = 40  # longest list whose answers are compared one by one
 
 
 def grade(
@@ -40,15 +40,15 @@ def grade(
     rule: str = "plain",
     grader: str = "guarded",
 ) -> str:
-    """Grade name of an answer: CORRECT, WRONG, or UNPARSED (no answer, or none math-verify can read)."""
-    found = find(text, fallbacks)
-    return "UNPARSED" if found is None else compare(found, gold, rule, grader)
+    """Return the grade name of an answer: CORRECT, WRONG, or UNPARSED (none that math-verify can parse)."""
+    answer = find(text, fallbacks)
+    return "UNPARSED" if answer is None else compare(answer, gold, rule, grader)
 
 
 def compare(found: Found, gold: str, rule: str, grader: str = "guarded") -> str:
-    """Grade name of an answer that was found. Rules: answer.RULES; graders: answer.GRADERS.
+    """Return the grade name of an extracted answer. Rules: extract.RULES; graders: extract.GRADERS.
 
-    The grader `math_verify` is the library alone: neither `rule` nor the rules of equivalence.py.
+    The grader `math_verify` is the library alone: it ignores `rule` and the rules of equivalence.py.
     """
     answer, free = found.text, found.free
     if grader == "math_verify":
@@ -59,8 +59,8 @@ def compare(found: Found, gold: str, rule: str, grader: str = "guarded") -> str:
     if rule == "units" and not free:
         answer, gold = _latex(answer), _latex(gold)
         value = number(gold)
-        if value is not None and (given := _value(answer)) is not None:
-            return _name(close(given, value))
+        if value is not None and (answer_value := _value(answer)) is not None:
+            return _name(close(answer_value, value))
     if rule == "several":
         answer, gold = answer.replace("$", ""), gold.replace("$", "")
         if len(parts(gold)) > 1 and not free:
@@ -73,7 +73,7 @@ def _name(correct: bool) -> str:
 
 
 def _guarded(answer: str, gold: str, free: bool = False) -> str:
-    """Grade name by the rules of equivalence.py and, where they have none, by math-verify."""
+    """Return the grade name by the rules of equivalence.py or, where none applies, by math-verify."""
     gold = equivalence.readable(gold)
     if not free:
         answer = equivalence.readable(answer)
@@ -93,16 +93,16 @@ def _same(answer: str, gold: str) -> bool:
 
 
 def _several(answer: str, gold: str) -> str:
-    """Of a list: as many answers as are wanted, each equal to another one of these."""
-    given, wanted = parts(answer), parts(gold)
-    if len(given) == len(wanted) <= _PARTS and matched(given, wanted, _same):
+    """Grade a list: it must have as many answers as gold, each equal to a different one of gold's."""
+    answers, golds = parts(answer), parts(gold)
+    if len(answers) == len(golds) <= _PARTS and matched(answers, golds, _same):
         return "CORRECT"
     grade = _guarded(answer, gold)
-    return "WRONG" if grade == "CORRECT" and len(given) != len(wanted) else grade
+    return "WRONG" if grade == "CORRECT" and len(answers) != len(golds) else grade
 
 
 def _latex(expression: str) -> str:
-    """Minerva writes some answers as Python would: np.arcsin(10/13), \\exp{a*t}."""
+    r"""Convert Minerva's answers in Python syntax to LaTeX: np.arcsin(10/13), \exp{a*t}."""
     expression = re.sub(r"\bnp\.(arc\w+|sin|cos|tan|exp|sqrt|log)", r"\\\1", expression)
     expression = re.sub(r"\\exp\s*\{([^{}]*)\}", r"e^{\1}", expression)
     expression = re.sub(
@@ -112,11 +112,11 @@ def _latex(expression: str) -> str:
 
 
 def _value(expression: str) -> float | None:
-    """The value of a number, or of an expression that is one: the last side of an equation."""
+    """Return the value of a number, or of an expression with one: the last side of an equation."""
     last = re.split(r"(?<![<>!\\])=|\\approx|\\simeq|≈", expression)[-1]
-    found = number(last)
-    if found is not None:
-        return found
+    value = number(last)
+    if value is not None:
+        return value
     for parsed in _parse(last):
         try:
             return float(parsed)
@@ -126,7 +126,7 @@ def _value(expression: str) -> float | None:
 
 
 def _verify(gold: list[Any], answer: list[Any]) -> bool:
-    """math-verify's verdict, less pairs whose values differ or whose texts it has cut."""
+    """Return math-verify's verdict, except for pairs whose values differ or whose texts it has cut."""
     if _plainly_different(gold, answer):
         return False
     # The order matters: verify(gold, answer) is not symmetric.
@@ -134,41 +134,41 @@ def _verify(gold: list[Any], answer: list[Any]) -> bool:
         return False
     if len(gold) == len(answer) == 2:
         return not (_values_differ(gold[0], answer[0]) or _statements_differ(gold[0], answer[0]))
-    # What cannot be parsed is compared as text, from which a \text{} at the end is cut.
+    # math-verify compares unparsable answers as texts, from which it cuts a \text{} at the end.
     return not any(text.count("{") != text.count("}") for text in gold + answer)
 
 
 def _values_differ(gold: Any, answer: Any) -> bool:
-    """Whether numbers in two expressions that math-verify calls equal are more than 1e-4 apart.
+    """Return whether numbers in two expressions that math-verify calls equal are more than 1e-4 apart.
 
-    It rounds to six decimals and drops what is small, so that 2^{-98} is 2^{-99}.
+    It rounds to six decimals and drops small terms, so that 2^{-98} equals 2^{-99}.
     """
     values = [sorted(_values(one), key=lambda readings: abs(readings[0])) for one in (gold, answer)]
     return len(values[0]) == len(values[1]) and not all(map(_near, *values))
 
 
 def _statements_differ(gold: Any, answer: Any) -> bool:
-    """Whether two relations without an unknown, x < x+1 and y < y+1, have other sides.
+    """Return whether two relations that hold for every value, x < x+1 and y < y+1, have different sides.
 
-    math-verify calls two equal that always hold.
+    math-verify calls any two such relations equal.
     """
     pair = gold, answer
     if not all(isinstance(one, Relational) and _is_settled(one) for one in pair):
         return False
-    ours, theirs = ({one.lhs, one.rhs} for one in pair)
-    return bool(gold.free_symbols | answer.free_symbols) and ours != theirs
+    gold_sides, answer_sides = ({one.lhs, one.rhs} for one in pair)
+    return bool(gold.free_symbols | answer.free_symbols) and gold_sides != answer_sides
 
 
 def _is_settled(relation: Relational) -> bool:
-    """Whether the difference of a relation's sides is a number."""
+    """Return whether the difference of a relation's sides is a number."""
     sides = relation.lhs, relation.rhs
     return all(isinstance(side, Expr) for side in sides) and not (sides[0] - sides[1]).free_symbols
 
 
 def _values(expression: Any) -> Iterator[tuple[Expr, ...]]:
-    """Numbers in an expression: itself, or those of its members, bounds, entries and sides.
+    """Yield the numbers in an expression: itself, or those of its members, bounds, entries and sides.
 
-    Each in its readings: math-verify accepts 9 and 0.09 for 9 %.
+    Each comes with its readings: math-verify accepts 9 and 0.09 for 9 %.
     """
     if isinstance(expression, MatrixBase):
         yield from (value for entry in expression.flat() for value in _values(entry))
@@ -186,9 +186,9 @@ def _values(expression: Any) -> Iterator[tuple[Expr, ...]]:
 
 
 def _near(ones: tuple[Expr, ...], others: tuple[Expr, ...]) -> bool:
-    """Whether two numbers are within 1e-4 of the larger in one of their readings.
+    """Return whether two numbers are within 1e-4 of the larger in one of their readings.
 
-    A value of precision 1 is only known to be small: evalf found no digit of it.
+    A value of precision 1 is only known to be small: evalf computed no digit of it.
     """
     return any(
         one == other
@@ -199,10 +199,10 @@ def _near(ones: tuple[Expr, ...], others: tuple[Expr, ...]) -> bool:
 
 
 def _plainly_different(gold: list[Any], answer: list[Any]) -> bool:
-    """Whether two ordinary expressions have values far apart at two points: no need to simplify.
+    """Return whether two ordinary expressions have very different values at two points.
 
-    math-verify would simplify their difference, which takes up to a second for a wrong answer. What it
-    treats in a way of its own (sets, relations, percentages, single symbols, functions) is left to it.
+    If so, math-verify need not simplify their difference, which takes up to a second for a wrong answer.
+    Objects with rules of their own (sets, relations, percentages, single symbols, functions) are left to it.
     """
     if len(gold) != 2 or len(answer) != 2 or gold[1] == answer[1]:  # [expression, text]
         return False
@@ -216,7 +216,7 @@ def _plainly_different(gold: list[Any], answer: list[Any]) -> bool:
     for start in (0.37, 1.71):
         points = {symbol: Float(start + 0.618 * i) for i, symbol in enumerate(symbols)}
         try:
-            one, other = (complex(found.evalf(15, subs=points)) for found in pair)
+            one, other = (complex(each.evalf(15, subs=points)) for each in pair)
         except (TypeError, ValueError, OverflowError, AttributeError, ZeroDivisionError):
             return False
         if not abs(one - other) > 1e-3 * max(abs(one), abs(other), 1.0):
@@ -224,36 +224,37 @@ def _plainly_different(gold: list[Any], answer: list[Any]) -> bool:
     return True
 
 
-@functools.lru_cache(maxsize=4096)  # the gold answer and the usual ones come again and again
+@functools.lru_cache(maxsize=4096)  # gold answers and common answers recur
 def _parse(expression: str, free: bool = False) -> list[Any]:
-    """What math-verify makes of an expression, or of prose in which it has to find one (`free`)."""
+    """Parse an expression with math-verify, or prose in which it must find one (`free`)."""
     return parse(expression if free else f"\\boxed{{{expression}}}", parsing_timeout=None)
 
 
 def main() -> None:
-    """Serve until standard input closes; the argument is the limit of an answer, in CPU seconds."""
+    """Serve until standard input closes; the argument is the limit per answer, in CPU seconds."""
     limit = float(sys.argv[1]) if len(sys.argv) > 1 else 5.0
-    with contextlib.suppress(
-        ValueError, OSError
-    ):  # macOS has no such limit; the time limit remains
+    # macOS has no memory limit; the time limit remains.
+    with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
-    for asked in (signal.SIGINT, signal.SIGTERM):  # the run is asked, and ends us when it is done
-        signal.signal(asked, signal.SIG_IGN)
+    for signal_number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # the run handles them and ends this process
+        signal.signal(signal_number, signal.SIG_IGN)
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
-    grades, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints is no grade
+    grades, sys.stdout = sys.stdout, sys.stderr  # a library may print; that is not a grade
     for count, line in enumerate(sys.stdin):
         request = json.loads(line)
-        signal.alarm(
-            _ALONE_S
-        )  # its default ends the process, also in the midst of one long operation
-        # Also ends the process, but counts processor time: a busy machine does not use it up. The first
-        # answer has no limit: it is the parent's, and pays for the parser's tables.
+        # The default action of the alarm ends the process, even inside one long operation.
+        signal.alarm(_ALONE_S)
+        # The timer ends the process too, but counts processor time, so that the load of the machine does
+        # not matter. The parent's first request has no limit, because it builds the parser's tables.
         signal.setitimer(signal.ITIMER_PROF, limit if count else 0)
         try:
-            found = Found(request["answer"], request["free"])
-            outcome = compare(found, request["gold"], request["rule"], request["grader"])
-        except (Exception, RecursionError, MemoryError):  # whatever sympy makes of a hostile answer
+            answer = Found(request["answer"], request["free"])
+            outcome = compare(answer, request["gold"], request["rule"], request["grader"])
+        except (Exception, RecursionError, MemoryError):  # sympy may raise any type of error
             outcome = "UNPARSED"
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.alarm(0)

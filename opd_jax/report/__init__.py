@@ -1,1 +1,1 @@
-"""What a workdir shows: a page with figures, tables and rollouts; a summary; a live view. docs/report.md."""
+"""Views of a workdir: a page with figures, tables and rollouts; a summary; a live view (docs/report.md)."""

@@ -5,26 +5,26 @@ from collections.abc import Mapping
 
 import numpy as np
 
-POINTS = 400  # that a drawn curve has at most
-START, NOW = 5, 10  # steps that "at the start" and "now" are the mean of
+POINTS = 400  # largest number of points of a drawn curve
+START, NOW = 5, 10  # number of steps averaged for "at the start" and "now"
 
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """A figure of metrics.jsonl. `step_N` rises; `value_N` is NaN where it was not finite."""
+    """One metric of metrics.jsonl. `step_N` increases; `value_N` is NaN where it was not finite."""
 
     step_N: np.ndarray
     value_N: np.ndarray
 
     def finite(self) -> "Curve":
-        """Without the steps whose value is not a finite number."""
+        """Return the curve without the steps whose value is not finite."""
         known_N = np.isfinite(self.value_N)
         return Curve(self.step_N[known_N], self.value_N[known_N])
 
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    """A curve as it is drawn: means of `per` steps each, and the least and the greatest of them."""
+    """A curve as it is drawn: means of `per` steps each, with their minimum and maximum."""
 
     step_N: np.ndarray
     value_N: np.ndarray
@@ -34,7 +34,7 @@ class Drawn:
 
 
 def thinned(curve: Curve, points: int = POINTS) -> Drawn:
-    """At most so many points. One that has no more is as it was, `per` = 1.
+    """Reduce a curve to at most `points` points; a shorter one is unchanged, with `per` = 1.
 
     Otherwise each point is the mean of `per` consecutive ones at their mean step; NaN where none of
     them is finite.
@@ -60,7 +60,7 @@ def thinned(curve: Curve, points: int = POINTS) -> Drawn:
 
 
 def smooth(value_N: np.ndarray, width: int) -> np.ndarray:
-    """Mean of the finite values among `width` around each place; NaN stays NaN."""
+    """Return the mean of the finite values in a window of `width` around each point; NaN stays NaN."""
     known_N = np.isfinite(value_N)
     kernel = np.ones(width)
     total_N = np.convolve(np.where(known_N, value_N, 0.0), kernel, mode="same")
@@ -69,26 +69,26 @@ def smooth(value_N: np.ndarray, width: int) -> np.ndarray:
 
 
 def standardised(curve: Curve) -> Curve:
-    """(x - mean) / standard deviation over the steps; 0 where the curve is flat."""
+    """Return (x - mean) / standard deviation over the steps; 0 where the curve is flat."""
     known = curve.finite()
     if not len(known.value_N):
         return known
     spread = known.value_N.std()
-    away_N = known.value_N - known.value_N.mean()
-    return Curve(known.step_N, away_N / spread if spread > 0 else np.zeros_like(away_N))
+    centred_N = known.value_N - known.value_N.mean()
+    return Curve(known.step_N, centred_N / spread if spread > 0 else np.zeros_like(centred_N))
 
 
 def ends(curve: Curve) -> tuple[float, float]:
-    """(mean of the first five steps, mean of the last ten); the curve has finite values."""
+    """Return (mean of the first five steps, mean of the last ten); the curve must have finite values."""
     value_N = curve.finite().value_N
     return float(value_N[:START].mean()), float(value_N[-NOW:].mean())
 
 
 def between(curves: Mapping[str, Curve], name: str) -> dict[str, Curve]:
-    """`score/NAME` of the tokens between two positions, by "tokens 1-256", "257-512", ...
+    """Return `score/NAME` for tokens between two positions, by "tokens 1-256", "257-512", ...
 
     `score/first_N/NAME` is cumulative: with n tokens and mean m at N, and n', m' at N', the tokens
-    between have the mean (n' m' - n m) / (n' - n). The last part is from the key of all tokens.
+    between have the mean (n' m' - n m) / (n' - n). The last part uses the metric of all tokens.
     """
     firsts = sorted(
         int(part[6:])
@@ -112,7 +112,7 @@ def between(curves: Mapping[str, Curve], name: str) -> dict[str, Curve]:
 
 
 def _sums(count: Curve, mean: Curve) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(steps, tokens, sum over them) where both are known."""
+    """Return (steps, tokens, sum over them) at the steps that have both."""
     step_N, i, j = np.intersect1d(count.step_N, mean.step_N, return_indices=True)
     return step_N, count.value_N[i], count.value_N[i] * mean.value_N[j]
 
@@ -122,5 +122,5 @@ def _difference(now: tuple, before: tuple | None) -> Curve:
     if before is not None:
         step_N, i, j = np.intersect1d(step_N, before[0], return_indices=True)
         tokens_N, sum_N = tokens_N[i] - before[1][j], sum_N[i] - before[2][j]
-    there_N = tokens_N > 0.5
-    return Curve(step_N[there_N], sum_N[there_N] / tokens_N[there_N])
+    nonempty_N = tokens_N > 0.5
+    return Curve(step_N[nonempty_N], sum_N[nonempty_N] / tokens_N[nonempty_N])

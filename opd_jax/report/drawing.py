@@ -1,4 +1,4 @@
-"""Panels drawn by matplotlib: as SVG for the page, and whole figures as PNG and SVG files."""
+"""Draw panels with matplotlib: as SVG for the page, and complete figures as PNG and SVG files."""
 
 import io
 import pathlib
@@ -17,17 +17,17 @@ from opd_jax.report.curves import Drawn, smooth, thinned
 from opd_jax.report.figures import Figure, Line, Mark, Panel
 from opd_jax.report.text import line
 
-# Okabe and Ito's colours, which the colour-blind tell apart, and dashes beside them: no curve is
-# told by its colour alone.
+# Okabe and Ito's colours, which colour-blind readers can distinguish, together with dashes: no curve is
+# identified by its colour alone.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#AA4499", "#000000", "#56B4E9", "#A6761D")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (6, 2, 1, 2)), (0, (3, 1)),
                            (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)), (0, (10, 3, 2, 3)))  # fmt: skip
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 HATCHES = ("", "///", "...", "\\\\\\", "xxx", "++", "oo")
 FILLS = ("#9ecae1", "#fdd0a2", "#c7e9c0", "#dadaeb", "#f0f0f0", "#c6dbef", "#e5d8bd")
-# How the guard's events look at the top of a panel, and in the legend beside the list of them.
+# Markers of the guard's events, at the top of a panel and in the legend.
 EVENTS = {"alarm": "v", "rollback": "<", "stop": "s", "recovered": "o", "masking": "^"}
-_SPARSE, _ROUGH = 40, 120  # points up to which markers are drawn, and nothing is smoothed
+_SPARSE, _ROUGH = 40, 120  # up to this many points: draw markers; do not smooth
 _STYLE: Any = {
     "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 9.0,
     "axes.titlesize": 9.5, "axes.titleweight": "bold", "axes.titlelocation": "left",
@@ -38,7 +38,7 @@ _STYLE: Any = {
 
 
 def svg(panel: Panel, name: str) -> str:
-    """One panel as an `<svg>` element; `name` makes its ids its own among others of a page."""
+    """Draw one panel as an `<svg>` element; `name` makes its ids unique in a page."""
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": name}):
         canvas = Canvas(figsize=(4.4, 3.1), layout="constrained")
         draw(canvas.add_subplot(), panel)
@@ -60,17 +60,17 @@ def svg(panel: Panel, name: str) -> str:
 
 
 def export(figures: list[Figure], legend: list[str], folder: pathlib.Path) -> list[pathlib.Path]:
-    """NAME.png and NAME.svg of every figure that has panels. Raises WorkdirError: cannot be written."""
+    """Write NAME.png and NAME.svg of every figure with panels. Raises WorkdirError: cannot be written."""
     written = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for figure in figures:
             if figure.panels:
-                whole = _whole(figure, legend)
+                canvas = _complete(figure, legend)
                 for ending in ("png", "svg"):
                     path = folder / f"{figure.name}.{ending}"
                     with matplotlib.rc_context(_STYLE | {"svg.fonttype": "path"}):
-                        whole.savefig(path, dpi=150)
+                        canvas.savefig(path, dpi=150)
                     written.append(path)
     except OSError as error:
         raise WorkdirError(
@@ -81,13 +81,13 @@ def export(figures: list[Figure], legend: list[str], folder: pathlib.Path) -> li
 
 
 def draw(axes: Any, panel: Panel) -> None:
-    """A panel on matplotlib's axes."""
+    """Draw a panel on matplotlib's axes."""
     drawn = [thinned(line.curve) for line in panel.lines]
     if panel.form == "stacked":
         _stack(axes, panel.lines, drawn)
     else:
-        for given, one in zip(panel.lines, drawn, strict=True):
-            _curve(axes, given, one)
+        for curve, one in zip(panel.lines, drawn, strict=True):
+            _curve(axes, curve, one)
     for mark in panel.marks:
         _mark(axes, mark)
     axes.set_title(line(panel.title, 48))
@@ -99,36 +99,36 @@ def draw(axes: Any, panel: Panel) -> None:
     elif panel.unit.startswith("tokens") and axes.get_ylim()[1] < 1e7:
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     if len(panel.lines) > 1 or panel.form == "stacked" or len(panel.lines[0].label) > 1:
-        columns = 2 if max(len(given.label) for given in panel.lines) > 14 else 3
+        columns = 2 if max(len(curve.label) for curve in panel.lines) > 14 else 3
         axes.legend(
             loc="upper center", bbox_to_anchor=(0.45, -0.2), ncols=columns, handlelength=3.2,
             columnspacing=1.2, labelspacing=0.3, borderaxespad=0.0,
         )  # fmt: skip
 
 
-def _name(given: Line) -> str:
-    """What the legend calls it; matplotlib leaves out names that begin with an underscore."""
-    name = line(given.label, 32)
+def _name(curve: Line) -> str:
+    """Return the name for the legend; matplotlib omits names that begin with an underscore."""
+    name = line(curve.label, 32)
     return f" {name}" if name.startswith("_") else name
 
 
 def _coarse(path: re.Match[str]) -> str:
-    """A path in hundredths of a point, which is a third of its size."""
+    """Round a path to hundredths of a point, which shrinks it to a third."""
     return re.sub(r"(\.\d\d)\d+", r"\1", path[0])
 
 
-def _curve(axes: Any, given: Line, drawn: Drawn) -> None:
-    colour, dashes = COLOURS[given.look % len(COLOURS)], DASHES[given.look % len(DASHES)]
+def _curve(axes: Any, curve: Line, drawn: Drawn) -> None:
+    colour, dashes = COLOURS[curve.look % len(COLOURS)], DASHES[curve.look % len(DASHES)]
     kept = np.isfinite(drawn.value_N)
     count = int(kept.sum())
-    name = _name(given)
+    name = _name(curve)
     if count <= _SPARSE:
-        marker = MARKERS[given.look % len(MARKERS)]
+        marker = MARKERS[curve.look % len(MARKERS)]
         axes.plot(drawn.step_N[kept], drawn.value_N[kept], color=colour, linestyle=dashes, lw=1.5,
                   marker=marker, ms=3.5, label=name)  # fmt: skip
-        if given.error is not None:
-            _, i, j = np.intersect1d(drawn.step_N, given.error.step_N, return_indices=True)
-            axes.errorbar(drawn.step_N[i], drawn.value_N[i], yerr=given.error.value_N[j],
+        if curve.error is not None:
+            _, i, j = np.intersect1d(drawn.step_N, curve.error.step_N, return_indices=True)
+            axes.errorbar(drawn.step_N[i], drawn.value_N[i], yerr=curve.error.value_N[j],
                           fmt="none", ecolor=colour, elinewidth=0.9, capsize=2)  # fmt: skip
         return
     if drawn.per > 1:
@@ -141,22 +141,22 @@ def _curve(axes: Any, given: Line, drawn: Drawn) -> None:
 
 
 def _stack(axes: Any, lines: list[Line], drawn: list[Drawn]) -> None:
-    """Areas on top of each other, where a line has nothing 0."""
+    """Draw areas on top of each other; a missing value counts as 0."""
     step_N = np.unique(np.concatenate([one.step_N for one in drawn]))
     below_N = np.zeros(len(step_N))
-    for given, one in zip(lines, drawn, strict=True):
+    for curve, one in zip(lines, drawn, strict=True):
         height_N = np.zeros(len(step_N))
         height_N[np.searchsorted(step_N, one.step_N)] = np.nan_to_num(one.value_N)
         axes.fill_between(
-            step_N, below_N, below_N + height_N, facecolor=FILLS[given.look % len(FILLS)],
-            hatch=HATCHES[given.look % len(HATCHES)], edgecolor="#444444", lw=0.3, label=_name(given),
+            step_N, below_N, below_N + height_N, facecolor=FILLS[curve.look % len(FILLS)],
+            hatch=HATCHES[curve.look % len(HATCHES)], edgecolor="#444444", lw=0.3, label=_name(curve),
         )  # fmt: skip
         below_N = below_N + height_N
     axes.set_ylim(0, float(np.quantile(below_N, 0.99)) * 1.15 or 1.0)
 
 
 def _mark(axes: Any, mark: Mark) -> None:
-    """A dotted line for an onset, a marker at the top for what the guard did."""
+    """Draw a dotted line for an onset, or a marker at the top for an event of the guard."""
     colour = "#333333" if mark.look < 0 else COLOURS[mark.look % len(COLOURS)]
     if mark.kind == "onset":
         axes.axvline(mark.step, color=colour, lw=1.0, linestyle=":")
@@ -169,15 +169,15 @@ def _mark(axes: Any, mark: Mark) -> None:
 
 
 def _percent(axes: Any, drawn: list[Drawn]) -> None:
-    """Shares from 0 on, to 100 % where they go far."""
+    """Scale the axis for shares: from 0, and up to 100 % if they are large."""
     most = max(float(np.nanmax(one.high_N)) for one in drawn)
     top = 1.04 if most > 0.5 else max(most * 1.15, 0.02)
     axes.set_ylim(-0.02 * top, top)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None if most > 0.05 else 1))
 
 
-def _whole(figure: Figure, legend: list[str]) -> Canvas:
-    """All panels of a figure, three in a row, with what the letters stand for below."""
+def _complete(figure: Figure, legend: list[str]) -> Canvas:
+    """Draw all panels of a figure, three in a row, with the legend of the letters below."""
     with matplotlib.rc_context(_STYLE):
         across = min(len(figure.panels), 3)
         down = -(-len(figure.panels) // across)

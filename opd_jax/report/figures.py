@@ -1,4 +1,4 @@
-"""Which curves stand in which figure. What no run has is left out, with a sentence."""
+"""The figures and the curves in each. A metric that no run has is omitted, with a sentence."""
 
 import dataclasses
 import re
@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from opd_jax.report.curves import Curve, between, standardised
 from opd_jax.report.read import Run
 
-APART = 6  # runs that get panels of their own
+SEPARATE = 6  # largest number of runs with panels of their own
 STABLE, AGREE = "2604.08527", "2604.13016"
 _PAIR = re.compile(r"^(opd|divergence|sft|reference_kl)_(?!kl$)(.+)$")  # two terms of a cosine
 
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """One curve of a panel. `look` picks colour, dashes and marker; `error` is drawn around it."""
+    """One curve of a panel. `look` selects colour, dashes and marker; `error` is drawn around it."""
 
     label: str
     look: int
@@ -24,7 +24,7 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class Mark:
-    """Something at a step: `kind` is onset, or that of a guard's event."""
+    """A mark at a step: `kind` is onset, or that of a guard's event."""
 
     step: int
     kind: str
@@ -34,7 +34,7 @@ class Mark:
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """One pair of axes. `unit` is of the y axis; x is always the step.
+    """One pair of axes. `unit` belongs to the y axis; x is always the step.
 
     `form` is lines or stacked (areas on top of each other).
     """
@@ -48,7 +48,7 @@ class Panel:
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """Panels under one title; `missing` are sentences on what is left out."""
+    """Panels under one title; `missing` are sentences about what is omitted."""
 
     name: str
     title: str
@@ -58,7 +58,7 @@ class Figure:
 
 
 def figures(runs: Sequence[Run]) -> list[Figure]:
-    """Every figure of the report, in order; one without panels has only its sentences."""
+    """Return every figure of the report, in order; one without panels has only its sentences."""
     return [
         _rollouts(runs), _held_out(runs), _signals(runs), _repeated(runs), _together(runs),
         _agreement(runs), _positions(runs), _gradients(runs), _losses(runs), _time(runs),
@@ -66,12 +66,12 @@ def figures(runs: Sequence[Run]) -> list[Figure]:
 
 
 def letter(i: int) -> str:
-    """A, B, ... Z, A2, B2, ...: what a run is called in figures."""
+    """Return the letter of a run in figures: A, B, ... Z, A2, B2, ..."""
     return chr(65 + i % 26) + (str(i // 26 + 1) if i >= 26 else "")
 
 
 def label(i: int, run: Run) -> str:
-    """How a run is called where there is room."""
+    """Return the name of a run where there is room."""
     return f"{letter(i)}  {run.name}"
 
 
@@ -121,7 +121,7 @@ def _signals(runs: Sequence[Run]) -> Figure:
         runs, "signals", "What the teacher's signal does: log-probs, advantage, length",
         f"Means over response tokens ({STABLE}, Fig. 3). At the onset of a collapse both log-probs become "
         "less negative, the teacher's more than the student's, so the advantage rises together with the "
-        "length: a rising advantage beside a rising length is no success.",
+        "length: a rising advantage with a rising length is no success.",
         [("score/student_logprob_mean", "Student's log-prob of its tokens", "nats a token"),
          ("score/teacher_logprob_mean", "Teacher's log-prob of these", "nats a token"),
          ("score/advantage_mean", "Advantage, teacher less student", "nats a token"),
@@ -135,7 +135,7 @@ def _repeated(runs: Sequence[Run]) -> Figure:
     share = _lines(runs, "score/repeated_token_fraction")
     if share:
         panels.append(Panel("Share of repetitive tokens", "share of tokens", share, _marks(runs)))
-    for i, run in _apart(runs):
+    for i, run in _separate(runs):
         lines = _named(run, [("score/repeated_token_advantage", "repetitive"),
                              ("score/regular_token_advantage", "regular")])  # fmt: skip
         if lines:
@@ -157,16 +157,16 @@ def _repeated(runs: Sequence[Run]) -> Figure:
 
 def _together(runs: Sequence[Run]) -> Figure:
     panels, missing = [], []
-    for i, run in _apart(runs):
-        wanted = [("score/advantage_mean", "advantage"), ("score/teacher_logprob_mean", "teacher log-prob"),
+    for i, run in _separate(runs):
+        curves = [("score/advantage_mean", "advantage"), ("score/teacher_logprob_mean", "teacher log-prob"),
                   ("rollout/truncation_rate", "TruncRate"), ("rollout/repetition_rate", "RepRate"),
                   ("rollout/length_mean", "length")]  # fmt: skip
-        wanted = [
+        curves = [
             (f"eval/{name}/accuracy", "held-out accuracy") for name in run.benchmarks[:1]
-        ] + wanted
+        ] + curves
         lines = [
             dataclasses.replace(line, curve=standardised(line.curve))
-            for line in _named(run, wanted)
+            for line in _named(run, curves)
             if len(line.curve.finite().step_N) > 1
         ]
         if len(lines) > 1:
@@ -206,8 +206,8 @@ def _agreement(runs: Sequence[Run]) -> Figure:
 
 def _positions(runs: Sequence[Run]) -> Figure:
     panels, missing = [], []
-    for i, run in _apart(runs):
-        found = False
+    for i, run in _separate(runs):
+        any_lines = False
         for name, title, unit in (
             ("overlap_ratio", "overlap", "share of ids"), ("entropy_gap", "entropy gap", "nats"),
             ("student_entropy", "student's entropy", "nats"), ("advantage_mean", "advantage", "nats a token"),
@@ -218,8 +218,8 @@ def _positions(runs: Sequence[Run]) -> Figure:
                 panels.append(
                     Panel(f"{letter(i)}: {title} by position", unit, lines, _own_marks(run))
                 )
-                found = True
-        if not found:
+                any_lines = True
+        if not any_lines:
             missing.append(
                 f"{label(i, run)} logged no positions: all metrics.positions are beyond its budget, "
                 "or nothing was scored."
@@ -239,7 +239,7 @@ def _gradients(runs: Sequence[Run]) -> Figure:
                              ("optim/learning_rate", "Learning rate", "rate")):  # fmt: skip
         if lines := _lines(runs, key):
             panels.append(Panel(title, unit, lines, _marks(runs)))
-    for i, run in _apart(runs):
+    for i, run in _separate(runs):
         norms = _starting(run, "optim/grad_norm_")
         angles = _starting(run, "optim/grad_cosine_")
         if norms:
@@ -272,7 +272,7 @@ def _losses(runs: Sequence[Run]) -> Figure:
 
 def _time(runs: Sequence[Run]) -> Figure:
     panels, missing = [], []
-    for i, run in _apart(runs):
+    for i, run in _separate(runs):
         stages = [key for key in run.curves if key.startswith("time/") and key != "time/step_s"]
         lines = _named(run, [(key, key[5:].removesuffix("_s")) for key in stages])
         if lines:
@@ -282,8 +282,8 @@ def _time(runs: Sequence[Run]) -> Figure:
             missing.append(f"{label(i, run)} logged no times.")
     shared = _overlaid(
         runs, "", "", "",
-        [(f"speed/{name}_tokens_per_s", f"Speed of {told}", "tokens a second")
-         for name, told in (("rollout", "sampling"), ("score", "scoring"), ("update", "the update"))]
+        [(f"speed/{name}_tokens_per_s", f"Speed of {stage}", "tokens a second")
+         for name, stage in (("rollout", "sampling"), ("score", "scoring"), ("update", "the update"))]
         + [("memory/peak_gib", "Peak memory so far", "GiB")],
     )  # fmt: skip
     return Figure(
@@ -300,17 +300,17 @@ def _overlaid(
     name: str,
     title: str,
     text: str,
-    wanted: Sequence[tuple[str, str, str]],
+    metrics: Sequence[tuple[str, str, str]],
     *,
     marked: bool = False,
     silent: Sequence[str] = (),
 ) -> Figure:
-    """A panel for each (key, title, unit) that some run has; a sentence for each that one lacks.
+    """Make a panel for each (key, title, unit) that some run has; a sentence for each that one lacks.
 
-    Nothing is said of keys that are `silent`: many methods have no such thing.
+    Missing `silent` keys get no sentence: many methods do not have them.
     """
     panels, missing = [], []
-    for key, heading, unit in wanted:
+    for key, heading, unit in metrics:
         lines = _lines(runs, key)
         if lines:
             panels.append(Panel(heading, unit, lines, _marks(runs) if marked else []))
@@ -319,8 +319,8 @@ def _overlaid(
             if lacking:
                 who = f"not in {', '.join(lacking)}" if lines else "in no run"
                 missing.append(f"{heading}: {who} ({key})")
-    told = [f"Left out: {'; '.join(missing)}."] if missing else []
-    return Figure(name, title, text, panels, told)
+    notes = [f"Left out: {'; '.join(missing)}."] if missing else []
+    return Figure(name, title, text, panels, notes)
 
 
 def _has(run: Run, key: str) -> bool:
@@ -335,16 +335,16 @@ def _lines(runs: Sequence[Run], key: str, error: str = "") -> list[Line]:
     ]
 
 
-def _named(run: Run, wanted: Sequence[tuple[str, str]]) -> list[Line]:
-    """Several keys of one run, as lines of one panel."""
+def _named(run: Run, metrics: Sequence[tuple[str, str]]) -> list[Line]:
+    """Return several keys of one run as lines of one panel."""
     return [
-        Line(told, j, run.curves[key]) for j, (key, told) in enumerate(wanted) if _has(run, key)
+        Line(title, j, run.curves[key]) for j, (key, title) in enumerate(metrics) if _has(run, key)
     ]
 
 
 def _starting(run: Run, prefix: str) -> list[Line]:
-    found = {key: key.removeprefix(prefix) for key in run.curves if key.startswith(prefix)}
-    return _named(run, [(key, _PAIR.sub(r"\1, \2", name)) for key, name in found.items()])
+    titles = {key: key.removeprefix(prefix) for key in run.curves if key.startswith(prefix)}
+    return _named(run, [(key, _PAIR.sub(r"\1, \2", name)) for key, name in titles.items()])
 
 
 def _marks(runs: Sequence[Run]) -> list[Mark]:
@@ -352,7 +352,7 @@ def _marks(runs: Sequence[Run]) -> list[Mark]:
 
 
 def _own_marks(run: Run, look: int = -1, prefix: str = "") -> list[Mark]:
-    """The onset and the guard's events; `look` -1 is black."""
+    """Return the onset and the guard's events; `look` -1 is black."""
     events = [
         Mark(event.step, event.kind, look, "") for event in run.events if event.kind != "terms"
     ]
@@ -363,15 +363,15 @@ def _own_marks(run: Run, look: int = -1, prefix: str = "") -> list[Mark]:
 
 
 def logged(runs: Sequence[Run]) -> list[tuple[int, Run]]:
-    """The runs that have curves, with their places among all."""
+    """Return the runs that have curves, with their indices among all."""
     return [(i, run) for i, run in enumerate(runs) if run.curves]
 
 
-def _apart(runs: Sequence[Run]) -> list[tuple[int, Run]]:
-    return logged(runs)[:APART]
+def _separate(runs: Sequence[Run]) -> list[tuple[int, Run]]:
+    return logged(runs)[:SEPARATE]
 
 
 def _too_many(runs: Sequence[Run]) -> list[str]:
-    if len(logged(runs)) <= APART:
+    if len(logged(runs)) <= SEPARATE:
         return []
-    return [f"Panels of single runs are drawn for the first {APART} of {len(runs)} runs."]
+    return [f"Panels of single runs are drawn for the first {SEPARATE} of {len(runs)} runs."]

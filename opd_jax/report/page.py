@@ -13,7 +13,7 @@ from opd_jax.report.read import Run
 from opd_jax.report.samples import HEAD, Sample, as_json, rollouts
 from opd_jax.report.text import escape
 
-# |advantage| in nats from which a token has the next shade.
+# Thresholds of |advantage|, in nats, between the shades of tokens.
 SHADES = (0.05, 0.3, 1.0, 3.0)
 _OUTCOMES = {
     "eos": "ended by itself",
@@ -26,7 +26,7 @@ _GLYPHS = {"alarm": "▼", "rollback": "◀", "stop": "■", "recovered": "●",
 def page(
     runs: Sequence[Run], figures: Sequence[Figure], *, samples: int, tokenizer: str = ""
 ) -> str:
-    """The whole page. `samples` rollouts of each run; `tokenizer`: see samples.samples."""
+    """Return the complete page. `samples` rollouts of each run; `tokenizer`: see samples.rollouts."""
     style, script = _asset("style.css"), _asset("script.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
@@ -74,8 +74,8 @@ def _figures(runs: Sequence[Run], figures: Sequence[Figure]) -> str:
 
 def _figure(figure: Figure, legend: str) -> str:
     if not figure.panels:
-        said = f'<p class="missing">{_said(figure.missing)}</p>'
-        return f"<article><h3>{escape(figure.title)}</h3>{said}</article>"
+        text = f'<p class="missing">{_said(figure.missing)}</p>'
+        return f"<article><h3>{escape(figure.title)}</h3>{text}</article>"
     panels = []
     for i, panel in enumerate(figure.panels):
         drawn = drawing.svg(panel, f"{figure.name}-{i}")
@@ -102,7 +102,7 @@ def _thinned(figure: Figure) -> str:
 
 
 def _legend(runs: Sequence[Run]) -> str:
-    """Which run is which, as the curves look; and what the guard's marks mean, where there are any."""
+    """Return the legend: which run is which, and the meaning of the guard's marks, where there are any."""
     items = []
     for i, run in logged(runs):
         colour = drawing.COLOURS[i % len(drawing.COLOURS)]
@@ -123,9 +123,9 @@ def _legend(runs: Sequence[Run]) -> str:
 def _answers(runs: Sequence[Run]) -> str:
     out, without = [], []
     for i, run in enumerate(runs):
-        found = tables.answers_table(i, run) + tables.beside_papers(i, run)
-        out.append(found)
-        if not found:
+        html = tables.answers_table(i, run) + tables.beside_papers(i, run)
+        out.append(html)
+        if not html:
             without.append(letter(i))
     if without:
         out.append(
@@ -145,28 +145,28 @@ def _answers(runs: Sequence[Run]) -> str:
 
 
 def _guard(runs: Sequence[Run]) -> str:
-    found = tables.guard_table(runs)
-    said = "Nothing: no guard/* key in the logs (it was off, or saw nothing)."
-    return found or f'<p class="missing">{said}</p>'
+    table = tables.guard_table(runs)
+    text = "Nothing: no guard/* key in the logs (it was off, or saw nothing)."
+    return table or f'<p class="missing">{text}</p>'
 
 
 def _cost(runs: Sequence[Run]) -> str:
-    found = tables.cost_table(runs)
-    return found or '<p class="missing">No run logged times.</p>'
+    table = tables.cost_table(runs)
+    return table or '<p class="missing">No run logged times.</p>'
 
 
 def _samples(runs: Sequence[Run], count: int, tokenizer: str) -> str:
     out = [_shades()]
     for i, run in enumerate(runs):
-        found, notes = rollouts(run, count, tokenizer) if count else ([], [])
+        samples, notes = rollouts(run, count, tokenizer) if count else ([], [])
         out.append(f"<h3>{_tag(i, run)}</h3>")
         out += [f'<p class="missing">{escape(note[:1].upper() + note[1:])}.</p>' for note in notes]
-        out.append(f'<div class="samples">{"".join(map(_sample, found))}</div>')
+        out.append(f'<div class="samples">{"".join(map(_sample, samples))}</div>')
     return "".join(out)
 
 
 def _shades() -> str:
-    """What colours and lines of tokens mean."""
+    """Return the legend of the colours and underlines of tokens."""
     far = [f"-{SHADES[-1]:g}", *(f"-{x:g}" for x in SHADES[-2::-1])]
     keys = [f'<i class="n{4 - k}">{x} or less</i>' for k, x in enumerate(far)]
     keys += ["<i>about 0</i>"] + [
@@ -183,23 +183,23 @@ def _shades() -> str:
 
 
 def _sample(sample: Sample) -> str:
-    told = [
+    facts = [
         f"step {sample.step}",
         *([f"problem {sample.id}, sample {sample.number}"] if sample.id else []),
         _OUTCOMES.get(sample.outcome, sample.outcome),
         _plural(sample.length, "token"),
     ]
     if sample.correct is not None:
-        told.append("right" if sample.correct else "wrong")
+        facts.append("right" if sample.correct else "wrong")
     known = [token.advantage for token in sample.tokens if token.advantage is not None]
     if known:
-        told.append(
+        facts.append(
             f"mean advantage {sum(known) / len(known):.3f}"
             + (" of those shown" if sample.skipped else "")
         )
     repeated = sum(token.repeated for token in sample.tokens)
     if repeated:
-        told.append(f"{repeated / len(sample.tokens):.0%} repetitive")
+        facts.append(f"{repeated / len(sample.tokens):.0%} repetitive")
     cut = HEAD if sample.skipped else len(sample.tokens)
     shown = [
         _token(t.text, t.advantage, t.repeated, t.student_logprob is None) for t in sample.tokens
@@ -207,7 +207,7 @@ def _sample(sample: Sample) -> str:
     if sample.skipped:
         shown.insert(cut, f"<b> … {sample.skipped:,} tokens left out … </b>")
     return (
-        f'<article class="sample"><h4>{escape(", ".join(told))}</h4><details><summary>prompt</summary>'
+        f'<article class="sample"><h4>{escape(", ".join(facts))}</h4><details><summary>prompt</summary>'
         f'<pre dir="ltr">{escape(sample.prompt)}</pre></details><pre class="tokens" dir="ltr" tabindex="0">'
         f'{"".join(shown)}</pre><script type="application/json">{as_json(sample)}</script></article>'
     )

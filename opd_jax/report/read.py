@@ -1,4 +1,4 @@
-"""A workdir as the report sees it. Whatever is torn, missing or strange becomes a sentence."""
+"""Read a workdir for the report. Everything incomplete, missing or invalid becomes a note."""
 
 import array
 import collections
@@ -18,13 +18,13 @@ from opd_jax.report.curves import Curve
 from opd_jax.training import collapse_guard
 
 TRUNCATION = "rollout/truncation_rate"
-BEYOND = 1e30  # a value as large as this is no figure
-HIGH = 0.9  # TruncRate that 2604.08527 (Fig. 2) sees after the transition
+BEYOND = 1e30  # values of this size or more are not drawn
+HIGH = 0.9  # TruncRate after the transition in 2604.08527 (Fig. 2)
 
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """Something the guard did, as metrics.jsonl has it. `kind` is alarm, rollback, stop, ..."""
+    """An action of the guard, as logged in metrics.jsonl. `kind` is alarm, rollback, stop, ..."""
 
     step: int
     kind: str
@@ -33,7 +33,7 @@ class Event:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """Whether there was an abrupt transition: what the guard finds in the log, whatever its action was.
+    """Whether there was an abrupt transition, as the guard finds in the log, whatever its action was.
 
     Attributes:
       text: one sentence. onset: about where it began, None without one. alarm: where it was certain.
@@ -46,17 +46,17 @@ class Verdict:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What the files of one workdir hold.
+    """The contents of one workdir.
 
     Attributes:
-      name: of the folder, with as much before it as tells it from the others.
+      name: of the folder, with as many parents as distinguish it from the others.
       config, info, plan: config.json, run.json, plan.json; empty where they cannot be read.
       curves: of metrics.jsonl by key.
-      lines: of metrics.jsonl, torn ones not counted. last: its greatest step, 0 without any.
+      lines: of metrics.jsonl, incomplete ones not counted. last: its largest step, 0 without any.
       events: of the guard.
       answers: eval/STEP/BENCHMARK.json as {step or "teacher": {benchmark: figures}}.
       results: results.json of launch/evaluate.py, else None.
-      notes: sentences on what could not be read.
+      notes: sentences about files that could not be read.
     """
 
     folder: pathlib.Path
@@ -75,28 +75,28 @@ class Run:
 
     @property
     def benchmarks(self) -> list[str]:
-        """Held-out data that was measured on the way."""
+        """Held-out data that was evaluated during the run."""
         parts = (key.split("/") for key in self.curves if key.startswith("eval/"))
         return sorted({each[1] for each in parts if len(each) == 3})
 
 
 def read_all(folders: Sequence[str]) -> list[Run]:
-    """Every workdir once, in the order given. Raises WorkdirError: one is no run."""
+    """Read every workdir once, in the given order. Raises WorkdirError: a folder is not a run."""
     paths = list(dict.fromkeys(pathlib.Path(folder).resolve() for folder in folders))
     return [read(path, name) for path, name in zip(paths, names(paths), strict=True)]
 
 
 def names(paths: Sequence[pathlib.Path]) -> list[str]:
-    """The last parts of each path, as many as tell all apart."""
+    """Return the last parts of each path, as many as distinguish all of them."""
     for parts in range(1, max((len(path.parts) for path in paths), default=1) + 1):
-        found = ["/".join(path.parts[-parts:]) for path in paths]
-        if len(set(found)) == len(found):
-            return found
+        endings = ["/".join(path.parts[-parts:]) for path in paths]
+        if len(set(endings)) == len(endings):
+            return endings
     return [str(path) for path in paths]
 
 
 def read(folder: pathlib.Path, name: str = "") -> Run:
-    """One workdir. Raises WorkdirError where it is none."""
+    """Read one workdir. Raises WorkdirError where the folder is not one."""
     config = workdir.read_config(folder)
     notes: list[str] = []
     log = _Log(_rules(config))
@@ -123,13 +123,13 @@ def read(folder: pathlib.Path, name: str = "") -> Run:
 
 
 def objects(path: pathlib.Path, notes: list[str]) -> Iterator[dict[str, Any]]:
-    """Every line that is an object with a whole `step`; the others are counted and told of."""
+    """Yield every line that is an object with an integer `step`; note how many others there are."""
     broken = torn = 0
     with path.open("rb") as file:
         for line in file:  # bytes: only a line feed ends a line
-            found = parsed(line)
-            if found is not None:
-                yield found
+            row = parsed(line)
+            if row is not None:
+                yield row
             elif not line.endswith(b"\n"):
                 torn = 1
             elif line.strip():
@@ -141,17 +141,17 @@ def objects(path: pathlib.Path, notes: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def parsed(line: bytes) -> dict[str, Any] | None:
-    """The object of a line, None where it is none with a whole `step`."""
+    """Return the object of a line, None where it is not an object with an integer `step`."""
     try:
-        found = json.loads(line.decode("utf-8", "replace"))
+        row = json.loads(line.decode("utf-8", "replace"))
     except (ValueError, RecursionError):
         return None
-    whole = isinstance(found, dict) and type(found.get("step")) is int
-    return found if whole and 0 <= found["step"] < 2**53 else None
+    has_step = isinstance(row, dict) and type(row.get("step")) is int
+    return row if has_step and 0 <= row["step"] < 2**53 else None
 
 
 class _Log:
-    """What metrics.jsonl adds up to, line by line: arrays, not one object a line."""
+    """Accumulates metrics.jsonl line by line, in arrays instead of one object per line."""
 
     def __init__(self, rules: collapse_guard.Rules):
         self.lines = self.last = self._judged = 0
@@ -168,16 +168,16 @@ class _Log:
             notes.append("no metrics.jsonl: there are no curves")
             return
         strange: collections.Counter[str] = collections.Counter()
-        for found in objects(path, notes):
-            self._line(found["step"], found, strange)
+        for fields in objects(path, notes):
+            self._line(fields["step"], fields, strange)
         if not self.lines:
             notes.append("metrics.jsonl is empty: there are no curves")
         for key, count in strange.items():
             notes.append(f"metrics.jsonl: {key} is no number on {count} lines; left out there")
 
-    def _line(self, step: int, found: dict[str, Any], strange: collections.Counter[str]) -> None:
+    def _line(self, step: int, fields: dict[str, Any], strange: collections.Counter[str]) -> None:
         row: dict[str, float] = {}
-        for key, value in found.items():
+        for key, value in fields.items():
             if key == "step":
                 continue
             if type(value) not in (int, float):
@@ -190,7 +190,7 @@ class _Log:
         self.last = max(self.last, step)
         self._judge(step, row)
         if any(key.startswith("guard/") for key in row):
-            self._told(step, row)
+            self._add_events(step, row)
 
     def _judge(self, step: int, row: dict[str, float]) -> None:
         self._judged += math.isfinite(row.get(TRUNCATION, math.nan))
@@ -201,8 +201,8 @@ class _Log:
         if "guard/recovered" in response.event and self._over is None:
             self._over = step
 
-    def _told(self, step: int, row: dict[str, float]) -> None:
-        """The guard's own keys, as sentences."""
+    def _add_events(self, step: int, row: dict[str, float]) -> None:
+        """Add sentences for the guard's keys of a line."""
 
         def of(name: str) -> str:
             return f"{row[f'guard/{name}']:g}" if f"guard/{name}" in row else "?"
@@ -231,7 +231,7 @@ class _Log:
         self._in_force = in_force
 
     def curves(self, notes: list[str]) -> dict[str, Curve]:
-        """Sorted by step; of a step that was written twice the later line counts."""
+        """Return the curves, sorted by step; for a step that was logged twice the later line counts."""
         out, holes = {}, []
         for key, steps in self._steps.items():
             step_N = np.frombuffer(steps, np.int64)
@@ -255,36 +255,36 @@ class _Log:
         if self._alarm is None:
             if self._judged < collapse_guard.WARMUP + collapse_guard.SPLIT:
                 return Verdict(f"Too short to judge: {self._judged} steps with rollouts.")
-            said = f"No abrupt transition in {self._judged} steps with rollouts."
+            text = f"No abrupt transition in {self._judged} steps with rollouts."
             if self.events:
-                said += (
+                text += (
                     " The guard stepped in, see below; steps that were undone are not in the log."
                 )
             if above is not None:
-                said += f" But TruncRate is above {HIGH:.0%} at step {above}."
-            return Verdict(said)
+                text += f" But TruncRate is above {HIGH:.0%} at step {above}."
+            return Verdict(text)
         alarm = self._alarm
         changed = alarm.text.partition(": ")[2].partition(": ")[2].replace("->", "→")
-        said = f"Abrupt transition: since about step {alarm.onset}, certain at step {alarm.step}: {changed}."
+        text = f"Abrupt transition: since about step {alarm.onset}, certain at step {alarm.step}: {changed}."
         if above is not None:
-            said += f" TruncRate is first above {HIGH:.0%} at step {above}."
+            text += f" TruncRate is first above {HIGH:.0%} at step {above}."
         if self._over is not None:
-            said += f" Over by itself, or by what was done, at step {self._over}."
-        return Verdict(said, alarm.onset, alarm.step)
+            text += f" Over by itself, or by what was done, at step {self._over}."
+        return Verdict(text, alarm.onset, alarm.step)
 
     def _above(self) -> int | None:
-        """The first step whose TruncRate is above HIGH."""
+        """Return the first step whose TruncRate is above HIGH."""
         pairs = zip(self._steps[TRUNCATION], self._values[TRUNCATION], strict=True)
         return next((step for step, value in pairs if value > HIGH), None)
 
 
 def _number(value: float) -> float:
-    """NaN for what no figure can show."""
+    """Return NaN for a value that no figure can show."""
     return float(value) if abs(value) < BEYOND else math.nan
 
 
 def _rules(config: dict[str, Any]) -> collapse_guard.Rules:
-    """The guard's rules for this run, as if it only warned; the defaults' where its own make no sense."""
+    """Return the guard's rules for this run, with action "warn"; the defaults where its own are invalid."""
     sections = {name: section_of(config, name) for name in ("guard", "rollout", "loss")}
     sections["guard"]["action"] = "warn"
     try:
@@ -296,44 +296,44 @@ def _rules(config: dict[str, Any]) -> collapse_guard.Rules:
 
 
 def section_of(config: dict[str, Any], name: str) -> dict[str, Any]:
-    """A section of a config; a field that is not there, or of another type, is the default's."""
-    found, given = configuration.default()[name].to_dict(), config.get(name)
-    for field, value in given.items() if isinstance(given, dict) else ():
-        if type(value) is type(found.get(field)):
-            found[field] = value
-    return found
+    """Return a section of a config; a field that is missing or has another type gets its default."""
+    fields, logged = configuration.default()[name].to_dict(), config.get(name)
+    for field, value in logged.items() if isinstance(logged, dict) else ():
+        if type(value) is type(fields.get(field)):
+            fields[field] = value
+    return fields
 
 
 def _object(path: pathlib.Path, notes: list[str]) -> dict[str, Any]:
-    """A JSON file that holds an object; {} where there is none."""
+    """Read a JSON file that holds an object; {} where there is none."""
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        found = None
-    if isinstance(found, dict):
-        return found
+        value = None
+    if isinstance(value, dict):
+        return value
     notes.append(f"{path.name} cannot be read and is left out")
     return {}
 
 
 def _evaluated(results: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
-    """The same of results.json."""
-    found = results.get("results")
-    named = found.items() if isinstance(found, dict) else ()
+    """Return the evaluations in results.json, in the form of `_answers`."""
+    figures = results.get("results")
+    named = figures.items() if isinstance(figures, dict) else ()
     numbers = {name: _numbers(one) for name, one in named if isinstance(one, dict)}
     return {"this evaluation": numbers} if numbers else {}
 
 
-def _numbers(found: dict[str, Any]) -> dict[str, float]:
-    return {k: v for k, v in found.items() if type(v) in (int, float) and math.isfinite(v)}
+def _numbers(fields: dict[str, Any]) -> dict[str, float]:
+    return {k: v for k, v in fields.items() if type(v) in (int, float) and math.isfinite(v)}
 
 
 def _answers(folder: pathlib.Path, notes: list[str]) -> dict[str, dict[str, dict[str, float]]]:
     out: dict[str, dict[str, dict[str, float]]] = {}
     for path in sorted(folder.glob("*/*.json")):
-        found = _object(path, notes)
-        if numbers := _numbers(found):
+        fields = _object(path, notes)
+        if numbers := _numbers(fields):
             out.setdefault(path.parent.name, {})[path.stem] = numbers
     return dict(sorted(out.items(), key=lambda item: (not item[0].isdigit(), item[0].zfill(20))))

@@ -1,4 +1,4 @@
-"""launch/report.py: workdirs in, a page, files of figures, or a summary out."""
+"""launch/report.py: turn workdirs into a page, files of figures, or a summary."""
 
 import importlib.util
 import pathlib
@@ -20,9 +20,9 @@ def run(
     samples: int = 8,
     tokenizer: str = "",
 ) -> None:
-    """Write what is asked for, and say where; without `out` and `figures` print the summary.
+    """Write the requested outputs and print where; without `out` and `figures` print the summary.
 
-    Raises WorkdirError (no run, or a place that cannot be written) and ConfigError (matplotlib is
+    Raises WorkdirError (no run, or a path that cannot be written) and ConfigError (matplotlib is
     missing).
     """
     page_file = None if out is None else _place(out)
@@ -41,26 +41,26 @@ def run(
     from opd_jax.report.figures import figures as all_figures
     from opd_jax.report.figures import label
 
-    made = all_figures(runs)
+    figure_list = all_figures(runs)
     if page_file is not None:
-        whole = page.page(runs, made, samples=samples, tokenizer=tokenizer)
-        _write(page_file, whole)
+        html = page.page(runs, figure_list, samples=samples, tokenizer=tokenizer)
+        _write(page_file, html)
         print(f"written to {page_file} ({page_file.stat().st_size / 1e6:.1f} MB)", flush=True)
     if figures is not None:
         names = [label(i, one) for i, one in enumerate(runs)]
-        files = drawing.export(made, names, pathlib.Path(figures))
+        files = drawing.export(figure_list, names, pathlib.Path(figures))
         print(f"{len(files)} files of figures in {figures}", flush=True)
 
 
 def _place(out: str) -> pathlib.Path:
-    """Where the page goes. Raises WorkdirError where it cannot be written, before anything is read."""
+    """Return the path of the page. Raises WorkdirError, before anything is read, if it cannot be written."""
     path = pathlib.Path(out)
     if path.suffix.lower() not in (".html", ".htm"):
         raise WorkdirError(f"out={out!r}, wanted a name that ends in .html; give --out={out}.html")
     if path.is_dir() or workdir.obstacle(path.parent):
         raise WorkdirError(
-            f"out={out!r} cannot be written (a folder, or in a place that is read-only or no folder); "
-            "give another one with --out"
+            f"out={out!r} cannot be written (it is a folder, or its folder is read-only or a file); "
+            "set --out to another file"
         )
     return path
 

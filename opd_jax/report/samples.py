@@ -1,4 +1,4 @@
-"""Rollouts of rollouts.jsonl: which are shown, their tokens as text, and which of these repeat."""
+"""Rollouts of rollouts.jsonl: which to show, their tokens as text, and which tokens repeat."""
 
 import dataclasses
 import itertools
@@ -17,7 +17,7 @@ from opd_jax.metrics import repetition
 from opd_jax.report.read import Run, parsed, section_of
 from opd_jax.types import Outcome, Rollout
 
-HEAD, TAIL = 500, 300  # tokens of a long response that are shown
+HEAD, TAIL = 500, 300  # tokens shown of a long response
 _STEP = re.compile(rb'^\{"step": (\d{1,15}),')
 _SCORES = ("student_logprob", "teacher_logprob", "advantage")
 
@@ -26,7 +26,7 @@ Decode = Callable[[list[int]], str]
 
 @dataclasses.dataclass(frozen=True)
 class Token:
-    """A token as it is shown. Figures are None where nothing was scored."""
+    """A token as shown. Figures are None where nothing was scored."""
 
     text: str
     repeated: bool
@@ -37,10 +37,10 @@ class Token:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One rollout. `tokens` leaves out `skipped` tokens after the first `HEAD`.
+    """One rollout. `tokens` omits `skipped` tokens after the first `HEAD`.
 
-    `id` names its problem and `number` says which sample of the problem it is; "" and 0 where a file
-    does not say so.
+    `id` names its problem and `number` is its index among the problem's samples; "" and 0 in files
+    without them.
     """
 
     step: int
@@ -55,7 +55,7 @@ class Sample:
 
 
 def rollouts(run: Run, count: int, tokenizer: str = "") -> tuple[list[Sample], list[str]]:
-    """Up to `count` rollouts of a run, from its first to its last step, and what is to be said of them.
+    """Return up to `count` rollouts of a run, from its first to its last step, and notes about them.
 
     `tokenizer`: a folder, in place of the student's own.
     """
@@ -81,46 +81,44 @@ def rollouts(run: Run, count: int, tokenizer: str = "") -> tuple[list[Sample], l
 
 
 def pieces(ids: Sequence[int], decode: Decode) -> list[str]:
-    """The text that each token adds. One that only begins a character adds "", its last one all of it."""
-    out, begin, end = [], 0, 0  # decoded are ids[begin:end], of which all is said
-    said = ""
+    """Return the text that each token adds; of a character in several tokens, the last one adds all of it."""
+    out, begin, end = [], 0, 0  # ids[begin:end] are the ids of `prefix`, whose text is in `out`
+    prefix = ""
     for i in range(len(ids)):
         text = decode(list(ids[begin : i + 1]))
         if text.endswith("\ufffd") and i + 1 - end < 4 and i + 1 < len(ids):
             out.append("")
             continue
-        fits = text.startswith(said)  # not so behind bytes that are no characters
-        out.append(text[len(said) :] if fits else decode(list(ids[end : i + 1])))
+        fits = text.startswith(prefix)  # false after bytes that form no character
+        out.append(text[len(prefix) :] if fits else decode(list(ids[end : i + 1])))
         begin, end = end, i + 1
-        said = decode(list(ids[begin:end]))
+        prefix = decode(list(ids[begin:end]))
     return out
 
 
 def _index(path: pathlib.Path) -> tuple[list[int], list[int]]:
-    """Step and place of each whole line; the lines are not parsed."""
+    """Return step and offset of each complete line; the lines are not parsed."""
     steps, places, place = [], [], 0
     with path.open("rb") as file:
         for line in file:
-            found = _STEP.match(line)
-            if found and line.endswith(b"\n"):
-                steps.append(int(found[1]))
+            match = _STEP.match(line)
+            if match and line.endswith(b"\n"):
+                steps.append(int(match[1]))
                 places.append(place)
             place += len(line)
     return steps, places
 
 
 def _chosen(steps: Sequence[int], count: int, run: Run) -> list[int]:
-    """Lines to show: of the first and the last step, of onset and alarm, and evenly between."""
-    first = {
-        step: i for i, step in reversed(list(enumerate(steps)))
-    }  # of each step its first rollout
+    """Choose lines: of the first and the last step, of onset and alarm, and evenly between."""
+    first = {step: i for i, step in reversed(list(enumerate(steps)))}  # first rollout of each step
     known = sorted(first)
-    wanted = [known[0], known[-1]]
-    wanted += [step for step in (run.verdict.onset, run.verdict.alarm) if step in first]
+    ranked = [known[0], known[-1]]
+    ranked += [step for step in (run.verdict.onset, run.verdict.alarm) if step in first]
     even = np.linspace(0, len(known) - 1, max(count, 2)).round().astype(int)
-    wanted += sorted((known[i] for i in even), key=lambda s: -min(abs(s - w) for w in wanted))
-    kept = sorted(list(dict.fromkeys(wanted))[:count])
-    return [first[step] for step in kept]
+    ranked += sorted((known[i] for i in even), key=lambda s: -min(abs(s - r) for r in ranked))
+    chosen = sorted(list(dict.fromkeys(ranked))[:count])
+    return [first[step] for step in chosen]
 
 
 def _decoder(run: Run, folder: str) -> tuple[Decode | None, list[str]]:
@@ -136,7 +134,7 @@ def _decoder(run: Run, folder: str) -> tuple[Decode | None, list[str]]:
 
 def _sample(row: dict[str, Any], run: Run, decode: Decode | None) -> Sample | None:
     ids, prompt_ids, outcome = (row.get(name) for name in ("response_ids", "prompt_ids", "outcome"))
-    if not ids or not _whole(ids):
+    if not ids or not _is_ids(ids):
         return None
     scores = {name: _figures(row.get(name), len(ids)) for name in _SCORES}
     outcome = outcome if isinstance(outcome, str) else "unknown"
@@ -145,7 +143,7 @@ def _sample(row: dict[str, Any], run: Run, decode: Decode | None) -> Sample | No
     if decode is not None:
         texts = pieces(ids, decode)
         repeated = _repeated(
-            ids, prompt_ids if _whole(prompt_ids) and prompt_ids else [], outcome, run, decode
+            ids, prompt_ids if _is_ids(prompt_ids) and prompt_ids else [], outcome, run, decode
         )
         if outcome == "eos" and not texts[-1]:
             texts[-1] = "⟨end⟩"
@@ -172,16 +170,16 @@ def _sample(row: dict[str, Any], run: Run, decode: Decode | None) -> Sample | No
 def _repeated(
     ids: list[int], prompt_ids: list[int], outcome: str, run: Run, decode: Decode
 ) -> np.ndarray:
-    """Repetitive tokens of one response, by the rule of its run."""
+    """Return which tokens of a response are repetitive, by the rule of its run."""
     rule = section_of(run.config, "metrics")
-    whole = [*prompt_ids, *ids]
-    ends = {one.name.lower(): int(one) for one in Outcome}
+    row = [*prompt_ids, *ids]
+    outcomes = {one.name.lower(): int(one) for one in Outcome}
     rollout = Rollout(
-        tokens_BT=np.array([whole]),
-        length_B=np.array([len(whole)]),
+        tokens_BT=np.array([row]),
+        length_B=np.array([len(row)]),
         prompt_length_B=np.array([len(prompt_ids)]),
-        sampler_logprob_BT=np.zeros((1, len(whole)), np.float32),
-        outcome_B=np.array([ends.get(outcome, 0)]),
+        sampler_logprob_BT=np.zeros((1, len(row)), np.float32),
+        outcome_B=np.array([outcomes.get(outcome, 0)]),
     )
     flagged_B = metrics.flagged([decode(ids)], metrics.make_repetition_rule(rule))
     mask_BT = repetition.repeated_mask(
@@ -191,18 +189,18 @@ def _repeated(
     return mask_BT[0, len(prompt_ids) :]
 
 
-def _whole(ids: Any) -> TypeGuard[list[int]]:
+def _is_ids(ids: Any) -> TypeGuard[list[int]]:
     return isinstance(ids, list) and all(type(i) is int and 0 <= i < 2**31 for i in ids)
 
 
 def _figures(values: Any, size: int) -> list[float | None]:
-    """As many as there are tokens; None for whatever is no finite number."""
-    given = values if isinstance(values, list) else []
-    out = [float(x) if type(x) in (int, float) and abs(x) < 1e9 else None for x in given[:size]]
+    """Return one number per token; None for every value that is not a finite number."""
+    items = values if isinstance(values, list) else []
+    out = [float(x) if type(x) in (int, float) and abs(x) < 1e9 else None for x in items[:size]]
     return [*out, *itertools.repeat(None, size - len(out))]
 
 
 def as_json(sample: Sample) -> str:
-    """What a page shows on hover: [student's, teacher's log-prob, advantage] of each token."""
+    """Return the values shown on hover: [student's, teacher's log-prob, advantage] of each token."""
     rows = [[t.student_logprob, t.teacher_logprob, t.advantage] for t in sample.tokens]
     return json.dumps(rows, separators=(",", ":"))

@@ -1,4 +1,4 @@
-"""What a run has come to, for a terminal of 100 columns."""
+"""Summary of a run, for a terminal of 100 columns."""
 
 import textwrap
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from opd_jax.report.text import line
 
 WIDTH = 100
 _BARS, _CELLS = "▁▂▃▄▅▆▇█", 30
-# (key, what it is called, format); eval/* are those of the first benchmark.
+# (key, title, format); eval/* stands for the first benchmark.
 _ROWS = (
     ("rollout/truncation_rate", "TruncRate", ".1%"),
     ("rollout/repetition_rate", "RepRate", ".1%"),
@@ -37,7 +37,7 @@ _ROWS = (
 
 
 def summary(runs: Sequence[Run]) -> str:
-    """Each run: its verdict, what the guard did, and a table of the key figures."""
+    """Return for each run its verdict, the guard's events, and a table of the key figures."""
     return "\n\n".join(_one(i, run) for i, run in enumerate(runs))
 
 
@@ -64,9 +64,9 @@ def _one(i: int, run: Run) -> str:
 
 
 def sparkline(curve: Curve, cells: int = _CELLS, *, share: bool = False) -> str:
-    """The curve as bars of eight heights; a cell is the mean of the steps it stands for.
+    """Draw the curve as bars of eight heights; a cell is the mean of its steps.
 
-    From its least to its greatest value, or where it is a share from 0 to 1.
+    The heights span its minimum to its maximum, or 0 to 1 where it is a share.
     """
     known = curve.finite()
     parts = np.array_split(known.value_N, min(cells, len(known.value_N)))
@@ -85,7 +85,7 @@ def _row(run: Run, key: str, name: str, form: str) -> str:
     if curve is None or not len(known := curve.finite().value_N):
         return ""
     cells = (*ends(curve), known.min(), known.max())
-    if key.startswith("eval/"):  # few: the first and the last themselves
+    if key.startswith("eval/"):  # evaluations are few: show the first and the last, not means
         cells = (known[0], known[-1], *cells[2:])
     bars = sparkline(curve, share=form == ".1%")
     return f"{name:22}" + "".join(f"{_cell(cell, form):>10}" for cell in cells) + f"  {bars}"

@@ -1,4 +1,4 @@
-"""The tables of the page: runs, evaluations beside the papers', the guard, memory, downloads."""
+"""The tables of the page: runs, evaluations next to the papers', the guard, memory, downloads."""
 
 import base64
 import csv
@@ -15,8 +15,8 @@ from opd_jax.report.figures import Figure, letter
 from opd_jax.report.read import Run
 from opd_jax.report.text import clean, escape
 
-CELLS = 100_000  # numbers of one run that the page holds as CSV
-_SIDE_BY_SIDE = 3  # runs up to which each has a column, not a line
+CELLS = 100_000  # largest number of values of one run in the page's CSV
+_SIDE_BY_SIDE = 3  # up to this many runs each has a column instead of a line
 _COLUMNS = (
     ("accuracy", "accuracy", "share"), ("matched", "match", "share"),
     ("truncation_rate", "TruncRate", "share"), ("repetition_rate", "RepRate", "share"),
@@ -26,14 +26,14 @@ _COLUMNS = (
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, text: int = 1) -> str:
-    """A table of clean cells, of which the first `text` columns are words and the others numbers."""
+    """Return a table of clean cells; the first `text` columns are words and the others numbers."""
     body = "".join(f"<tr>{_cells(row, 'td', text)}</tr>" for row in rows)
     first = _cells(head, "th", text)
     return f'<div class="scroll"><table><thead><tr>{first}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def runs_table(runs: Sequence[Run]) -> str:
-    """What each run is: models, method's numbers, where and when."""
+    """Return what each run is: models, the method's numbers, where and when it ran."""
     head = ["run", "folder", "student", "teacher", "weights of the loss", "learning rate", "steps",
             "commit", "began", "on"]  # fmt: skip
     rows = []
@@ -46,23 +46,25 @@ def runs_table(runs: Sequence[Run]) -> str:
             _devices(run),
         ])  # fmt: skip
     if len(rows) <= _SIDE_BY_SIDE:  # narrow screens have room for few columns
-        whole = [head, *rows]
-        head, *rows = ([row[k] for row in whole] for k in range(len(head)))
+        lines = [head, *rows]
+        head, *rows = ([row[k] for row in lines] for k in range(len(head)))
     return table(head, rows, text=len(head))
 
 
 def answers_table(i: int, run: Run) -> str:
-    """Evaluations of one run: before, after, and the teacher; "" without any."""
+    """Return the evaluations of one run: before, after, and the teacher; "" without any."""
     steps = [step for step in run.answers if step.isdigit()]
     others = [who for who in run.answers if not who.isdigit()]
     shown = [*dict.fromkeys([*steps[:1], *steps[-1:]]), *others]
     benchmarks = sorted({name for step in shown for name in run.answers[step]})
     out = []
     for name in benchmarks:
-        found = {step: run.answers[step][name] for step in shown if name in run.answers[step]}
-        columns = [column for column in _COLUMNS if any(column[0] in one for one in found.values())]
+        evaluations = {step: run.answers[step][name] for step in shown if name in run.answers[step]}
+        columns = [
+            column for column in _COLUMNS if any(column[0] in one for one in evaluations.values())
+        ]
         rows = []
-        for step, one in found.items():
+        for step, one in evaluations.items():
             who = f"after (step {step})" if step.isdigit() else step
             who = "before (step 0)" if step == "0" else who
             rows.append([who, *(_figure(one, key, kind) for key, _, kind in columns)])
@@ -74,9 +76,9 @@ def answers_table(i: int, run: Run) -> str:
 
 
 def beside_papers(i: int, run: Run) -> str:
-    """The run's figures in a table with the papers' rows of the same backbone; "" where none fits.
+    """Return a table of the run's figures and the papers' rows of the same backbone; "" where none fits.
 
-    Of a workdir of launch/evaluate.py the table of its results.json; of a training run its last
+    For a workdir of launch/evaluate.py it shows the table of results.json; for a training run its last
     evaluation, where it has a benchmark and a backbone of the papers.
     """
     rows: Any = (run.results or {}).get("table")
@@ -97,34 +99,34 @@ def beside_papers(i: int, run: Run) -> str:
         ]
         for row in rows
     ]
-    told = (
+    note = (
         ""
         if len(rows) > 1
         else "<p>The papers have no row of this backbone on these benchmarks.</p>"
     )
-    return f"<h3>{letter(i)}: beside the papers, %</h3>{table(['', *titles, 'source'], body)}{told}"
+    return f"<h3>{letter(i)}: beside the papers, %</h3>{table(['', *titles, 'source'], body)}{note}"
 
 
 def papers_table() -> str:
-    """The averages that the papers report, with their sources."""
-    found = [row for row in results.baselines() if row["benchmark"] == "avg"]
+    """Return the averages that the papers report, with their sources."""
+    averages = [row for row in results.baselines() if row["benchmark"] == "avg"]
     rows = [[row["backbone"], row["method"], row["teacher"], f"{row['value']:.1f}", row["source"]]
-            for row in found]  # fmt: skip
+            for row in averages]  # fmt: skip
     return table(["backbone", "method", "teacher", "Avg, %", "source"], rows, text=3)
 
 
 def guard_table(runs: Sequence[Run]) -> str:
-    """Everything the guard did; "" where it did nothing."""
+    """Return all actions of the guard; "" where there were none."""
     rows = [[letter(i), str(event.step), event.kind, event.text]
             for i, run in enumerate(runs) for event in run.events]  # fmt: skip
     return table(["run", "step", "kind", "what"], rows, text=4) if rows else ""
 
 
 def cost_table(runs: Sequence[Run]) -> str:
-    """Median seconds of each stage, its share of a step, and the memory that was planned and seen."""
+    """Return median seconds of each stage, its share of a step, and the planned and measured memory."""
     rows = []
     for i, run in enumerate(runs):
-        whole = _median(run, "time/step_s")
+        step_s = _median(run, "time/step_s")
         stages = sorted(k for k in run.curves if k.startswith("time/") and k != "time/step_s")
         planned = run.plan.get("stages")
         planned = planned if isinstance(planned, dict) else {}
@@ -133,11 +135,11 @@ def cost_table(runs: Sequence[Run]) -> str:
             seconds = _median(run, key)
             speed = _median(run, f"speed/{name}_tokens_per_s")
             rows.append([
-                letter(i), name, _told(seconds, ".3f"),
-                _told(None if not whole or seconds is None else seconds / whole, ".1%"),
-                _told(speed, ",.0f"), _gib(planned.get(name)), "",
+                letter(i), name, _format(seconds, ".3f"),
+                _format(None if not step_s or seconds is None else seconds / step_s, ".1%"),
+                _format(speed, ",.0f"), _gib(planned.get(name)), "",
             ])  # fmt: skip
-        if whole is not None:
+        if step_s is not None:
             peak = run.curves.get("memory/peak_gib")
             most = (
                 None
@@ -145,8 +147,8 @@ def cost_table(runs: Sequence[Run]) -> str:
                 else peak.finite().value_N.max()
             )
             widest = [size for size in map(_bytes, planned.values()) if size is not None]
-            rows.append([letter(i), "whole step", f"{whole:.3f}", "", "",
-                         f"{max(widest) / 2**30:.2f}" if widest else "-", _told(most, ".2f")])  # fmt: skip
+            rows.append([letter(i), "whole step", f"{step_s:.3f}", "", "",
+                         f"{max(widest) / 2**30:.2f}" if widest else "-", _format(most, ".2f")])  # fmt: skip
     if not rows:
         return ""
     head = ["run", "stage", "median s", "share", "tokens/s", "planned GiB", "peak GiB, measured"]
@@ -154,7 +156,7 @@ def cost_table(runs: Sequence[Run]) -> str:
 
 
 def figure_csv(figure: Figure) -> str:
-    """The points that a figure draws, as a link to a CSV file."""
+    """Return the points that a figure draws, as a link to a CSV file."""
     rows: list[list[Any]] = [["panel", "curve", "step", "value", "steps_in_mean"]]
     for panel in figure.panels:
         for line in panel.lines:
@@ -165,7 +167,7 @@ def figure_csv(figure: Figure) -> str:
 
 
 def metrics_csv(i: int, run: Run) -> str:
-    """All of metrics.jsonl as a link to a CSV file, every k-th step of it where it is long."""
+    """Return metrics.jsonl as a link to a CSV file, with every k-th step where it is long."""
     if not run.curves:
         return ""
     steps = np.unique(np.concatenate([curve.step_N for curve in run.curves.values()]))
@@ -182,13 +184,15 @@ def metrics_csv(i: int, run: Run) -> str:
         [int(step), *map(_number, values)]
         for step, values in zip(kept, np.array(columns).T, strict=True)
     ]
-    told = "every step" if every == 1 else f"every {every}th logged step; all are in metrics.jsonl"
+    extent = (
+        "every step" if every == 1 else f"every {every}th logged step; all are in metrics.jsonl"
+    )
     name = f"{letter(i)}-metrics.csv"
-    return f"{link(name, rows, name)}: {len(keys)} keys, {told}"
+    return f"{link(name, rows, name)}: {len(keys)} keys, {extent}"
 
 
 def link(name: str, rows: Iterable[Sequence[Any]], text: str) -> str:
-    """A link that saves the rows as a CSV file; the file is in the link."""
+    """Return a link that saves the rows as a CSV file, whose content is inside the link."""
     target = io.StringIO()
     csv.writer(target, lineterminator="\n").writerows(
         [clean(cell) if isinstance(cell, str) else cell for cell in row] for row in rows
@@ -207,22 +211,22 @@ def _cells(row: Sequence[str], tag: str, text: int) -> str:
 
 def _own_comparison(run: Run) -> list[dict[str, Any]]:
     steps = [step for step in run.answers if step.isdigit()]
-    found = run.answers[steps[-1]] if steps else {}
-    found = {
+    evaluations = run.answers[steps[-1]] if steps else {}
+    evaluations = {
         n: one
-        for n, one in found.items()
+        for n, one in evaluations.items()
         if n in BENCHMARKS and {"accuracy", "stderr"} <= one.keys()
     }
     backbone = results.backbone_of(run.config["student"]["path"])
-    table = results.comparison(run.name, found, backbone) if found and backbone else []
+    table = results.comparison(run.name, evaluations, backbone) if evaluations and backbone else []
     return table if len(table) > 1 else []
 
 
 def _field(run: Run, name: str) -> str:
-    found: Any = run.config
+    value: Any = run.config
     for part in name.split("."):
-        found = found.get(part) if isinstance(found, dict) else None
-    return "" if found is None else _text(found)
+        value = value.get(part) if isinstance(value, dict) else None
+    return "" if value is None else _text(value)
 
 
 def _model(run: Run, role: str) -> str:
@@ -235,13 +239,15 @@ def _model(run: Run, role: str) -> str:
 
 def _weights(run: Run) -> str:
     names = ("pg_weight", "divergence_weight", "lambda_gold", "beta_kl")
-    given = {name: _field(run, f"loss.{name}") for name in names}
-    return ", ".join(f"{name} {x}" for name, x in given.items() if x not in ("", "0", "0.0")) or "-"
+    weights = {name: _field(run, f"loss.{name}") for name in names}
+    return (
+        ", ".join(f"{name} {x}" for name, x in weights.items() if x not in ("", "0", "0.0")) or "-"
+    )
 
 
 def _devices(run: Run) -> str:
-    found = run.info.get("devices")
-    kinds = [_text(x) for x in found] if isinstance(found, list) else []
+    devices = run.info.get("devices")
+    kinds = [_text(x) for x in devices] if isinstance(devices, list) else []
     return ", ".join(f"{kinds.count(kind)} x {kind}" for kind in dict.fromkeys(kinds)) or "-"
 
 
@@ -271,7 +277,7 @@ def _median(run: Run, key: str) -> float | None:
     return float(np.median(known)) if len(known) else None
 
 
-def _told(value: float | None, form: str) -> str:
+def _format(value: float | None, form: str) -> str:
     return "-" if value is None else f"{value:{form}}"
 
 

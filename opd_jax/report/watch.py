@@ -1,4 +1,4 @@
-"""A running workdir on the terminal, read again whenever a look is due."""
+"""Live view of a running workdir on the terminal, read again at intervals."""
 
 import os
 import pathlib
@@ -13,10 +13,10 @@ _HOME, _REST = "\x1b[H\x1b[2J", "\x1b[0m"
 
 
 def watch(folders: Sequence[str], *, every: float, once: bool = False) -> None:
-    """Print the summary, and again every so many seconds until Ctrl-C, which ends it quietly.
+    """Print the summary, and again every `every` seconds until Ctrl-C.
 
-    On a terminal each look replaces the one before. Nothing is read anew while no file has changed.
-    Raises WorkdirError: a folder is no run.
+    On a terminal each view replaces the one before. Nothing is read again while no file has changed.
+    Raises WorkdirError: a folder is not a run.
     """
     live = sys.stdout.isatty() and not once
     seen, text = None, ""
@@ -25,8 +25,8 @@ def watch(folders: Sequence[str], *, every: float, once: bool = False) -> None:
             state = _state(folders)
             if state != seen:
                 seen, text = state, summary(read_all(folders))
-                told = "" if once else f"\n\n{time.strftime('%H:%M:%S')}, Ctrl-C ends this"
-                print(f"{_HOME if live else ''}{_fitting(text, live)}{told}", flush=True)
+                footer = "" if once else f"\n\n{time.strftime('%H:%M:%S')}, Ctrl-C ends this"
+                print(f"{_HOME if live else ''}{_fitting(text, live)}{footer}", flush=True)
             if once:
                 return
             time.sleep(every)
@@ -35,20 +35,20 @@ def watch(folders: Sequence[str], *, every: float, once: bool = False) -> None:
 
 
 def _state(folders: Sequence[str]) -> list[tuple[int, int] | None]:
-    """Size and time of every metrics.jsonl."""
+    """Return size and modification time of every metrics.jsonl."""
     out: list[tuple[int, int] | None] = []
     for folder in folders:
         path = pathlib.Path(folder) / "metrics.jsonl"
         try:
-            found = path.stat()
-            out.append((found.st_size, found.st_mtime_ns))
+            status = path.stat()
+            out.append((status.st_size, status.st_mtime_ns))
         except OSError:
             out.append(None)
     return out
 
 
 def _fitting(text: str, live: bool) -> str:
-    """No more lines than the terminal has."""
+    """Cut the text to the lines of the terminal."""
     if not live:
         return text
     room = os.get_terminal_size().lines - 3

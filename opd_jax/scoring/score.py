@@ -208,7 +208,7 @@ def _score_rows(
 
 
 def _student_statistics(student_CV: jax.Array, *, token_C: jax.Array) -> Scores:
-    """The fields of `Scores` that need no teacher, for one chunk of tokens."""
+    """Return the fields of `Scores` that need no teacher, for one chunk of tokens."""
     return Scores(
         student_logprob_BT=take(student_CV, token_C),
         student_entropy_BT=losses.entropy(logprob_BTV=student_CV[None])[0],
@@ -223,7 +223,7 @@ def _pair_statistics(
     top_k: int,
     support: tuple[str, int] | None,
 ) -> Scores:
-    """All fields of `Scores`, for one chunk of tokens, from both log-softmaxes."""
+    """Return all fields of `Scores` for one chunk of tokens, from both log-softmaxes."""
     most = max(top_k, support[1] if support else 0)
     student_CX, student_ids_CX = topk.top_k(student_CV, most)
     _, teacher_ids_CX = topk.top_k(teacher_CV, most)

@@ -57,8 +57,8 @@ def combine(student_CX: jax.Array, teacher_CX: jax.Array, support: str) -> jax.A
 
 def gather(logprob_CV: jax.Array, ids_CX: jax.Array) -> jax.Array:
     """Return the log-probs of a support's ids, -inf in empty places; [C, X]."""
-    taken = jnp.take_along_axis(logprob_CV, jnp.maximum(ids_CX, 0), axis=-1)
-    return jnp.where(ids_CX >= 0, taken, -jnp.inf)
+    logprob_CX = jnp.take_along_axis(logprob_CV, jnp.maximum(ids_CX, 0), axis=-1)
+    return jnp.where(ids_CX >= 0, logprob_CX, -jnp.inf)
 
 
 def rest(logprob_CV: jax.Array, ids_CX: jax.Array) -> jax.Array:

@@ -110,13 +110,13 @@ def bad_scores(rollout: Rollout, scores: Scores, mask_BT: np.ndarray) -> list[Ba
         "sampler": rollout.sampler_logprob_BT, "student": scores.student_logprob_BT,
         "teacher": scores.teacher_logprob_BT,
     }  # fmt: skip
-    found: dict[int, list[str]] = {}
+    bad: dict[int, list[str]] = {}
     for name, logprob_BT in logprobs.items():
         if logprob_BT is not None:
             bad_B = (~np.isfinite(np.asarray(logprob_BT)) & mask_BT).any(axis=1)
             for row in np.flatnonzero(bad_B):
-                found.setdefault(int(row), []).append(f"log-prob of the {name}")
-    return [Bad("rollouts", row, tuple(what)) for row, what in sorted(found.items())]
+                bad.setdefault(int(row), []).append(f"log-prob of the {name}")
+    return [Bad("rollouts", row, tuple(what)) for row, what in sorted(bad.items())]
 
 
 def bad_rows(
@@ -131,7 +131,7 @@ def bad_rows(
 
     It tries every micro-batch, and every single row of those that are not finite.
     """
-    found: list[Bad] = []
+    bad: list[Bad] = []
     for name, add, rows, of_kind in accumulate.kinds(rollout_rows, golden_rows, weights):
 
         def nonfinite_terms(
@@ -149,12 +149,12 @@ def bad_rows(
             return tuple(k for k, x in fetched.items() if not np.isfinite(x).all())
 
         for part in accumulate.split(rows):
-            if len(found) < _MOST and nonfinite_terms(part):
+            if len(bad) < _MOST and nonfinite_terms(part):
                 for row in part.rows:
                     alone = dataclasses.replace(part, rows=np.array([row]))
-                    if len(found) < _MOST and (terms := nonfinite_terms(alone)):
-                        found.append(Bad(name, int(row), terms))
-    return found
+                    if len(bad) < _MOST and (terms := nonfinite_terms(alone)):
+                        bad.append(Bad(name, int(row), terms))
+    return bad
 
 
 def save_texts(

@@ -1,12 +1,12 @@
 """Figures of an answer file, the papers' figures, and the table that has both."""
 
-import pathlib
 import re
 
 import pytest
 
 from opd_jax.evaluation import table as results
 from opd_jax.evaluation.benchmarks import BENCHMARKS, PAPER
+from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.short
 
@@ -106,9 +106,8 @@ def test_tables():
     assert BENCHMARKS["aime24"].title in results.details(whole, markdown=True)
 
 
-def test_the_readme_has_the_figures_of_the_data_file():
-    readme = (pathlib.Path(results.__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    table = readme.partition("## The paper's figures")[2].partition("\n## ")[0]
+def test_the_page_of_the_papers_tables_has_the_figures_of_the_data_file():
+    table = (ROOT / "docs" / "paper_tables.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (Qwen\S+) \| ([^|]+) \| (\d.*) \|$", table, re.MULTILINE)
     assert len(rows) == 10
     for backbone, method, cells in rows:

@@ -251,13 +251,13 @@ def test_headers_of_impossible_length(folder, size):
 
 def test_a_file_that_shrinks_while_it_is_read(folder, monkeypatch):
     path = folder / WEIGHTS
-    real = hf_load._find
+    real = hf_load._match_leaf
 
     def shrink(*args):
         path.write_bytes(path.read_bytes()[:3000])
         return real(*args)
 
-    monkeypatch.setattr(hf_load, "_find", shrink)
+    monkeypatch.setattr(hf_load, "_match_leaf", shrink)
     message = refusal(folder)
     assert f"{path}: ends within " in message
 

@@ -5,30 +5,22 @@ name the file, and a row by its line (JSONL) or its number, from 1.
 """
 
 import array
-import collections
 import decimal
 import gzip
 import json
 import math
 import os
 import pathlib
-import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from opd_jax.errors import DataError
 
 EXTENSIONS = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 Row = dict[str, Any]
-_BATCH = 256  # Parquet rows that are Python objects at one time
-_CACHE_BYTES = 2**30  # of decoded Parquet row groups, as Arrow arrays
-# pyarrow's errors about broken files: its own, and Python's for names that are not UTF-8.
-_ARROW_ERRORS = (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError)
 
 
 class RowError(DataError):
@@ -61,7 +53,7 @@ def open_rows(path: str) -> "Rows":
             f"{path} is compressed and cannot be read in any order; unpack it: gunzip {path}"
         )
     kinds: dict[str, Callable[[str], Rows]] = {
-        ".jsonl": _JsonlRows, ".json": _JsonRows, ".parquet": _ParquetRows,
+        ".jsonl": _JsonlRows, ".json": _JsonRows, ".parquet": _parquet_rows,
     }  # fmt: skip
     rows = kinds[kind](path)
     if not len(rows):
@@ -136,7 +128,7 @@ class _JsonlRows(Rows):
         ) as file:  # a new handle, because threads must not share a position
             file.seek(start)
             data = file.read(size)
-        return _raised(_parsed(self.path, self.number(index), data))
+        return raised(_parsed(self.path, self.number(index), data))
 
     def number(self, index: int) -> int:
         return int(self._lines[index])
@@ -153,47 +145,7 @@ class _JsonRows(Rows):
         return len(self._items)
 
     def __getitem__(self, index: Any) -> Any:
-        return _raised(_object(self.path, self.number(index), self._items[index]))
-
-
-class _ParquetRows(Rows):
-    """Row groups, decoded on access; the latest are cached, up to _CACHE_BYTES."""
-
-    def __init__(self, path: str):
-        super().__init__(path)
-        with _parquet(path) as file:
-            groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-        self._ends = np.cumsum([0, *groups])
-        self._cache: collections.OrderedDict[int, pa.Table] = collections.OrderedDict()
-        self._lock = threading.Lock()
-
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    def __getitem__(self, index: Any) -> Any:
-        group = int(np.searchsorted(self._ends, index, side="right")) - 1
-        if not 0 <= group < len(self._ends) - 1:
-            raise IndexError(index)
-        table = self._group(group)
-        return _raised(
-            _arrow_rows(self.path, table.slice(index - int(self._ends[group]), 1), index)[0][1]
-        )
-
-    def _group(self, group: int) -> pa.Table:
-        with self._lock:
-            if group not in self._cache:
-                self._check()
-                try:
-                    with _parquet(self.path) as file:
-                        self._cache[group] = file.read_row_group(group)
-                except _ARROW_ERRORS as error:
-                    raise _broken_parquet(self.path, error) from None
-                while len(self._cache) > 1 and (
-                    sum(table.nbytes for table in self._cache.values()) > _CACHE_BYTES
-                ):
-                    self._cache.popitem(last=False)
-            self._cache.move_to_end(group)
-            return self._cache[group]
+        return raised(_object(self.path, self.number(index), self._items[index]))
 
 
 def _stamp(path: str) -> tuple[int, int]:
@@ -204,7 +156,8 @@ def _stamp(path: str) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _raised(row: Row | RowError) -> Row:
+def raised(row: Row | RowError) -> Row:
+    """Return the row; raise it where it is an error."""
     if isinstance(row, RowError):
         raise row
     return row
@@ -218,7 +171,7 @@ def _stream_jsonl(path: str) -> Iterator[tuple[int, Row | RowError]]:
                 if data.strip():
                     yield line, _parsed(path, line, data)
         except (EOFError, OSError, zlib.error) as error:
-            raise DataError(f"{path} is broken ({_reason(error)}); copy it again") from None
+            raise DataError(f"{path} is broken ({reason(error)}); copy it again") from None
 
 
 def _stream_json(path: str) -> Iterator[tuple[int, Row | RowError]]:
@@ -226,15 +179,16 @@ def _stream_json(path: str) -> Iterator[tuple[int, Row | RowError]]:
         yield number, _object(path, number, item)
 
 
+def _parquet_rows(path: str) -> Rows:
+    from opd_jax.data import parquet  # pyarrow is loaded where a file needs it
+
+    return parquet.ParquetRows(path)
+
+
 def _stream_parquet(path: str) -> Iterator[tuple[int, Row | RowError]]:
-    with _parquet(path) as file:
-        first = 0
-        try:
-            for batch in file.iter_batches(_BATCH, use_threads=False):
-                yield from _arrow_rows(path, batch, first)
-                first += batch.num_rows
-        except _ARROW_ERRORS as error:
-            raise _broken_parquet(path, error) from None
+    from opd_jax.data import parquet
+
+    return parquet.stream(path)
 
 
 _STREAMS = {
@@ -272,7 +226,7 @@ def _parsed(path: str, line: int, data: bytes) -> Row | RowError:
     except RecursionError:
         return RowError(f"{where}: nested too deeply, wanted a plain object", "not JSON")
     except ValueError as error:  # a number with more digits than Python parses
-        return RowError(f"{where}: not JSON ({_reason(error)}); correct the line", "not JSON")
+        return RowError(f"{where}: not JSON ({reason(error)}); correct the line", "not JSON")
     return _object(path, line, item)
 
 
@@ -304,7 +258,7 @@ def _json_list(path: str) -> list[Any]:
     except RecursionError:
         raise DataError(f"{path}: nested too deeply, wanted a list of plain objects") from None
     except ValueError as error:
-        raise DataError(f"{path}: not JSON ({_reason(error)}); correct it") from None
+        raise DataError(f"{path}: not JSON ({reason(error)}); correct it") from None
     if not isinstance(items, list):
         raise DataError(
             f"{path}: got {type(items).__name__}, wanted a list of objects; a file of one object "
@@ -313,34 +267,6 @@ def _json_list(path: str) -> list[Any]:
     return items
 
 
-def _parquet(path: str) -> pq.ParquetFile:
-    try:
-        return pq.ParquetFile(path, pre_buffer=False)
-    except _ARROW_ERRORS as error:
-        raise _broken_parquet(path, error) from None
-
-
-def _broken_parquet(path: str, error: Exception) -> DataError:
-    return DataError(f"{path} is broken or not Parquet ({_reason(error)}); copy it again")
-
-
-def _arrow_rows(path: str, table: Any, first: int) -> list[tuple[int, Row | RowError]]:
-    """Convert an Arrow table or batch to rows; `first` is the index of its first row."""
-    try:
-        return list(enumerate(table.to_pylist(), start=first + 1))
-    except (UnicodeDecodeError, ValueError, OverflowError) as error:  # text, or a date beyond 9999
-        if table.num_rows > 1:
-            parts = (_arrow_rows(path, table.slice(i, 1), first + i) for i in range(table.num_rows))
-            return [row for part in parts for row in part]
-        utf8 = isinstance(error, UnicodeDecodeError)
-        reason = "not UTF-8" if utf8 else "not readable"
-        return [
-            (
-                first + 1,
-                RowError(f"{place(path, first + 1)}: {reason} ({_reason(error)})", reason),
-            )
-        ]
-
-
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """Return the first line of an error, in short."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from opd_jax.data import files
+from opd_jax.data import files, parquet
 from opd_jax.errors import DataError
 
 ROWS = [{"n": i, "text": f"row {i} \u2028 é", "deep": {"a": [{"b": i}]}} for i in range(700)]
@@ -48,7 +48,7 @@ def test_rows_by_index(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", [".jsonl", ".parquet"])
 def test_rows_are_shared_by_threads(tmp_path, kind, monkeypatch):
-    monkeypatch.setattr(files, "_CACHE_BYTES", 1)  # row groups are evicted all the time
+    monkeypatch.setattr(parquet, "_CACHE_BYTES", 1)  # row groups are evicted all the time
     rows = files.open_rows(write(tmp_path / f"rows{kind}", ROWS))
     order = [random.Random(1).randrange(len(ROWS)) for _ in range(400)]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:

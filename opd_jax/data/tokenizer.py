@@ -14,7 +14,6 @@ from typing import Any
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast
 
 from opd_jax.data.problem import History
 from opd_jax.errors import ModelError
@@ -44,6 +43,8 @@ class Tokenizer:
                 f"{path}/tokenizer.json is missing; copy the tokenizer files into the model folder"
             )
         _require_plain_merges(path)
+        from transformers import PreTrainedTokenizerFast  # takes a second or two to import
+
         try:
             # Not AutoTokenizer: the class it picks by model_type may rebuild the splitting of text
             # and add tokens (<|endoftext|> to R1-Distill) that the checkpoint was not trained with.

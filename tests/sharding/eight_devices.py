@@ -26,7 +26,7 @@ from opd_jax.sharding import mesh, replica_check
 from opd_jax.sharding.mesh import ONE, Mesh
 from opd_jax.tools.profile import trace
 from opd_jax.training import objective, setup, update
-from opd_jax.training.objective import Terms
+from opd_jax.training.objective import default_terms
 from opd_jax.types import Ends, Frozen, GoldenRows, RolloutRows
 from tests.conftest import distance, noisy_params, random_rows, tiny_config
 from tests.support.small_run import lines, small, without_times
@@ -187,7 +187,7 @@ def make_rows(seed: int) -> RolloutRows:
 ROWS = make_rows(0)
 PART = microbatches.MicroBatch(np.arange(B), 8, T)
 GOLDEN = GoldenRows(ROWS.tokens_BT, ROWS.length_B, ROWS.weight_BT)
-TERMS = Terms(pg_weight=1.0, lambda_gold=0.3, beta_kl=0.2)
+TERMS = default_terms(pg_weight=1.0, lambda_gold=0.3, beta_kl=0.2)
 
 
 class Learner:

@@ -33,8 +33,10 @@ def main() -> None:
     teacher_config, teacher = models.load(case.teacher or case.model, dtype=jnp.float32)
     teacher["norm"]["scale"] *= SHARPER
     terms = {
-        "full": objective.Terms(divergence_weight=1.0, direction="reverse", support="full"),
-        "sampled": objective.Terms(pg_weight=1.0),
+        "full": objective.default_terms(
+            pg_weight=0.0, divergence_weight=1.0, direction="reverse", support="full"
+        ),
+        "sampled": objective.default_terms(pg_weight=1.0),
     }[case.loss]
     tx = update.make_optimizer(optim, 1000)
     loss = objective.make_rollout_loss(

@@ -7,8 +7,9 @@ import time
 from absl import flags
 
 from opd_jax import cli
+from opd_jax.config.trees import EVALUATION
 
-cli.define_config("configs/evaluate.py")
+cli.define_config("configs/evaluate.py", tree=EVALUATION)
 flags.DEFINE_string(
     "model", None, "Hugging Face folder, hub name, or the workdir of a run", required=True
 )
@@ -27,4 +28,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.main(main)
+    cli.main(main, tree=EVALUATION)

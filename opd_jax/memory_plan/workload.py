@@ -15,6 +15,8 @@ from opd_jax.sharding import partition
 from opd_jax.training.objective import Terms, make_terms
 from opd_jax.training.setup import Setup
 
+_ALL = 10**9  # held-out problems where all are measured: the plan opens no file
+
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
@@ -176,7 +178,7 @@ def of_config(config: ConfigDict, device: Device, devices: int) -> Job:
         config, terms, device, devices, student=student, teacher=teacher, reference=reference,
         vocabulary=min(tokens, student.vocab_size), teacher_width=width * separate,
         renumbered=not itself and config.scoring.special_tokens == "remap",
-        problems=config.eval.problems if config.eval.data else 0,
+        problems=(config.eval.problems or _ALL) if config.eval.data else 0,
     )  # fmt: skip
 
 
@@ -212,7 +214,7 @@ def _job(
             partition.check(role, model, layout.sizes, sharded=config.mesh[role] == "sharded")
     itemsize = _itemsize(config.student.dtype, device)
     batch = rollout.prompts_per_step * rollout.samples_per_prompt
-    answers = problems * config.eval.samples
+    answers = problems * (config.eval.samples or 1)
     named = [role for role in ("student", "teacher", "reference") if config[role].path]
     source = "reference" if "reference" in named else "student"
     frozen = teacher is not None and config.teacher.follow == "frozen"

@@ -290,7 +290,7 @@ def make_mesh(section: Any, devices: Sequence[jax.Device] | None = None) -> Mesh
     shape = (data, section.fsdp, section.tensor)
     # Auto, said explicitly: the default has changed before. What may be apart is kept so by shard_map.
     types = (AxisType.Auto,) * len(AXES)
-    sharded = tuple(role for role in ROLES if section[role] == "sharded")
+    sharded = tuple(role for role in ROLES if section.get(role) == "sharded")
     return Mesh(jax.make_mesh(shape, AXES, axis_types=types, devices=devices), sharded)
 
 

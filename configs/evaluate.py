@@ -8,8 +8,8 @@ Without anything after the colon: the embedded problems (`tiny`), as the embedde
 
 from ml_collections import ConfigDict
 
-from opd_jax.config.fields import default
 from opd_jax.config.schema import near
+from opd_jax.config.trees import EVALUATION
 from opd_jax.errors import ConfigError
 from opd_jax.evaluation.protocols import PROTOCOLS
 
@@ -22,7 +22,7 @@ def get_config(recipe: str | None = None) -> ConfigDict:
     if name not in PROTOCOLS:
         raise ConfigError(f"protocol {name!r} is not known; {near(name, list(PROTOCOLS))}")
     chosen = PROTOCOLS[name]
-    config = default()
+    config = EVALUATION.default()
     config.data.prompt_template = chosen.prompt_template
     config.data.system_prompt = chosen.system_prompt
     config.eval.temperature = chosen.temperature

@@ -7,9 +7,9 @@ import time
 from absl import flags
 
 from opd_jax import cli
-from opd_jax.config import aliases
+from opd_jax.config.trees import EVALUATION
 
-cli.define_config("configs/evaluate.py", reads=aliases.EVALUATION)
+cli.define_config("configs/evaluate.py", tree=EVALUATION)
 flags.DEFINE_string(
     "model", None, "Hugging Face folder, hub name, or the workdir of a run", required=True
 )
@@ -28,4 +28,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.main(main, reads=aliases.EVALUATION)
+    cli.main(main, tree=EVALUATION)

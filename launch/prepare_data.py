@@ -4,9 +4,9 @@ from absl import flags
 
 from opd_jax import cli
 from opd_jax.errors import ConfigError
-from opd_jax.tools.prepare_data import config as prepare_config
+from opd_jax.tools.prepare_data.config import TREE
 
-cli.define_config("configs/prepare_data.py", fields=prepare_config.default)
+cli.define_config("configs/prepare_data.py", tree=TREE)
 flags.DEFINE_string("out", None, "folder of the result; a run that was killed goes on in its own")
 
 
@@ -21,4 +21,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.main(main, fields=prepare_config.default)
+    cli.main(main, tree=TREE)

@@ -10,10 +10,11 @@ from typing import Any
 from absl import flags
 
 from opd_jax import cli
+from opd_jax.config.trees import PROBING
 
 NAMES = ("pair", "continuation")
 
-cli.define_config("configs/opd.py")
+cli.define_config("configs/opd.py", tree=PROBING)
 flags.DEFINE_string(
     "workdir", None,
     "a run whose checkpoint is the student, with the run's own config, unless --config is given: then "
@@ -47,4 +48,4 @@ def main(name: str) -> None:
 
 
 if __name__ == "__main__":
-    cli.main(main, names=NAMES)
+    cli.main(main, tree=PROBING, names=NAMES)

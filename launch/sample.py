@@ -5,9 +5,9 @@ import sys
 from absl import flags
 
 from opd_jax import cli
-from opd_jax.config import aliases
+from opd_jax.config.trees import SAMPLING
 
-cli.define_config("configs/opd.py", reads=aliases.SAMPLING)
+cli.define_config("configs/opd.py", tree=SAMPLING)
 flags.DEFINE_string(
     "out", None, "file to write, .jsonl; its report stands beside it", required=True
 )
@@ -21,4 +21,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.main(main, reads=aliases.SAMPLING)
+    cli.main(main, tree=SAMPLING)

@@ -9,36 +9,37 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 from opd_jax import hardware, host_memory
-from opd_jax.config import aliases
-from opd_jax.config.fields import default as training_fields
-from opd_jax.config.schema import explain, flatten, near, suggest
+from opd_jax.config import aliases, page
+from opd_jax.config.schema import explain, near, not_a_field, suggest
+from opd_jax.config.trees import TRAINING, Tree
 from opd_jax.errors import AGAIN, Interrupted, OpdError
 
 FLAGS = flags.FLAGS
 EXIT_USER, EXIT_FLAGS = 1, 2
 
 
-def define_config(
-    default: str,
-    *,
-    fields: Callable[[], ConfigDict] = training_fields,
-    reads: aliases.Reads = aliases.TRAINING,
-) -> None:
-    """Define the flag `--config=FILE.py[:RECIPE]`; every field can be overridden (`--config.steps=10`).
+def define_config(default: str, *, tree: Tree = TRAINING) -> None:
+    """The `--config=FILE.py[:RECIPE]` flag; every field of `tree` can be set (`--config.steps=10`).
 
-    `fields` creates the tree that the entry point's config files start from, `reads` describes what the
-    entry point reads of it; `main` takes the same two.
+    `--fields` lists them. `main` takes the same `tree`.
     """
     # Config files import configs.recipes.
     sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
     try:
-        config_flags.DEFINE_config_file("config", default, "experiment file, with :RECIPE after it")
-    except Exception as error:  # overrides of the default file are already applied here
-        _fail(str(explain(error, sys.argv[1:], fields(), reads)), EXIT_USER)
-    show("config")
+        config_flags.DEFINE_config_file(
+            "config",
+            default,
+            "experiment file, with :RECIPE after it; --config.FIELD=VALUE sets a field",
+        )
+    except Exception as error:  # overrides of the default file are applied here already
+        _fail(str(explain(error, sys.argv[1:], tree)), EXIT_USER)
+    flags.DEFINE_bool(
+        "fields", False, "print every field: what it means, its default, which values it may have"
+    )
+    show("config", "fields")
 
 
 def show(*names: str) -> None:
@@ -58,43 +59,43 @@ def define_processes() -> None:
 def main(
     run: Callable[..., None],
     *,
-    fields: Callable[[], ConfigDict] = training_fields,
-    reads: aliases.Reads = aliases.TRAINING,
+    tree: Tree = TRAINING,
     names: Sequence[str] = (),
     folders: bool = False,
     stops: bool = False,
 ) -> None:
     """Parse the command line and call `run`; exit with 0, 1 (an OpdError, one line), 2 (wrong flags) or 75.
 
-    75 stands for Interrupted: the same command resumes. `fields` and `reads` are those of `define_config`.
-    With `names`, the first argument must be one of them and is passed to `run`; with `folders`, all
-    arguments, at least one, are passed. With `stops`, `run` gets the stop request as `stop`.
+    `tree` is that of `define_config`. With `names`, the first argument must be one of them, and `run` is
+    called with it; with `folders`, it is called with all arguments, of which there must be one. With
+    `stops`, `run` is called with what says whether it is to end, `stop`.
     """
     host_memory.keep_freed()
     app.run(
         lambda rest: _guarded(functools.partial(run, *rest[1:]), stops=stops),
-        flags_parser=functools.partial(
-            _parse, fields=fields, reads=reads, names=names, folders=folders
-        ),
+        flags_parser=functools.partial(_parse, tree=tree, names=names, folders=folders),
     )
 
 
 def _parse(
     arguments: list[str],
     *,
-    fields: Callable[[], ConfigDict],
-    reads: aliases.Reads,
+    tree: Tree,
     names: Sequence[str],
     folders: bool = False,
 ) -> list[str]:
+    if "config" in FLAGS and {"--fields", "-fields"} & {*arguments}:
+        print(page.as_text(tree), flush=True)
+        sys.exit(0)
     try:
         rest = FLAGS(arguments)
         if "config" in FLAGS:
-            _ = FLAGS.config.seed  # absl reports a missing file at first use
-    except Exception as error:  # absl's errors, or any that a config file or an override raises
+            _ = FLAGS.config.seed  # a file that is missing is reported at first use
+            _check_overrides(tree)
+    except Exception as error:  # absl's own, or whatever a config file or an override raises
         if isinstance(error, flags.Error) and "--config" not in str(error):
-            _fail(f"{error}{_meant(error, fields, reads)}; see --help", EXIT_FLAGS)
-        _fail(str(explain(error, arguments, fields(), reads)), EXIT_USER)
+            _fail(f"{error}{_meant(error, tree)}; see --help", EXIT_FLAGS)
+        _fail(str(explain(error, arguments, tree)), EXIT_USER)
     if names and len(rest) == 1:
         _fail(f"a name is missing, wanted {' or '.join(names)}, then flags; see --help", EXIT_FLAGS)
     if names and rest[1] not in names:
@@ -106,13 +107,21 @@ def _parse(
     return rest
 
 
-def _meant(error: flags.Error, fields: Callable[[], ConfigDict], reads: aliases.Reads) -> str:
-    """Suggest, for an unknown flag, the config field of this name or of an alias."""
-    known = list(flatten(fields().to_dict()))
+def _check_overrides(tree: Tree) -> None:
+    """Refuse `--config.FIELD=` of a field that the experiment file has and the entry point does not read."""
+    flag: Any = FLAGS["config"]
+    for name in flag.override_values:
+        if (field := name.partition("[")[0]) not in tree.fields:
+            _fail(str(not_a_field(field, tree)), EXIT_USER)
+
+
+def _meant(error: flags.Error, tree: Tree) -> str:
+    """Of a flag that is not known: the config field that it is, or that others call so."""
+    known = list(tree.fields)
     name = getattr(error, "flagname", "").replace("-", "_")
     if "config" not in FLAGS or name not in {*aliases.FIELDS, *(f.split(".")[-1] for f in known)}:
         return ""
-    return f"; fields are set by --config.FIELD=VALUE: {suggest(name, known, reads)}"
+    return f"; fields are set by --config.FIELD=VALUE: {suggest(name, tree)}"
 
 
 def _guarded(run: Callable[..., None], *, stops: bool) -> None:

@@ -17,7 +17,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from opd_jax.config.validate import validate, validate_evaluation
+from opd_jax.config.validate import validate, validate_evaluation, validate_sampling
 from tests.support.lanes import slow
 from tests.support.paths import ROOT
 
@@ -32,7 +32,7 @@ REPOSITORY_PATH = re.compile(
 PLACEHOLDER = re.compile(
     r"\.\.\.|\b(FILE|FOLDER|NAME|RECIPE|PROTOCOL|FIELD|SEED|ACTION|N|16N|64N)\b"
 )
-CHECKS = {"evaluate": validate_evaluation, "prepare_data": None, "sample": None}
+CHECKS = {"evaluate": validate_evaluation, "prepare_data": None, "sample": validate_sampling}
 
 
 def commands() -> list[tuple[str, str, list[str]]]:
@@ -117,7 +117,7 @@ def test_the_config_is_accepted(page, launcher, arguments, monkeypatch):
     config = values.config.copy_and_resolve_references()
     check = CHECKS.get(launcher, validate)
     if check is not None:
-        if not config.data.train:
+        if not config.data.get("train", "a benchmark's file"):
             config.data.train = "tiny:train"  # the reader's own file
         check(config)
 

@@ -1,229 +1,385 @@
-"""The config tree: every field with its default and meaning; rules.py has what must hold between them.
+"""The table of all config fields: name, default, allowed values and meaning, in the order of the data flow.
 
-A config file (configs/) starts from `default()` and sets numbers; the command line overrides any
-field (`--config.rollout.temperature=0.8`).
-Values from papers quote their source in configs/recipes.py.
+Everything that is known of a field alone stands here and nowhere else: the trees (trees.py), the checks
+(schema.py), `--fields` of the entry points and docs/config.md come from this table. Rules between fields
+are in validate.py. Where a room of the package implements the choices, the record names its list. What
+published values rest on is quoted in configs/recipes.py.
 """
+
+# fmt: off
+import datetime
+import re
+from typing import Any
 
 from ml_collections import ConfigDict
 
+from opd_jax.config import guard_limits
+from opd_jax.config.record import (
+    Choices,
+    Field,
+    Range,
+    Rule,
+    Section,
+    Several,
+    by_name,
+    make_config,
+)
+
+# Metrics by which a best checkpoint is kept; True where more is better.
+BEST = {
+    "accuracy": True, "matched": True, "truncation_rate": False, "repetition_rate": False,
+    "unparsed": False, "length_mean": False,
+}
+
+COUNT = Range(1)
+FROM_ZERO = Range(0)
+SHARE = Range(0, 1)
+ABOVE_ZERO = Range(above=0)
+NUCLEUS = Range(above=0, high=1)
+SWITCH = Choices(("replicated", "sharded"))
+
+# Names that other programs and papers have for an advantage that is the same for every sampled token.
+CONSTANT = ("divergence", "top_k", "topk", "kl")
+TEACHES_NOTHING = (
+    "would be the same for every token that could have been sampled, and such an advantage teaches nothing: "
+    "its expected gradient is 0; set --config.loss.advantage=support, or --config.loss.pg_weight=0 "
+    "--config.loss.divergence_weight=1 for the divergence's own gradient"
+)
+ADVANTAGES = Choices(("sampled", "support"), refused=dict.fromkeys(CONSTANT, TEACHES_NOTHING))
+
+
+def _is_day(text: str) -> bool:
+    try:
+        return not text or str(datetime.date.fromisoformat(text)) == text
+    except ValueError:
+        return False
+
+
+def _is_pattern(text: str) -> bool:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(error) from None
+    return True
+
+
+def _rising(numbers: Any) -> bool:
+    return _counts(numbers) and list(numbers) == sorted(set(numbers))
+
+
+def _counts(numbers: Any) -> bool:
+    whole = all(type(number) is int and number >= 1 for number in numbers)
+    return whole and len(set(numbers)) == len(numbers)
+
+
+def _words(words: Any) -> bool:
+    return all(isinstance(word, str) and re.fullmatch(r"[^\W\d_]+", word) for word in words)
+
+
+DAY = Rule("a day as YYYY-MM-DD, such as 2026-01-31, or none", _is_day)
+PATTERN = Rule("a regular expression", _is_pattern)
+TEMPLATE = Rule("a text that holds {problem}", lambda text: text == "same" or "{problem}" in text)
+TEXTS = Rule('texts, such as ("<","think")', lambda texts: all(isinstance(x, str) and x for x in texts))
+POSITIONS = Rule("whole numbers above 0, each above the one before, such as (256,512)", _rising)
+WORDS = Rule('words of letters, such as ("wait","but")', _words)
+DEPTHS = Rule("different whole numbers, at least 1, such as 64,256", _counts)
+TRAINING_FILE = Rule("a file of problems (.jsonl, .json, .parquet), or tiny:train", bool)
+TRAINED_MODEL = Rule("the path of a Hugging Face folder", bool)
+
+
+def _model(role: str, path: Field, meaning: str, *more: Field) -> Section:
+    return Section(role, meaning, (
+        path,
+        Field("dtype", "auto", Choices(("auto", "float32", "bfloat16")),
+              "Dtype that the model computes in. auto is bfloat16 on a GPU and float32 on a CPU."),
+        Field("rope_theta", 0.0, FROM_ZERO, "Base of the rotary positions; 0 = that of its config.json."),
+        Field("max_position", 0, FROM_ZERO, "Longest row that the model reads; 0 = that of its config.json."),
+        Field("chat_template", "", None, "Jinja file with a chat template; empty = the tokenizer's own."),
+        Field("enable_thinking", True, None, "Value passed to chat templates that know this switch (Qwen3)."),
+        *more,
+    ))
+
+
+SECTIONS = (
+    Section("", "The run as a whole.", (
+        Field("seed", 0, Range(0, below=2**32), "Seed of the data order, of rollouts and of evaluations."),
+        Field("steps", 100, COUNT, "Batches of rollouts to train on."),
+    )),
+    _model("student", Field("path", "", TRAINED_MODEL, "Hugging Face folder or hub name."),
+           "The model that is trained."),
+    _model("teacher", Field("path", "", None, "Hugging Face folder or hub name; `student` = the student "
+                            "itself, shown a prompt of its own."),
+           "The model that teaches.",
+           Field("follow", "frozen", Choices(("frozen", "average", "live")),
+                 "Weights of a teacher that is the student: those of step 0 (frozen), their moving "
+                 "average, or the student's own at every step (live)."),
+           Field("decay", 0.99, SHARE, "Decay of that moving average, per update.")),
+    _model("reference", Field("path", "", None,
+                              "Hugging Face folder or hub name; empty = the student at step 0."),
+           "The model that KL(student || reference) is measured against."),
+    Section("data", "Problems, and how the models are shown them (docs/data.md).", (
+        Field("train", "tiny:train", TRAINING_FILE,
+              "Problems to train on: a file, or tiny:SPLIT, the generated data set."),
+        Field("columns.problem", "", None,
+              "Column of the problem, a dotted path into a row; empty = found by "
+              "the names that people use. So are the next three."),
+        Field("columns.solution", "", None, "Column of the golden solution."),
+        Field("columns.answer", "", None, "Column of the final answer."),
+        Field("columns.id", "", None, "Column of the problem's name."),
+        Field("bad_rows", "refuse", Choices("opd_jax.data.dataset:BAD_ROWS"),
+              "What is done about a row that cannot be used: refuse the file, or skip the row and count it."),
+        Field("prompt_template", "{problem}", TEMPLATE,
+              "The user's turn. {problem}, {answer} and {solution} are filled in."),
+        Field("system_prompt", "", None,
+              "The system's turn; empty = the row's own, if any; none = no such turn."),
+        Field("teacher_prompt_template", "same", TEMPLATE,
+              "The user's turn that the teacher is shown; same = the student's."),
+        Field("teacher_system_prompt", "same", None,
+              "The system's turn that the teacher is shown; same = the student's."),
+        Field("date", "", DAY,
+              "Day that chat templates print; empty = the day on which the workdir is made."),
+        Field("shuffle", True, None, "Whether problems are put into an order drawn from the seed."),
+        Field("epochs", 0.0, FROM_ZERO, "Passes over the data that set `steps`; 0 = `steps` counts."),
+        Field("size", 20_000, COUNT, "Problems of the generated data set before it repeats."),
+    )),
+    Section("rollout", "Responses that the student samples in training.", (
+        Field("prompts_per_step", 16, COUNT, "Prompts of one step."),
+        Field("samples_per_prompt", 4, COUNT, "Responses to each prompt."),
+        Field("max_prompt_tokens", 64, COUNT, "Longest prompt of the student, in tokens."),
+        Field("max_response_tokens", 192, COUNT, "Longest response, in tokens."),
+        Field("temperature", 1.0, FROM_ZERO, "Temperature at which rollouts are sampled; they are scored at "
+              "scoring.temperature."),
+        Field("top_p", 1.0, NUCLEUS, "Probability mass of the likeliest ids that are sampled among."),
+        Field("top_k", 0, FROM_ZERO, "Number of likeliest ids that are sampled among; 0 = all."),
+        Field("slots", 0, FROM_ZERO, "Sequences decoded at one time; 0 = all of a step."),
+        Field("stop_on_repetition", 0, FROM_ZERO,
+              "A row ends when its last so many tokens repeat with a short "
+              "period; 0 = never, as in the papers."),
+        Field("repetition_period", 16, COUNT, "Longest such period, in tokens."),
+    )),
+    Section("scoring", "Log-probs of the models on rollouts.", (
+        Field("token_chunk", 2048, COUNT, "Tokens whose logits exist at one time while scoring."),
+        Field("temperature", 1.0, ABOVE_ZERO, "Logits of all models are divided by this before log-probs are "
+              "taken, in advantage, ratio, KL and divergence alike (docs/objectives.md)."),
+        Field("overlap_top_k", 16, COUNT, "k of the overlap metrics (2604.13016 uses 16)."),
+        Field("special_tokens", "remap", Choices("opd_jax.data.vocabulary:SPECIAL_TOKENS"),
+              "What is done with special ids that mean one thing to the student and another to the teacher "
+              "(docs/models.md)."),
+        Field("mask_first", (), TEXTS,
+              "Texts whose first occurrence in a response is left out of the loss (2603.25562)."),
+    )),
+    Section("loss", "The loss: a method is a set of these numbers (docs/objectives.md).", (
+        Field("pg_weight", 1.0, FROM_ZERO, "Weight of the clipped policy-gradient surrogate."),
+        Field("teacher_coef", 1.0, FROM_ZERO, "Weight of log q - log p (teacher, student) in the advantage."),
+        Field("group_coef", 0.0, FROM_ZERO,
+              "Weight of the group-relative verifiable reward in the advantage (GRPO)."),
+        Field("group_normalise", True, None,
+              "Whether that reward is divided by its group's standard deviation; False is Dr.GRPO."),
+        Field("advantage", "sampled", ADVANTAGES,
+              "Ids that have the teacher's advantage: the sampled token, or every id of the support."),
+        Field("advantage_clamp", 0.0, FROM_ZERO,
+              "Bound of the teacher's log-ratio, on both sides; 0 = none (2603.25562: 5)."),
+        Field("discount", 0.0, SHARE,
+              "Discount of the teacher's later log-ratios; 0 = a token's own alone, 1 = the whole return."),
+        Field("support_weight", "student", Choices("opd_jax.losses:SUPPORT_WEIGHTS"),
+              "Distribution that weights the ids of the support in the advantage."),
+        Field("clip_low", 0.2, SHARE, "The ratio is clipped at 1 - clip_low."),
+        Field("clip_high", 0.2, FROM_ZERO, "The ratio is clipped at 1 + clip_high."),
+        Field("dual_clip", 0.0, Range(above=1, also=(0,)),
+              "Bound of the loss of a token with negative advantage, as a multiple of it; 0 = none "
+              "(verl: 3)."),
+        Field("importance_cap", 0.0, FROM_ZERO,
+              "Cap on the per-token importance weight p_scorer / p_sampler (TIS); 0 = off, 2 is common."),
+        Field("divergence_weight", 0.0, FROM_ZERO, "Weight of the divergence D(student, teacher)."),
+        Field("support", "full", Choices("opd_jax.scoring.topk:SUPPORTS"),
+              "Ids that the divergence or the advantage is taken over: the whole vocabulary, or a set "
+              "made of the top-k ids of student and teacher."),
+        Field("top_k", 16, COUNT, "k of that set."),
+        Field("direction", "reverse", Choices("opd_jax.losses:DIRECTIONS"),
+              "Divergence: KL(student || teacher) is reverse, KL(teacher || student) forward."),
+        Field("form", "raw", Choices("opd_jax.losses:FORMS"),
+              "What is done about the mass outside the support (docs/objectives.md)."),
+        Field("jsd_beta", 0.5, Range(above=0, below=1), "b of the generalised Jensen-Shannon divergence."),
+        Field("skew", 0.1, Range(above=0, below=1), "a of the skewed divergences (2402.03898)."),
+        Field("lambda_gold", 0.0, FROM_ZERO, "Weight of the supervised loss on golden solutions."),
+        Field("beta_kl", 0.0, FROM_ZERO, "Weight of KL(student || reference) on visited prefixes."),
+        Field("kl_estimator", "full", Choices("opd_jax.losses:ESTIMATORS"),
+              "How that KL is taken: over the full vocabulary, or estimated from the sampled token."),
+        Field("kl_clamp", 10.0, FROM_ZERO,
+              "Bound of the estimate k3 of a token, beyond which it has no gradient (verl: 10); 0 = none."),
+        Field("aggregation", "sequence", Choices("opd_jax.losses:AGGREGATIONS"),
+              "Mean over rollouts: of each response's mean (sequence), of all tokens (token), or their "
+              "sum over responses * budget (constant, Dr.GRPO)."),
+        Field("gold_aggregation", "token", Choices("opd_jax.losses:AGGREGATIONS", without=("constant",)),
+              "The same over golden solutions."),
+        Field("truncated", "keep", Choices(("keep", "mask", "tail")),
+              "Rollouts that ran out of budget: keep them, mask them, or leave out their tail."),
+        Field("truncated_tail", 256, COUNT, "Tokens of that tail."),
+        Field("repeated", "keep", Choices(("keep", "mask")),
+              "Tokens that repeat (metrics.repeated_tokens): keep them in the loss, or mask them."),
+    )),
+    Section("optim", "The optimizer, AdamW, and the memory of an update.", (
+        Field("learning_rate", 1e-6, ABOVE_ZERO, "Peak learning rate."),
+        Field("schedule", "constant", Choices(("constant", "linear", "cosine")),
+              "Learning rate after the warm-up; linear and cosine end at 0 at `steps`."),
+        Field("warmup_steps", 0, FROM_ZERO,
+              "Optimizer steps of the warm-up; a batch of rollouts has updates_per_rollout of them."),
+        Field("warmup_fraction", 0.0, SHARE, "The warm-up as a share of `steps`, where warmup_steps is 0."),
+        Field("beta1", 0.9, Range(0, below=1), "Decay of Adam's first moment."),
+        Field("beta2", 0.999, Range(0, below=1), "Decay of Adam's second moment."),
+        Field("weight_decay", 0.0, FROM_ZERO, "Decoupled weight decay."),
+        Field("grad_clip", 1.0, ABOVE_ZERO, "Largest global norm of the gradient."),
+        Field("token_chunk", 2048, COUNT, "Tokens whose logits exist at one time in the update."),
+        Field("microbatch_tokens", 16_384, COUNT,
+              "Tokens that go through the models of a replica at one time."),
+        Field("updates_per_rollout", 1, COUNT, "Optimizer steps that a batch of rollouts is split into."),
+        Field("remat", "none", Choices("opd_jax.models.remat:POLICIES"),
+              "What a layer recomputes in the backward pass: nothing (none), all but what fused attention "
+              "returned (attention), all but that and its matrix products (dots), or everything (full)."),
+    )),
+    Section("mesh", "Devices (docs/several_devices.md).", (
+        Field("data", -1, Range(1, also=(-1,)),
+              "Rows are divided over data x fsdp devices; -1 = as many as there are devices for."),
+        Field("fsdp", 1, COUNT, "Devices that hold slices of the sharded models."),
+        Field("tensor", 1, COUNT, "Devices that share heads and MLP of every layer."),
+        *(Field(role, "replicated", SWITCH,
+                f"Compute weights of the {role}: whole on every device, or a slice on each device of fsdp.")
+          for role in ("student", "teacher", "reference")),
+    )),
+    Section("guard", "Collapse (docs/guard.md) and numbers that are not finite (docs/reliability.md).", (
+        Field("action", "off", Choices(guard_limits.ACTIONS),
+              "What is done about a collapse: warn logs it, stop saves and ends, strengthen raises "
+              "beta_kl and lambda_gold, mask leaves repetitive tails out of the loss, rollback goes "
+              "back to the checkpoint before it and goes on strengthened."),
+        Field("false_alarm_every", 1000, Range(10),
+              "Steps in which chance alone may raise one signal once."),
+        Field("memory", 50, Range(2 * guard_limits.LAG), "Steps of the running mean that counts as healthy."),
+        Field("patience", 20, Range(guard_limits.LAG),
+              "Healthy steps that end an alarm, or take back one strengthening."),
+        Field("factor", 2.0, Range(1.1), "Factor by which an alarm multiplies beta_kl and lambda_gold."),
+        Field("beta_kl_floor", 0.01, FROM_ZERO, "First raised value where loss.beta_kl is 0."),
+        Field("beta_kl_max", 1.0, FROM_ZERO, "Largest raised value; 0 = never raised."),
+        Field("lambda_gold_floor", 0.1, FROM_ZERO, "First raised value where loss.lambda_gold is 0."),
+        Field("lambda_gold_max", 2.0, FROM_ZERO,
+              "Largest raised value; 0 = never raised. Otherwise data.train needs golden solutions."),
+        Field("max_rollbacks", 3, COUNT, "Rollbacks after which the run stops."),
+        Field("skip_nonfinite", 0, FROM_ZERO,
+              "Updates with a loss, a gradient or a log-prob that is not finite that may be left out before "
+              "the run stops."),
+        Field("spike", 0.0, Range(above=1, also=(0,)),
+              "A gradient norm above this multiple of its running geometric mean is a spike; 0 = off."),
+        Field("spike_action", "warn", Choices(("warn", "skip")),
+              "What is done about a spike: log it, or leave the update out."),
+        Field("copies", 0, FROM_ZERO,
+              "Steps between checks that replicated weights agree across devices; 0 = never."),
+    )),
+    Section("eval", "Answers to held-out problems and to benchmarks (docs/evaluation.md).", (
+        Field("every", 0, FROM_ZERO, "Steps between evaluations in training; 0 = only before and after."),
+        Field("data", "tiny:test", None, "Held-out problems, named as in data.train; empty = none."),
+        Field("problems", 200, FROM_ZERO, "The first so many problems are measured; 0 = all."),
+        Field("samples", 1, FROM_ZERO,
+              "Answers to each problem (k of avg@k); 0 = the benchmark's own number, 1 where it has none."),
+        Field("temperature", 0.6, FROM_ZERO, "Temperature at which answers are sampled."),
+        Field("top_p", 1.0, NUCLEUS, "Probability mass of the likeliest ids that are sampled among."),
+        Field("top_k", 0, FROM_ZERO, "Number of likeliest ids that are sampled among; 0 = all."),
+        Field("teacher", True, None, "Whether the teacher is measured too, for the closing table."),
+        Field("match", "", PATTERN,
+              "Regular expression; the share of answers in which it is found is reported as `matched`."),
+        Field("fallbacks", (), Several("opd_jax.grading.extract:FALLBACKS"),
+              "Where an answer without a box is looked for, in this order."),
+        Field("max_response_tokens", 0, FROM_ZERO,
+              "Longest answer, in tokens; 0 = rollout.max_response_tokens."),
+        Field("slots", 0, FROM_ZERO,
+              "Sequences decoded at one time. 0 = automatic: next to a training run rollout.slots or "
+              "256, for a model alone as many as fit its memory, at most 256 on each replica."),
+        Field("best", "", Choices(("", *BEST)), "Metric by which best/ keeps a checkpoint; empty = none."),
+    )),
+    Section("grading", "Who decides whether an answer is right, for rewards and evaluations.", (
+        Field("grader", "guarded", Choices("opd_jax.grading.extract:GRADERS"),
+              "guarded is math-verify under the rules of docs/evaluation.md, math_verify its bare verdict."),
+        Field("processes", 0, FROM_ZERO,
+              "Grading processes; 0 = one per core that the run may use, at most 8."),
+        Field("seconds", 5.0, Range(0.1, 30),
+              "Processor time that an answer may take; beyond it the grade is TIMEOUT."),
+    )),
+    Section("metrics", "What is measured on responses (docs/metrics.md).", (
+        Field("repetition_tail", 10_000, COUNT,
+              "Characters of a text's tail that are compressed (2604.08527)."),
+        Field("repetition_threshold", 10.0, ABOVE_ZERO,
+              "Compression ratio above which a text repeats itself (2604.08527)."),
+        Field("repetition_level", 6, Range(1, 9),
+              "Level of zlib; 2604.08527 calls it fixed and does not give it."),
+        Field("repeated_tokens", "tail", Choices("opd_jax.metrics.repetition:RULES"),
+              "Which tokens repeat: the tails that RepRate flags (2604.08527), or n-grams (2605.11182)."),
+        Field("repeated_ngram", 3, Range(2),
+              "n of ngram: a token repeats if it completes an n-gram seen before."),
+        Field("positions", (256, 512, 1024, 2048, 4096, 8192), POSITIONS,
+              "score/* is also logged for the first so many tokens of responses."),
+        Field("hedging", ("wait", "but", "maybe"), WORDS,
+              "Words that are counted (2605.11182; its code counts step, first, second, third, but, "
+              "wait, let)."),
+    )),
+    Section("checkpoint", "Checkpoints and orderly ends (docs/reliability.md).", (
+        Field("every", 50, FROM_ZERO, "Steps between checkpoints; 0 = only at the end."),
+        Field("keep", 2, COUNT,
+              "How many of these are kept. One that an early end made stays until a newer one "
+              "is complete."),
+        Field("grace_seconds", 300.0, ABOVE_ZERO,
+              "Time after SIGTERM or SIGINT for the step in hand and for saving."),
+        Field("deadline_minutes", 0.0, FROM_ZERO,
+              "Minutes after its start by which a run has saved and ended; 0 = no deadline."),
+    )),
+    Section("log", "Logs (docs/metrics.md, docs/report.md).", (
+        Field("every", 1, COUNT, "Steps between lines of metrics.jsonl."),
+        Field("rollouts", 1, FROM_ZERO, "Rollouts that a logged step writes to rollouts.jsonl."),
+        Field("gradients", 50, FROM_ZERO,
+              "Steps between measurements of each term's own gradient; 0 = never."),
+        Field("tensorboard", False, None, "Whether metrics.jsonl also goes to tensorboard/."),
+        Field("wandb", "", None,
+              "Project of Weights & Biases that gets the same lines, offline unless WANDB_MODE "
+              "names another mode; empty = none."),
+    )),
+    Section("profile", "Traces of a few steps (docs/profiling.md).", (
+        Field("start_step", 3, COUNT, "First step that is traced: earlier ones compile."),
+        Field("steps", 0, FROM_ZERO, "Steps that are traced, into the workdir's profile/; 0 = none."),
+    )),
+    Section("sample", "Solutions that the teacher writes for a cold start (docs/cold_start.md).", (
+        Field("problems", 0, FROM_ZERO, "The first so many problems of data.train are sampled; 0 = all."),
+        Field("samples", 1, COUNT, "Solutions to each problem."),
+        Field("batch", 64, COUNT, "Problems sampled, graded and written at one time."),
+        Field("slots", 0, FROM_ZERO, "Sequences decoded at one time; 0 = all of a batch."),
+        Field("temperature", 0.7, FROM_ZERO, 'Temperature (2604.13016, C.1: "temperature 0.7, top-p=0.95").'),
+        Field("top_p", 0.95, NUCLEUS, "Probability mass of the likeliest ids that are sampled among."),
+        Field("top_k", 0, FROM_ZERO, "Number of likeliest ids that are sampled among; 0 = all."),
+        Field("max_response_tokens", 0, FROM_ZERO,
+              "Longest solution, in tokens; 0 = rollout.max_response_tokens."),
+        Field("keep_wrong", False, None,
+              "Whether solutions stay whose answer is wrong or cannot be read."),
+        Field("keep_repetitive", False, None, "Whether solutions stay that metrics.repetition_* flag."),
+    )),
+    Section("probe", "Questions to a pair of models (docs/probes.md).", (
+        Field("problems", 64, COUNT, "The first so many problems of data.train that training would see."),
+        Field("batch", 64, COUNT, "Responses sampled at one time, between two lines of progress."),
+        Field("depths", (), DEPTHS,
+              "Tokens of the student's prefixes; empty = 1/8, 1/4 and 1/2 of rollout.max_response_tokens."),
+    )),
+)
+# These share the section `eval` with the fields of training that launch/evaluate.py reads as well.
+BENCHMARKS = Section("eval", "Benchmarks, for launch/evaluate.py (docs/evaluation.md).", (
+    Field("benchmarks", "", None, "Benchmarks to measure: NAME=FILE,NAME=FILE,..."),
+    Field("any_size", False, None,
+          "Whether a file may have another number of problems than its benchmark."),
+    Field("batch", 512, COUNT, "Answers sampled, graded and written at one time."),
+    Field("backbone", "", None,
+          "Backbone whose rows of papers stand in the table; empty = by the model's name."),
+))
+# fmt: on
+FIELDS = by_name((*SECTIONS, BENCHMARKS))
+
 
 def default() -> ConfigDict:
-    """Every field. The text after each is its documentation."""
-    config = ConfigDict()
-    config.seed = 0  # of data order, rollouts and evaluation
-    config.steps = 100  # rollout batches to train on
+    """The tree of an experiment file (configs/): training, and the cold start and the probes of its models.
 
-    for role in ("student", "teacher", "reference"):
-        model = config[role] = ConfigDict()
-        model.path = ""  # Hugging Face folder or hub name; reference: empty = the student at step 0
-        model.dtype = "auto"  # compute: auto = bfloat16 on GPU, float32 on CPU
-        model.rope_theta = 0.0  # base of the positions; 0 = what its config.json says
-        model.max_position = 0  # longest row; 0 = what its config.json says
-        model.chat_template = ""  # Jinja file; empty = the tokenizer's own
-        model.enable_thinking = True  # handed to chat templates that know it (Qwen3)
-    config.teacher.path = ""  # ... or "student": the same model, shown a prompt of its own
-    config.teacher.follow = "frozen"  # average | live: it changes as the student does
-    config.teacher.decay = 0.99  # of the moving average
-
-    data = config.data = ConfigDict()
-    data.train = "tiny:train"  # problems with golden solutions: tiny:SPLIT, .jsonl, .json, .parquet
-    data.columns = ConfigDict()  # dotted paths into a row; empty = found by the names people use
-    data.columns.problem = ""
-    data.columns.solution = ""
-    data.columns.answer = ""
-    data.columns.id = ""
-    data.bad_rows = "refuse"  # skip: rows that cannot be used are dropped and counted
-    data.prompt_template = "{problem}"  # user's turn; {answer} and {solution} are filled in too
-    data.system_prompt = ""  # system's turn; empty = the row's own, if any; none = no such turn
-    data.teacher_prompt_template = "same"  # what the teacher is shown instead
-    data.teacher_system_prompt = "same"
-    # Day that chat templates print, YYYY-MM-DD; empty = that on which the workdir is made
-    data.date = ""
-    data.shuffle = True  # global order, drawn from the seed
-    data.epochs = 0.0  # passes over the data that set `steps`; 0 = `steps` says
-    data.size = 20_000  # problems of the generated data set before it repeats
-
-    rollout = config.rollout = ConfigDict()
-    rollout.prompts_per_step = 16
-    rollout.samples_per_prompt = 4
-    rollout.max_prompt_tokens = 64
-    rollout.max_response_tokens = 192
-    # Rollouts are drawn at this temperature; what they are scored at is scoring.temperature.
-    rollout.temperature = 1.0
-    rollout.top_p = 1.0
-    rollout.top_k = 0  # most likely ids that are sampled among; 0 = all
-    rollout.slots = 0  # sequences decoded at one time; 0 = all of a step's
-    # A row ends when its last so many tokens repeat with a short period; 0 = never, as in the papers.
-    rollout.stop_on_repetition = 0
-    rollout.repetition_period = 16  # the longest such period
-
-    sample = config.sample = ConfigDict()  # the teacher's solutions, by launch/sample.py
-    sample.problems = 0  # the first of data.train; 0 = all
-    sample.samples = 1  # solutions a problem
-    sample.batch = 64  # problems sampled, graded and written at one time
-    sample.slots = 0  # sequences decoded at one time; 0 = all of a batch's
-    sample.temperature = 0.7  # 2604.13016, C.1: "temperature 0.7, top-p=0.95"
-    sample.top_p = 0.95
-    sample.top_k = 0
-    sample.max_response_tokens = 0  # 0 = rollout.max_response_tokens
-    sample.keep_wrong = False  # also solutions whose answer is wrong, or cannot be read
-    sample.keep_repetitive = False  # also those that `metrics` calls repetitive
-
-    probe = config.probe = ConfigDict()  # questions to a pair of models, by launch/probe.py
-    probe.problems = 64  # the first of data.train that training would see
-    probe.batch = 64  # responses sampled at one time, between two lines of progress
-    probe.depths = ()  # tokens of student prefixes; empty = 1/8, 1/4, 1/2 of max_response_tokens
-
-    scoring = config.scoring = ConfigDict()
-    scoring.token_chunk = 2048  # tokens whose logits exist at one time while scoring
-    # Logits of student, teacher and reference are divided by this before log-probs are taken, in
-    # advantage, ratio, KL and divergence alike; 1 = the models as they are (docs/objectives.md).
-    scoring.temperature = 1.0
-    scoring.overlap_top_k = 16  # k of the overlap metrics (2604.13016 uses 16)
-    scoring.special_tokens = (
-        "remap"  # ids with two meanings: remap | mask | keep (data/alignment.py)
-    )
-    scoring.mask_first = ()  # texts whose first occurrence in a response is not scored (2603.25562)
-
-    loss = config.loss = ConfigDict()
-    loss.pg_weight = 1.0  # w_pg of the clipped surrogate
-    loss.teacher_coef = 1.0  # its advantage: this much of the teacher's log-ratio,
-    loss.group_coef = 0.0  # and this much of the group-relative verifiable reward (GRPO)
-    loss.group_normalise = True  # divide by the group's standard deviation; False: Dr.GRPO
-    loss.advantage = "sampled"  # the teacher's, of the sampled token | support: of every id of it
-    loss.advantage_clamp = 0.0  # the teacher's log-ratio is cut to this; 0 = not (2603.25562: 5)
-    loss.discount = (
-        0.0  # of the teacher's later log-ratios; 0 = a token's own, 1 = the whole return
-    )
-    loss.support_weight = "student"  # of ids in that advantage: student | teacher | uniform
-    loss.clip_low = 0.2
-    loss.clip_high = 0.2
-    loss.dual_clip = 0.0  # bound of the loss of a token with negative advantage; 0 = none (verl: 3)
-    loss.importance_cap = 0.0  # of scorer against sampler, a token; 0 = no such weight (often 2)
-    loss.divergence_weight = 0.0  # w_div of D(student, teacher)
-    loss.support = (
-        "full"  # ids that D or the advantage is over: full, or top-k of student | teacher
-    )
-    #                        | intersection | union | symmetric_difference
-    loss.top_k = 16
-    loss.direction = "reverse"  # KL(student || teacher) | forward: KL(teacher || student) | jsd
-    #                             | skewed_reverse | skewed_forward
-    loss.form = "raw"  # sums over a support as they are | renormalised | tail | stop_gradient
-    loss.jsd_beta = 0.5  # b of the generalised Jensen-Shannon divergence
-    loss.skew = 0.1  # a of the skewed ones (2402.03898)
-    loss.lambda_gold = 0.0  # weight of the supervised loss on golden solutions
-    loss.beta_kl = 0.0  # weight of KL(student || reference) on visited prefixes
-    loss.kl_estimator = "full"  # full | k1 | k2 | k3
-    loss.kl_clamp = 10.0  # bound of k3, a token: beyond it no gradient (verl: 10); 0 = none
-    loss.aggregation = "sequence"  # of rollouts: mean over responses of their means | token
-    #                                | constant: sum over tokens / (responses * budget), Dr.GRPO
-    loss.gold_aggregation = "token"  # of golden solutions: token | sequence
-    loss.truncated = "keep"  # rollouts that ran out of budget: keep | mask | tail: leave out their
-    loss.truncated_tail = 256  # last so many tokens
-    loss.repeated = "keep"  # tokens that repeat (metrics.repeated_tokens): keep | mask
-
-    optim = config.optim = ConfigDict()
-    optim.learning_rate = 1e-6
-    optim.schedule = "constant"  # constant | linear | cosine, to 0 at `steps`
-    optim.warmup_steps = 0  # optimizer steps, of which a rollout batch has updates_per_rollout
-    optim.warmup_fraction = 0.0  # of `steps`, where warmup_steps is 0
-    optim.beta1 = 0.9
-    optim.beta2 = 0.999
-    optim.weight_decay = 0.0
-    optim.grad_clip = 1.0  # global norm
-    optim.token_chunk = 2048  # tokens whose logits exist at one time in the update
-    optim.microbatch_tokens = 16_384  # tokens that go through the models of a replica at one time
-    optim.updates_per_rollout = 1  # optimizer steps a rollout batch is split into
-    # What each layer keeps for the backward pass, where the rest is computed again: none: all of it |
-    # attention: what fused attention returned | dots: that and its matrix products | full: nothing
-    optim.remat = "none"
-
-    mesh = config.mesh = ConfigDict()  # devices: docs/multi_gpu.md
-    mesh.data = -1  # rows are divided over data x fsdp; -1 = as many as there are devices for
-    mesh.fsdp = 1  # devices that have slices of the models that are sharded
-    mesh.tensor = 1  # devices that share heads and MLP of every layer
-    for role in ("student", "teacher", "reference"):
-        mesh[role] = "replicated"  # compute weights | sharded: each device of fsdp has a slice
-
-    checkpoint = config.checkpoint = ConfigDict()
-    checkpoint.every = 50  # steps; 0 = only at the end
-    checkpoint.keep = 2  # of these; one that an early end made stays until a newer one is complete
-    checkpoint.grace_seconds = 300.0  # after SIGTERM or SIGINT, for the step in hand and saving
-    checkpoint.deadline_minutes = (
-        0.0  # from its start, by which a run has saved and ended; 0 = none
-    )
-
-    evaluation = config.eval = ConfigDict()
-    evaluation.every = 0  # steps between evaluations on the way; 0 = only before and after
-    evaluation.data = "tiny:test"  # held-out problems, named as in data.train; empty = none
-    evaluation.problems = 200
-    evaluation.samples = 1  # answers a problem (k of avg@k)
-    evaluation.temperature = 0.6
-    evaluation.top_p = 1.0
-    evaluation.top_k = 0
-    evaluation.teacher = True  # also measure the teacher, for the closing table
-    evaluation.match = ""  # regular expression; the share of answers it is found in is reported
-    # Where answers without a box are looked for: answer_line, after_think, last_number, in this order.
-    evaluation.fallbacks = ()
-    evaluation.max_response_tokens = 0  # 0 = rollout.max_response_tokens
-    # sequences decoded at one time; 0 = rollout.slots or 256, or in launch/evaluate.py what fits
-    evaluation.slots = 0
-    evaluation.best = ""  # metric by which best/ keeps a checkpoint (accuracy, ...); empty = none
-    # Of launch/evaluate.py alone; there eval.problems=0 means all, eval.samples=0 the benchmark's own.
-    evaluation.benchmarks = ""  # NAME=FILE,NAME=FILE,... ; docs/evaluation.md has the names
-    evaluation.any_size = False  # also take a file of another size than the benchmark has
-    evaluation.batch = 512  # answers sampled, graded and written at one time
-    evaluation.backbone = ""  # whose rows of papers stand in the table; empty = by the model's name
-
-    # Who decides whether an answer is right, for rewards and evaluations, in processes of its own.
-    grading = config.grading = ConfigDict()
-    # guarded: math-verify under the rules of docs/evaluation.md | math_verify: its bare verdict
-    grading.grader = "guarded"
-    grading.processes = 0  # 0 = one per core that the run may use, 8 at most
-    grading.seconds = 5.0  # limit of processor time per answer; beyond it the grade is TIMEOUT
-
-    metrics = config.metrics = ConfigDict()
-    metrics.repetition_tail = 10_000  # L: characters of the tail that is compressed (2604.08527)
-    metrics.repetition_threshold = 10.0  # tau: compression ratio above which a text repeats itself
-    metrics.repetition_level = 6  # of zlib, 1 to 9; "fixed", but not named in 2604.08527
-    metrics.repeated_tokens = "tail"  # the tails RepRate flags (2604.08527) | ngram (2605.11182)
-    metrics.repeated_ngram = 3  # n of ngram: a token repeats if it completes an n-gram seen before
-    metrics.positions = (256, 512, 1024, 2048, 4096, 8192)  # score/* also of the first N tokens
-    # Of 2605.11182, page; its code counts step, first, second, third, but, wait, let.
-    metrics.hedging = ("wait", "but", "maybe")
-
-    collapse = config.guard = ConfigDict()  # docs/guard.md
-    # What is done about a collapse: off | warn: say and log it | stop: save and end | strengthen: raise
-    # beta_kl and lambda_gold | mask: leave repetitive tails out of the loss | rollback: go back to the
-    # checkpoint before it, and go on strengthened
-    collapse.action = "off"
-    collapse.false_alarm_every = 1000  # steps in which chance alone may raise one signal once
-    collapse.memory = 50  # steps that "healthy" is the mean of
-    collapse.patience = 20  # healthy steps that end an alarm, or take back one strengthening
-    collapse.factor = 2.0  # by which an alarm multiplies beta_kl and lambda_gold
-    collapse.beta_kl_floor = 0.01  # first raised value where loss.beta_kl is 0
-    collapse.beta_kl_max = 1.0  # 0 = never raised
-    collapse.lambda_gold_floor = 0.1  # first raised value where loss.lambda_gold is 0
-    collapse.lambda_gold_max = 2.0  # 0 = never raised; else data.train needs golden solutions
-    collapse.max_rollbacks = 3  # after so many the run is stopped
-    # Updates with a loss, a gradient or a log-prob that is not finite may be left out so often, then the
-    # run stops: docs/reliability.md
-    collapse.skip_nonfinite = 0
-    collapse.spike = 0.0  # gradient norm that is one, in running means of it; 0 = not looked at
-    collapse.spike_action = "warn"  # log it | skip: leave the update out
-    collapse.copies = 0  # steps between two looks whether devices hold the same weights; 0 = never
-
-    log = config.log = ConfigDict()
-    log.every = 1  # steps between lines of metrics.jsonl
-    log.rollouts = 1  # rollouts a logged step writes to rollouts.jsonl
-    log.gradients = 50  # steps between two looks at each term's own gradient; 0 = never
-    log.tensorboard = (
-        False  # also write the lines of metrics.jsonl to tensorboard/ (docs/report.md)
-    )
-    log.wandb = ""  # also to this project of Weights & Biases, offline unless WANDB_MODE says else
-
-    profile = config.profile = ConfigDict()  # docs/profiling.md
-    profile.start_step = 3  # the first step that is traced: earlier ones compile
-    profile.steps = 0  # how many are traced, into the workdir's profile/; 0 = none
-    return config.lock()
+    Each entry point reads its own fields of it (trees.py).
+    """
+    return make_config(by_name(SECTIONS))

@@ -1,4 +1,4 @@
-"""Fields of the loss that the other fields leave without effect, so that rules.py can refuse them."""
+"""Fields of the loss that the other fields leave without effect, so that validate.py can refuse them."""
 
 from typing import Any
 

@@ -1,6 +1,6 @@
 """Problems, prompts and golden solutions as token ids."""
 
-from opd_jax.data.arithmetic import problem
+from opd_jax.data.arithmetic import TEST_SIZE, problem
 from opd_jax.data.batches import Batch, make_batches
 from opd_jax.data.dataset import Problems, open_problems, split_of
 from opd_jax.data.problem import Problem
@@ -12,6 +12,7 @@ from opd_jax.data.vocabulary import Alignment, Vocabulary, align, alone, ends_li
 from opd_jax.data.vocabulary import report as alignment_report
 
 __all__ = [
+    "TEST_SIZE",
     "Alignment",
     "Batch",
     "Problem",

@@ -25,6 +25,7 @@ SPLITS = ("train", "sft", "test", "careless")  # the index seeds the split: appe
 SLIP_RATE = {"train": 0.03, "sft": 0.03, "careless": 0.4, "test": 0.03}
 MAX_VALUE = 99  # every intermediate result lies in 0..MAX_VALUE
 MAX_DERIVATIONS = 4
+TEST_SIZE = 200  # problems of a generated test set of which all are wanted
 _WORDS = {"+": "add", "-": "subtract", "*": "multiply by"}
 
 

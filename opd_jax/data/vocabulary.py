@@ -17,6 +17,12 @@ from opd_jax.data.tokenizer import Tokenizer
 from opd_jax.errors import ModelError
 from opd_jax.types import Ends
 
+SPECIAL_TOKENS = (
+    "remap",
+    "mask",
+    "keep",
+)  # what may be done with special ids that have two meanings
+
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:

@@ -146,7 +146,7 @@ def load(
     known = Columns() if mixed or made else _present(benchmark.columns, file)
     chosen = Columns(*(getattr(columns, f) or getattr(known, f) for f in fields))
     opened = data.open_problems(
-        file, field="eval.benchmarks", columns=chosen, size=benchmark.size or 200,
+        file, field="eval.benchmarks", columns=chosen, size=benchmark.size or data.TEST_SIZE,
         need_answer=True, bad_rows=bad_rows,
     )  # fmt: skip
     skipped = dict(opened.skipped)

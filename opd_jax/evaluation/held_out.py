@@ -12,7 +12,7 @@ import numpy as np
 from opd_jax import data, models
 from opd_jax.checkpoint.best import Best, forget_after
 from opd_jax.checkpoint.checkpoint import Checkpoints
-from opd_jax.config.validate import BEST
+from opd_jax.config.fields import BEST
 from opd_jax.evaluation.in_training import Exam, evaluate
 from opd_jax.grading.grader import Grader
 from opd_jax.metrics import make_repetition_rule

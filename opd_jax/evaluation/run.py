@@ -142,7 +142,9 @@ def check_workdir(out: pathlib.Path, header: dict[str, Any]) -> dict[str, Any]:
 def _identity(header: dict[str, Any]) -> dict[str, Any]:
     """What answers depend on, flat. Paths are not in it: the same files may lie elsewhere."""
     # A field that came later had no other value than its default then; grades may be others.
-    flat = configuration.flatten(json.loads(configuration.to_json(configuration.default())))
+    flat = configuration.flatten(
+        json.loads(configuration.to_json(configuration.EVALUATION.default()))
+    )
     defaults = {k: v for k, v in flat.items() if k.startswith(_TOUCHES)}
     defaults |= {"data.date": "", "grading.grader": "that of an older version"}
     fields = {k: v for k, v in (defaults | header["fields"]).items() if k != "student.path"}

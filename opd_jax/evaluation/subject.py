@@ -93,7 +93,7 @@ def open_subject(path: str, config: ConfigDict, *, step: int | None) -> Subject:
     Raises an OpdError: a TPU, no such model, no checkpoint of that step, no end token, no such mesh.
     """
     hardware.require_supported(jax.default_backend())
-    section, date = config.student.copy_and_resolve_references(), config.data.date
+    section, date = ConfigDict(config.student.to_dict() | {"path": path}), config.data.date
     folder = pathlib.Path(path)
     if _is_run(folder):
         trained = read_config(folder)["student"]

@@ -119,17 +119,18 @@ def divergence(
     p_logprob_BTV: jax.Array,
     q_logprob_BTV: jax.Array,
     direction: str,
-    form: str = "raw",
+    form: str,
     p_rest_BT: jax.Array | None = None,
     q_rest_BT: jax.Array | None = None,
-    jsd_beta: float = 0.5,
-    skew: float = 0.1,
+    jsd_beta: float | None = None,
+    skew: float | None = None,
 ) -> jax.Array:
     """D(student, teacher) over the last axis, by the named direction and form. [B, T].
 
     form "raw": sums over the support without correction. "renormalised": of `renormalised` distributions.
     "tail": of those `with_rest`, whose log-masses are `p_rest_BT`, `q_rest_BT`. "stop_gradient":
     `stop_gradient_reverse_kl`, for direction "reverse". Over the full vocabulary all four agree.
+    Direction "jsd" needs `jsd_beta`, the skewed ones need `skew`.
     """
     q_logprob_BTV = jax.lax.stop_gradient(q_logprob_BTV)
     if form == "renormalised":
@@ -143,8 +144,10 @@ def divergence(
     if form == "stop_gradient":
         return stop_gradient_reverse_kl(**pair)
     if direction == "jsd":
+        assert jsd_beta is not None
         return generalised_jsd(**pair, beta=jsd_beta)
     if direction.startswith("skewed"):
+        assert skew is not None
         skewed = {"skewed_reverse": skewed_reverse_kl, "skewed_forward": skewed_forward_kl}
         return skewed[direction](**pair, skew=skew)
     return {"reverse": exact_kl, "forward": forward_kl}[direction](**pair)

@@ -20,6 +20,8 @@ from opd_jax.training.objective import Terms, make_terms
 from opd_jax.training.setup import Setup
 from opd_jax.training.update import make_optimizer
 
+_ALL = 10**9  # held-out problems where all are measured: the plan opens no file
+
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
@@ -228,7 +230,7 @@ def of_config(config: ConfigDict, device: Device, devices: int) -> Workload:
         student=student, teacher=teacher, reference=reference,
         vocabulary=min(tokens, student.vocab_size), teacher_width=width * separate,
         renumbered=not itself and config.scoring.special_tokens == "remap",
-        problems=config.eval.problems if config.eval.data else 0,
+        problems=(config.eval.problems or _ALL) if config.eval.data else 0,
     )  # fmt: skip
     return _workload(config, terms, roles, device, devices)
 
@@ -255,7 +257,7 @@ def _workload(
             partition.check(role, model, layout.sizes, sharded=config.mesh[role] == "sharded")
     itemsize = _itemsize(config.student.dtype, device)
     batch = rollout.prompts_per_step * rollout.samples_per_prompt
-    answers = roles.problems * config.eval.samples
+    answers = roles.problems * (config.eval.samples or 1)
     source = "reference" if config.reference.path else "student"
     frozen = teacher is not None and config.teacher.follow == "frozen"
     same = (config[source].path, config.reference.dtype) == (

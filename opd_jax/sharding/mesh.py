@@ -287,7 +287,7 @@ def make_mesh(section: Any, devices: Sequence[jax.Device] | None = None) -> Mesh
     shape = (data, section.fsdp, section.tensor)
     # Auto is explicit because JAX's default has changed before. shard_map keeps unreduced values so.
     types = (AxisType.Auto,) * len(AXES)
-    sharded = tuple(role for role in ROLES if section[role] == "sharded")
+    sharded = tuple(role for role in ROLES if section.get(role) == "sharded")
     return Mesh(jax.make_mesh(shape, AXES, axis_types=types, devices=devices), sharded)
 
 

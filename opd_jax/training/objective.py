@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from opd_jax import losses, scoring
-from opd_jax.config import guard_limits
+from opd_jax.config import default, guard_limits
 from opd_jax.models import decoder
 from opd_jax.models.config import ModelConfig
 from opd_jax.models.end_tokens import EVERY_ID, Events
@@ -32,34 +32,34 @@ ON_GOLDEN = ("sft",)
 
 @dataclasses.dataclass(frozen=True)
 class Terms:
-    """The numbers of the loss; fields as in the config section `loss`.
+    """The numbers of the loss; fields as in the config section `loss`, whose table has the defaults.
 
     `traced_at_zero`: terms compiled in although their weight is 0, because the guard may raise it.
     """
 
-    pg_weight: float = 0.0
-    teacher_coef: float = 1.0
-    group_coef: float = 0.0
-    group_normalise: bool = True
-    advantage: str = "sampled"
-    advantage_clamp: float = 0.0
-    discount: float = 0.0
-    support_weight: str = "student"
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    dual_clip: float = 0.0
-    importance_cap: float = 0.0
-    divergence_weight: float = 0.0
-    support: str = "full"
-    top_k: int = 16
-    direction: str = "reverse"
-    form: str = "raw"
-    jsd_beta: float = 0.5
-    skew: float = 0.1
-    lambda_gold: float = 0.0
-    beta_kl: float = 0.0
-    kl_estimator: str = "full"
-    kl_clamp: float = 10.0
+    pg_weight: float
+    teacher_coef: float
+    group_coef: float
+    group_normalise: bool
+    advantage: str
+    advantage_clamp: float
+    discount: float
+    support_weight: str
+    clip_low: float
+    clip_high: float
+    dual_clip: float
+    importance_cap: float
+    divergence_weight: float
+    support: str
+    top_k: int
+    direction: str
+    form: str
+    jsd_beta: float
+    skew: float
+    lambda_gold: float
+    beta_kl: float
+    kl_estimator: str
+    kl_clamp: float
     traced_at_zero: tuple[str, ...] = ()
 
     @property
@@ -307,7 +307,7 @@ def _divergence(
     }
     if teacher_CV is not None:
         return losses.divergence(
-            p_logprob_BTV=student_CV[None], q_logprob_BTV=teacher_CV[None], **kind
+            p_logprob_BTV=student_CV[None], q_logprob_BTV=teacher_CV[None], form="raw", **kind
         )[0]
     if terms.form == "tail":
         kind |= {
@@ -350,9 +350,19 @@ def _weighted_sum(values_BT: jax.Array, weight_BT: jax.Array) -> jax.Array:
 
 def make_terms(config: ConfigDict) -> Terms:
     """Return the loss's numbers from the config section `loss`."""
-    names = {field.name for field in dataclasses.fields(Terms)} & set(config.loss)
     traced_at_zero = ["reference_kl"] * guard_limits.may_raise_beta_kl(config)
     traced_at_zero += ["sft"] * guard_limits.may_raise_lambda_gold(config)
-    return Terms(
-        **{name: config.loss[name] for name in names}, traced_at_zero=tuple(traced_at_zero)
-    )
+    return Terms(**_numbers(config.loss), traced_at_zero=tuple(traced_at_zero))
+
+
+def default_terms(**changes: Any) -> Terms:
+    """Return the loss with the defaults of the config's table, except for `changes`."""
+    return Terms(**(_numbers(default().loss) | changes))
+
+
+def _numbers(section: ConfigDict) -> dict[str, Any]:
+    return {
+        field.name: section[field.name]
+        for field in dataclasses.fields(Terms)
+        if field.name in section
+    }

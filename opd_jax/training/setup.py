@@ -119,6 +119,7 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
         config,
         ["student"] + terms.needs_teacher * ["teacher"] + terms.needs_reference * ["reference"],
     )
+    config.eval.samples = config.eval.samples or 1  # a file of one's own has no number of its own
     today = config.data.date or datetime.date.today().isoformat()
     student, tokenizer = open_model(config.student, today)
     has_path = terms.needs_reference and config.reference.path
@@ -200,7 +201,7 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
         privileged = "{solution}" in styles[1].template
         held_out = data.open_problems(
             config.eval.data, field="eval.data", columns=config.data.columns,
-            size=config.eval.problems, need_solution=privileged and config.eval.teacher,
+            size=config.eval.problems or data.TEST_SIZE, need_solution=privileged and config.eval.teacher,
             need_answer=shows_answer or not config.eval.match, bad_rows=config.data.bad_rows,
         )  # fmt: skip
     setup = Setup(
@@ -306,7 +307,7 @@ def _with_data(setup: Setup, train: data.Problems, benchmark: data.Problems | No
     if benchmark is not None:
         benchmark, longest_held_out = _fitting(setup, benchmark, "eval.data", golden=False)
         longest = max(longest, longest_held_out)
-        held_out = benchmark[: config.eval.problems]
+        held_out = benchmark[: config.eval.problems or None]
         notes.append(f"held out: {benchmark.describe()}; the first {len(held_out)} are measured")
     if config.data.epochs:
         config.steps = max(

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from opd_jax import config as configuration
 from opd_jax import hardware
+from opd_jax.config.fields import FIELDS
 from opd_jax.errors import WorkdirError
 from opd_jax.workdir import atomic
 
@@ -46,6 +47,18 @@ def _before(old: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def _flat(config: ConfigDict) -> dict[str, Any]:
+    """The fields that training reads, as config.json has them."""
+    return configuration.flatten(
+        json.loads(configuration.to_json(configuration.TRAINING.of(config)))
+    )
+
+
+def _counts(name: str) -> bool:
+    """Whether a field in the config.json of a run is one of training; older files also have others."""
+    return name in configuration.TRAINING.fields or name not in FIELDS
+
+
 def check(path: pathlib.Path, config: ConfigDict, *, accept: bool = False) -> list[str]:
     """Refuse a workdir that cannot be written or belongs to another config; creates nothing.
 
@@ -69,9 +82,9 @@ def check(path: pathlib.Path, config: ConfigDict, *, accept: bool = False) -> li
         old = configuration.flatten(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, AttributeError, OSError, RecursionError) as error:
         raise WorkdirError(f"{file} cannot be read ({error}); give a new --workdir") from None
-    usual = configuration.flatten(json.loads(configuration.to_json(configuration.default())))
-    old = usual | _before(old) | old
-    new = configuration.flatten(json.loads(configuration.to_json(config)))
+    usual = _flat(configuration.default())
+    old = usual | _before(old) | {name: x for name, x in old.items() if _counts(name)}
+    new = _flat(config)
     changed = [text for text in differences(old, new) if not text.startswith(_SAFE)]
     if changed and not accept:
         raise WorkdirError(
@@ -166,7 +179,8 @@ def create(
         if changes:
             made.append({"at": run["started"], "fields": list(changes)})
         atomic.write_json(path / "run.json", run | ({"changes": made} if made else {}), indent=2)
-        atomic.write_text(path / "config.json", configuration.to_json(config))
+        kept = configuration.TRAINING.of(config)
+        atomic.write_text(path / "config.json", configuration.to_json(kept))
     except OSError as error:
         raise WorkdirError(
             f"workdir {str(path)!r} cannot be written ({error.strerror}); "

@@ -8,7 +8,8 @@ import pytest
 
 from configs import grpo, opd, opsd, recipes, sft, stable_opd, topk_opd
 from opd_jax import config as configuration
-from opd_jax.config import aliases
+from opd_jax.config import aliases, fields
+from opd_jax.config.trees import EVALUATION, MODEL, PROBING, SAMPLING, TRAINING, TREES
 from opd_jax.config.validate import validate
 from opd_jax.errors import ConfigError
 from opd_jax.training.objective import make_terms
@@ -76,7 +77,6 @@ def test_methods_differ_in_numbers_only():
         ("eval.best", "matched", "eval.match=''"),
         ("eval.fallbacks", ("box",), "names among answer_line, after_think, last_number"),
         ("grading.grader", "math-verify", "wanted one of guarded, math_verify"),
-        ("eval.batch", 0, "eval.batch=0"),
         ("grading.processes", -1, "grading.processes=-1, wanted a whole number, at least 0"),
         ("grading.seconds", 0.0, "grading.seconds=0.0, wanted a number, 0.1 to 30"),
         ("grading.seconds", 60.0, "grading.seconds=60.0"),
@@ -209,7 +209,7 @@ def test_usual_names_lead_to_the_field(name):
     error = configuration.explain(ValueError("?"), [f"--config.{name}=1"])
     assert f"{name} is not a field" in str(error)
     assert USUAL[name] in str(error)
-    assert USUAL[name] in configuration.suggest(name, FIELDS)
+    assert USUAL[name] in configuration.suggest(name)
 
 
 FIELDS = list(configuration.flatten(configuration.default().to_dict()))
@@ -223,37 +223,58 @@ def test_aliases_lead_to_fields_and_are_none():
 
 
 @pytest.mark.parametrize(
-    ("reads", "name", "says"),
+    ("tree", "name", "says"),
     [
-        (aliases.SAMPLING, "n", "did you mean 'sample.samples'?"),
-        (aliases.SAMPLING, "model", "did you mean 'teacher.path'?"),
-        (aliases.SAMPLING, "batch_size", "did you mean 'sample.batch'?"),
-        (aliases.SAMPLING, "max_new_tokens", "did you mean 'sample.max_response_tokens'?"),
-        (aliases.SAMPLING, "rollout.temprature", "did you mean 'sample.temperature'?"),
-        (aliases.SAMPLING, "optimizer", "known: data.*, grading.*, metrics.*, rollout.*, sample.*, seed, "
-         "teacher.*"),
-        (aliases.EVALUATION, "batch_size", "did you mean 'eval.batch'?"),
-        (aliases.EVALUATION, "n", "did you mean 'eval.samples'?"),
-        (aliases.EVALUATION, "model", "the model is given by the flag --model=DIR"),
-        (aliases.EVALUATION, "dataset", "did you mean 'eval.benchmarks'?"),
-        (aliases.EVALUATION, "output_dir",
+        (SAMPLING, "n", "did you mean 'sample.samples'?"),
+        (SAMPLING, "model", "did you mean 'teacher.path'?"),
+        (SAMPLING, "batch_size", "did you mean 'sample.batch'?"),
+        (SAMPLING, "max_new_tokens", "did you mean 'sample.max_response_tokens'?"),
+        (SAMPLING, "rollout.temprature", "did you mean 'sample.temperature'?"),
+        (SAMPLING, "optimizer", "known: data.*, grading.*, metrics.*, rollout.*, sample.*, seed, "
+         "student.*, teacher.*"),
+        (EVALUATION, "batch_size", "did you mean 'eval.batch'?"),
+        (EVALUATION, "n", "did you mean 'eval.samples'?"),
+        (EVALUATION, "model", "the model is given by the flag --model=DIR"),
+        (EVALUATION, "dataset", "did you mean 'eval.benchmarks'?"),
+        (EVALUATION, "output_dir",
          "a folder for results is given by the flag --workdir=DIR, or --out"),
     ],
 )  # fmt: skip
-def test_an_entry_point_names_fields_that_it_reads(reads, name, says):
-    error = configuration.explain(ValueError("?"), [f"--config.{name}=1"], reads=reads)
+def test_an_entry_point_names_fields_that_it_reads(tree, name, says):
+    error = configuration.explain(ValueError("?"), [f"--config.{name}=1"], tree)
     assert str(error) == f"config.{name} is not a field; {says}"
 
 
-@pytest.mark.parametrize("reads", [aliases.SAMPLING, aliases.EVALUATION])
-def test_no_name_leads_to_a_field_of_another_entry_point(reads):
-    own = set(reads.of(FIELDS))
-    assert set(reads.instead) <= set(FIELDS)
-    assert set(reads.instead.values()) <= own | {aliases.MODEL}
-    assert all(any(field.startswith(start) for field in FIELDS) for start in reads.fields)
-    for name in {*aliases.FIELDS, *(field.rpartition(".")[2] for field in FIELDS)}:
-        told = configuration.suggest(name, FIELDS, reads)
-        assert set(re.findall(r"'([\w.]+)'", told)) <= own
+@pytest.mark.parametrize(
+    ("tree", "name", "says"),
+    [
+        (SAMPLING, "rollout.temperature", "did you mean 'sample.temperature'?"),
+        (SAMPLING, "loss.top_k", "known: data.*, grading.*, "),
+        (EVALUATION, "eval.data", "did you mean 'eval.benchmarks'?"),
+        (EVALUATION, "eval.match", "known: data.*, eval.*, "),
+        (PROBING, "loss.beta_kl", "known: data.*, "),
+        (TRAINING, "sample.temperature", "known: checkpoint.*, "),
+        (TRAINING, "eval.benchmarks", "known: checkpoint.*, "),
+    ],
+)
+def test_a_field_of_another_entry_point_is_refused_with_its_name(tree, name, says):
+    error = configuration.explain(ValueError("?"), [f"--config.{name}=1"], tree)
+    said, _, hint = str(error).partition("; ")
+    assert said.startswith(f"config.{name} is not a field that {tree.program} reads, launch/")
+    assert hint.startswith(says)
+
+
+@pytest.mark.parametrize("tree", TREES, ids=lambda tree: tree.program)
+def test_no_name_leads_to_a_field_of_another_entry_point(tree):
+    assert set(tree.instead) <= set(fields.FIELDS)
+    assert set(tree.instead.values()) <= {*tree.fields, MODEL}
+    for name in {*aliases.FIELDS, *fields.FIELDS, *(f.rpartition(".")[2] for f in fields.FIELDS)}:
+        told = configuration.suggest(name, tree)
+        assert set(re.findall(r"'([\w.]+)'", told)) <= set(tree.fields)
+
+
+def test_entry_points_read_every_field_of_the_table():
+    assert set().union(*(tree.fields for tree in TREES)) == set(fields.FIELDS)
 
 
 @pytest.mark.parametrize("given", [["--config=FILE"], ["--config", "FILE"]])

@@ -7,7 +7,7 @@ import pytest
 
 from opd_jax.models import decoder
 from opd_jax.training import objective, update
-from opd_jax.training.objective import Terms
+from opd_jax.training.objective import default_terms
 from opd_jax.types import Frozen, RolloutRows
 from tests.h200.conftest import QWEN_1_5B
 
@@ -19,7 +19,7 @@ BACKWARD = 'custom_call_target="__cudnn$fmhaSoftmaxBackward"'
 def compile_gradient(on_h200, remat: str, token_chunk: int = 1024):
     """A micro-batch's pass of the update: float32 masters, bfloat16 compute, gradients summed."""
     loss = objective.make_rollout_loss(
-        Terms(pg_weight=1.0), QWEN_1_5B,
+        default_terms(pg_weight=1.0), QWEN_1_5B,
         vocabulary=QWEN_1_5B.vocab_size, token_chunk=token_chunk, remat=remat,
     )  # fmt: skip
     array_BT = np.zeros((ROWS, WIDTH), np.float32)

@@ -20,7 +20,7 @@ from opd_jax.rollout import SamplingParams, decode_state
 from opd_jax.sharding import mesh, replica_check
 from opd_jax.sharding.mesh import ONE, Mesh
 from opd_jax.training import objective, update
-from opd_jax.training.objective import Terms
+from opd_jax.training.objective import default_terms
 from opd_jax.types import Ends, Frozen, GoldenRows, RolloutRows
 from tests.conftest import distance, noisy_params, random_rows, tiny_config
 from tests.support import calls
@@ -179,7 +179,7 @@ def make_rows(seed: int) -> RolloutRows:
 ROWS = make_rows(0)
 PART = microbatches.MicroBatch(np.arange(B), 8, T)
 GOLDEN = GoldenRows(ROWS.tokens_BT, ROWS.length_B, ROWS.weight_BT)
-TERMS = Terms(pg_weight=1.0, lambda_gold=0.3, beta_kl=0.2)
+TERMS = default_terms(pg_weight=1.0, lambda_gold=0.3, beta_kl=0.2)
 
 
 class Learner:

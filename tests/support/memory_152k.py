@@ -19,7 +19,7 @@ import numpy as np
 from opd_jax import scoring
 from opd_jax.models import decoder
 from opd_jax.training import objective
-from opd_jax.training.objective import Terms
+from opd_jax.training.objective import default_terms
 from opd_jax.training.update import make_add
 from opd_jax.types import Frozen, RolloutRows
 from tests.conftest import tiny_config
@@ -81,7 +81,7 @@ def update(vocabulary: int, tokens: int) -> Case:
     """A micro-batch's loss and gradient, added to the sum."""
     config = model(vocabulary)
     loss = objective.make_rollout_loss(
-        Terms(pg_weight=1.0), config,
+        default_terms(pg_weight=1.0), config,
         vocabulary=vocabulary, token_chunk=CHUNK, remat="none",
     )  # fmt: skip
     params, weights = decoder.abstract_params(config), {n: shape() for n in objective.ON_ROLLOUTS}

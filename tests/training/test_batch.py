@@ -9,7 +9,7 @@ from opd_jax import losses
 from opd_jax.errors import ShapeError
 from opd_jax.grading.grader import Grade
 from opd_jax.training import batch
-from opd_jax.training.objective import Terms
+from opd_jax.training.objective import default_terms
 from opd_jax.types import GoldenRows, Outcome, Rollout, Scores
 
 pytestmark = pytest.mark.short
@@ -61,7 +61,7 @@ def test_rollout_rows_weigh_the_tokens_that_count():
     scores = Scores(student_logprob_BT=values, student_entropy_BT=values)
     counted_BT = batch.counted(ROLLOUT, ROLLOUT.response_mask_BT, truncated="mask", tail=1)
     got = batch.rollout_rows(
-        ROLLOUT, scores, counted_BT, values + 0.5, Terms(pg_weight=1.0), weigh=WEIGH
+        ROLLOUT, scores, counted_BT, values + 0.5, default_terms(pg_weight=1.0), weigh=WEIGH
     )
     np.testing.assert_array_equal((got.weight_BT > 0).sum(1), [4, 0])  # row 1 ran out of budget
     np.testing.assert_allclose(got.weight_BT.sum(), 1.0, rtol=1e-6)

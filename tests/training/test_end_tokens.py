@@ -19,7 +19,7 @@ from opd_jax.models import decoder
 from opd_jax.models.end_tokens import Events
 from opd_jax.scoring.topk import SUPPORTS
 from opd_jax.training import batch, objective
-from opd_jax.training.objective import Terms
+from opd_jax.training.objective import Terms, default_terms
 from opd_jax.types import Ends, Frozen, Outcome, Rollout
 from tests.conftest import noisy_params, random_rows, tiny_config
 from tests.support import calls
@@ -256,22 +256,22 @@ def over_support(support: str) -> Formula:
 
 DIVERGES = {"divergence_weight": 1.0}
 CASES: dict[str, tuple[Terms, Formula]] = {
-    "OPD": (Terms(pg_weight=1.0), opd),
-    "GRPO": (Terms(pg_weight=1.0, teacher_coef=0.0, group_coef=1.0), grpo),
-    "reference KL": (Terms(beta_kl=1.0), kl_to("reference")),
-    "reference k1": (Terms(beta_kl=1.0, kl_estimator="k1"), estimator(1)),
-    "reference k2": (Terms(beta_kl=1.0, kl_estimator="k2"), estimator(2)),
-    "reference k3": (Terms(beta_kl=1.0, kl_estimator="k3"), estimator(3)),
-    "reverse KL": (Terms(**DIVERGES), kl_to("teacher")),
-    "forward KL": (Terms(**DIVERGES, direction="forward"), forward),
+    "OPD": (default_terms(pg_weight=1.0), opd),
+    "GRPO": (default_terms(pg_weight=1.0, teacher_coef=0.0, group_coef=1.0), grpo),
+    "reference KL": (default_terms(pg_weight=0.0, beta_kl=1.0), kl_to("reference")),
+    "reference k1": (default_terms(pg_weight=0.0, beta_kl=1.0, kl_estimator="k1"), estimator(1)),
+    "reference k2": (default_terms(pg_weight=0.0, beta_kl=1.0, kl_estimator="k2"), estimator(2)),
+    "reference k3": (default_terms(pg_weight=0.0, beta_kl=1.0, kl_estimator="k3"), estimator(3)),
+    "reverse KL": (default_terms(pg_weight=0.0, **DIVERGES), kl_to("teacher")),
+    "forward KL": (default_terms(pg_weight=0.0, **DIVERGES, direction="forward"), forward),
 }
 for _support in SUPPORTS[1:]:
     _over = {"support": _support, "top_k": K}
     CASES[f"KL over {_support}"] = (
-        Terms(**DIVERGES, **_over, form="renormalised"), renormalised(_support),
+        default_terms(pg_weight=0.0, **DIVERGES, **_over, form="renormalised"), renormalised(_support),
     )  # fmt: skip
     CASES[f"advantage over {_support}"] = (
-        Terms(pg_weight=1.0, advantage="support", **_over), over_support(_support),
+        default_terms(pg_weight=1.0, advantage="support", **_over), over_support(_support),
     )  # fmt: skip
 
 

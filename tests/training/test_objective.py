@@ -11,7 +11,7 @@ import pytest
 from opd_jax import losses, scoring
 from opd_jax.models import decoder
 from opd_jax.training import objective
-from opd_jax.training.objective import Terms
+from opd_jax.training.objective import default_terms
 from opd_jax.types import Frozen, GoldenRows, RolloutRows, TeacherRows
 from tests.conftest import distance, random_params, random_rows, tiny_config
 from tests.support import calls
@@ -19,7 +19,7 @@ from tests.support.lanes import slow
 
 CONFIG = tiny_config(num_layers=2)
 VOCABULARY = CONFIG.vocab_size
-TERMS = Terms(pg_weight=0.7, jsd_beta=0.25, lambda_gold=0.3, beta_kl=0.2, clip_high=0.3)
+TERMS = default_terms(pg_weight=0.7, jsd_beta=0.25, lambda_gold=0.3, beta_kl=0.2, clip_high=0.3)
 SHARED = {"token_chunk": 7, "remat": "none"}  # 4 rows of 10 tokens: the last chunk is not full
 STUDENT, REFERENCE = random_params(CONFIG, seed=0), random_params(CONFIG, seed=1)
 

@@ -12,7 +12,7 @@ from opd_jax import losses
 from opd_jax.models import decoder
 from opd_jax.scoring.topk import SUPPORTS
 from opd_jax.training import batch, objective
-from opd_jax.training.objective import Terms
+from opd_jax.training.objective import Terms, default_terms
 from opd_jax.types import Frozen, Outcome, Rollout, RolloutRows, Scores
 from tests.conftest import distance, random_params, random_rows, tiny_config
 from tests.scoring.test_score import sizes
@@ -26,7 +26,7 @@ TOKENS, LENGTH = random_rows(CONFIG, 4, 10)
 PROMPT = 3
 TOPK = SUPPORTS[1:]
 BESIDE = Frozen(teacher=decoder.head_alone(TEACHER))
-TERMS = Terms(divergence_weight=1.0, support="teacher", top_k=K)
+TERMS = default_terms(pg_weight=0.0, divergence_weight=1.0, support="teacher", top_k=K)
 SAMPLED = Rollout(
     tokens_BT=np.asarray(TOKENS),
     length_B=np.asarray(LENGTH),
@@ -210,7 +210,9 @@ def test_a_teacher_that_is_the_student_teaches_nothing():
 @pytest.mark.parametrize("support", ["student", *slow("symmetric_difference")])
 def test_the_published_top_k_surrogate(support):
     """Value and gradient of -sum_v w(v) (log q - log p)[fixed] rho(v) over whole logits."""
-    terms = Terms(pg_weight=1.0, teacher_coef=0.5, advantage="support", support=support, top_k=K)
+    terms = default_terms(
+        pg_weight=1.0, teacher_coef=0.5, advantage="support", support=support, top_k=K
+    )
     given = make_rows(terms, support)
     (value, _), gradient = loss_of(terms)(STUDENT, Frozen(), given)
 
@@ -233,7 +235,7 @@ def test_the_published_top_k_surrogate(support):
 
 def test_group_advantage_stands_beside_the_teachers():
     reward = np.array([True, False, True, True])
-    terms = Terms(pg_weight=1.0, teacher_coef=0.5, group_coef=2.0)
+    terms = default_terms(pg_weight=1.0, teacher_coef=0.5, group_coef=2.0)
     scores = scored(None)
     got = batch.advantages(SAMPLED, scores, MASK, terms, reward_B=reward, group=2)
     ratio = scores.teacher_logprob_BT - scores.student_logprob_BT
@@ -251,7 +253,9 @@ def test_group_advantage_stands_beside_the_teachers():
 def test_group_advantage_beside_a_support():
     """Both surrogates, of the sampled token and of the support, in one term."""
     reward = np.array([True, False, True, True])
-    both = Terms(pg_weight=1.0, advantage="support", support="teacher", top_k=K, group_coef=1.0)
+    both = default_terms(
+        pg_weight=1.0, advantage="support", support="teacher", top_k=K, group_coef=1.0
+    )
     (value, _), _ = loss_of(both)(STUDENT, Frozen(), make_rows(both, "teacher", reward))
     support_alone = dataclasses.replace(both, group_coef=0.0)
     group_alone = dataclasses.replace(both, teacher_coef=0.0)
@@ -275,7 +279,7 @@ def test_clamp_discount_and_importance_by_hand():
     mask = made.response_mask_BT
 
     def advantage(**changes: float) -> np.ndarray:
-        terms = Terms(pg_weight=1.0, **changes)
+        terms = default_terms(pg_weight=1.0, **changes)
         return batch.advantages(made, scores, mask, terms, reward_B=None, group=1)[0]
 
     np.testing.assert_allclose(advantage(), [0, -8, 1, 2, 0], atol=1e-5)
@@ -303,7 +307,7 @@ def test_counted_tokens_of_truncated_rollouts():
 
 
 def test_shares_of_a_batch_are_weighed_among_themselves():
-    terms = Terms(pg_weight=1.0)
+    terms = default_terms(pg_weight=1.0)
     for aggregation in losses.AGGREGATIONS:
         weigh = functools.partial(losses.token_weights, aggregation=aggregation, length=7)
         given = batch.rollout_rows(
@@ -316,19 +320,21 @@ def test_shares_of_a_batch_are_weighed_among_themselves():
 
 
 def test_what_terms_need():
-    assert Terms(pg_weight=1.0).needs_teacher
-    grpo = Terms(pg_weight=1.0, teacher_coef=0.0, group_coef=1.0)
+    assert default_terms(pg_weight=1.0).needs_teacher
+    grpo = default_terms(pg_weight=1.0, teacher_coef=0.0, group_coef=1.0)
     assert not grpo.needs_teacher
     assert grpo.needs_reward
     assert grpo.scored_support is None
     assert TERMS.scored_support == ("teacher", K)
     assert not TERMS.over_vocabulary
     assert dataclasses.replace(TERMS, support="full").over_vocabulary
-    assert Terms(pg_weight=1.0, support="teacher").scored_support is None  # nothing is over it
-    raised = Terms(pg_weight=1.0, traced_at_zero=("reference_kl", "sft"))
+    assert (
+        default_terms(pg_weight=1.0, support="teacher").scored_support is None
+    )  # nothing is over it
+    raised = default_terms(pg_weight=1.0, traced_at_zero=("reference_kl", "sft"))
     assert raised.needs_reference
     assert raised.needs_golden
-    assert not Terms(pg_weight=1.0).needs_reference
+    assert not default_terms(pg_weight=1.0).needs_reference
 
 
 def test_no_array_of_batch_time_vocabulary_with_supports():

@@ -12,7 +12,7 @@ from opd_jax import losses
 from opd_jax.config.fields import default
 from opd_jax.models import decoder
 from opd_jax.training import objective, update
-from opd_jax.training.objective import Terms
+from opd_jax.training.objective import default_terms
 from opd_jax.types import Frozen, GoldenRows, RolloutRows
 from tests.conftest import distance, random_params, random_rows, tiny_config
 
@@ -101,7 +101,7 @@ def toy_update(tx, rows: int = B, dtype=jnp.float32):
 @functools.cache
 def model_update(*, golden: float, beta: float, limbs: bool, rows: int = B):
     """SGD on the model; `limbs`: with golden loss and reference, whatever their weights are."""
-    terms = Terms(
+    terms = default_terms(
         pg_weight=1.0,
         lambda_gold=golden,
         beta_kl=beta,

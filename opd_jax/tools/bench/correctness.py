@@ -13,7 +13,7 @@ from opd_jax.rollout import Batching, SamplingParams, row_keys, sample_responses
 from opd_jax.tools.bench import reference
 from opd_jax.tools.bench.measure import Row, make_check
 from opd_jax.training import objective, update
-from opd_jax.training.objective import Terms
+from opd_jax.training.objective import default_terms
 from opd_jax.types import Frozen, GoldenRows
 
 # Head size and width as cuDNN's fused attention takes them.
@@ -86,7 +86,7 @@ def gradients(dtype: str) -> list[Row]:
     gradient, _ = accumulate(
         jax.tree.map(jnp.asarray, params), Frozen(), None,
         GoldenRows(tokens_BT=tokens_BT, length_B=length_B, weight_BT=weight_BT),
-        Terms(lambda_gold=1.0).weights,
+        default_terms(pg_weight=0.0, lambda_gold=1.0).weights,
     )  # fmt: skip
     gradient = jax.tree.map(lambda g: np.asarray(g, np.float64), gradient)
     draw, errors = np.random.default_rng(2), []

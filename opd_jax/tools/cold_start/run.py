@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 
 from opd_jax import config as configuration
 from opd_jax import data, hardware, metrics, models, workdir
-from opd_jax.config.validate import validate
+from opd_jax.config.validate import validate_sampling
 from opd_jax.data import length_filter
 from opd_jax.errors import ConfigError, DataError, ModelError
 from opd_jax.grading.grader import Grade, Grader, make_grader
@@ -98,7 +98,10 @@ def run(config: ConfigDict, out: str, *, command: list[str]) -> dict[str, Any]:
     config = config.copy_and_resolve_references()
     config.data.date = config.data.date or sample_file.date_of(file)
     plan = make_plan(config)
-    header = {"config": json.loads(configuration.to_json(plan.config)), "sha256": plan.sha256}
+    header = {
+        "config": json.loads(configuration.to_json(configuration.SAMPLING.of(plan.config))),
+        "sha256": plan.sha256,
+    }
     finished = sample_file.finished(file, header)
     if finished is not None and not sample_file.partial_path(file).exists():
         print(f"{file} is finished already", table(finished), sep="\n", flush=True)
@@ -121,7 +124,7 @@ def run(config: ConfigDict, out: str, *, command: list[str]) -> dict[str, Any]:
 
 def make_plan(config: ConfigDict) -> Plan:
     """Read and check all but the weights. Raises an OpdError; writes and compiles nothing."""
-    validate(config)
+    validate_sampling(config)
     hardware.require_supported(jax.default_backend())
     config = roles.resolved(config, ["teacher"])
     if not config.teacher.path:

@@ -13,6 +13,7 @@ from typing import Any
 
 from opd_jax import config as configuration
 from opd_jax import workdir
+from opd_jax.config.fields import FIELDS
 from opd_jax.errors import WorkdirError
 from opd_jax.workdir import atomic
 from opd_jax.workdir.jsonl import JsonlFile, encoded
@@ -20,7 +21,7 @@ from opd_jax.workdir.jsonl import JsonlFile, encoded
 # Fields that samples depend on, and those among them that change none.
 _TOUCHES = ("seed", "teacher.", "data.", "rollout.max_prompt_tokens", "sample.", "grading.grader",
             "metrics.repetition_")  # fmt: skip
-_SAFE = ("sample.slots", "data.shuffle", "data.epochs", "teacher.follow", "teacher.decay")
+_SAFE = ("sample.slots",)
 
 
 _AGAIN = "mend that and give the same command again: what is done is kept"
@@ -159,10 +160,14 @@ def partial_path(file: pathlib.Path) -> pathlib.Path:
 def _identity(header: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """What samples depend on: fields of the config, and what the problems say."""
     # A field that came later had no other value than its default then; grades may be others.
-    defaults = configuration.flatten(json.loads(configuration.to_json(configuration.default())))
+    defaults = configuration.flatten(
+        json.loads(configuration.to_json(configuration.SAMPLING.default()))
+    )
     defaults["grading.grader"] = "that of an older version"
     flat = defaults | configuration.flatten(header["config"])
-    touching = {name: x for name, x in flat.items() if name.startswith(_TOUCHES)}
+    # Older files have all fields of an experiment; a name that is none of them stays in the comparison.
+    unread = FIELDS.keys() - configuration.SAMPLING.fields.keys()
+    touching = {n: x for n, x in flat.items() if n.startswith(_TOUCHES) and n not in unread}
     fields = {name: x for name, x in touching.items() if not name.startswith(_SAFE)}
     return fields, {"the problems' sha256": header["sha256"][:12]}
 

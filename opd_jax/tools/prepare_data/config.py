@@ -1,54 +1,68 @@
-"""The config tree of prepare_data: every field with its default and meaning, and its rules."""
+"""The config of prepare_data: the table of its fields, and the rules between them."""
 
-import math
-from typing import Any
-
+# fmt: off
 from ml_collections import ConfigDict
 
-from opd_jax.config.schema import flatten, near
-from opd_jax.data.dataset import BAD_ROWS
+from opd_jax.config.record import Choices, Field, Range, Section
+from opd_jax.config.schema import check
+from opd_jax.config.trees import Tree
 from opd_jax.errors import ConfigError
 
 BENCHMARKS = ("aime24", "aime25", "amc", "math500", "minerva", "olympiad", "gsm8k")
 
 
+def _columns(of: str) -> tuple[Field, ...]:
+    return tuple(
+        Field(f"columns.{name}", "", None, f"Column of the {name} in {of}, a dotted path into a row; empty = "
+              "found by the names that people use (docs/data.md).")
+        for name in ("problem", "solution", "answer", "id")
+    )
+
+
+SECTIONS = (
+    Section("", "The run as a whole.", (
+        Field("seed", 0, Range(0), "Seed of the split into SFT and OPD."),
+        Field("block", 5000, Range(1), "Rows that are worked on, and saved, at one time."),
+    )),
+    Section("data", "The raw problems.", (
+        Field("train", "", None, "Files, comma-separated or with * in their names."),
+        *_columns("these files"),
+        Field("bad_rows", "skip", Choices("opd_jax.data.dataset:BAD_ROWS"),
+              "What is done about a row that cannot be read: skip the row and count it, or refuse the file."),
+    )),
+    Section("filter", "Rows that are dropped.", (
+        Field("solution", True, None, "Whether rows without a solution are dropped."),
+        Field("answer", True, None, "Whether rows without an answer are dropped."),
+        Field("grade", False, None, "Whether math-verify grades solutions for which no column "
+              "correctness_math_verify vouches."),
+        Field("tokenizer", "", None, "Model folder whose tokenizer counts; empty = length is not checked."),
+        Field("max_tokens", 8192, Range(1), "Longest solution, in tokens."),
+        Field("duplicates", False, None, "Whether problems that occur twice stay."),
+    )),
+    Section("decontaminate", "Problems of benchmarks that are taken out.", (
+        *(Field(f"benchmarks.{name}", "", None, f"File of {name}; empty = left out.") for name in BENCHMARKS),
+        *_columns("the benchmark files"),
+        Field("ngram", 13, Range(0), "Words of an n-gram; 0 = off (GPT-3 used 13, 2005.14165, app. C)."),
+        Field("ngram_share", 0.5, Range(above=0, high=1),
+              "Share of a benchmark problem's n-grams from which on a row is dropped (Tulu 3, "
+              "2411.15124: 50 %)."),
+        Field("embedding_model", "", None, "Folder for sentence-transformers; empty = off."),
+        Field("embedding_cosine", 0.6, Range(-1, 1), "Cosine from which on a row is dropped."),
+    )),
+    Section("split", "The two files that are written.", (
+        Field("sft", 0, Range(0), "Rows for supervised fine-tuning; 0 = all that OPD does not take."),
+        Field("opd", 0, Range(0), "Rows for OPD; 0 = all that SFT does not take."),
+        Field("opd_share", 13 / 46, Range(0, 1), "Share for OPD where both are 0 (2604.08527: 13k of 46k)."),
+    )),
+)
+# fmt: on
+TREE = Tree("launch/prepare_data.py", SECTIONS, maker="opd_jax.tools.prepare_data.config.default()")
+_OWN = "decontaminate.benchmarks."  # the user may name others
+
+
 def default() -> ConfigDict:
-    """Every field. The text after each is its documentation."""
-    config = ConfigDict()
-    config.seed = 0  # of the split into SFT and OPD
-
-    data = config.data = ConfigDict()
-    data.train = ""  # files, comma-separated or with * in their names
-    data.columns = _columns()
-    data.bad_rows = (
-        "skip"  # a row that cannot be read: skip = counted and dropped; refuse = an error
-    )
-
-    keep = config.filter = ConfigDict()
-    keep.solution = True  # drop rows without a solution
-    keep.answer = True  # drop rows without an answer
-    keep.grade = False  # math-verify solutions that no column correctness_math_verify vouches for
-    keep.tokenizer = ""  # model folder; empty = length is not checked
-    keep.max_tokens = 8192  # longest solution
-    keep.duplicates = False  # True: problems that occur twice stay
-
-    clean = config.decontaminate = ConfigDict()
-    clean.benchmarks = ConfigDict({name: "" for name in BENCHMARKS})  # files; empty = left out
-    clean.columns = _columns()  # of the benchmark files
-    clean.ngram = 13  # words; 0 = off (GPT-3 used 13, 2005.14165 app. C)
-    clean.ngram_share = (
-        0.5  # of a benchmark problem's n-grams (Tulu 3 drops from 50 % on, 2411.15124)
-    )
-    clean.embedding_model = ""  # folder for sentence-transformers; empty = off
-    clean.embedding_cosine = 0.6
-
-    split = config.split = ConfigDict()
-    split.sft = 0  # rows for supervised fine-tuning; 0 = all that OPD does not take
-    split.opd = 0  # rows for OPD; 0 = all that SFT does not take
-    split.opd_share = 13 / 46  # for OPD where both are 0 (2604.08527: 13k of 46k)
-
-    config.block = 5000  # rows that are worked on, and saved, at one time
-    return config.lock()
+    """The tree with every default."""
+    return TREE.default()
 
 
 def validate(config: ConfigDict) -> None:
@@ -56,52 +70,15 @@ def validate(config: ConfigDict) -> None:
 
     Raises ConfigError with one line: the field, what it is, what is wanted, the option that fixes it.
     """
-    got, known = flatten(config.to_dict()), flatten(default().to_dict())
-    for field, value in got.items():
-        benchmark = field.startswith("decontaminate.benchmarks.")  # names there are the user's
-        if field not in known and not benchmark:
-            raise ConfigError(f"config.{field} is not a field; {near(field, list(known))}")
-        example = "" if benchmark else known[field]
-        if not _is_kind(value, example):
-            raise _wrong(field, repr(value), f"a value of type {type(example).__name__}")
-    for field in known:
-        if field not in got and not field.startswith("decontaminate.benchmarks."):
-            raise ConfigError(
-                f"config.{field} is missing; start from opd_jax.data.prepare_config.default()"
-            )
+    named = config.get("decontaminate", {}).get("benchmarks", {})
+    others = tuple(Field(name, "", None, "") for name in named if _OWN + name not in TREE.fields)
+    check(config, TREE, Tree(TREE.program, (*SECTIONS, Section(_OWN.rstrip("."), "", others))))
     if not config.data.train:
-        raise _wrong("data.train", "''", "the file to prepare", "--config.data.train=FILE.jsonl")
-    if config.data.bad_rows not in BAD_ROWS:
-        raise _wrong("data.bad_rows", repr(config.data.bad_rows), f"one of {', '.join(BAD_ROWS)}")
-    for field, low, high in (
-        ("seed", 0, 2**63), ("filter.max_tokens", 1, math.inf), ("block", 1, math.inf),
-        ("decontaminate.ngram", 0, math.inf), ("split.sft", 0, math.inf), ("split.opd", 0, math.inf),
-        ("decontaminate.embedding_cosine", -1, 1), ("split.opd_share", 0, 1),
-    ):  # fmt: skip
-        if not low <= got[field] <= high:
-            wanted = f"at least {low}" if high == math.inf else f"{low} to {high}"
-            raise _wrong(field, got[field], f"a number, {wanted}")
-    if not 0 < got["decontaminate.ngram_share"] <= 1:
-        raise _wrong(
-            "decontaminate.ngram_share", got["decontaminate.ngram_share"], "above 0, at most 1"
+        raise ConfigError(
+            "data.train='', wanted the file to prepare; set --config.data.train=FILE.jsonl"
         )
     if config.filter.grade and not (config.filter.answer and config.filter.solution):
         raise ConfigError(
             "filter.grade=True needs solutions and answers to compare; "
             "set --config.filter.answer=True --config.filter.solution=True"
         )
-
-
-def _columns() -> ConfigDict:
-    # Dotted paths into a row; empty = found by the names people use (docs/data.md).
-    return ConfigDict({"problem": "", "solution": "", "answer": "", "id": ""})
-
-
-def _is_kind(value: Any, example: Any) -> bool:
-    if isinstance(example, float):
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return type(value) is type(example)
-
-
-def _wrong(field: str, got: Any, wanted: str, fix: str = "") -> ConfigError:
-    return ConfigError(f"{field}={got}, wanted {wanted}; set {fix or f'--config.{field}=...'}")

@@ -75,7 +75,7 @@ def run(
         "teachers_from": [setup.config.teacher.path for setup in plan.setups],
         "notes": [*plan.notes, *_remarks(plan)],
         "run": workdir.provenance(command),
-        "config": json.loads(configuration.to_json(plan.config)),
+        "config": json.loads(configuration.to_json(configuration.PROBING.of(plan.config))),
     } | found
     if file:
         _write(file, report)

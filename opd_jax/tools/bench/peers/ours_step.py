@@ -22,7 +22,7 @@ def main() -> None:
     from opd_jax.config import default
     from opd_jax.models import decoder
     from opd_jax.training import batch
-    from opd_jax.training.objective import Terms
+    from opd_jax.training.objective import default_terms
     from opd_jax.training.step_functions import StepSpec, make_step_functions
     from opd_jax.types import Frozen
 
@@ -33,8 +33,10 @@ def main() -> None:
     teacher_config, teacher = models.load(case.teacher or case.model, dtype=jnp.float32)
     teacher["norm"]["scale"] *= SHARPER
     terms = {
-        "full": Terms(divergence_weight=1.0, direction="reverse", support="full"),
-        "sampled": Terms(pg_weight=1.0),
+        "full": default_terms(
+            pg_weight=0.0, divergence_weight=1.0, direction="reverse", support="full"
+        ),
+        "sampled": default_terms(pg_weight=1.0),
     }[case.loss]
     functions = make_step_functions(
         StepSpec(

@@ -125,7 +125,7 @@ def _update(case: Any) -> Step:
     weight_BT = np.full(tokens_BT.shape, 1 / (case.batch * (case.prompt - 1)), np.float32)
     weight_BT[:, 0] = 0.0  # nothing predicts it
     rows = GoldenRows(tokens_BT=tokens_BT, length_B=length_B, weight_BT=weight_BT)
-    weights = objective.Terms(lambda_gold=1.0).weights
+    weights = objective.default_terms(pg_weight=0.0, lambda_gold=1.0).weights
     states = [update.init_state(params, tx)]
     del params
 

@@ -127,7 +127,7 @@ def main(names: list[str]) -> int:
     left = 0
     with tempfile.TemporaryDirectory(prefix="opd_jax_mutations_") as scratch:
         tree = pathlib.Path(scratch) / "tree"
-        ignored = shutil.ignore_patterns(".git", ".venv*", "*_cache", "__pycache__", "work*")
+        ignored = shutil.ignore_patterns(".git", ".venv*", "*_cache", "__pycache__", "runs")
         shutil.copytree(ROOT, tree, ignore=ignored)
         for name, mutation in chosen.items():
             began = time.monotonic()

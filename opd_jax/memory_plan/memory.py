@@ -22,7 +22,7 @@ KINDS = ("student", "unstacked", "master", "optimizer", "average", "gradients", 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """What one device holds at the busiest moment of a stage: bytes by kind (`KINDS`)."""
+    """Bytes that one device holds at the busiest moment of a stage, by kind (`KINDS`)."""
 
     name: str
     held: Mapping[str, float]
@@ -34,7 +34,7 @@ class Stage:
 
 
 def stages(workload: Workload) -> list[Stage]:
-    """The stages of a run in their order; those that the config has."""
+    """Return the stages that the run has, in their order."""
     base = always(workload)
     own = {"student": resident.weight_bytes(workload, "student")} if workload.own_copy else {}
     live = dict(own)
@@ -109,7 +109,7 @@ def always(workload: Workload) -> dict[str, float]:
 
 
 def host_bytes(workload: Workload) -> dict[str, float]:
-    """Memory of the host: a device's share of a checkpoint on its way, and an export of the student."""
+    """Return bytes of the host's memory: a device's share of a checkpoint, and an export of the student."""
     copies = 4 if workload.teacher_follows == "average" else 3
     whole = 4.0 * resident.parameters(workload.student, ONE)
     return {"checkpoint": copies * resident.masters(workload), "export": whole}
@@ -130,7 +130,7 @@ class Memory:
 
     @property
     def peak(self) -> Stage:
-        """The stage that takes most."""
+        """The stage that needs most memory."""
         return max(self.stages, key=lambda stage: stage.total)
 
     @property
@@ -145,7 +145,7 @@ class Memory:
 
 
 def plan(workload: Workload, device: Device, *, usable: float | None = None) -> Memory:
-    """The memory plan of a workload; `usable` is what a device has for arrays, where that is known."""
+    """Return the memory plan. `usable`: bytes that a device has for arrays, where that is known."""
     if usable is None:
         usable = usable_bytes(device, workload.layout)
     largest = {
@@ -156,14 +156,14 @@ def plan(workload: Workload, device: Device, *, usable: float | None = None) -> 
 
 
 def usable_bytes(device: Device, layout: Layout) -> float:
-    """What one device has for arrays: a GPU's pool; a CPU's devices share what is free."""
+    """Return the bytes that one device has for arrays. Devices of a CPU share its free memory."""
     if device.gpu:
         return device.memory_gib * GIB * memory_fraction()
     return device.memory_gib * GIB / layout.devices
 
 
 def largest_microbatch(workload: Workload, usable: float) -> int:
-    """The most `optim.microbatch_tokens` with which scoring and update fit; 0 where not one row does."""
+    """Return the largest `optim.microbatch_tokens` with which scoring and update fit; 0 if no row fits."""
     widest = max(workload.width, workload.teacher_width)
     most = max(
         workload.device_batch * workload.rollouts, -(-workload.golden // workload.layout.rows), 1
@@ -177,7 +177,7 @@ def largest_microbatch(workload: Workload, usable: float) -> int:
 
 
 def largest_slots(workload: Workload, usable: float) -> int:
-    """The most `rollout.slots`, up to all rollouts of a step; 0 where not one a device fits."""
+    """Return the largest `rollout.slots`, up to all rollouts of a step; 0 if not one a device fits."""
     rows = workload.layout.rows
 
     def fits(slots: int) -> bool:
@@ -188,7 +188,7 @@ def largest_slots(workload: Workload, usable: float) -> int:
 
 
 def largest_answers(workload: Workload, usable: float) -> int:
-    """The most `eval.slots`, up to what the workload has; 0 where not one a device fits."""
+    """Return the largest `eval.slots`, up to that of the workload; 0 if not one a device fits."""
     rows = workload.layout.rows
 
     def fits(answers: int) -> bool:
@@ -199,9 +199,9 @@ def largest_answers(workload: Workload, usable: float) -> int:
 
 
 def require_fit(memory: Memory) -> None:
-    """Raise PlanError where the workload does not fit: what is too large, and the fields that mend it.
+    """Raise PlanError if the workload does not fit: names the largest kind and the fields to change.
 
-    A CPU's workload is refused only where it is beyond the whole machine: what is free changes.
+    On a CPU it is refused only if the whole machine has too little memory, for free memory changes.
     """
     limit = memory.usable
     if not memory.device.gpu:
@@ -217,7 +217,7 @@ def require_fit(memory: Memory) -> None:
 
 
 def remedy(memory: Memory) -> str:
-    """The smallest change found that makes the workload fit, as flags."""
+    """Return the smallest change found that makes the workload fit, as flags."""
     for fields, changed in _changes(memory.workload):
         small = dataclasses.replace(
             changed, slots=min(changed.layout.rows, changed.batch),
@@ -244,7 +244,7 @@ def remedy(memory: Memory) -> str:
 
 
 def _changes(workload: Workload) -> list[tuple[dict[str, Any], Workload]]:
-    """Changes to try, each with the fields that make it, the cheapest first."""
+    """Return changes to try, each with the fields that make it, the cheapest first."""
     found: list[tuple[dict[str, Any], Workload]] = [({}, workload)]
 
     def also(fields: dict[str, Any], **changes: Any) -> None:

@@ -1,4 +1,4 @@
-"""The programs of a run from its config alone: abstract arguments, no weights, no tokenizer, no device.
+"""The programs of a run from its config alone, with abstract arguments: no weights, tokenizer or device.
 
 They come from `make_step_functions`, as in training, and can be lowered for devices that are not there.
 """
@@ -51,14 +51,16 @@ def _programs(config: ConfigDict, workload: Workload, mesh: Mesh) -> list[Progra
 
 
 def compile_for(program: Program, place: Place | None, *, gpu: bool = False) -> jax.stages.Compiled:
-    """The program compiled where `place` puts its arguments, or, where it is None, where they are said
-    to lie; `gpu`: whether that is on GPUs."""
+    """Compile the program with its arguments where `place` puts them, or with their own shardings.
+
+    `gpu`: whether that is on GPUs.
+    """
     with compiling_for("gpu" if gpu else None):
         return (program if place is None else placed(program, place)).compile()
 
 
 def placed(program: Program, place: Place) -> Program:
-    """The program with its arguments where `place` puts them; settings that are no arrays stay."""
+    """Return the program with its arrays where `place` puts them; other arguments stay."""
     kwargs = {
         name: place(value) if hasattr(value, "shape") or isinstance(value, Events) else value
         for name, value in program.kwargs.items()
@@ -67,16 +69,17 @@ def placed(program: Program, place: Place) -> Program:
 
 
 def on_gpu(target: pathlib.Path) -> Place:
-    """Arguments on a GPU that is not there; `target` is XLA's description of it.
+    """Return a function that places arguments on a GPU that is not there.
 
-    Needs JAX's CUDA plug-in. tests/h200/target_config.txtpb is that of an H200.
+    `target` is XLA's description of the GPU (tests/h200/target_config.txtpb: that of an H200).
+    Needs JAX's CUDA plug-in.
     """
     mesh = jax.sharding.Mesh(gpus(target, 1), ("data",))
     return partial(jax.tree.map, partial(_placed, mesh=mesh))
 
 
 def gpus(target: pathlib.Path, devices: int) -> list[jax.Device]:
-    """So many GPUs that are not there."""
+    """Return so many GPUs that are not there."""
     topology = topologies.get_topology_desc(
         platform="cuda", target_config=target.read_text(), topology=f"1x1x{devices}"
     )
@@ -85,7 +88,7 @@ def gpus(target: pathlib.Path, devices: int) -> list[jax.Device]:
 
 @contextlib.contextmanager
 def compiling_for(backend: str | None) -> Iterator[None]:
-    """Models are traced as on this backend; None: on the process's own."""
+    """Trace models for this backend; None: for that of the process."""
     token = attention.BACKEND.set(backend)
     try:
         yield

@@ -1,4 +1,4 @@
-"""A plan as people and programs read it: lines for the start of a run, a table, plan.json."""
+"""A plan as text and JSON: lines for the start of a run, a table, plan.json."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ _LEAST = 0.002  # of a stage: what is less is not mentioned in a line
 
 @dataclasses.dataclass(frozen=True)
 class RunPlan:
-    """Memory, and a step's time if every response reaches the budget, and if lengths are spread evenly."""
+    """Memory, and the time of a step: every response at its budget, and lengths spread evenly."""
 
     memory: Memory
     longest: StepTime
@@ -24,14 +24,14 @@ class RunPlan:
 
 
 def make(planned: Memory) -> RunPlan:
-    """With the estimate of a step's time."""
+    """Return the plan with the time of a step."""
     workload, device = planned.workload, planned.device
     half = step_time(workload, device, mean_response=(workload.response + 1) / 2)
     return RunPlan(planned, step_time(workload, device), half)
 
 
 def lines(plan: RunPlan) -> list[str]:
-    """A few lines: where and on what, each stage's memory, what would fit, the time of a step."""
+    """Return a few lines: devices, memory of each stage, the largest sizes that fit, the time of a step."""
     planned = plan.memory
     device, layout = planned.device, planned.workload.layout
     where = f"{layout.devices} x {device.kind}"
@@ -54,7 +54,7 @@ def lines(plan: RunPlan) -> list[str]:
 
 
 def amount(size: float) -> str:
-    """Bytes as people read them."""
+    """Return bytes as GiB or MiB."""
     return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / MIB:.1f} MiB"
 
 
@@ -80,7 +80,7 @@ def table(plan: RunPlan) -> str:
 
 
 def to_json(plan: RunPlan) -> dict[str, Any]:
-    """Everything, as plan.json has it: bytes and seconds."""
+    """Return everything that plan.json has: bytes and seconds."""
     planned = plan.memory
     workload, device = planned.workload, planned.device
     return {
@@ -104,7 +104,7 @@ def to_json(plan: RunPlan) -> dict[str, Any]:
 
 
 def programs(workload: Workload) -> dict[str, footprint.Footprint]:
-    """Planned bytes of the widest program of each kind, by what its name begins with."""
+    """Return planned bytes of the widest program of each kind, by the beginning of its name."""
     found = {"optimizer": footprint.optimizer(workload)}
     if workload.layout.devices > 1:
         found["compute weights"] = footprint.compute_weights(workload)

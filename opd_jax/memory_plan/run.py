@@ -1,4 +1,4 @@
-"""The plan at the start of a run, before weights are loaded: made, said, written, and held to."""
+"""The plan at the start of a run, before weights are loaded: compute, print, write and enforce it."""
 
 import pathlib
 
@@ -14,7 +14,7 @@ from opd_jax.workdir import atomic
 
 
 def of_run(setup: Setup) -> RunPlan | None:
-    """The plan of a run on the devices of this process's runtime; None where their kind is not known."""
+    """Return the plan of a run on the devices of this process; None where their kind is not known."""
     found = jax.devices()
     device = hardware.of_jax(found[0].device_kind, found[0].platform)
     if device is None:
@@ -25,7 +25,7 @@ def of_run(setup: Setup) -> RunPlan | None:
 
 
 def say(plan: RunPlan | None) -> list[str]:
-    """Lines for the start of the run. On a CPU one, unless memory is short: then all, as a warning."""
+    """Return lines for the start of the run. On a CPU one line, unless memory is short: then a warning."""
     if plan is None:
         kind = jax.devices()[0].device_kind
         return [f"plan: none, for the memory of {kind!r} is not known (opd_jax/hardware.py)"]
@@ -47,12 +47,12 @@ def require_fit(plan: RunPlan | None) -> None:
 
 
 def write(plan: RunPlan | None, folder: pathlib.Path) -> None:
-    """plan.json of the workdir."""
+    """Write plan.json of the workdir."""
     if plan is not None:
         atomic.write_json(folder / "plan.json", report.to_json(plan), indent=2)
 
 
 def _pool(device: Device) -> float | None:
-    """What the runtime says it may take of this very device."""
+    """Return the bytes that the runtime may take of this device, where it reports them."""
     stats = jax.local_devices()[0].memory_stats() or {}
     return stats.get("bytes_limit") if device.gpu else None

@@ -23,9 +23,9 @@ MIB = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """A program: planned and compiled bytes of its arguments and temporaries, seconds to compile.
+    """Planned and compiled bytes of a program's arguments and temporaries, and seconds to compile it.
 
-    `sent`: bytes that a device sends to others in one run (links.py).
+    `sent`: bytes that a device sends to others in one run (collectives.py).
     """
 
     program: str
@@ -40,12 +40,12 @@ class Comparison:
 def compare(
     config: ConfigDict, workload: Workload, device: Device, target: pathlib.Path
 ) -> Iterator[Comparison]:
-    """The widest program of each kind, one after another.
+    """Compare the widest program of each kind, one after another.
 
     For a GPU they are compiled by JAX's CUDA plug-in, for `target`; for a CPU, by this process.
 
-    Raises ConfigError: a GPU without the plug-in or the description of it, or fewer CPU devices than
-    the layout has.
+    Raises ConfigError: the plug-in or the description of the GPU is missing, or this process has another
+    number of CPU devices than the layout.
     """
     place, mesh = None, ONE
     count = workload.layout.devices
@@ -88,7 +88,7 @@ def compare(
 
 
 def widest(programs: Sequence[Program], kinds: dict) -> dict[str, Program]:
-    """Of each kind the program of the widest rows: the first, of prompts the last."""
+    """Return the program of the widest rows of each kind: the first, of prompts the last."""
     found: dict[str, Program] = {}
     for program in programs:
         for kind in kinds:
@@ -98,7 +98,7 @@ def widest(programs: Sequence[Program], kinds: dict) -> dict[str, Program]:
 
 
 def table(rows: Iterator[Comparison]) -> str:
-    """Markdown: a program a line."""
+    """Return a table in Markdown, one line for each program."""
     out = [
         "| program | arguments MiB planned | compiled | off | temporaries MiB planned | compiled | off "
         "| sent MiB |",

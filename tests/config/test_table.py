@@ -89,7 +89,19 @@ def test_the_text_of_an_entry_point_has_its_fields_and_no_others(tree):
         ),
         (None, True, (True, False), (1, "True"), "True or False"),
     ],
-    ids=str,
+    ids=[
+        "count",
+        "from 0",
+        "share",
+        "above 0",
+        "between",
+        "below",
+        "off or above",
+        "seed",
+        "choices",
+        "rule",
+        "switch",
+    ],
 )
 def test_values_against_a_record(allowed, default, good, bad, says):
     field = Field("x", default, allowed, "")

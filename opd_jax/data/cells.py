@@ -160,7 +160,7 @@ def answer(value: Any) -> str:
     if parts := marked(answer):
         answer = parts[1]
         if not answer:
-            raise Unusable("has no answer behind ####")
+            raise Unusable("has no answer after ####")
     return _written_out(answer)
 
 

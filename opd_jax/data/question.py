@@ -16,7 +16,7 @@ from opd_jax.data.cells import Turns, Unusable
 from opd_jax.data.files import Row
 from opd_jax.data.problem import History
 
-BEFORE, BEHIND, CHOICES = ("context", "passage"), ("input",), ("choices", "options")
+BEFORE, AFTER, CHOICES = ("context", "passage"), ("input",), ("choices", "options")
 HISTORY = "history"
 SYSTEM = ("system", "system_prompt")
 UNSEEN = ("images", "image", "videos", "video", "audios", "audio")  # these models read text
@@ -78,10 +78,10 @@ def read_question(
         )
         system, parts = cells.unicode(system), [where, *parts] if where else parts
     last = _last_user(turns)
-    behind = len(turns) - 1 - last
-    if behind > 1:
-        raise Unusable(f"ends in {behind} assistant turns, wanted at most one")
-    if behind and not alone and column not in answered:
+    answers_after = len(turns) - 1 - last
+    if answers_after > 1:
+        raise Unusable(f"ends in {answers_after} assistant turns, wanted at most one")
+    if answers_after and not alone and column not in answered:
         raise Unusable(
             "ends in an assistant turn, which a prompt cannot keep (a solution can: name the column as "
             "that too)"
@@ -112,7 +112,7 @@ def _last_user(turns: Turns) -> int:
     """Return the index of the last user turn, in turns without the first system turn."""
     roles = [role for role, _ in turns]
     if "system" in roles:
-        raise Unusable("has a system turn behind its first turn")
+        raise Unusable("has a system turn after its first turn")
     if "user" not in roles:
         raise Unusable("has no user turn")
     return len(roles) - 1 - roles[::-1].index("user")
@@ -121,7 +121,7 @@ def _last_user(turns: Turns) -> int:
 def _joined(text: str, row: Row) -> tuple[str, list[str], list[tuple[str, str]]]:
     """Join a question with its other columns; return the text, all columns ("" for its own), the choices."""
 
-    def beside(names: tuple[str, ...]) -> list[tuple[str, str]]:
+    def columns_of(names: tuple[str, ...]) -> list[tuple[str, str]]:
         there = [name for name in names if _says(row.get(name)) and row[name] != text]
         for name in there:
             if not isinstance(row[name], str):
@@ -130,7 +130,7 @@ def _joined(text: str, row: Row) -> tuple[str, list[str], list[tuple[str, str]]]
                 )
         return [(name, cells.unicode(row[name])) for name in there]
 
-    pieces = [*beside(BEFORE), ("", text), *beside(BEHIND)]
+    pieces = [*columns_of(BEFORE), ("", text), *columns_of(AFTER)]
     names, value = _choices_of(row)
     choices: list[tuple[str, str]] = []
     if names:

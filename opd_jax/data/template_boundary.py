@@ -152,8 +152,8 @@ def notes(role: str, tokenizer: Tokenizer) -> list[str]:
     begun = opening(tokenizer.render("?"), closed=tokenizer.has_template)
     if is_open(begun):
         lines.append(
-            f"{role}: prompts end in {begun!r}; golden solutions go on behind it, and texts of "
-            "responses are written with it"
+            f"{role}: prompts end in {begun!r}; golden solutions continue after it, and texts "
+            "of responses are written with it"
         )
     elif begun:
         lines.append(f"{role}: prompts end in {begun!r}: the thoughts are closed")

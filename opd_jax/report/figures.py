@@ -121,7 +121,7 @@ def _signals(runs: Sequence[Run]) -> Figure:
         runs, "signals", "What the teacher's signal does: log-probs, advantage, length",
         f"Means over response tokens ({STABLE}, Fig. 3). At the onset of a collapse both log-probs become "
         "less negative, the teacher's more than the student's, so the advantage rises together with the "
-        "length: a rising advantage beside a rising length is no success.",
+        "length: a rising advantage with a rising length is no success.",
         [("score/student_logprob_mean", "Student's log-prob of its tokens", "nats a token"),
          ("score/teacher_logprob_mean", "Teacher's log-prob of these", "nats a token"),
          ("score/advantage_mean", "Advantage, teacher less student", "nats a token"),
@@ -282,8 +282,8 @@ def _time(runs: Sequence[Run]) -> Figure:
             missing.append(f"{label(i, run)} logged no times.")
     shared = _overlaid(
         runs, "", "", "",
-        [(f"speed/{name}_tokens_per_s", f"Speed of {told}", "tokens a second")
-         for name, told in (("rollout", "sampling"), ("score", "scoring"), ("update", "the update"))]
+        [(f"speed/{name}_tokens_per_s", f"Speed of {stage}", "tokens a second")
+         for name, stage in (("rollout", "sampling"), ("score", "scoring"), ("update", "the update"))]
         + [("memory/peak_gib", "Peak memory so far", "GiB")],
     )  # fmt: skip
     return Figure(
@@ -319,8 +319,8 @@ def _overlaid(
             if lacking:
                 who = f"not in {', '.join(lacking)}" if lines else "in no run"
                 missing.append(f"{heading}: {who} ({key})")
-    told = [f"Left out: {'; '.join(missing)}."] if missing else []
-    return Figure(name, title, text, panels, told)
+    notes = [f"Left out: {'; '.join(missing)}."] if missing else []
+    return Figure(name, title, text, panels, notes)
 
 
 def _has(run: Run, key: str) -> bool:

@@ -208,7 +208,7 @@ def test_notes_name_what_the_prompts_do(tmp_path):
     assert notes(made.LLAMA2, "llama2") == []  # needs no opening
     for template, name in ((made.OPENS, "opens"), (made.R1, "r1"), (made.QWEN3, "qwen3")):
         (line,) = notes(template, name)
-        assert line.startswith("teacher: prompts end in '<think>\\n'; golden solutions go on")
+        assert line.startswith("teacher: prompts end in '<think>\\n'; golden solutions continue")
     (line,) = notes(made.CLOSES, "off", enable_thinking=False)
     assert line.startswith(f"teacher: prompts end in {EMPTY!r}: the thoughts are closed")
     (line,) = notes(made.TURNS, "turns")

@@ -50,7 +50,7 @@ def test_solutions_that_cannot_be_made_right_are_refused_or_counted(
 @pytest.mark.parametrize(
     ("template", "says"),
     [
-        (OPENS, r"student: prompts end in '<think>\\n'; golden solutions go on behind it"),
+        (OPENS, r"student: prompts end in '<think>\\n'; golden solutions continue after it"),
         (TURNS, "note: student: the chat template has no generation prompt"),
         (LLAMA3, "student: the chat template prints the date: that of data.date=20"),
     ],

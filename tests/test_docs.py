@@ -66,7 +66,7 @@ def defined(launcher: str) -> dict[str, str]:
             else:  # launch/bench.py has one of each peer
                 names |= {f"{peer}_python": "" for peer in ("trl", "tunix")}
         elif node.func.attr == "define_config":
-            names["config"] = node.args[0].value
+            names |= {"config": node.args[0].value, "fields": ""}
         elif node.func.attr == "define_flags":  # of opd_jax/tools/sweep.py
             names |= dict.fromkeys(("out", "seeds", "steps", "only"), "")
         elif node.func.attr == "define_processes":

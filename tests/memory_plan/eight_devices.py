@@ -67,7 +67,7 @@ def test_planned_bytes_are_those_of_compiled_programs(mesh):
     for kind, program in verify.widest(programs, planned).items():
         found = real.compile_for(program, None).memory_analysis()
         arguments, temporaries = found.argument_size_in_bytes, found.temp_size_in_bytes
-        assert planned[kind].argument_bytes == pytest.approx(arguments, rel=0.05), kind
+        assert planned[kind].argument_bytes == pytest.approx(arguments, rel=0.01), kind
         assert planned[kind].temporary_bytes == pytest.approx(temporaries, rel=0.2), kind
 
 

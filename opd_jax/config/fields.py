@@ -237,7 +237,7 @@ SECTIONS = (
               "What a layer recomputes in the backward pass: nothing (none), all but what fused attention "
               "returned (attention), all but that and its matrix products (dots), or everything (full)."),
     )),
-    Section("mesh", "Devices (docs/several_devices.md).", (
+    Section("mesh", "Devices (docs/multi_gpu.md).", (
         Field("data", -1, Range(1, also=(-1,)),
               "Rows are divided over data x fsdp devices; -1 = as many as there are devices for."),
         Field("fsdp", 1, COUNT, "Devices that hold slices of the sharded models."),

@@ -107,14 +107,14 @@ def data_size(section: Any, devices: int) -> int:
     rest = section.fsdp * section.tensor
     data = devices // rest if section.data == -1 else section.data
     if data * rest != devices:
-        asked = f"mesh.data={section.data}, mesh.fsdp={section.fsdp}, mesh.tensor={section.tensor}"
+        axes = f"mesh.data={section.data}, mesh.fsdp={section.fsdp}, mesh.tensor={section.tensor}"
         wanted = f"a multiple of {rest}" if section.data == -1 else str(data * rest)
         fits = math.gcd(devices, section.tensor)
         fix = "--config.mesh.data=-1"
         if devices % rest:
             fix += f" --config.mesh.fsdp=1 --config.mesh.tensor={fits}"
         raise ConfigError(
-            f"{asked} asks for {wanted} devices, here are {devices}; set {fix}, or start on as many"
+            f"{axes} needs {wanted} devices, and this run has {devices}; set {fix}, or start it on that many devices"
         )
     return data
 

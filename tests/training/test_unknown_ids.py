@@ -42,7 +42,7 @@ def unknown(config, **changes):
     return config
 
 
-SAYS = r"'<think>', id 308, wanted ids below 308, the rows of the {}'s embedding; take"
+SAYS = r"'<think>', id 308, wanted ids below 308, the rows of the {}'s embedding; remove"
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def test_the_config_of_a_run_lacks_what_is_new_and_takes_overrides(run, tmp_path
     old = tmp_path / "old"
     old.mkdir()
     kept = json.loads((run / "config.json").read_text())
-    del kept["probe"], kept["rollout"]["slots"]
+    del kept["rollout"]["slots"]
     kept["rollout"]["temperature"] = 0.5
     kept["scoring"]["mask_first"] = ["<", "think"]
     kept["loss"]["forgotten"] = 1

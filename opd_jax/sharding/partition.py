@@ -114,7 +114,8 @@ def data_size(section: Any, devices: int) -> int:
         if devices % rest:
             fix += f" --config.mesh.fsdp=1 --config.mesh.tensor={fits}"
         raise ConfigError(
-            f"{axes} needs {wanted} devices, and this run has {devices}; set {fix}, or start it on that many devices"
+            f"{axes} needs {wanted} devices, and this run has {devices}; set {fix}, or start it on that "
+            "many devices"
         )
     return data
 

@@ -210,7 +210,9 @@ def test_the_embedded_pair(tmp_path):
     assert teacher["figures"]["advantage_right"] > teacher["figures"]["advantage_wrong"]
     assert teacher["conclusion"].startswith("Worth training")
     config = opd.get_config()
-    config.probe.problems = 256  # of 64 half are left behind long prefixes: the gain is then +-9 points
+    config.probe.problems = (
+        256  # of 64 half are left behind long prefixes: the gain is then +-9 points
+    )
     depths = probe.run("continuation", config, command=["test"])["depths"]
     gains = [row["gain"]["value"] for row in depths]
     assert gains[0] > 0.4

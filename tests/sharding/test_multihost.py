@@ -116,6 +116,7 @@ def alone(tmp_path_factory) -> pathlib.Path:
     return folder / "run"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_two_processes_killed_and_resumed_match_the_run_of_one(alone, tmp_path):
     workdir = tmp_path / "run"
@@ -137,6 +138,7 @@ def test_two_processes_killed_and_resumed_match_the_run_of_one(alone, tmp_path):
     assert again.end() == 0, again.said
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_process_that_is_lost_ends_the_other(tmp_path, victim):
@@ -151,6 +153,7 @@ def test_a_process_that_is_lost_ends_the_other(tmp_path, victim):
     pair[victim].end()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("requested", [0, 1])
 def test_one_that_is_asked_to_end_ends_all_at_the_same_step(alone, tmp_path, requested):
@@ -172,6 +175,7 @@ def test_one_that_is_asked_to_end_ends_all_at_the_same_step(alone, tmp_path, req
     assert_same_runs(workdir, alone)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_processes_with_other_configs_are_refused_by_all(tmp_path):
     began = time.monotonic()

@@ -71,6 +71,7 @@ def test_cpu_suite_at_toy_shapes(tmp_path):
     assert all(row.tokens_per_s and row.fraction and row.peak_gib for row in timed)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_h200_suite_at_toy_shapes(tmp_path):
     rows = h200.run(Options(out=tmp_path / "h200.json", repeats=1, dry=True))

@@ -200,6 +200,7 @@ def test_the_last_batch_has_the_shapes_of_the_others(small, monkeypatch):
     assert len(report["records"]) == 7
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_embedded_pair(tmp_path):
     """The teacher is worth training with, and helps less the deeper the student's prefix."""

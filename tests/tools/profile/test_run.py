@@ -9,6 +9,7 @@ import pytest
 from tests.support.paths import ROOT
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_profile_of_tiny_adds_up(tmp_path):
     folder = tmp_path / "run"

@@ -4,10 +4,7 @@ Names of TRL, verl, OpenRLHF, NeMo-RL, ms-swift, tinker-cookbook and transformer
 set by such a name: the same word means different things to different programs (`beta`, `batch_size`).
 """
 
-import dataclasses
-from collections.abc import Mapping
-
-WORKDIR, MODEL = "--workdir", "--model"  # flags and no fields
+WORKDIR = "--workdir"  # a flag and no field
 OPTIMIZER = "AdamW"  # a choice that is not there
 
 _NAMES = {
@@ -76,55 +73,3 @@ _NAMES = {
     "checkpoint_dir resume_from_checkpoint run_name experiment_name",
 }
 FIELDS = {alias: ours.split() for ours, aliases in _NAMES.items() for alias in aliases.split()}
-
-
-@dataclasses.dataclass(frozen=True)
-class Reads:
-    """What of the config an entry point reads: only these fields are named to who misspells one.
-
-    Attributes:
-      fields: beginnings of their names.
-      instead: field of training -> the one that has its place here.
-    """
-
-    fields: tuple[str, ...] = ("",)
-    instead: Mapping[str, str] = dataclasses.field(default_factory=dict)
-
-    def of(self, known: list[str]) -> list[str]:
-        """The fields among `known` that are read."""
-        return [field for field in known if field.startswith(self.fields)]
-
-
-TRAINING = Reads()
-_PROMPTS = ("seed", "data.columns.", "data.bad_rows", "data.prompt_template", "data.system_prompt",
-            "data.date", "grading.", "metrics.repetition_")  # fmt: skip
-_KINDS = ("dtype", "rope_theta", "max_position", "chat_template", "enable_thinking")
-SAMPLING = Reads(
-    (*_PROMPTS, "data.train", "data.size", "data.teacher_", "rollout.max_", "sample.", "teacher.path",
-     *(f"teacher.{name}" for name in _KINDS)),
-    {
-        "student.path": "teacher.path",
-        "student.dtype": "teacher.dtype",
-        "rollout.prompts_per_step": "sample.batch",
-        "rollout.samples_per_prompt": "sample.samples",
-        "rollout.max_response_tokens": "sample.max_response_tokens",
-        "rollout.temperature": "sample.temperature",
-        "rollout.slots": "sample.slots",
-    },
-)  # fmt: skip
-EVALUATION = Reads(
-    (*_PROMPTS, "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.student", "eval.problems", "eval.samples",
-     "eval.temperature", "eval.top_", "eval.match", "eval.fallbacks", "eval.max_response_tokens",
-     "eval.slots", "eval.benchmarks", "eval.any_size", "eval.batch", "eval.backbone",
-     *(f"student.{name}" for name in _KINDS)),
-    {
-        "student.path": MODEL,
-        "data.train": "eval.benchmarks",
-        "eval.data": "eval.benchmarks",
-        "rollout.prompts_per_step": "eval.batch",
-        "rollout.samples_per_prompt": "eval.samples",
-        "rollout.max_response_tokens": "eval.max_response_tokens",
-        "rollout.temperature": "eval.temperature",
-        "rollout.slots": "eval.slots",
-    },
-)  # fmt: skip

@@ -21,7 +21,6 @@ from opd_jax.aot import Program
 from opd_jax.memory_plan import resident
 from opd_jax.memory_plan.workload import Workload
 from opd_jax.models import attention
-from opd_jax.models.end_tokens import Events
 from opd_jax.sharding.mesh import ONE, Mesh
 from opd_jax.training.objective import make_terms
 from opd_jax.training.step_functions import StepSpec, make_step_functions
@@ -60,12 +59,8 @@ def compile_for(program: Program, place: Place | None, *, gpu: bool = False) -> 
 
 
 def placed(program: Program, place: Place) -> Program:
-    """Return the program with its arrays where `place` puts them; other arguments stay."""
-    kwargs = {
-        name: place(value) if hasattr(value, "shape") or isinstance(value, Events) else value
-        for name, value in program.kwargs.items()
-    }
-    return Program(program.name, program.function, place(program.args), kwargs)
+    """Return the program with its arguments where `place` puts them; keyword arguments are static."""
+    return Program(program.name, program.function, place(program.args), program.kwargs)
 
 
 def on_gpu(target: pathlib.Path) -> Place:

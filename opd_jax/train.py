@@ -27,7 +27,7 @@ from opd_jax.sharding import multihost
 from opd_jax.training import collapse_guard, nonfinite, precompile
 from opd_jax.training.setup import Setup, make_setup
 from opd_jax.training.step import Step, StepState, Summary, require_equal_replicas
-from opd_jax.training.step_functions import make_step_functions
+from opd_jax.training.step_functions import StepFunctions, make_step_functions
 from opd_jax.training.weights import Weights, load_weights
 from opd_jax.types import TrainState
 from opd_jax.workdir import console
@@ -89,7 +89,8 @@ def run(
     if multihost.first():
         print(*planning.say(plan), sep="\n", flush=True)
     planning.require_fit(plan)
-    _require_disk(setup, folder, first or 0)
+    functions = make_step_functions(setup.spec)
+    _require_disk(functions, folder, first or 0)
     _end_if_requested(stop, "before anything was loaded")
     with failures.explained(folder, plan):
         # A broken file is refused before anything is written.
@@ -106,7 +107,7 @@ def run(
         ):
             if multihost.first():  # only process 0 grades
                 grader.start()
-            training = _Run(setup, weights, folder, grader, saved, stop)
+            training = _Run(setup, functions, weights, folder, grader, saved, stop)
             with contextlib.closing(training.log), contextlib.closing(training.samples):
                 return training.loop()
 
@@ -117,6 +118,7 @@ class _Run:
     def __init__(
         self,
         setup: Setup,
+        functions: StepFunctions,
         weights: Weights,
         folder: pathlib.Path,
         grader: Grader,
@@ -126,7 +128,7 @@ class _Run:
         config = setup.config
         self.setup, self.config, self.folder = setup, config, folder
         self.saved, self.stop = saved, stop
-        self.weights, self.functions = weights, make_step_functions(setup.spec)
+        self.weights, self.functions = weights, functions
         self.step = Step(setup, self.functions, weights, grader, folder)
         self.held_out = HeldOut(setup, self.functions, weights, folder, grader)
         self.batches = data.make_batches(
@@ -340,15 +342,16 @@ def _schedule_moved(folder: pathlib.Path, config: ConfigDict) -> list[str]:
     ]
 
 
-def _require_disk(setup: Setup, folder: pathlib.Path, first: int) -> None:
+def _require_disk(functions: StepFunctions, folder: pathlib.Path, first: int) -> None:
     """Raise WorkdirError where the disk cannot hold all checkpoints that exist at one time."""
-    section = setup.config.checkpoint
-    remaining = math.ceil((setup.config.steps - first) / (section.every or setup.config.steps))
+    config = functions.spec.config
+    section = config.checkpoint
+    remaining = math.ceil((config.steps - first) / (section.every or config.steps))
     existing = multihost.from_first(lambda: len(manifest.steps(folder / "checkpoints")))
     copies = max(min(section.keep + 1 - existing, remaining), min(remaining, 1))
     # The best one is removed only when a better one is complete, so two may exist.
-    copies += 2 if setup.config.eval.best and remaining else 0
-    size = checkpoint.bytes_of(make_step_functions(setup.spec).abstract_state())
+    copies += 2 if config.eval.best and remaining else 0
+    size = checkpoint.bytes_of(functions.abstract_state())
     manifest.require_room(folder, size, copies, what=f"a run with checkpoint.keep={section.keep}")
 
 

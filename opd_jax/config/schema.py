@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import pathlib
 import re
 from typing import Any
 
@@ -105,6 +106,11 @@ def explain(error: Exception, arguments: list[str], tree: Tree = TRAINING) -> Co
         return ConfigError(
             f"the config file sets {match[1]!r}, which is not a field; {suggest(match[1], tree)}"
         )
+    if match := re.search(r"No such file or directory: '([^']+)'", last):
+        hint = f"did you mean {match[1]}.py?" if pathlib.Path(f"{match[1]}.py").is_file() else (
+            "give an experiment file, such as configs/stable_opd.py"
+        )  # fmt: skip
+        return ConfigError(f"--config={match[1]} does not exist; {hint}")
     return ConfigError(f"--config cannot be read: {last.strip()}")
 
 

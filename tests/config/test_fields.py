@@ -13,6 +13,7 @@ from opd_jax.config.trees import EVALUATION, MODEL, PROBING, SAMPLING, TRAINING,
 from opd_jax.config.validate import validate
 from opd_jax.errors import ConfigError
 from opd_jax.training.objective import make_terms
+from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.short
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "configs"
@@ -404,3 +405,17 @@ def test_grpo_needs_no_teacher_and_takes_one_with_its_own_advantage():
 def test_unknown_recipe_names_the_nearest():
     with pytest.raises(ConfigError, match="did you mean 'tiny'"):
         stable_opd.get_config("tyni")
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("configs/opd", "did you mean configs/opd.py?"),
+        ("nowhere", "give an experiment file, such as "),
+    ],
+)
+def test_an_experiment_file_that_is_not_there(name, hint, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    missing = FileNotFoundError(2, "No such file or directory", name)
+    said = str(configuration.explain(missing, [f"--config={name}"]))
+    assert said.startswith(f"--config={name} does not exist; {hint}")

@@ -70,12 +70,18 @@ class Unusable(Exception):
 
 
 def holds(value: Any) -> bool:
-    """Return whether a cell holds a value: not null, NaN, a blank, or a list or object of only these."""
-    if isinstance(value, str):
-        return bool(value.strip())
-    if isinstance(value, list | dict):
-        return any(map(holds, value.values() if isinstance(value, dict) else value))
-    return value is not None and value == value  # NaN is not
+    """Return whether a cell holds a value: not null, NaN, a blank, or a list or object of only these.
+
+    A file may nest deeper than Python recurses, so the values are visited in a loop.
+    """
+    to_visit = [value]
+    while to_visit:
+        inner = to_visit.pop()
+        if isinstance(inner, list | dict):
+            to_visit += inner.values() if isinstance(inner, dict) else inner
+        elif inner.strip() if isinstance(inner, str) else inner is not None and inner == inner:
+            return True  # NaN differs from itself
+    return False
 
 
 def text(value: Any) -> str:

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from opd_jax.data import cells
 from opd_jax.data.columns import (
     UNFINISHED,
     WRONG,
@@ -376,3 +377,13 @@ def test_a_placeholder_in_a_named_column_is_no_answer():
     error = refused(row, columns=Columns(answer="a"), need_answer=True)
     assert "column 'a' is the placeholder 'notfound'" in str(error)
     assert error.reason == "no answer"
+
+
+def test_a_cell_nested_deeper_than_python_recurses_holds_what_is_inside():
+    def nested(inner):
+        for _ in range(5000):
+            inner = [inner]
+        return inner
+
+    assert cells.holds(nested("x"))
+    assert not cells.holds(nested(" "))

@@ -136,7 +136,7 @@ def test_the_second_signal_ends_the_process_and_its_echo_does_not():
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=10)
     assert process.returncode == AGAIN
-    assert "SIGTERM again: left at once; run the same command again" in said
+    assert "SIGTERM again: ended at once; run the same command again" in said
 
 
 @pytest.mark.slow

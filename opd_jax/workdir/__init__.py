@@ -1,4 +1,4 @@
-"""The folder of a run: its files, its console, the trackers beside it, and the request to stop."""
+"""The workdir of a run: files, console output, experiment trackers, and graceful shutdown."""
 
 from opd_jax.workdir.folder import (
     check,

@@ -1,4 +1,4 @@
-"""Small files that appear complete or not at all, whenever the process is killed."""
+"""Atomic writes of small files: a reader sees a complete file or none, even if the process is killed."""
 
 import contextlib
 import json
@@ -12,29 +12,29 @@ from opd_jax.errors import WorkdirError
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[IO[bytes]]:
-    """A file that replaces `path` when the block ends without an error: readers see the old or the new."""
-    beside = path.with_name(path.name + ".tmp")
-    with beside.open("wb") as file:
+    """Yield a file that replaces `path` atomically when the block ends without an error."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
         yield file
         file.flush()
-        os.fsync(file.fileno())  # the name must not be on the disk before what it names
-    beside.replace(path)
+        os.fsync(file.fileno())  # the contents must reach the disk before the new name does
+    temporary.replace(path)
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-    """Replace `path` by a file that holds `text`, in UTF-8."""
+    """Replace `path` atomically by a file with `text` in UTF-8."""
     with replacing(path) as file:
         file.write(text.encode())
 
 
 def write_json(path: pathlib.Path, value: Any, *, indent: int | None = None) -> None:
-    """`write_text` of a value as JSON."""
+    """Write a value as JSON, atomically."""
     write_text(path, json.dumps(value, indent=indent) + "\n")
 
 
 @contextlib.contextmanager
 def reported(path: str | pathlib.Path, advice: str) -> Iterator[None]:
-    """Turn an error of the operating system into a WorkdirError: `path`, the reason, the advice."""
+    """Turn an OSError of the block into a WorkdirError with `path`, the reason and the advice."""
     try:
         yield
     except WorkdirError:

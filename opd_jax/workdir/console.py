@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on, and the table it ends with."""
+"""Console output: the progress line of a run, and the table at its end."""
 
 import collections
 import os
@@ -8,17 +8,17 @@ from collections.abc import Collection, Sequence
 
 
 class Progress:
-    """The live display: one line that redraws itself on a terminal, plain lines elsewhere."""
+    """The progress display: one line that is redrawn on a terminal, separate lines elsewhere."""
 
     def __init__(self, steps: int, first: int, *, silent: bool = False):
         self._silent = silent
         self._steps, self._first = steps, first
         self._live = sys.stdout.isatty()
-        self._said = 0.0
-        self._recent: collections.deque[float] = collections.deque(maxlen=20)  # seconds a step
+        self._printed_at = 0.0
+        self._recent: collections.deque[float] = collections.deque(maxlen=20)  # seconds per step
 
     def step(self, step: int, row: dict[str, float]) -> None:
-        """Show a finished step: rates, the figures to watch, and the time left."""
+        """Show a finished step: its metrics, its duration, and the estimated time left."""
         shown = [f"step {step:>{len(str(self._steps))}}/{self._steps}"]
         shown.append(f"{row['time/step_s']:.2f} s/step")
         if step > self._first + 1:  # the first step is mostly compilation
@@ -38,32 +38,34 @@ class Progress:
         self.show("  ".join(shown), always=step in (self._first + 1, self._steps))
 
     def show(self, line: str, *, always: bool) -> None:
-        """The line of the moment; where lines stay, one in ten seconds, and those that `always` show."""
+        """Redraw the progress line. Where lines are not redrawn, print at most one in ten seconds,
+        unless `always` is set.
+        """
         if self._silent:
             return
         if self._live:
             width = os.get_terminal_size().columns
             print("\r\x1b[K" + line[: width - 1], end="", flush=True)
-        elif always or time.monotonic() - self._said > 10:
+        elif always or time.monotonic() - self._printed_at > 10:
             print(line, flush=True)
-            self._said = time.monotonic()
+            self._printed_at = time.monotonic()
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line that the progress display does not overwrite."""
         if not self._silent:
             print(("\r\x1b[K" if self._live else "") + text, flush=True)
 
 
 def headline(summary: dict[str, float]) -> str:
-    """The one or two figures of an evaluation that a run shows on the way."""
+    """Return the main figures of an evaluation in one line, for the output during a run."""
     shown = {"accuracy": "held-out accuracy", "matched": "answers that match"}
     return ", ".join(f"{text} {summary[key]:.1%}" for key, text in shown.items() if key in summary)
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:
-    """The closing table: who, accuracy with standard error, TruncRate, RepRate, mean length.
+    """Return the table of a run's evaluations: accuracy ± standard error, TruncRate, RepRate, mean length.
 
-    A column `match` stands in it where answers were held against `eval.match`.
+    It has a column `match` where responses were compared with `eval.match`.
     """
     columns = {
         "accuracy": lambda row: f"{row['accuracy']:.1%} ± {row['stderr']:.1%}",
@@ -77,14 +79,14 @@ def table(rows: dict[str, dict[str, float]]) -> str:
             del columns[name]
     width = {name: 16 if name == "accuracy" else max(len(name) + 3, 9) for name in columns}
     lines = [" " * 16 + "".join(f"{name:>{width[name]}}" for name in columns)]
-    for who, row in rows.items():
+    for name, row in rows.items():
         cells = (f"{show(row):>{width[name]}}" for name, show in columns.items())
-        lines.append(f"{who:16}" + "".join(cells))
+        lines.append(f"{name:16}" + "".join(cells))
     return "\n".join(lines)
 
 
 def aligned(rows: Sequence[Sequence[str]], *, left: Collection[int] = (0,)) -> list[str]:
-    """Rows of cells as lines: columns two spaces apart, those in `left` flush left, the others right."""
+    """Format rows of cells as lines. Columns in `left` are left-aligned, the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(

@@ -1,4 +1,7 @@
-"""The workdir is the truth: config.json, run.json, metrics.jsonl, rollouts.jsonl, eval/, checkpoints/."""
+"""The workdir of a run: check it against a config, create it, write config.json and run.json.
+
+A workdir also has metrics.jsonl, rollouts.jsonl, eval/ and checkpoints/.
+"""
 
 import json
 import os
@@ -20,11 +23,11 @@ from opd_jax.config.fields import FIELDS
 from opd_jax.errors import WorkdirError
 from opd_jax.workdir import atomic
 
-# Fields that may differ when a run goes on: they do not touch what is computed.
+# Fields that may change when a run is resumed, because they do not affect training.
 _SAFE = ("steps", "data.epochs", "eval.", "checkpoint.", "log.", "mesh.", "profile.",
          "grading.processes")  # fmt: skip
-# NAME=VALUE where the name says so, USER:PASSWORD@ of an address, and tokens by their looks (Hugging
-# Face, W&B, OpenAI, GitHub).
+# Secrets: NAME=VALUE with a name such as token, USER:PASSWORD@ in a URL, and tokens in the formats of
+# Hugging Face, W&B, OpenAI and GitHub.
 _SECRET = re.compile(
     r"(?i)((?:^|[-_.])(?:token|secret|password|passwd|api_?key|credentials?)=)\S+"
     r"|(://[^/\s:@]*:)[^/\s@]+(?=@)"
@@ -34,47 +37,47 @@ _PACKAGES = ("opd_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "t
              "grain", "ml-collections", "math-verify", "numpy")  # fmt: skip
 
 
-def _before(old: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields that a run of an older version lacks and whose default would change what it computes.
+def _older_values(old: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of fields that a run of an older version lacks, where they differ from the default.
 
-    Any other field that came later had no other value than its default then.
+    Older versions behaved like the default of any other field that was added later.
     """
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     if old.get("loss.kl_estimator") == "k3" and old.get("loss.beta_kl"):
-        found["loss.kl_clamp"] = 0.0
+        values["loss.kl_clamp"] = 0.0
     if old.get("loss.pg_weight") and old.get("loss.group_coef"):
-        found["grading.grader"] = "that of an older version"
-    return found
+        values["grading.grader"] = "that of an older version"
+    return values
 
 
 def _flat(config: ConfigDict) -> dict[str, Any]:
-    """The fields that training reads, as config.json has them."""
+    """Return the fields that training reads, in the representation of config.json."""
     return configuration.flatten(
         json.loads(configuration.to_json(configuration.TRAINING.of(config)))
     )
 
 
-def _counts(name: str) -> bool:
-    """Whether a field in the config.json of a run is one of training; older files also have others."""
+def _is_training_field(name: str) -> bool:
+    """Return whether training reads a field of config.json; older files also have other fields."""
     return name in configuration.TRAINING.fields or name not in FIELDS
 
 
 def check(path: pathlib.Path, config: ConfigDict, *, accept: bool = False) -> list[str]:
-    """Refuse a workdir that cannot be written or belongs to another config; creates nothing.
+    """Check that a workdir can be written and belongs to `config`. Creates nothing.
 
-    Returns the differences that `accept` takes all the same; without it there are none. Raises
-    WorkdirError that names the path or every field that differs.
+    Returns the fields that differ, which are allowed only with `accept`. Raises WorkdirError that names
+    the path or every field that differs.
     """
     if above := obstacle(path):
         raise WorkdirError(
             f"workdir {str(path)!r} cannot be written ({above} is read-only or not a folder); "
-            "give another one with --workdir"
+            "give another folder with --workdir"
         )
     file = path / "config.json"
     if not file.exists():
         if path.exists() and any(path.iterdir()):
             raise WorkdirError(
-                f"workdir {str(path)!r} is not empty and holds no config.json, so it is not a run; "
+                f"workdir {str(path)!r} is not empty and has no config.json, so it is not a run; "
                 "give a new folder with --workdir"
             )
         return []
@@ -83,19 +86,24 @@ def check(path: pathlib.Path, config: ConfigDict, *, accept: bool = False) -> li
     except (ValueError, AttributeError, OSError, RecursionError) as error:
         raise WorkdirError(f"{file} cannot be read ({error}); give a new --workdir") from None
     usual = _flat(configuration.default())
-    old = usual | _before(old) | {name: x for name, x in old.items() if _counts(name)}
+    old = (
+        usual
+        | _older_values(old)
+        | {name: x for name, x in old.items() if _is_training_field(name)}
+    )
     new = _flat(config)
     changed = [text for text in differences(old, new) if not text.startswith(_SAFE)]
     if changed and not accept:
         raise WorkdirError(
             f"workdir {str(path)!r} belongs to another config ({'; '.join(changed)}); "
-            "give a new --workdir, the old values to go on with it, or --accept_changes to go on with these"
+            "give a new --workdir, set the old values to resume it, or give --accept_changes to resume it "
+            "with the new ones"
         )
     return changed
 
 
 def read_config(path: pathlib.Path) -> dict[str, Any]:
-    """What config.json of a run holds, with at least `student.path`. Raises WorkdirError: no run."""
+    """Return the config.json of a run, which has at least `student.path`. Raises WorkdirError: no run."""
     if not path.is_dir():
         raise WorkdirError(
             f"workdir {str(path)!r} does not exist; give the folder that train.py printed first"
@@ -103,13 +111,13 @@ def read_config(path: pathlib.Path) -> dict[str, Any]:
     file = path / "config.json"
     if not file.is_file():
         raise WorkdirError(
-            f"workdir {str(path)!r} holds no config.json, so it is not a run; "
+            f"workdir {str(path)!r} has no config.json, so it is not a run; "
             "give the folder that train.py printed first"
         )
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(config["student"]["path"], str):
-            raise TypeError("student.path is not text")
+            raise TypeError("student.path is not a string")
     except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
         raise WorkdirError(
             f"{file} cannot be read as the config of a run ({error}); "
@@ -119,16 +127,16 @@ def read_config(path: pathlib.Path) -> dict[str, Any]:
 
 
 def date_of(path: pathlib.Path) -> str:
-    """The day that prompts of a run or an evaluation print (`data.date`), "" where none is fixed."""
+    """Return the date in the prompts of a run or an evaluation (`data.date`), "" where none is fixed."""
     try:
-        found = json.loads((path / "config.json").read_text(encoding="utf-8"))["data"]["date"]
-        return found if isinstance(found, str) else ""
+        date = json.loads((path / "config.json").read_text(encoding="utf-8"))["data"]["date"]
+        return date if isinstance(date, str) else ""
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return ""  # not there yet, or without it; what is broken is refused elsewhere
+        return ""  # missing, or without the field; `read_config` reports a damaged file
 
 
 def obstacle(folder: pathlib.Path) -> pathlib.Path | None:
-    """What keeps a folder from being made or written into: the nearest path that exists; or None."""
+    """Return the existing path that prevents creating or writing `folder`, None where nothing does."""
     while not folder.exists():
         folder = folder.parent
     writable = folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
@@ -136,7 +144,7 @@ def obstacle(folder: pathlib.Path) -> pathlib.Path | None:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """`FIELD: OLD there, NEW now` of every field in which two flat configs differ."""
+    """Return `FIELD: OLD there, NEW now` for every field in which two flat configs differ."""
     return [
         f"{name}: {old.get(name)!r} there, {new.get(name)!r} now"
         for name in sorted(old | new)
@@ -145,7 +153,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def provenance(command: list[str]) -> dict[str, Any]:
-    """What is needed, beside the config, to repeat a run: versions, commit, devices, command."""
+    """Return what is needed in addition to the config to repeat a run: versions, commit, devices, command."""
     first = jax.devices()[0]
     return {
         "command": [without_secrets(word) for word in command],
@@ -161,30 +169,32 @@ def provenance(command: list[str]) -> dict[str, Any]:
 
 
 def without_secrets(text: str) -> str:
-    """A word of a command line with what looks like a token or a password taken out."""
+    """Replace tokens and passwords in a word of a command line by ***."""
     return _SECRET.sub(lambda match: f"{match[1] or match[2] or ''}***", text)
 
 
 def create(
     path: pathlib.Path, config: ConfigDict, command: list[str], *, changes: Sequence[str] = ()
 ) -> None:
-    """Make the folder; write config.json, and run.json with what is needed to repeat the run.
+    """Create the folder; write config.json, and run.json with what is needed to repeat the run.
 
-    run.json keeps `changes`, of the config on the way, those of earlier starts before them.
+    run.json also lists the `changes` of the config, after those of earlier starts.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
         run = provenance(command)
-        made = _changes(path / "run.json")
+        history = _changes(path / "run.json")
         if changes:
-            made.append({"at": run["started"], "fields": list(changes)})
-        atomic.write_json(path / "run.json", run | ({"changes": made} if made else {}), indent=2)
+            history.append({"at": run["started"], "fields": list(changes)})
+        atomic.write_json(
+            path / "run.json", run | ({"changes": history} if history else {}), indent=2
+        )
         kept = configuration.TRAINING.of(config)
         atomic.write_text(path / "config.json", configuration.to_json(kept))
     except OSError as error:
         raise WorkdirError(
             f"workdir {str(path)!r} cannot be written ({error.strerror}); "
-            "give another one with --workdir"
+            "give another folder with --workdir"
         ) from None
 
 
@@ -192,16 +202,16 @@ def _changes(file: pathlib.Path) -> list[Any]:
     try:
         return list(json.loads(file.read_text(encoding="utf-8")).get("changes", []))
     except (ValueError, AttributeError, TypeError, OSError, RecursionError):
-        return []  # not there yet, or of no use
+        return []  # missing or damaged
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that results depend on."""
+    """Return the versions of the packages that results depend on."""
     return {name: metadata.version(name) for name in _PACKAGES}
 
 
 def commit() -> str | None:
-    """Commit of the source tree the package runs from, `+` where it has changes; None outside git."""
+    """Return the git commit of the package's source tree, with `+` where it has changes; None outside git."""
     here = pathlib.Path(__file__).parent
     try:
         commit = subprocess.run(

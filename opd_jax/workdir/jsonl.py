@@ -1,6 +1,6 @@
-"""JSON Lines files that grow and resume: metrics and rollouts of a run, answers, samples.
+"""Append-only JSON Lines files that survive a kill: metrics and rollouts of a run, answers, samples.
 
-A file that is opened again goes on behind its last good line; a line that a kill has torn is cut off.
+A file that is opened again is continued after its last complete line; a partial line is removed.
 """
 
 import fcntl
@@ -18,10 +18,10 @@ class JsonlFile:
     """A JSONL file, open for appending; a context manager."""
 
     def __init__(self, path: pathlib.Path, *, elsewhere: str = ""):
-        """Open it, or make it. Raises OSError where it cannot be written.
+        """Open or create the file. Raises OSError where it cannot be written.
 
-        With `elsewhere`, the option that names another place, it is locked as well: raises WorkdirError
-        where another process is at work on it.
+        `elsewhere`: the command-line option that sets another path. With it the file is also locked;
+        raises WorkdirError where another process has the lock.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
@@ -30,7 +30,7 @@ class JsonlFile:
             self._lock(elsewhere)
 
     def lines(self) -> Iterator[tuple[int, Any]]:
-        """(end, value) of every complete line: where it ends in the file; None where it is no JSON."""
+        """Yield (end, value) for every complete line: its end offset in bytes, None where it is not JSON."""
         self._file.seek(0)
         end = 0
         for line in self._file:  # bytes: only a line feed ends a line
@@ -43,16 +43,16 @@ class JsonlFile:
                 yield end, None
 
     def cut(self, end: int) -> None:
-        """Drop what stands behind the first `end` bytes."""
+        """Truncate the file to `end` bytes."""
         self._file.truncate(end)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one object and flush it: a kill of the process does not lose it."""
+        """Append one object and flush it, so that a kill of the process does not lose it."""
         self._file.write(encoded(row))
         self._file.flush()
 
     def append(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Append objects; they are on the disk when this returns."""
+        """Append objects and wait until they are on the disk."""
         self._file.writelines(map(encoded, rows))
         self.sync()
 
@@ -79,20 +79,20 @@ class JsonlFile:
             raise WorkdirError(
                 f"{self.path} is being written by another process; wait for it, or give a new {elsewhere}"
             ) from None
-        except OSError:  # a file system without locks
+        except OSError:  # the file system has no locks
             pass
 
 
 class Lines(JsonlFile):
-    """A JSONL file of a training run: each line holds its `step`, and lines of later steps can be undone."""
+    """A JSONL file of a training run. Each line has its `step`; lines of later steps can be removed."""
 
     def __init__(self, path: pathlib.Path, *, resume_step: int):
-        """Open for appending; lines of steps after `resume_step`, and what follows them, are cut off."""
+        """Open for appending; remove the first line of a step after `resume_step` and all lines after it."""
         super().__init__(path)
         self.cut(self._end(resume_step))
 
     def amend(self, row: dict[str, Any]) -> None:
-        """Add keys to the last line where it has the same step, else append a line."""
+        """Merge keys into the last line if it has the same step, else append a line."""
         begin = end = 0
         last: dict[str, Any] = {"step": None}
         for line_end, value in self.lines():
@@ -103,25 +103,25 @@ class Lines(JsonlFile):
         self.write(row)
 
     def go_back(self, step: int) -> None:
-        """Move the lines of steps after `step` to `NAME.rolled_back.jsonl` beside it; go on after `step`."""
+        """Move the lines of steps after `step` to `NAME.rolled_back.jsonl` in the same folder."""
         end = self._end(step)
         self._file.seek(end)
-        with self.path.with_suffix(".rolled_back.jsonl").open("ab") as aside:
-            shutil.copyfileobj(self._file, aside)
+        with self.path.with_suffix(".rolled_back.jsonl").open("ab") as undone:
+            shutil.copyfileobj(self._file, undone)
         self.cut(end)
 
     def _end(self, step: int) -> int:
-        """How many bytes are lines of steps up to `step`; later ones come behind these."""
+        """Return the offset in bytes at which the lines of steps up to `step` end."""
         end = 0
         for line_end, value in self.lines():
-            if not _is_of(value, step):
+            if not _is_up_to(value, step):
                 break
             end = line_end
         return end
 
 
 class NoLines:
-    """In place of `Lines` in a process that writes nothing."""
+    """Replacement of `Lines` in a process that writes nothing."""
 
     def _nothing(self, *_: Any) -> None:
         """Do nothing."""
@@ -130,12 +130,12 @@ class NoLines:
 
 
 def encoded(value: Any) -> bytes:
-    """One line of a JSONL file. Half a character, which no file can hold, becomes a question mark."""
+    """Encode one line of a JSONL file. A lone surrogate, which UTF-8 lacks, becomes a question mark."""
     return (json.dumps(value, ensure_ascii=False) + "\n").encode(errors="replace")
 
 
-def _is_of(value: Any, step: int) -> bool:
-    """Whether a line is an object of a step up to `step`."""
+def _is_up_to(value: Any, step: int) -> bool:
+    """Return whether a line is an object with a `step` of at most `step`."""
     try:
         return value["step"] <= step
     except (KeyError, TypeError):

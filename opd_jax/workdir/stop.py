@@ -16,8 +16,8 @@ import time
 from opd_jax.errors import AGAIN
 
 GRACE_S = 300.0
-_ONE_S = 1.0  # Ctrl-C reaches a process directly and through the one that waits for it
-_HEARD = (signal.SIGTERM, signal.SIGINT)
+_ONE_S = 1.0  # one Ctrl-C may arrive twice: from the terminal, and from the parent process
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 @dataclasses.dataclass
@@ -37,7 +37,7 @@ class Stop:
     began: float = dataclasses.field(default_factory=time.monotonic)
 
     def limit(self, section: object) -> None:
-        """Take the limits of the config section `checkpoint`."""
+        """Set the limits from the config section `checkpoint`."""
         self.grace_s = section.grace_seconds  # type: ignore[attr-defined]
         minutes: float = section.deadline_minutes  # type: ignore[attr-defined]
         self.deadline_s = 60 * minutes if minutes else math.inf
@@ -50,42 +50,44 @@ class Stop:
 
 
 def listen() -> Stop:
-    """A `Stop` that this process's signals set. Call it in the main thread, before JAX starts."""
+    """Return a `Stop` that this process's signals set. Call it in the main thread, before JAX starts."""
     stop = Stop()
     read, write = os.pipe()
     os.set_blocking(write, False)
-    for number in _HEARD:
+    for number in _SIGNALS:
         signal.signal(number, lambda *_: None)
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-    threading.Thread(target=_hear, args=(stop, read), name="signals", daemon=True).start()
+    threading.Thread(target=_receive, args=(stop, read), name="signals", daemon=True).start()
     return stop
 
 
-def _hear(stop: Stop, pipe: int) -> None:
+def _receive(stop: Stop, pipe: int) -> None:
     first = math.inf
     while numbers := os.read(pipe, 64):
         now = time.monotonic()
         for number in numbers:
-            if number not in _HEARD:
+            if number not in _SIGNALS:
                 continue
             name = signal.Signals(number).name
             if now - first > _ONE_S:
-                _leave(f"{name} again: left at once")
+                _exit(f"{name} again: ended at once")
             elif first == math.inf:
                 first, stop.reason = now, name
-                text = f"left, for what was under way took more than {stop.grace_s:g} s"
-                limit = threading.Timer(stop.grace_s, _leave, [f"{name}: {text}"])
+                text = f"killed, because the step in progress took more than {stop.grace_s:g} s"
+                limit = threading.Timer(stop.grace_s, _exit, [f"{name}: {text}"])
                 limit.daemon = True
                 limit.start()
-                _say(f"{name}: the step in hand is finished and saved; once more ends it at once")
+                _print(
+                    f"{name}: finishing and saving the current step; send it again to end at once"
+                )
 
 
-def _leave(text: str) -> None:
-    _say(f"{text}; run the same command again to go on from the last checkpoint")
+def _exit(text: str) -> None:
+    _print(f"{text}; run the same command again to resume from the last checkpoint")
     os._exit(AGAIN)
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     os.write(
         sys.stderr.fileno(), f"\n{text}\n".encode()
     )  # one write: the main thread may print too

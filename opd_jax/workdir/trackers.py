@@ -1,6 +1,6 @@
-"""metrics.jsonl as it grows, for TensorBoard and Weights & Biases too: the same keys, at the same steps.
+"""metrics.jsonl, copied to TensorBoard and Weights & Biases with the same keys at the same steps.
 
-Both are optional extras and are imported only where a config asks for them. docs/report.md.
+Both are optional extras, imported only where the config enables them. See docs/report.md.
 """
 
 import hashlib
@@ -19,23 +19,23 @@ PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 
 
 class Mirror(Protocol):
-    """Something that is told every line of metrics.jsonl."""
+    """An experiment tracker that receives every line of metrics.jsonl."""
 
     def write(self, step: int, row: dict[str, float]) -> None:
-        """A line without its `step`."""
+        """Log the values of a line; `row` has no key `step`."""
 
     def go_back(self, step: int) -> None:
-        """Lines of steps after `step` no longer count."""
+        """Discard the lines of steps after `step`."""
 
     def close(self) -> None:
-        """No more lines follow."""
+        """Finish; no more lines follow."""
 
 
 class Log(workdir.Lines):
-    """metrics.jsonl, and what the config section `log` wants to be told of it."""
+    """metrics.jsonl, and the trackers that the config section `log` enables."""
 
     def __init__(self, path: pathlib.Path, *, resume_step: int, config: ConfigDict):
-        """Open for appending, as `workdir.Lines` does; the mirrors forget later steps as well."""
+        """Open for appending, as `workdir.Lines` does; the trackers discard later steps too."""
         super().__init__(path, resume_step=resume_step)
         self._mirrors: list[Mirror] = []
         if config.log.tensorboard:
@@ -44,7 +44,7 @@ class Log(workdir.Lines):
             self._mirrors.append(WeightsAndBiases(path.parent, config))
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one object, and tell it."""
+        """Append one object, and log it to the trackers."""
         super().write(row)
         numbers = {key: value for key, value in row.items() if key != "step"}
         for mirror in self._mirrors:
@@ -57,38 +57,38 @@ class Log(workdir.Lines):
             mirror.go_back(step)
 
     def close(self) -> None:
-        """Close the file and the mirrors."""
+        """Close the file and the trackers."""
         super().close()
         for mirror in self._mirrors:
             mirror.close()
 
 
 class TensorBoard:
-    """Event files in a folder. Steps that a resumed run writes again replace those from before."""
+    """Event files in a folder. Steps that a resumed run repeats replace the earlier ones."""
 
     def __init__(self, folder: pathlib.Path, resume_step: int):
-        """Begin a file after those that are there; `resume_step` is the last step that counts of these."""
+        """Begin a new event file; steps after `resume_step` in the existing files are discarded."""
         from tensorboardX import SummaryWriter  # an optional extra
 
         try:
-            again = folder.exists() and any(folder.iterdir())
+            resumed = folder.exists() and any(folder.iterdir())
             self._writer = SummaryWriter(str(folder), filename_suffix=f".{resume_step + 1}")
-            if again:
+            if resumed:
                 self.go_back(resume_step)
         except OSError as error:
             raise WorkdirError(
-                f"{folder} cannot be written ({error.strerror or error}); mend that, or set "
+                f"{folder} cannot be written ({error.strerror or error}); make it writable, or set "
                 "--config.log.tensorboard=False"
             ) from None
 
     def write(self, step: int, row: dict[str, float]) -> None:
-        """One scalar a key, on disk when this returns: a run may be killed at any time."""
+        """Write one scalar per key and flush, because a run may be killed at any time."""
         for key, value in row.items():
             self._writer.add_scalar(key, value, step)
         self._writer.flush()
 
     def go_back(self, step: int) -> None:
-        """An event that makes TensorBoard drop what it has of later steps."""
+        """Write an event that makes TensorBoard discard later steps."""
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
         begin = step + 1
@@ -97,19 +97,19 @@ class TensorBoard:
         writer.add_event(Event(step=begin, session_log=SessionLog(status=SessionLog.START)))
 
     def close(self) -> None:
-        """Write what is left."""
+        """Flush and close the file."""
         self._writer.close()
 
 
 class WeightsAndBiases:
-    """A run of Weights & Biases in the workdir's wandb/, offline unless WANDB_MODE says otherwise.
+    """A run of Weights & Biases in WORKDIR/wandb/, offline unless WANDB_MODE is set.
 
-    A workdir has one run: resuming goes on with it. Steps it has already are dropped by wandb, so
-    those that are done again after a kill, or after a rollback, stay as they were first.
+    A workdir has one run, which a resumed run continues. wandb ignores steps that it already has, so
+    steps that are repeated after a kill or a rollback keep their first values.
     """
 
     def __init__(self, folder: pathlib.Path, config: ConfigDict):
-        """Begin or go on. Keys for the service come from its own login, never from the config."""
+        """Start or continue the run. API keys come from `wandb login`, never from the config."""
         import wandb  # an optional extra
 
         where = str(folder.resolve())
@@ -124,7 +124,7 @@ class WeightsAndBiases:
                 config=config.to_dict(),
                 mode=mode,
                 resume=None if mode == "offline" else "allow",
-                # No command line, no git remote, no environment: these may hold secrets.
+                # No command line, git remote or environment: they may contain secrets.
                 settings=wandb.Settings(
                     console="off",
                     save_code=False,
@@ -134,20 +134,20 @@ class WeightsAndBiases:
                 ),
             )
         except (wandb.errors.Error, ValueError) as error:
-            said = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ConfigError(
-                f"log.wandb={config.log.wandb!r} cannot be logged to ({said}); run `wandb login`, set "
+                f"log.wandb={config.log.wandb!r} cannot be logged to ({reason}); run `wandb login`, set "
                 "WANDB_MODE=offline, or set --config.log.wandb="
             ) from None
 
     def write(self, step: int, row: dict[str, float]) -> None:
-        """One line, unless there is one of its step or a later one."""
+        """Log one line, unless the run already has this or a later step."""
         if step >= self._next:
             self._run.log(row, step=step)
             self._next = step + 1
 
     def go_back(self, step: int) -> None:
-        """Nothing: wandb's history only grows."""
+        """Do nothing: the history of a wandb run is append-only."""
 
     def close(self) -> None:
         """Finish the run."""
@@ -155,12 +155,14 @@ class WeightsAndBiases:
 
 
 def require(config: ConfigDict) -> None:
-    """Refuse a config section `log` that wants a package which is not there. Raises ConfigError."""
+    """Raise ConfigError where the config section `log` enables a package that is not installed."""
     for field, package in PACKAGES.items():
         if not config[field]:
             continue
-        found = importlib.util.find_spec(package)
-        if found is None or found.origin is None:  # a folder wandb/ is not the package
+        spec = importlib.util.find_spec(package)
+        if (
+            spec is None or spec.origin is None
+        ):  # a folder wandb/ in the working directory has no origin
             none = "False" if field == "tensorboard" else ""
             raise ConfigError(
                 f"log.{field}={config[field]} needs {package}, which is not installed; pip install "

@@ -1,4 +1,4 @@
-"""What is measured of a step: rollouts, scores, repetition, time and memory; pure functions of arrays."""
+"""Metrics of a step: rollouts, scores, repetition, time and memory."""
 
 from opd_jax.metrics.correctness import auroc, right_against_wrong, sequence_reward
 from opd_jax.metrics.repetition import (

@@ -4,7 +4,7 @@ import numpy as np
 
 
 def sequence_reward(advantage_BT: np.ndarray, mask_BT: np.ndarray) -> np.ndarray:
-    """Mean of log q - log p over each rollout; [B], nan where no token is scored.
+    """Return the mean of log q - log p over each rollout; [B], nan where no token is scored.
 
     2604.13016, section 6.2.
     """
@@ -16,11 +16,11 @@ def sequence_reward(advantage_BT: np.ndarray, mask_BT: np.ndarray) -> np.ndarray
 def right_against_wrong(
     reward_B: np.ndarray | None, correct_B: np.ndarray, graded_B: np.ndarray | None = None
 ) -> dict[str, float]:
-    """Accuracy, and the teacher's reward (`sequence_reward`) of correct and incorrect answers.
+    """Return the accuracy, and the teacher's reward (`sequence_reward`) of correct and incorrect answers.
 
-    2604.13016, section 6.2 and Fig. 14. The AUROC is the chance that a correct answer has the
-    larger reward than an incorrect one; a class that is empty has no keys. None for the reward: no teacher.
-    Everything is taken over the rollouts in `graded_B` (None = all), whose number is `rollout/graded`.
+    2604.13016, section 6.2 and Fig. 14. The AUROC is the probability that a correct answer has a larger
+    reward than an incorrect one. An empty class has no keys; `reward_B` is None without a teacher.
+    All metrics cover the rollouts in `graded_B` (None = all), whose number is `rollout/graded`.
     """
     graded_B = np.ones(len(correct_B), bool) if graded_B is None else graded_B
     row = {"rollout/graded": float(np.sum(graded_B))}
@@ -40,7 +40,7 @@ def right_against_wrong(
 
 
 def auroc(positive: np.ndarray, negative: np.ndarray) -> float:
-    """P(positive > negative) + P(positive = negative) / 2 over all pairs (Mann-Whitney), exact."""
+    """Return P(positive > negative) + P(positive = negative) / 2 over all pairs (Mann-Whitney), exactly."""
     ordered = np.sort(negative)
     below = np.searchsorted(ordered, positive, side="left").sum()
     up_to = np.searchsorted(ordered, positive, side="right").sum()

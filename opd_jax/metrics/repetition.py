@@ -1,4 +1,4 @@
-"""Repetition: which texts repeat themselves, and which of their tokens do, for metrics and losses."""
+"""Repetition: detect repetitive texts and their repeated tokens, for metrics and losses."""
 
 import dataclasses
 import zlib
@@ -17,9 +17,9 @@ class RepetitionRule:
     """When a text counts as repetitive (2604.08527, section 3.2: L = 10,000, tau = 10).
 
     Attributes:
-      tail: L, how many of the last characters are compressed.
-      threshold: tau, the compression ratio above which they repeat themselves.
-      level: of zlib; the paper calls it "fixed" and does not name it.
+      tail: L, the number of final characters that are compressed.
+      threshold: tau, the compression ratio above which a text is repetitive.
+      level: the compression level of zlib, which the paper calls "fixed" and does not specify.
     """
 
     tail: int
@@ -28,7 +28,7 @@ class RepetitionRule:
 
 
 def make_repetition_rule(section: Mapping[str, Any]) -> RepetitionRule:
-    """The rule of the config section `metrics`."""
+    """Return the rule of the config section `metrics`."""
     return RepetitionRule(
         tail=section["repetition_tail"],
         threshold=section["repetition_threshold"],
@@ -57,7 +57,7 @@ def repetitive(text: str, rule: RepetitionRule) -> bool:
 
 
 def flagged(texts: Sequence[str], rule: RepetitionRule) -> np.ndarray:
-    """`repetitive` of each text; bool [B]."""
+    """Return `repetitive` for each text; bool [B]."""
     return np.fromiter((repetitive(text, rule) for text in texts), bool, len(texts))
 
 
@@ -70,9 +70,9 @@ def repeated_mask(
     ngram: int,
     decode: Callable[[list[int]], str],
 ) -> np.ndarray:
-    """Repetitive tokens of the responses by one of the `RULES`; bool [B, T].
+    """Return a mask of the responses' repetitive tokens by one of the `RULES`; bool [B, T].
 
-    `tail` needs `flagged_B` (metrics.flagged) and `decode`, `ngram` looks at nothing but the ids.
+    `tail` uses `flagged_B` (metrics.flagged) and `decode`; `ngram` uses only the ids.
     """
     if rule == "ngram":
         return ngram_mask(rollout, ngram=ngram)
@@ -82,11 +82,11 @@ def repeated_mask(
 def tail_mask(
     rollout: Rollout, flagged_B: np.ndarray, *, tail: int, decode: Callable[[list[int]], str]
 ) -> np.ndarray:
-    """Tokens of the last `tail` characters of the flagged rollouts; bool [B, T].
+    """Return a mask of the tokens in the last `tail` characters of the flagged rollouts; bool [B, T].
 
-    R of 2604.08527, Eq. (4) and Fig. 4, whose rule for tokens is not published: here all tokens of
-    the tail whose compression flagged the rollout. An end token has no characters and is none of
-    them: it is what ended the repetition.
+    This is R of 2604.08527, Eq. (4) and Fig. 4. The paper's rule for tokens is not published; here R is
+    all tokens of the tail whose compression flagged the rollout. The end token is not in it: it has no
+    characters, and it ended the repetition.
     """
     start_B = rollout.length_B.copy()
     for row in np.flatnonzero(flagged_B).tolist():
@@ -98,13 +98,17 @@ def tail_mask(
 
 
 def tail_start(ids: list[int], *, tail: int, decode: Callable[[list[int]], str]) -> int:
-    """The first token of the last `tail` characters: the last one from which on there are as many.
+    """Return the index of the token at which the last `tail` characters start; 0 for a shorter text.
 
-    0 where the whole text is no longer. By bisection, which decodes every token once. A character of
-    several tokens that a cut runs through is counted more than once: there the tail may begin a few
-    characters late.
+    It is the last token from which on the text has at least `tail` characters. Found by bisection, which
+    decodes every token once. A character that consists of several tokens is counted more than once where
+    the bisection splits it, so the tail may start a few characters late.
     """
-    low, high, beyond = 0, len(ids), 0  # from `high` on there are `beyond` characters: too few
+    low, high, beyond = (
+        0,
+        len(ids),
+        0,
+    )  # from `high` on there are `beyond` characters, fewer than `tail`
     while high - low > 1:
         middle = (low + high) // 2
         characters = len(decode(ids[middle:high])) + beyond
@@ -116,10 +120,10 @@ def tail_start(ids: list[int], *, tail: int, decode: Callable[[list[int]], str])
 
 
 def ngram_mask(rollout: Rollout, *, ngram: int) -> np.ndarray:
-    """Tokens that complete an n-gram already seen in their response; bool [B, T].
+    """Return a mask of the tokens that complete an n-gram seen earlier in their response; bool [B, T].
 
-    2605.11182 (n = 3; its code, `build_token_repetition_mask`). A token that only starts one is not
-    marked: whether it does is known n - 1 tokens later.
+    2605.11182 (n = 3; `build_token_repetition_mask` in its code). The first n - 1 tokens of a repeated
+    n-gram are not marked, because the repetition is known only at its last token.
     """
     tokens_BT = rollout.tokens_BT
     mask_BT = np.zeros(tokens_BT.shape, bool)
@@ -130,8 +134,10 @@ def ngram_mask(rollout: Rollout, *, ngram: int) -> np.ndarray:
     inside_BS = (start_S >= rollout.prompt_length_B[:, None]) & (
         start_S + ngram <= rollout.length_B[:, None]
     )
-    number_BS = np.where(inside_BS, _numbered(tokens_BT, ngram), -1 - start_S)  # these are all new
-    order_BS = np.argsort(number_BS, axis=1, kind="stable")  # equal n-grams side by side, in time
+    number_BS = np.where(inside_BS, _ngram_ids(tokens_BT, ngram), -1 - start_S)  # unique ids
+    order_BS = np.argsort(
+        number_BS, axis=1, kind="stable"
+    )  # equal n-grams become neighbours, in order
     step_BS = np.diff(np.take_along_axis(number_BS, order_BS, axis=1), axis=1, prepend=-starts - 1)
     np.put_along_axis(mask_BT[:, ngram - 1 :], order_BS, step_BS == 0, axis=1)
     return mask_BT
@@ -140,27 +146,27 @@ def ngram_mask(rollout: Rollout, *, ngram: int) -> np.ndarray:
 def repeated_metrics(
     advantage_BT: np.ndarray | None, mask_BT: np.ndarray, repeated_BT: np.ndarray
 ) -> dict[str, float]:
-    """Share of repetitive tokens, and the mean advantage of these and of the others.
+    """Return the fraction of repetitive tokens, and the mean advantage of these and of the other tokens.
 
-    2604.08527, Fig. 4: repetitive tokens have the larger advantage, which is what feeds the collapse.
+    2604.08527, Fig. 4: repetitive tokens have the larger advantage, which drives the collapse.
     """
     repeated = repeated_BT[mask_BT]
     row = {"score/repeated_token_fraction": float(np.mean(repeated)) if repeated.size else 0.0}
     if advantage_BT is not None:
-        for name, of in (("repeated", repeated), ("regular", ~repeated)):
-            if of.any():
-                mean = np.mean(advantage_BT[mask_BT][of], dtype=float)
+        for name, subset in (("repeated", repeated), ("regular", ~repeated)):
+            if subset.any():
+                mean = np.mean(advantage_BT[mask_BT][subset], dtype=float)
                 row[f"score/{name}_token_advantage"] = float(mean)
     return row
 
 
-def _numbered(tokens_BT: np.ndarray, ngram: int) -> np.ndarray:
-    """A number for the n-gram that starts at each token, equal only for equal n-grams; int64 [B, S]."""
+def _ngram_ids(tokens_BT: np.ndarray, ngram: int) -> np.ndarray:
+    """Return an id of the n-gram that starts at each token; equal n-grams have equal ids. int64 [B, S]."""
     windows_BSN = np.lib.stride_tricks.sliding_window_view(tokens_BT, ngram, axis=1)
     vocabulary = int(tokens_BT.max()) + 1
     number_BS, numbers = np.zeros(windows_BSN.shape[:2], np.int64), 1
     for place in range(ngram):
-        if numbers > 2**62 // vocabulary:  # digits in base `vocabulary` no longer fit: count anew
+        if numbers > 2**62 // vocabulary:  # digits in base `vocabulary` would overflow: renumber
             distinct, number = np.unique(number_BS, return_inverse=True)
             number_BS, numbers = number.reshape(number_BS.shape), len(distinct)
         number_BS = number_BS * vocabulary + windows_BSN[:, :, place]

@@ -1,6 +1,6 @@
-"""What a step looked like: pure functions of texts, rollouts and scores, in numpy on the host.
+"""Metrics of a step as pure functions of texts, rollouts and scores, in numpy on the host.
 
-docs/metrics.md lists their keys with their sources. Sums are taken in float64.
+docs/metrics.md lists their keys and sources. Sums are computed in float64.
 """
 
 import dataclasses
@@ -18,15 +18,15 @@ _WORD = re.compile(r"[^\W\d_]+")
 
 @dataclasses.dataclass(frozen=True)
 class Findings:
-    """What is known of a step's rollouts beside the scores; host arrays.
+    """Results about a step's rollouts in addition to the scores; host arrays.
 
     Attributes:
       texts: the responses.
       mask_BT: tokens that are scored (batch.scored_mask).
-      repeated_BT: tokens that repeat earlier ones (repetition.repeated_mask).
-      flagged_B: rollouts that repeat themselves (repetition.flagged).
-      correct_B: rollouts with a correct answer; None where nobody has graded them.
-      graded_B: rollouts of which `correct_B` is known; None for all.
+      repeated_BT: repetitive tokens (repetition.repeated_mask).
+      flagged_B: repetitive rollouts (repetition.flagged).
+      correct_B: rollouts with a correct answer; None where rollouts are not graded.
+      graded_B: rollouts that have a grade; None for all.
     """
 
     texts: Sequence[str]
@@ -47,13 +47,13 @@ def step_metrics(
     hedging: Sequence[str],
     stops_on_repetition: bool = False,
 ) -> dict[str, float]:
-    """The `rollout/*` and `score/*` keys of a step; without a teacher those that need one are absent.
+    """Return the `rollout/*` and `score/*` metrics of a step; without a teacher, only those that need none.
 
     Args:
-      rollout, scores, findings: the step's records.
+      rollout, scores, findings: of the step.
       positions, max_response_tokens: see `score_metrics`.
       hedging: see `hedging_rate`.
-      stops_on_repetition: whether decoding stops rollouts that repeat themselves.
+      stops_on_repetition: whether decoding stops repetitive rollouts.
     """
     mask_BT = findings.mask_BT
     row = rollout_metrics(
@@ -82,10 +82,10 @@ def step_metrics(
 
 
 def truncated(outcome_B: np.ndarray) -> np.ndarray:
-    """1{the budget ran out and no end token was emitted}; bool [B]. (2604.08527, section 3.2).
+    """Return 1{the token budget was used up without an end token}; bool [B]. (2604.08527, section 3.2)
 
-    TruncRate is its mean. An end token in the last slot of the budget is not truncation, and neither
-    is a rollout that was stopped because it repeated itself.
+    TruncRate is its mean. A rollout whose last allowed token is an end token is not truncated, and
+    neither is a rollout that decoding stopped because of repetition.
     """
     return np.asarray(outcome_B) == Outcome.BUDGET
 
@@ -98,9 +98,9 @@ def rollout_metrics(
     *,
     stops_on_repetition: bool = False,
 ) -> dict[str, float]:
-    """Outcomes, lengths, RepRate (mean of `flagged_B`), and how far sampler and scorer disagree.
+    """Return outcomes, lengths, RepRate (mean of `flagged_B`), and the gap of sampler and scorer log-probs.
 
-    The gap of the two is taken over the tokens that are scored, `mask_BT`.
+    The gap covers the scored tokens, `mask_BT`.
     """
     length_B = rollout.response_length_B
     gap = np.abs(np.asarray(student_logprob_BT)[mask_BT] - rollout.sampler_logprob_BT[mask_BT])
@@ -126,16 +126,15 @@ def score_metrics(
     positions: Sequence[int] = (),
     max_response_tokens: int = 0,
 ) -> dict[str, float]:
-    """Means over the scored tokens of the batch, and over those among the first N of each response.
+    """Return means over the scored tokens of the batch, and over those in the first N tokens of responses.
 
-    entropy_gap = mean |H(q) - H(p)|; the overlap figures follow 2604.13016, Eqs. 6-10. Keys
-    `score/NAME`, 0 where no token is scored; and for the N of `positions` below
-    `max_response_tokens`, where there is such a token, `score/first_N/NAME` with
-    `rollout/first_N/tokens`, the number of tokens it is the mean of: two of them give the mean of
-    the tokens between.
+    entropy_gap = mean |H(q) - H(p)|; the overlap metrics follow 2604.13016, Eqs. 6-10. Keys are
+    `score/NAME`, 0 where no token is scored. Each N of `positions` below `max_response_tokens` adds
+    `score/first_N/NAME`, and `rollout/first_N/tokens`, the number of tokens in that mean, unless it
+    is 0. Two values of N give the mean of the tokens between them.
     """
     firsts = [first for first in positions if first < max_response_tokens]
-    part = np.zeros(np.count_nonzero(mask_BT), np.intp)  # how many of `firsts` a token is beyond
+    part = np.zeros(np.count_nonzero(mask_BT), np.intp)  # number of `firsts` <= a token's position
     if firsts:
         assert prompt_length_B is not None  # positions count from the end of the prompt
         part_T = np.searchsorted(firsts, np.arange(mask_BT.shape[1]), side="right")
@@ -143,7 +142,7 @@ def score_metrics(
         part = part_T[position_BT[mask_BT]]
 
     def up_to(weights: np.ndarray | None = None) -> np.ndarray:
-        """Sums over the tokens within each of `firsts`, and over all."""
+        """Return sums over the tokens within each of `firsts`, and over all."""
         return np.cumsum(np.bincount(part, weights, minlength=len(firsts) + 1))
 
     count = up_to()
@@ -161,7 +160,7 @@ def _per_token(scores: Scores) -> dict[str, np.ndarray]:
     gap_BT = None
     if scores.teacher_entropy_BT is not None:
         gap_BT = np.abs(scores.teacher_entropy_BT - scores.student_entropy_BT)
-    found = {
+    values = {
         "advantage_mean": _advantage(scores),
         "student_logprob_mean": scores.student_logprob_BT,
         "teacher_logprob_mean": scores.teacher_logprob_BT,
@@ -174,37 +173,37 @@ def _per_token(scores: Scores) -> dict[str, np.ndarray]:
         "student_overlap_mass": scores.student_overlap_mass_BT,
         "teacher_overlap_mass": scores.teacher_overlap_mass_BT,
     }
-    return {name: np.asarray(x_BT) for name, x_BT in found.items() if x_BT is not None}
+    return {name: np.asarray(x_BT) for name, x_BT in values.items() if x_BT is not None}
 
 
 def _advantage(scores: Scores) -> np.ndarray | None:
-    """log q(y) - log p(y) of the sampled tokens; None without a teacher."""
+    """Return log q(y) - log p(y) of the sampled tokens, None without a teacher."""
     if scores.teacher_logprob_BT is None:
         return None
     return np.asarray(scores.teacher_logprob_BT) - np.asarray(scores.student_logprob_BT)
 
 
 def hedging_rate(texts: Sequence[str], words: Sequence[str]) -> float:
-    """Share of hedging words among the words of all texts; 0 where there is none.
+    """Return the fraction of hedging words among the words of all texts; 0 where there are no words.
 
-    2605.11182: "wait", "but" and "maybe" inflate before the collapse. A word is a run of letters, in
-    any case.
+    2605.11182: "wait", "but" and "maybe" become more frequent before the collapse. A word is a sequence
+    of letters; case is ignored.
     """
-    wanted = {word.lower() for word in words}
+    hedges = {word.lower() for word in words}
     hedging = total = 0
     for text in texts:
-        said = _WORD.findall(text.lower())
-        total += len(said)
-        hedging += sum(map(said.count, wanted))
+        tokens = _WORD.findall(text.lower())
+        total += len(tokens)
+        hedging += sum(map(tokens.count, hedges))
     return hedging / total if total else 0.0
 
 
 def extreme_probability_difference(scores: Scores, mask_BT: np.ndarray) -> float:
-    """p(y) - q(y) of the sampled token with the largest |log q - log p| of each rollout; their mean.
+    """Return the mean over rollouts of p(y) - q(y) at the sampled token with the largest |log q - log p|.
 
-    2604.13016, appendix B.2 and Fig. 19, there for top-k OPD, which knows the advantage of more
-    tokens than the sampled one. Above 0 the teacher likes the token less than the student does.
-    Rollouts without a scored token are left out; at least one must have some.
+    2604.13016, appendix B.2 and Fig. 19, which define it for top-k OPD, where the advantages of more
+    tokens than the sampled one are known. Above 0, the teacher assigns the token a lower probability
+    than the student. Rollouts without a scored token are ignored; at least one must have some.
     """
     student_BT, teacher_BT = (
         np.asarray(x, np.float32) for x in (scores.student_logprob_BT, scores.teacher_logprob_BT)

@@ -24,12 +24,12 @@ class Clock:
         self._last = now
 
     def row(self) -> dict[str, float]:
-        """The `time/*` and `speed/*` keys."""
+        """Return the `time/*` and `speed/*` metrics."""
         return self._row | {"time/step_s": self._last - self._began}
 
 
 def peak_gib() -> float:
-    """Peak memory of the first device, or of the process where the device reports none (CPU)."""
+    """Return the peak memory of the first device, or of the process if the device reports none (CPU)."""
     stats = jax.local_devices()[0].memory_stats() or {}
     peak = stats.get("peak_bytes_in_use")
     if peak is None:
@@ -39,7 +39,7 @@ def peak_gib() -> float:
 
 
 def used_bytes() -> float:
-    """Memory in use now: of the first device, or of the process where the device reports none (CPU)."""
+    """Return the bytes in use on the first device, or by the process if the device reports none (CPU)."""
     stats = jax.local_devices()[0].memory_stats() or {}
     used = stats.get("bytes_in_use")
     if used is not None:

@@ -1,4 +1,4 @@
-"""Some steps of a run, traced: `profile.{start_step,steps}` -> workdir/profile, for xprof and Perfetto."""
+"""Trace the steps that `profile.{start_step,steps}` select to WORKDIR/profile, for xprof and Perfetto."""
 
 import contextlib
 import json
@@ -10,18 +10,18 @@ from collections.abc import Callable, Iterator
 import jax
 
 FOLDER = "profile"
-STEP = "step"  # the span of a whole step
-STAGES = ("rollout", "score", "read", "rows", "update")  # the spans of its stages
-MEMORY = "memory.jsonl"  # the memory timeline, beside the trace
+STEP = "step"  # the name of the span of one step
+STAGES = ("rollout", "score", "read", "rows", "update")  # the names of the spans of its stages
+MEMORY = "memory.jsonl"  # the memory timeline, in the folder of the trace
 _EVERY_S = 0.02
 _DURING = "stage: "
 
 
 @contextlib.contextmanager
 def stage(name: str) -> Iterator[None]:
-    """A named span in the trace of the host, one of `STAGES` or another; almost free without a trace.
+    """Mark a named span in the host's trace, one of `STAGES` or another; almost free when not tracing.
 
-    An error inside carries the name as a note: `stage_of`.
+    An error inside the span gets the name as a note, which `stage_of` reads.
     """
     with jax.profiler.TraceAnnotation(name):
         try:
@@ -32,13 +32,13 @@ def stage(name: str) -> Iterator[None]:
 
 
 def stage_of(error: BaseException) -> str | None:
-    """The innermost stage in which an error was raised."""
+    """Return the innermost stage in which an error was raised."""
     notes = (note for note in getattr(error, "__notes__", ()) if note.startswith(_DURING))
     return next((note.removeprefix(_DURING) for note in notes), None)
 
 
 class Tracer:
-    """Traces steps `start_step` to `start_step + steps - 1` into `workdir/profile`; 0 steps: none."""
+    """Trace steps `start_step` to `start_step + steps - 1` to WORKDIR/profile; with 0 steps, none."""
 
     def __init__(
         self,
@@ -55,10 +55,10 @@ class Tracer:
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Around one step of the run."""
+        """Wrap one step of the run; start and stop the trace where due."""
         if self._first <= number <= self._last and not self._tracing:
             options = jax.profiler.ProfileOptions()
-            options.python_tracer_level = 0  # a line of Python each would drown the rest
+            options.python_tracer_level = 0  # events of every Python call would hide the rest
             jax.profiler.start_trace(str(self._folder), profiler_options=options)
             self._timeline.start()
             self._tracing = True
@@ -80,7 +80,7 @@ class Tracer:
 
 
 class _Timeline:
-    """Memory in use, sampled by a thread every few milliseconds; JSONL of seconds and bytes."""
+    """Memory in use, sampled by a thread every 20 ms, as JSONL of seconds and bytes."""
 
     def __init__(self, file: pathlib.Path, memory: Callable[[], float]):
         self._file, self._memory = file, memory

@@ -19,7 +19,7 @@ from opd_jax.workdir import atomic
 
 
 class Best:
-    """WORKDIR/best/, selected by one metric of the evaluations; `more`: whether a larger value is better."""
+    """WORKDIR/best/, selected by one metric of the evaluations. `more`: a larger value is better."""
 
     def __init__(self, workdir: pathlib.Path, *, metric: str, more: bool):
         self._workdir, self._folder = workdir, workdir / "best"
@@ -27,7 +27,7 @@ class Best:
 
     @property
     def record(self) -> dict[str, Any] | None:
-        """step, metric and value of the kept checkpoint; None without one, or with one by another metric."""
+        """Step, metric and value of the kept checkpoint; None without one, or with one by another metric."""
         file = self._folder / "best.json"
         record = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
         return record if record and record["metric"] == self._metric else None
@@ -43,12 +43,13 @@ class Best:
         """Keep `step` if it is strictly better than the kept one; `save` writes it. Return whether it is.
 
         `comparable`: whether the evaluation of a step had the same settings as this one. A kept step whose
-        evaluation had others is replaced, whatever its value. Raises ConfigError where the evaluation did not
-        measure the metric.
+        evaluation had other settings is replaced, whatever its value. Raises ConfigError where the
+        evaluation did not measure the metric.
         """
         if self._metric not in summary:
             raise ConfigError(
-                f"eval.best={self._metric}, but the held-out problems give only {', '.join(summary)}; set "
+                f"eval.best={self._metric}, but evaluation of the held-out problems gives only "
+                f"{', '.join(summary)}; set "
                 "--config.eval.best to one of these, or --config.eval.data to problems with answers"
             )
         value, kept = summary[self._metric], multihost.from_first(lambda: self.record)

@@ -159,14 +159,14 @@ class Checkpoints:
         except Exception as error:  # they may raise any type of error
             complete = manifest.steps(self._folder)
             previous = (
-                f"that of step {complete[-1]} is complete"
+                f"checkpoint {complete[-1]} is complete"
                 if complete
-                else "there is none before it"
+                else "there is no earlier checkpoint"
             )
             free = manifest.free_bytes(self._workdir) / manifest.GIB
             raise WorkdirError(
                 f"{self._folder / str(self._writing)} could not be written ({_reason(error)}; "
-                f"{free:.2f} GiB free); {previous}: make room, and run the same command again to go on"
+                f"{free:.2f} GiB free); {previous}; make room, and run the same command again to resume"
             ) from error
 
     def extras(self, step: int) -> dict[str, Any]:
@@ -180,11 +180,12 @@ class Checkpoints:
         """Restore the state of `step` with shapes, dtypes and shardings of `state`; set the iterator `data`.
 
         Where `state` has no shardings, the arrays are uncommitted on the default device, like the weights
-        that a run starts from: committed arrays would have every program compiled again.
+        that a run starts from. Committed arrays would make every program compile again.
         """
         committed = all(getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(state))
         try:
-            # Orbax returns host arrays for host arrays; these are never written, and take no memory.
+            # Orbax returns host arrays where the target has host arrays. Those of the target are never
+            # written, so they take no memory.
             target = state
             if not committed:
                 target = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), state)
@@ -193,7 +194,7 @@ class Checkpoints:
         except Exception as error:
             raise WorkdirError(
                 f"{self._folder / str(step)}: cannot be restored ({_reason(error)}); move the folder "
-                "elsewhere to go on from the checkpoint before it"
+                "elsewhere to resume from the checkpoint before it"
             ) from error
         data.set_state(self._iterator(step))
         return restored if committed else jax.tree.map(jnp.array, restored)
@@ -204,8 +205,8 @@ class Checkpoints:
         for file in sorted(folder.glob("process_*.json")):
             return json.loads(file.read_text(encoding="utf-8"))
         raise WorkdirError(
-            f"{folder}: holds no state of the data iterator; restore the folder, or delete checkpoint "
-            f"{step} to go on from the one before"
+            f"{folder}: has no state of the data iterator; restore the folder, or delete checkpoint "
+            f"{step} to resume from the one before"
         )
 
 
@@ -222,36 +223,36 @@ def latest_step(workdir: pathlib.Path) -> int | None:
 def restore_params(
     workdir: pathlib.Path, abstract_params: Any, *, step: int | None = None
 ) -> tuple[int, Any]:
-    """Read only the parameters of a step (default: the newest) -> (step, host arrays).
+    """Read only the parameters of a step (default: the newest); return (step, host arrays).
 
-    `abstract_params` gives their tree and shapes; the optimiser's state is not read.
-    Nothing in the workdir is changed.
+    `abstract_params` has their tree and shapes; the optimizer's state is not read. Nothing in the
+    workdir is changed.
 
-    Raises WorkdirError: no checkpoint, not this step, or one of another model or damaged.
+    Raises WorkdirError where there is no checkpoint of this step, or it is damaged or has another model.
     """
     folder = (workdir / "checkpoints").absolute()
     if not folder.is_dir():
         raise WorkdirError(
-            f"workdir {str(workdir)!r} holds no checkpoints/; wait for the run's first checkpoint, "
-            "or give the workdir of a run"
+            f"workdir {str(workdir)!r} has no checkpoints/; wait for the run's first checkpoint, "
+            "or give the workdir of another run"
         )
     options = ocp.CheckpointManagerOptions(create=False)
     with ocp.CheckpointManager(folder, options=options) as manager:
         steps = sorted(manager.all_steps())
         if not steps:
             raise WorkdirError(
-                f"workdir {str(workdir)!r} holds no finished checkpoint; "
+                f"workdir {str(workdir)!r} has no complete checkpoint; "
                 "wait for the run's first one, or resume the run"
             )
         step = steps[-1] if step is None else step
         if step not in steps:
             raise WorkdirError(
                 f"workdir {str(workdir)!r} has no checkpoint of step {step}; "
-                f"there are those of {', '.join(map(str, steps))}"
+                f"it has those of {', '.join(map(str, steps))}; set --step to one of these"
             )
         if reason := manifest.damage(folder / str(step)):
             raise WorkdirError(
-                f"{folder / str(step)}: damaged ({reason}); take an earlier step with --step"
+                f"{folder / str(step)}: damaged ({reason}); set --step to an earlier step"
             )
         item = {"params": abstract_params}
         host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
@@ -265,7 +266,7 @@ def restore_params(
         except Exception as error:  # Orbax and TensorStore may raise any type of error
             raise WorkdirError(
                 f"{folder / str(step)}: cannot restore the parameters ({_reason(error)}); it is damaged "
-                "or belongs to another model: export an earlier step with --step"
+                "or belongs to another model; set --step to an earlier step"
             ) from error
     params = restored["state"]["params"]
     actual, expected = (
@@ -273,8 +274,8 @@ def restore_params(
     )
     if actual != expected:
         raise WorkdirError(
-            f"{folder / str(step)}: its parameters have other shapes than student.path of "
-            "config.json asks for; restore the model folder that the run started from"
+            f"{folder / str(step)}: its parameters have other shapes than the model at student.path of "
+            "config.json; restore the model folder that the run started from"
         )
     return step, params
 

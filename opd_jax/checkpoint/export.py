@@ -23,16 +23,14 @@ def export(workdir: str, out: str, *, step: int | None = None, dtype: str = "flo
     Args:
       workdir: folder of a run, finished or not.
       out: a new or empty folder.
-      step: of the checkpoint; None for the newest.
-      dtype: of the weights, one of DTYPES.
+      step: step of the checkpoint; None for the newest.
+      dtype: dtype of the exported weights, one of DTYPES.
 
-    Raises an OpdError, and writes nothing: no such workdir or checkpoint, `out` is not empty, the
-    source folder does not exist any more.
+    Raises an OpdError, and writes nothing, where the workdir or checkpoint does not exist, `out` is not
+    empty, or the source folder no longer exists.
     """
     if dtype not in DTYPES:
-        raise ConfigError(
-            f"dtype={dtype!r}, wanted one of {', '.join(DTYPES)}; set --dtype=float32"
-        )
+        raise ConfigError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}; set --dtype=float32")
     models.check_free(out)
     student = read_config(pathlib.Path(workdir))["student"]
     source = student["path"]

@@ -1,7 +1,7 @@
 """Integrity of checkpoints on the disk: sizes and CRC-32 of all files, in a manifest inside each.
 
 Orbax and OCDBT show whether a checkpoint is complete (the folder is renamed last), but not whether a byte
-of its arrays has changed since, or whether files are missing.
+of its arrays has changed since then, or whether files are missing.
 """
 
 import json
@@ -17,10 +17,10 @@ from opd_jax.workdir import atomic
 
 MANIFEST = "manifest.json"
 ASIDE = "set_aside"
-_LEFT = ".orbax-checkpoint-tmp"  # in the names of folders that Orbax does not count as checkpoints
+_PARTIAL = ".orbax-checkpoint-tmp"  # in the names of folders that Orbax ignores
 _ORBAX = "_CHECKPOINT_METADATA"  # written again after everything else is complete
 _CHUNK = 1 << 22
-_SPARE = 32 << 20  # bytes in addition to the arrays: metadata, logs
+_SPARE = 32 << 20  # bytes needed in addition to the arrays, for metadata and logs
 GIB = 2**30
 
 
@@ -52,14 +52,14 @@ def damage(folder: pathlib.Path) -> str | None:
         actual = list(pool.map(lambda name: _sum_or_none(folder / name), expected))
     for name, size_and_sum in zip(expected, actual, strict=True):
         if size_and_sum != expected[name]:
-            return f"{name} is not what was written"
+            return f"{name} has changed since it was written"
     return None
 
 
 def newest(workdir: pathlib.Path) -> tuple[int | None, list[str]]:
     """Return the newest intact checkpoint, None where there is none, and lines about damaged ones.
 
-    Damaged ones are moved to WORKDIR/set_aside/. Of several processes the first checks them.
+    Damaged ones are moved to WORKDIR/set_aside/. With several processes, process 0 checks them.
     """
     step, lines = multihost.from_first(lambda: _newest(workdir))
     return step, lines
@@ -74,7 +74,7 @@ def _newest(workdir: pathlib.Path) -> tuple[int | None, list[str]]:
             return step, lines
         place = _aside(workdir, step)
         (folder / str(step)).rename(place)
-        lines.append(f"warning: checkpoint {step} is damaged ({reason}); set aside as {place}")
+        lines.append(f"warning: checkpoint {step} is damaged ({reason}); moved to {place}")
     return None, lines
 
 
@@ -87,7 +87,7 @@ def steps(folder: pathlib.Path) -> list[int]:
 
 def remove(folder: pathlib.Path, step: int) -> None:
     """Delete a checkpoint; it is renamed first, so that a partial one never counts as complete."""
-    leaving = folder / f"{step}{_LEFT}-removed"
+    leaving = folder / f"{step}{_PARTIAL}-removed"
     shutil.rmtree(leaving, ignore_errors=True)
     (folder / str(step)).rename(leaving)
     shutil.rmtree(leaving, ignore_errors=True)
@@ -96,13 +96,13 @@ def remove(folder: pathlib.Path, step: int) -> None:
 def clear(folder: pathlib.Path) -> None:
     """Remove partial checkpoints that a killed process was writing or deleting."""
     if folder.is_dir():
-        for left in folder.glob(f"*{_LEFT}*"):
+        for left in folder.glob(f"*{_PARTIAL}*"):
             shutil.rmtree(left, ignore_errors=True)
 
 
 def unfinished(folder: pathlib.Path, step: int) -> list[pathlib.Path]:
     """Return the folder that Orbax is writing a step into, if it exists."""
-    return list(folder.glob(f"{step}{_LEFT}*"))
+    return list(folder.glob(f"{step}{_PARTIAL}*"))
 
 
 def require_room(workdir: pathlib.Path, size: int, copies: int, *, what: str) -> None:
@@ -111,8 +111,8 @@ def require_room(workdir: pathlib.Path, size: int, copies: int, *, what: str) ->
     free = multihost.from_first(lambda: free_bytes(workdir))
     if free < needed:
         raise WorkdirError(
-            f"{what} needs {needed / GIB:.2f} GiB ({copies} of {size / GIB:.2f}, and {_SPARE / GIB:.2f} to "
-            f"spare), and the disk of {str(workdir)!r} has {free / GIB:.2f} free; make room, or set "
+            f"{what} needs {needed / GIB:.2f} GiB ({copies} x {size / GIB:.2f}, and {_SPARE / GIB:.2f} "
+            f"spare), but the disk of {str(workdir)!r} has {free / GIB:.2f} free; make room, or set "
             "--workdir to a folder on another disk"
         )
 

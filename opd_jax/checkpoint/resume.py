@@ -11,9 +11,8 @@ from opd_jax.training import collapse_guard, nonfinite
 from opd_jax.workdir import atomic
 
 Pending = tuple[dict[str, float], list[dict]]  # metrics and rollouts of a step, not yet logged
-_ROLLBACK = (
-    "rollback.json"  # target and guard state of a rollback, until a later checkpoint has them
-)
+# Target and guard state of a rollback, until a later checkpoint has them.
+_ROLLBACK = "rollback.json"
 _RECENT = 50
 
 
@@ -64,7 +63,7 @@ def _rollback_record(folder: pathlib.Path) -> dict | None:
 
 
 class Pace:
-    """Estimates how long a step may take, from the last ones."""
+    """Estimate of how long a step may take, from the last steps."""
 
     def __init__(self) -> None:
         self._last = time.monotonic()

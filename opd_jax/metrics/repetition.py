@@ -104,11 +104,8 @@ def tail_start(ids: list[int], *, tail: int, decode: Callable[[list[int]], str])
     decodes every token once. A character that consists of several tokens is counted more than once where
     the bisection splits it, so the tail may start a few characters late.
     """
-    low, high, beyond = (
-        0,
-        len(ids),
-        0,
-    )  # from `high` on there are `beyond` characters, fewer than `tail`
+    low, high = 0, len(ids)
+    beyond = 0  # number of characters from `high` on, fewer than `tail`
     while high - low > 1:
         middle = (low + high) // 2
         characters = len(decode(ids[middle:high])) + beyond
@@ -135,9 +132,7 @@ def ngram_mask(rollout: Rollout, *, ngram: int) -> np.ndarray:
         start_S + ngram <= rollout.length_B[:, None]
     )
     number_BS = np.where(inside_BS, _ngram_ids(tokens_BT, ngram), -1 - start_S)  # unique ids
-    order_BS = np.argsort(
-        number_BS, axis=1, kind="stable"
-    )  # equal n-grams become neighbours, in order
+    order_BS = np.argsort(number_BS, axis=1, kind="stable")  # equal n-grams become neighbours
     step_BS = np.diff(np.take_along_axis(number_BS, order_BS, axis=1), axis=1, prepend=-starts - 1)
     np.put_along_axis(mask_BT[:, ngram - 1 :], order_BS, step_BS == 0, axis=1)
     return mask_BT

@@ -150,11 +150,11 @@ def test_what_is_no_finished_run(run, tmp_path):
     assert "'/no/run' does not exist" in refusal(WorkdirError, tmp_path, pathlib.Path("/no/run"))
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert "holds no config.json" in refusal(WorkdirError, tmp_path, empty)
+    assert "has no config.json" in refusal(WorkdirError, tmp_path, empty)
     shutil.copy(run / "config.json", empty)
-    assert "holds no checkpoints/" in refusal(WorkdirError, tmp_path, empty)
+    assert "has no checkpoints/" in refusal(WorkdirError, tmp_path, empty)
     (empty / "checkpoints").mkdir()
-    assert "holds no finished checkpoint" in refusal(WorkdirError, tmp_path, empty)
+    assert "has no complete checkpoint" in refusal(WorkdirError, tmp_path, empty)
     for text in ("{", "[]", "{}", '{"student": 3}', '{"student": {"path": 3}}'):
         (empty / "config.json").write_text(text)
         message = refusal(WorkdirError, tmp_path, empty)
@@ -163,7 +163,7 @@ def test_what_is_no_finished_run(run, tmp_path):
 
 def test_a_step_that_is_not_there(run, tmp_path):
     message = refusal(WorkdirError, tmp_path, run, step=7)
-    assert "no checkpoint of step 7; there are those of 2, 10" in message
+    assert "no checkpoint of step 7; it has those of 2, 10" in message
 
 
 def test_a_dtype_that_is_no_float(run, tmp_path):
@@ -219,7 +219,7 @@ def test_command(run, tmp_path):
     ("arguments", "status", "says"),
     [
         (["--workdir=/no/run", "--out=OUT"], 1, "'/no/run' does not exist"),
-        (["--workdir=RUN", "--out=OUT", "--step=3"], 1, "there are those of 2, 10"),
+        (["--workdir=RUN", "--out=OUT", "--step=3"], 1, "it has those of 2, 10"),
         *slow(
             (["--workdir=RUN"], 2, "--out"),
             (["--workdir=RUN", "--out=OUT", "--dtype=int8"], 2, "dtype"),

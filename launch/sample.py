@@ -9,7 +9,10 @@ from opd_jax.config.trees import SAMPLING
 
 cli.define_config("configs/opd.py", tree=SAMPLING)
 flags.DEFINE_string(
-    "out", None, "file to write, .jsonl; its report stands beside it", required=True
+    "out",
+    None,
+    "file to write, .jsonl; its report FILE.report.json is in the same folder",
+    required=True,
 )
 
 

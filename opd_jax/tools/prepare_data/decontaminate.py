@@ -1,13 +1,13 @@
-"""Benchmark problems inside training problems: found by their text, their n-grams, their meaning.
+"""Decontamination: find benchmark problems in training problems by text, n-grams or embeddings.
 
-- exact: the first 160 letters and digits of a benchmark problem, lower case, stand in the training
-  problem. Only where there are more than 30 of them: shorter texts meet by chance.
-- ngram: a share of the benchmark problem's word n-grams (13 words as for GPT-3, 2005.14165 app. C)
-  stands in the training problem. It finds the same problem in another LaTeX spelling.
-- embedding: the cosine of two sentence embeddings. Needs a model; finds rewordings, and also
-  problems that merely resemble each other.
+- exact: the training problem contains the first 160 letters and digits of a benchmark problem, in lower
+  case. Benchmark problems with 30 or fewer are not checked, because short texts match by chance.
+- ngram: the training problem contains a fraction of the benchmark problem's word n-grams (13 words as for
+  GPT-3, 2005.14165 app. C). This also finds the problem in another LaTeX notation.
+- embedding: the cosine similarity of two sentence embeddings is high. This needs a model. It finds
+  paraphrases, and also problems that are merely similar.
 
-The benchmarks are held in memory, training problems pass through in blocks.
+The benchmarks are kept in memory; training problems are processed in blocks.
 """
 
 import collections
@@ -25,28 +25,26 @@ from opd_jax.data.files import RowError, stream
 from opd_jax.data.question import UNSEEN
 from opd_jax.errors import ConfigError, DataError
 
-CHARACTERS, SHORTEST = (
-    160,
-    31,
-)  # of a normalised text: how many are compared, how many there must be
+CHARACTERS = 160  # number of characters of a normalised text that are compared
+SHORTEST = 31  # minimum number of characters of a normalised text
 METHODS = ("exact", "ngram", "embedding")
 Encoder = Callable[[Sequence[str]], np.ndarray]  # texts -> embeddings [texts, size]
 
 
 @dataclasses.dataclass(frozen=True)
 class Match:
-    """A benchmark problem that was found in a training problem; `score` is 1.0 where exact."""
+    """A benchmark problem in a training problem; `score` is 1.0 for an exact match."""
 
-    problem: int  # its place in Benchmarks.problems
+    problem: int  # index into Benchmarks.problems
     method: str
     score: float
 
 
 @dataclasses.dataclass(frozen=True)
 class BenchmarkProblem:
-    """A problem of a benchmark, and the row of its file.
+    """A problem of a benchmark, with the number of its row in the file.
 
-    `also`: other texts that stand for it, without its context and choices or with earlier turns.
+    `also`: other texts of the problem, without its context and choices or with earlier turns.
     """
 
     benchmark: str
@@ -57,15 +55,16 @@ class BenchmarkProblem:
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """The texts of which one has to be found, the prompt first."""
+        """All texts of the problem, the prompt first; a match of any one is a match of the problem."""
         return (self.prompt, *self.also)
 
 
 class Benchmarks:
-    """The problems of all benchmarks, indexed so that training problems can be looked up.
+    """An index of all benchmarks' problems, in which training problems are looked up.
 
-    `ngram` words make an n-gram (0 = the method is off) and `ngram_share` of them must be found.
-    `encoder` (None = the method is off) embeds texts; a cosine of `embedding_cosine` is a match.
+    `ngram` is the number of words of an n-gram (0 = the method is off), `ngram_share` the minimum fraction
+    of matching n-grams. `encoder` embeds texts (None = the method is off); `embedding_cosine` is the
+    minimum cosine similarity.
     """
 
     def __init__(
@@ -80,17 +79,17 @@ class Benchmarks:
         self.problems = list(problems)
         self._ngram, self._share = ngram, ngram_share
         self._encoder, self._cosine = encoder, embedding_cosine
-        # The first SHORTEST characters lead to the few texts that start with them.
+        # First SHORTEST characters -> the texts that start with them.
         self._starts: dict[str, list[tuple[int, str]]] = collections.defaultdict(list)
         self._owners: dict[int, list[int]] = collections.defaultdict(list)
         texts = [(place, t) for place, p in enumerate(self.problems) for t in p.texts]
-        self._places = [place for place, _ in texts]  # the problem that a text stands for
-        self._ngrams = np.zeros(len(texts), int)  # how many different ones a text has
-        for i, (place, whole) in enumerate(texts):
-            text = normalised(whole)[:CHARACTERS]
+        self._places = [place for place, _ in texts]  # problem of each text
+        self._ngrams = np.zeros(len(texts), int)  # number of distinct n-grams of each text
+        for i, (place, original) in enumerate(texts):
+            text = normalised(original)[:CHARACTERS]
             if len(text) >= SHORTEST:
                 self._starts[text[:SHORTEST]].append((place, text))
-            ngrams = _ngrams(whole, ngram)
+            ngrams = _ngrams(original, ngram)
             self._ngrams[i] = len(ngrams)
             for item in ngrams:
                 self._owners[item].append(i)
@@ -98,27 +97,29 @@ class Benchmarks:
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """Those of METHODS that are on."""
-        on = (True, self._ngram > 0, self._encoder is not None)
-        return tuple(method for method, is_on in zip(METHODS, on, strict=True) if is_on)
+        """The METHODS that are enabled."""
+        enabled = (True, self._ngram > 0, self._encoder is not None)
+        return tuple(method for method, is_on in zip(METHODS, enabled, strict=True) if is_on)
 
     def unchecked(self, benchmark: str) -> dict[str, int]:
-        """How many problems of a benchmark are too short for a method."""
-        mine = [p for p in self.problems if p.benchmark == benchmark]
-        longest = [max(len(normalised(text)) for text in p.texts) for p in mine]
+        """Return for each method how many problems of a benchmark are too short for it."""
+        problems = [p for p in self.problems if p.benchmark == benchmark]
+        longest = [max(len(normalised(text)) for text in p.texts) for p in problems]
         counts = {"exact": sum(length < SHORTEST for length in longest)}
         if self._ngram:
-            counts["ngram"] = sum(not any(_ngrams(t, self._ngram) for t in p.texts) for p in mine)
+            counts["ngram"] = sum(
+                not any(_ngrams(t, self._ngram) for t in p.texts) for p in problems
+            )
         return counts
 
     def find(self, prompts: Sequence[str]) -> list[list[Match]]:
-        """For each training prompt the benchmark problems that it holds, by every method."""
-        found = [[*self._exact(prompt), *self._by_ngram(prompt)] for prompt in prompts]
+        """Return for each training prompt the benchmark problems in it, by every method."""
+        matches = [[*self._exact(prompt), *self._by_ngram(prompt)] for prompt in prompts]
         if self._embedded is not None and self._encoder is not None and prompts:
             cosines = _unit(self._encoder(prompts)) @ self._embedded.T
-            for row, of_row in enumerate(cosines):
-                found[row] += self._best("embedding", dict(enumerate(of_row)), self._cosine)
-        return found
+            for row, cosine in enumerate(cosines):
+                matches[row] += self._best("embedding", dict(enumerate(cosine)), self._cosine)
+        return matches
 
     def _exact(self, prompt: str) -> list[Match]:
         text = normalised(prompt)
@@ -128,8 +129,8 @@ class Benchmarks:
         hits = {
             place
             for i in places
-            for place, whole in self._starts.get(text[i : i + SHORTEST], ())
-            if text.startswith(whole, i)
+            for place, start in self._starts.get(text[i : i + SHORTEST], ())
+            if text.startswith(start, i)
         }
         return [Match(place, "exact", 1.0) for place in sorted(hits)]
 
@@ -141,7 +142,7 @@ class Benchmarks:
         return self._best("ngram", shares, self._share)
 
     def _best(self, method: str, scores: Mapping[int, float], least: float) -> list[Match]:
-        """The problems of which some text scores at least so much; `scores` by text."""
+        """Return the problems with a text that scores at least `least`; `scores` are by index of the text."""
         best: dict[int, float] = {}
         for i, score in scores.items():
             if score >= least:
@@ -151,10 +152,10 @@ class Benchmarks:
 
 
 def read_benchmarks(files: Mapping[str, str], columns: Any = Columns()) -> list[BenchmarkProblem]:  # noqa: B008
-    """Problems of the benchmark files, by benchmark name; raises DataError where one has none.
+    """Return the problems of the benchmark files (name -> path). Raises DataError where a file has none.
 
-    A row without a problem raises too: nothing may be held to be clean because it was not read.
-    Pictures and the like do not: only texts are compared.
+    A row without a problem raises too, so that no problem counts as clean because it was not read. Rows
+    with images or other media are read, because only texts are compared.
     """
     problems = []
     for name, path in files.items():
@@ -163,12 +164,12 @@ def read_benchmarks(files: Mapping[str, str], columns: Any = Columns()) -> list[
                 raise row
             if not columns.problem:
                 row = {column: value for column, value in row.items() if column not in UNSEEN}
-            problem, taken = read_problem(
+            problem, sources = read_problem(
                 row, path=path, number=number, columns=columns, field="decontaminate.columns"
             )
-            # Training data may hold the question without what stands beside it.
-            own = next((c for c in PROBLEM if c in taken.problem.split(" + ")), "")
-            alone = Columns(problem=columns.problem or own)
+            # Training data may contain the question without its context and choices.
+            column = next((c for c in PROBLEM if c in sources.problem.split(" + ")), "")
+            alone = Columns(problem=columns.problem or column)
             bare, _ = read_problem(row, path=path, number=number, columns=alone)
             also = dict.fromkeys((bare.prompt, problem.question))
             also.pop(problem.prompt, None)
@@ -177,14 +178,14 @@ def read_benchmarks(files: Mapping[str, str], columns: Any = Columns()) -> list[
 
 
 def load_encoder(path: str) -> Encoder:
-    """Sentence embeddings by a local model folder, through the optional sentence-transformers.
+    """Return a function that embeds sentences with a local model folder and sentence-transformers.
 
-    Raises ConfigError where the package is not installed, DataError where the folder is no model.
+    Raises ConfigError where the package is not installed, DataError where the folder is not a model.
     """
     if not pathlib.Path(path).is_dir():
         raise DataError(
-            f"decontaminate.embedding_model={path!r} is not a folder, wanted one that "
-            "sentence-transformers saved; correct --config.decontaminate.embedding_model"
+            f"decontaminate.embedding_model={path!r} is not a folder; set "
+            "--config.decontaminate.embedding_model to one that sentence-transformers saved"
         )
     try:  # not a dependency: it brings torch
         package = importlib.import_module("sentence_transformers")
@@ -204,14 +205,14 @@ def load_encoder(path: str) -> Encoder:
 
 
 def normalised(text: str) -> str:
-    """Letters and digits of a text, lower case."""
+    """Return the letters and digits of a text in lower case."""
     return re.sub(r"[\W_]+", "", text.lower())
 
 
 def _ngrams(text: str, n: int) -> set[int]:
-    """Hashes of the different runs of n words; a word is letters and digits, lower case."""
+    """Return the hashes of all n-grams of words; a word is letters and digits, in lower case."""
     words = re.findall(r"[^\W_]+", text.lower()) if n else []
-    # Python's hash of strings differs between processes; it never leaves this one.
+    # Python's hash of strings differs between processes; it is used only inside this one.
     return {hash(tuple(words[i : i + n])) for i in range(len(words) - n + 1)} if n else set()
 
 

@@ -1,4 +1,4 @@
-"""What becomes of each row of a block: kept, or dropped for the first reason that holds."""
+"""Filter a block of rows: each is kept, or dropped for the first reason that applies."""
 
 import collections
 import hashlib
@@ -16,8 +16,8 @@ from opd_jax.errors import DataError, ModelError
 from opd_jax.grading.grader import Grade, Grader
 from opd_jax.tools.prepare_data.decontaminate import Benchmarks
 
-_STYLE = PromptStyle(system="none")  # in which a solution's tokens are counted
-_REASONS = {UNFINISHED: "unfinished", WRONG: "wrong"}  # of columns.py, as the report calls them
+_STYLE = PromptStyle(system="none")  # for counting the tokens of solutions
+_REASONS = {UNFINISHED: "unfinished", WRONG: "wrong"}  # names in the report
 
 
 def judge(
@@ -29,9 +29,12 @@ def judge(
     grader: Grader | None,
     seen: set[int],
 ) -> dict[str, Any]:
-    """Kept and dropped rows of a block, how many fell for what, and the benchmark problems found."""
+    """Return the kept and dropped rows of a block, counts by reason, and the benchmark problems found.
+
+    `seen` has the keys of the problems kept so far, and is updated.
+    """
     keep = config.filter
-    dropped: dict[int, dict[str, Any]] = {}  # place in the block -> line of dropped.jsonl
+    dropped: dict[int, dict[str, Any]] = {}  # index in the block -> line of dropped.jsonl
     problems: dict[int, Problem] = {}
     hits: dict[str, set[int]] = {method: set() for method in benchmarks.methods}
     rows_hit: collections.Counter[str] = collections.Counter()
@@ -47,20 +50,20 @@ def judge(
         try:
             if isinstance(row, RowError):
                 raise row
-            problems[place], found = read_problem(
+            problems[place], sources = read_problem(
                 row, path=path, number=number, columns=config.data.columns,
                 need_solution=keep.solution, need_answer=keep.answer,
             )  # fmt: skip
-            count(counts, row, problems[place], found)
+            count(counts, row, problems[place], sources)
         except RowError as error:
             unreadable = isinstance(row, RowError) or error.reason == "no problem"
             if config.data.bad_rows == "refuse" and unreadable:
                 raise
             drop(place, _REASONS.get(error.reason, error.reason), detail=str(error))
     if grader:
-        doubtful = [i for i in problems if not _vouched(block[i][2], config.data.columns)]
-        pairs = [(problems[i].solution, problems[i].answer) for i in doubtful]
-        for place, grade in zip(doubtful, grader.grade(pairs), strict=True):
+        ungraded = [i for i in problems if not _is_graded(block[i][2], config.data.columns)]
+        pairs = [(problems[i].solution, problems[i].answer) for i in ungraded]
+        for place, grade in zip(ungraded, grader.grade(pairs), strict=True):
             if grade is not Grade.CORRECT:
                 drop(place, "wrong", detail=f"math-verify: {grade.value}")
     if tokenizer:
@@ -68,12 +71,12 @@ def judge(
             try:
                 length = len(_STYLE.golden([problems[place]], tokenizer)[0])
             except ModelError as error:
-                if not problems[place].history:  # no fault of this row
+                if not problems[place].history:  # not caused by this row
                     raise
                 if config.data.bad_rows == "refuse":
                     raise DataError(
                         f"{line_of(*block[place][:2])}: problem {problems[place].id}: {error}; or "
-                        "leave such rows out: --config.data.bad_rows=skip"
+                        "skip such rows with --config.data.bad_rows=skip"
                     ) from None
                 drop(place, "template refuses the turns", detail=str(error))
                 continue
@@ -85,15 +88,16 @@ def judge(
     ):
         if not matches:
             continue
-        of = [(benchmarks.problems[match.problem], match) for match in matches]
+        matched = [(benchmarks.problems[match.problem], match) for match in matches]
         for match in matches:
             hits[match.method].add(match.problem)
         # A row counts once for each method, each benchmark, and each benchmark by any method.
-        rows_hit.update({f"{b.benchmark} {match.method}" for b, match in of})
-        rows_hit.update({f"{b.benchmark} any" for b, _ in of} | {f"any {m.method}" for _, m in of})
+        rows_hit.update({f"{b.benchmark} {match.method}" for b, match in matched})
+        rows_hit.update({f"{b.benchmark} any" for b, _ in matched})
+        rows_hit.update({f"any {match.method}" for _, match in matched})
         drop(place, "contaminated", problem=problems[place].question, matches=[
             {"benchmark": b.benchmark, "id": b.id, "line": b.number, "method": match.method,
-             "score": match.score, "problem": b.prompt} for b, match in of
+             "score": match.score, "problem": b.prompt} for b, match in matched
         ])  # fmt: skip
     if not keep.duplicates:
         for place in list(problems):
@@ -116,9 +120,9 @@ def judge(
 
 
 def problem_key(problem: str, seed: int | None = None) -> int:
-    """64 bits of a problem's text, white space aside; with a seed, for the split.
+    """Return a 64-bit hash of a problem's text, ignoring whitespace; with a seed, for the split.
 
-    Signs count here, unlike in decontamination: 2+3 and 2-3 are two problems.
+    Unlike in decontamination, symbols count: 2+3 and 2-3 are two problems.
     """
     text = " ".join(problem.split())
     data = text if seed is None else f"{seed} {text}"
@@ -126,13 +130,13 @@ def problem_key(problem: str, seed: int | None = None) -> int:
 
 
 def row_key(row: dict[str, Any], seed: int | None = None) -> int:
-    """`problem_key` of a kept row."""
+    """Return `problem_key` of a kept row."""
     earlier = [turn["content"] for turn in row.get("history", ())]
     return problem_key("\n".join([*earlier, row["problem"]]), seed)
 
 
-def _vouched(row: Row | RowError, columns: Any) -> bool:
-    """Whether somebody ran math-verify on the solution already; read_problem has followed the marks."""
+def _is_graded(row: Row | RowError, columns: Any) -> bool:
+    """Return whether the row has results of math-verify, which read_problem has applied already."""
     if not isinstance(row, dict) or columns.solution not in ("", "generations"):
         return False
     return isinstance(row.get("correctness_math_verify"), list) and "generations" in row

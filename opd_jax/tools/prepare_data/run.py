@@ -1,9 +1,9 @@
-"""Raw problems with solutions -> sft.jsonl and opd.jsonl: filtered, decontaminated, split.
+"""Filter, decontaminate and split raw problems with solutions into sft.jsonl and opd.jsonl.
 
-A row is dropped for the first reason that holds, in the order of `judge.judge`; every drop is a line of
-dropped.jsonl. Rows are worked on in blocks, each saved with a marker when it is done: a run that is
-killed goes on after the last block, and its result is that of a run that was not. Memory holds one
-block, the benchmarks, and some 100 bytes a kept row.
+A row is dropped for the first reason that applies, in the order of `filters.judge`; dropped.jsonl has a line
+for every dropped row. Rows are processed in blocks, each saved with a marker when it is complete. A run that
+was killed resumes after the last complete block and ends with the same result. Memory use is one block, the
+benchmarks, and about 100 bytes per kept row.
 """
 
 import collections
@@ -35,30 +35,32 @@ from opd_jax.tools.prepare_data.decontaminate import (
 from opd_jax.tools.prepare_data.filters import judge, row_key
 from opd_jax.workdir import atomic
 
-Say = Callable[[str], None]
+Print = Callable[[str], None]
 
 
 def prepare(
-    config: ConfigDict, out: str, *, encoder: Encoder | None = None, say: Say = print
+    config: ConfigDict, out: str, *, encoder: Encoder | None = None, say: Print = print
 ) -> dict[str, Any]:
-    """Do what `config` (prepare_config.default) says, write the files of `out`, return the report.
+    """Prepare the data as `config` specifies, write the files to `out`, return the report.
 
-    `encoder` embeds sentences; None = the model of decontaminate.embedding_model, where one is named.
+    `encoder` embeds sentences; None = the model of decontaminate.embedding_model, if set. `say` prints
+    progress.
+
     Raises ConfigError, DataError, ModelError, or WorkdirError where `out` belongs to another config.
     """
     validate(config)
     folder = pathlib.Path(out)
     paths = _paths(config.data.train)
-    clean = config.decontaminate
-    files = {name: path for name, path in clean.benchmarks.items() if path}
-    if clean.embedding_model and encoder is None:
-        encoder = load_encoder(clean.embedding_model)
+    section = config.decontaminate
+    files = {name: path for name, path in section.benchmarks.items() if path}
+    if section.embedding_model and encoder is None:
+        encoder = load_encoder(section.embedding_model)
     benchmarks = Benchmarks(
-        read_benchmarks(files, clean.columns),
-        ngram=clean.ngram,
-        ngram_share=clean.ngram_share,
+        read_benchmarks(files, section.columns),
+        ngram=section.ngram,
+        ngram_share=section.ngram_share,
         encoder=encoder,
-        embedding_cosine=clean.embedding_cosine,
+        embedding_cosine=section.embedding_cosine,
     )
     tokenizer = Tokenizer(config.filter.tokenizer) if config.filter.tokenizer else None
     _claim(folder, config, [*paths, *files.values()])
@@ -72,24 +74,24 @@ def prepare(
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report as lines for people."""
+    """Format the report as text."""
     lines = [("read", report["read"])]
     lines += [(f"- {reason}", count) for reason, count in report["dropped"].items()]
     lines += [(name, report[name]) for name in ("kept", "sft", "opd", "left over")]
     text = [f"{name:<28}{count:>12,}" for name, count in lines]
-    for name, found in report["contamination"].items():
+    for name, counts in report["contamination"].items():
         parts = [
             f"{method} {hits['problems']} problems in {hits['rows']} rows"
-            for method, hits in found["found"].items()
+            for method, hits in counts["found"].items()
         ]
-        text.append(f"{name} ({found['problems']} problems): {', '.join(parts)}")
-    if report.get("columns"):  # a folder of an older version has none
+        text.append(f"{name} ({counts['problems']} problems): {', '.join(parts)}")
+    if report.get("columns"):  # missing in a folder of an older version
         text.append(f"columns: {report['columns']}")
     return "\n".join([*text, *(f"note: {note}" for note in report["notes"])])
 
 
 def _paths(names: str) -> list[str]:
-    """Files of a comma-separated list with patterns, in its order, those of a pattern sorted."""
+    """Expand a comma-separated list of files and patterns, in its order; matches of a pattern are sorted."""
     paths: list[str] = []
     for name in names.split(","):
         matches = sorted(glob.glob(name)) if any(c in name for c in "*?[") else [name]
@@ -100,25 +102,28 @@ def _paths(names: str) -> list[str]:
 
 
 def _claim(folder: pathlib.Path, config: ConfigDict, paths: list[str]) -> None:
-    """Make the folder ours, or find that it is: config.json there says the same, files included."""
+    """Create the folder with its config.json, or check that it belongs to this config and these files.
+
+    Raises WorkdirError where it does not or cannot be written, DataError where a file does not exist.
+    """
     files = {}
     for path in paths:
         if not os.path.exists(path):
             raise DataError(f"{path} does not exist; correct the path")
         status = os.stat(path)
         files[path] = [status.st_size, status.st_mtime_ns]
-    mine = flatten(config.to_dict()) | {f"file {path}": stamp for path, stamp in files.items()}
+    identity = flatten(config.to_dict()) | {f"file {path}": stamp for path, stamp in files.items()}
     file = folder / "config.json"
     try:
         if not file.exists():
             if folder.exists() and {item.name for item in folder.iterdir()} - {"config.json.tmp"}:
                 raise WorkdirError(
-                    f"{str(folder)!r} is not empty and was not made by prepare_data; "
+                    f"{str(folder)!r} is not empty and was not created by prepare_data; "
                     "give a new folder with --out"
                 )
             folder.mkdir(parents=True, exist_ok=True)
-            _write(file, [json.dumps(mine, indent=2) + "\n"])
-        theirs = dict(json.loads(file.read_text(encoding="utf-8")))
+            _write(file, [json.dumps(identity, indent=2) + "\n"])
+        recorded = dict(json.loads(file.read_text(encoding="utf-8")))
         (folder / "blocks").mkdir(exist_ok=True)
     except OSError as error:
         if isinstance(error, WorkdirError):
@@ -128,11 +133,13 @@ def _claim(folder: pathlib.Path, config: ConfigDict, paths: list[str]) -> None:
         ) from None
     except (ValueError, TypeError) as error:
         raise WorkdirError(f"{file} cannot be read ({error}); give a new --out") from None
-    different = [name for name in sorted(mine | theirs) if mine.get(name) != theirs.get(name)]
+    different = [
+        name for name in sorted(identity | recorded) if identity.get(name) != recorded.get(name)
+    ]
     if different:
         raise WorkdirError(
             f"{str(folder)!r} belongs to another config or other files (different: "
-            f"{', '.join(different[:5])}); give a new --out, or the old values to go on with it"
+            f"{', '.join(different[:5])}); give a new --out, or set the old values to resume it"
         )
 
 
@@ -145,11 +152,11 @@ def _work(
     blocks: pathlib.Path,
     benchmarks: Benchmarks,
     tokenizer: Tokenizer | None,
-    say: Say,
+    say: Print,
 ) -> list[pathlib.Path]:
-    """Judge every row, block by block; the markers of the blocks."""
+    """Filter all rows, block by block; return the markers of the blocks."""
     source = _rows(paths)
-    seen: set[int] = set()  # keys of the problems that are kept
+    seen: set[int] = set()  # keys of the kept problems
     markers: list[pathlib.Path] = []
     grader = Grader(workers=os.cpu_count() or 1) if config.filter.grade else None
     try:
@@ -158,13 +165,13 @@ def _work(
             marker = name.with_suffix(".json")
             markers.append(marker)
             if not marker.exists():
-                made = judge(
+                result = judge(
                     block, config=config, benchmarks=benchmarks, tokenizer=tokenizer, grader=grader,
                     seen=seen,
                 )  # fmt: skip
-                for kind, lines in made["rows"].items():
+                for kind, lines in result["rows"].items():
                     _write(name.with_suffix(f".{kind}.jsonl"), map(_line, lines))
-                _write(marker, [json.dumps({k: v for k, v in made.items() if k != "rows"})])
+                _write(marker, [json.dumps({k: v for k, v in result.items() if k != "rows"})])
                 say(f"{len(markers) * config.block - config.block + len(block):,} rows")
             elif not config.filter.duplicates:
                 kept = _lines(name.with_suffix(".kept.jsonl"))
@@ -187,7 +194,7 @@ def _rows(paths: list[str]) -> Iterator[tuple[str, int, Row | RowError]]:
 def _assemble(
     config: ConfigDict, folder: pathlib.Path, markers: list[pathlib.Path], benchmarks: Benchmarks
 ) -> dict[str, Any]:
-    """Write sft.jsonl, opd.jsonl and dropped.jsonl, rows in their order in the source; the report."""
+    """Write sft.jsonl, opd.jsonl and dropped.jsonl, with rows in source order; return the report."""
     counts = [json.loads(marker.read_text(encoding="utf-8")) for marker in markers]
     reasons: collections.Counter[str] = collections.Counter()
     rows_hit: collections.Counter[str] = collections.Counter()
@@ -209,10 +216,10 @@ def _assemble(
         np.uint64,
     )
     if not len(keys):
-        why = ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items()))
+        reasons_text = ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items()))
         raise DataError(
-            f"data.train={config.data.train!r}: no row is kept ({why}); {folder / 'dropped.jsonl'} "
-            "says why of each; correct --config.data.columns or loosen --config.filter"
+            f"data.train={config.data.train!r}: no row is kept ({reasons_text}); {folder / 'dropped.jsonl'} "
+            "has the reason of each; correct --config.data.columns, or relax --config.filter"
         )
     sft, opd = _split(keys, config.split)
     for name, chosen in (("sft", sft), ("opd", opd)):
@@ -247,34 +254,36 @@ def _assemble(
 
 
 def _split(keys: np.ndarray, split: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Masks of the rows for SFT and for OPD, decided by each row's key alone or its rank."""
+    """Return masks of the rows for SFT and for OPD, from each row's key alone or from its rank."""
     if not split.sft and not split.opd:
         below = keys < np.float64(split.opd_share) * 2.0**64
         return ~below, below
     rank = np.empty(len(keys), np.int64)
     rank[np.argsort(keys, kind="stable")] = np.arange(len(keys))
-    # OPD draws from the low end, SFT from the high end; what is asked of SFT is served first.
+    # OPD takes the lowest ranks, SFT the highest; the number for SFT has priority.
     sft: int = min(split.sft, len(keys)) if split.sft else max(len(keys) - split.opd, 0)
-    opd = min(split.opd or len(keys), len(keys) - sft)  # 0 = all the rest
+    opd = min(split.opd or len(keys), len(keys) - sft)  # 0 = all other rows
     return rank >= len(keys) - sft, rank < opd
 
 
 def _notes(
     config: ConfigDict, sft: np.ndarray, opd: np.ndarray, benchmarks: Benchmarks
 ) -> list[str]:
-    """What was not done, and what could not be."""
+    """Return notes about checks that were skipped, and about splits that got fewer rows than configured."""
     notes = []
     if not config.filter.tokenizer:
-        notes.append("the length of solutions was not checked: filter.tokenizer names no folder")
+        notes.append("the length of solutions was not checked, because filter.tokenizer is empty")
     if not config.filter.grade:
         notes.append(
-            "solutions were not graded; those with a column correctness_math_verify follow it"
+            "solutions were not graded; rows with a column correctness_math_verify were filtered by it"
         )
     if not benchmarks.problems:
-        notes.append("no benchmark was compared with: decontaminate.benchmarks names no file")
-    for name, wanted, mask in (("sft", config.split.sft, sft), ("opd", config.split.opd, opd)):
-        if mask.sum() < wanted:
-            notes.append(f"split.{name}={wanted} was asked for, {int(mask.sum())} rows were left")
+        notes.append(
+            "rows were not compared with any benchmark, because decontaminate.benchmarks is empty"
+        )
+    for name, target, mask in (("sft", config.split.sft, sft), ("opd", config.split.opd, opd)):
+        if mask.sum() < target:
+            notes.append(f"split.{name}={target}, but only {int(mask.sum())} rows were left")
     return notes
 
 
@@ -301,7 +310,7 @@ def _text_lines(file: pathlib.Path) -> Iterator[str]:
 
 
 def _write(file: pathlib.Path, lines: Iterable[str]) -> None:
-    """Write a file of many lines, which appears complete or not at all."""
+    """Write lines to a file atomically."""
     advice = "make room and run the same command again"
     with atomic.reported(file, advice), atomic.replacing(file) as opened:
         opened.writelines(line.encode() for line in lines)

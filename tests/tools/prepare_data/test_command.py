@@ -25,7 +25,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
         *slow(
             (["--config.filter.max_tokens=many"], 1, "type int"),
             (["--config=configs/prepare_data.py:openr1"], 1, "did you mean 'openr1-math'"),
-            (["--config.seed=0"], 1, "data.train='', wanted the file to prepare"),
+            (["--config.seed=0"], 1, "data.train='' names no file to prepare"),
             (["--config.steps=5"], 1, "config.steps is not a field"),  # it is one of train.py's
             (["--uot=x"], 2, "uot"),
         ),
@@ -49,7 +49,4 @@ def test_the_command(tmp_path, train):
     assert json.loads((out / "report.json").read_text())["kept"] == 5
     missing = command(f"--config.data.train={train}")
     assert missing.returncode == 1
-    assert (
-        missing.stderr
-        == "error: --out is missing, wanted a folder for the result; give --out=DIR\n"
-    )
+    assert missing.stderr == "error: --out is missing; give a folder for the result: --out=DIR\n"

@@ -25,7 +25,7 @@ def changed(field: str, value: object):
         (
             "data.train",
             "",
-            "data.train='', wanted the file to prepare; set --config.data.train=FILE",
+            "data.train='' names no file to prepare; set --config.data.train=FILE",
         ),
         ("data.bad_rows", "drop", "one of refuse, skip"),
         ("data.trian", "x", "did you mean 'data.train'"),

@@ -73,7 +73,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path, train):
     write(pathlib.Path(train), ROWS[1:])
     with pytest.raises(WorkdirError, match=r"different: file .*raw\.jsonl"):
         done(tmp_path / "out", config(train))
-    with pytest.raises(WorkdirError, match="is not empty and was not made by prepare_data"):
+    with pytest.raises(WorkdirError, match="is not empty and was not created by prepare_data"):
         done(tmp_path, config(train))
     (tmp_path / "file").write_text("")
     with pytest.raises(WorkdirError, match="cannot be written"):

@@ -58,7 +58,7 @@ def test_the_split_does_not_depend_on_order(tmp_path, sizes):
 def test_a_shortage_is_noted(tmp_path, train):
     report = done(tmp_path / "out", config(train, split__sft=4, split__opd=13))
     assert (report["sft"], report["opd"]) == (4, 1)
-    assert "split.opd=13 was asked for, 1 rows were left" in report["notes"]
+    assert "split.opd=13, but only 1 rows were left" in report["notes"]
 
 
 def test_keys_see_signs_but_no_white_space():

@@ -1,1 +1,1 @@
-"""The teacher's solutions as golden data for a cold start by SFT: `launch/sample.py`."""
+"""Sample the teacher's solutions as golden data for a cold start by SFT: `launch/sample.py`."""

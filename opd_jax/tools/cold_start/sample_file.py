@@ -1,8 +1,8 @@
-"""The file that sampling leaves, and what it grows from batch by batch.
+"""The output of sampling, written batch by batch to a partial file first.
 
-FILE.jsonl.partial grows by one line a batch; its first line says what it belongs to. A line torn by
-a kill is cut off, and its batch is sampled again. When all is done, the rows become FILE.jsonl and
-the report FILE.report.json, each whole or not at all, and the partial file goes.
+FILE.jsonl.partial gets one line per batch; its first line identifies the config and the problems. A line that
+a kill left incomplete is removed, and its batch is sampled again. At the end, the rows are written to
+FILE.jsonl and the report to FILE.report.json, each atomically, and the partial file is deleted.
 """
 
 import itertools
@@ -18,26 +18,24 @@ from opd_jax.errors import WorkdirError
 from opd_jax.workdir import atomic
 from opd_jax.workdir.jsonl import JsonlFile, encoded
 
-# Fields that samples depend on, and those among them that change none.
-_TOUCHES = ("seed", "teacher.", "data.", "rollout.max_prompt_tokens", "sample.", "grading.grader",
+# Prefixes of fields that samples depend on, and exceptions among them that do not affect samples.
+_RELEVANT = ("seed", "teacher.", "data.", "rollout.max_prompt_tokens", "sample.", "grading.grader",
             "metrics.repetition_")  # fmt: skip
 _SAFE = ("sample.slots",)
-
-
-_AGAIN = "mend that and give the same command again: what is done is kept"
+_AGAIN = "correct that and run the same command again; completed batches are kept"
 
 
 class Partial(JsonlFile):
     """FILE.jsonl.partial, open and locked; a context manager.
 
     Attributes:
-      done: what `add` was given for each batch so far.
+      done: the `batch` argument of `add` for each batch so far.
     """
 
     def __init__(self, file: pathlib.Path, header: dict[str, Any]):
-        """Open it, or make it with `header` (config, sha256) as its first line.
+        """Open the file, or create it with `header` (config, sha256) as its first line.
 
-        Raises WorkdirError where it belongs to another config, or another process is at work on it.
+        Raises WorkdirError where it belongs to another config, or another process has it open.
         """
         self.file = file
         with atomic.reported(file, _AGAIN):
@@ -49,12 +47,12 @@ class Partial(JsonlFile):
                 raise
 
     def add(self, batch: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-        """Add a batch: what is said of it, and its rows. On disk when this returns."""
+        """Append the results of a batch and its rows, and wait until they are on the disk."""
         with atomic.reported(self.file, _AGAIN):
             self.append([{"batch": batch, "rows": rows}])
 
     def finish(self, report: dict[str, Any], *, write: bool) -> None:
-        """Write the report and, if `write`, the rows of all batches as the file; then go."""
+        """Write the report and, if `write`, the rows of all batches; then delete the partial file."""
         with atomic.reported(self.file, _AGAIN):
             text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
             atomic.write_text(report_path(self.file), text)
@@ -65,21 +63,21 @@ class Partial(JsonlFile):
             self.path.unlink(missing_ok=True)
 
     def _resume(self, header: dict[str, Any]) -> list[dict[str, Any]]:
-        """Check whose file it is, cut off torn lines, and return what is said of each batch."""
-        ours = encoded(header)
+        """Check the first line against `header`, remove incomplete lines, and return the batches' results."""
+        expected = encoded(header)
         first = self._first_line()
-        if not first.endswith(b"\n") and ours.startswith(first):  # new, or torn in the first line
+        if not first.endswith(b"\n") and expected.startswith(first):  # new, or incomplete
             self.cut(0)
             self.write(header)
             return []
         try:
-            there = _identity(json.loads(first))
+            recorded = _identity(json.loads(first))
         except (ValueError, KeyError, TypeError, AttributeError):
             raise WorkdirError(
-                f"{self.path} is in the way and was not written by launch/sample.py; "
-                "give a new --out, or remove it"
+                f"{self.path} exists and was not written by launch/sample.py; "
+                "give a new --out, or remove the file"
             ) from None
-        _require_same(self.path, there, header)
+        _require_same(self.path, recorded, header)
         end, done = len(first), []
         for line_end, line in self._batches():
             end = line_end
@@ -92,7 +90,7 @@ class Partial(JsonlFile):
         return self._file.readline()
 
     def _batches(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """`lines` after the first, up to one that is broken."""
+        """Yield `lines` after the first, up to one that is not valid JSON."""
         for line_end, line in itertools.islice(self.lines(), 1, None):
             if line is None:
                 return
@@ -100,42 +98,42 @@ class Partial(JsonlFile):
 
 
 def check_place(file: pathlib.Path) -> None:
-    """Refuse an output that cannot be written, or that data.open_problems would not read."""
+    """Raise WorkdirError for an output that cannot be written, or that data.open_problems cannot read."""
     if file.suffix != ".jsonl":
         raise WorkdirError(
-            f"out={str(file)!r}, wanted a name that ends in .jsonl; give --out={file}.jsonl"
+            f"out={str(file)!r} is not a name that ends in .jsonl; give --out={file}.jsonl"
         )
     if file.is_dir():
-        raise WorkdirError(f"out={str(file)!r} is a folder, wanted a file; give another --out")
+        raise WorkdirError(f"out={str(file)!r} is a folder; give --out=FILE.jsonl")
     if above := workdir.obstacle(file.parent):
         raise WorkdirError(
             f"out={str(file)!r} cannot be written ({above} is read-only or not a folder); "
-            "give another one with --out"
+            "give another file with --out"
         )
 
 
 def finished(file: pathlib.Path, header: dict[str, Any]) -> dict[str, Any] | None:
-    """The report of a file that is there already; None where there is no file.
+    """Return the report of a complete file, None where the file does not exist.
 
-    Raises WorkdirError where it was made from another config, or nothing says from which.
+    Raises WorkdirError where it belongs to another config, or its report cannot be read.
     """
     if not file.exists():
         return None
     path = report_path(file)
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
-        there = _identity(report)
+        recorded = _identity(report)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise WorkdirError(
-            f"{file} exists, and {path}, which would say what it was made from, cannot be read; "
+            f"{file} exists, but its report {path} cannot be read; "
             "give a new --out, or remove the file"
         ) from None
-    _require_same(file, there, header)
+    _require_same(file, recorded, header)
     return report
 
 
 def date_of(file: pathlib.Path) -> str:
-    """The day that prompts of a file print (`data.date`), finished or not; "" where none is fixed."""
+    """Return the date in the prompts of a file (`data.date`), complete or not; "" where none is fixed."""
     for path, first in ((partial_path(file), True), (report_path(file), False)):
         try:
             with path.open(encoding="utf-8") as opened:
@@ -143,41 +141,41 @@ def date_of(file: pathlib.Path) -> str:
             if isinstance(date := header["config"]["data"]["date"], str):
                 return date
         except (OSError, ValueError, LookupError, TypeError, RecursionError):
-            continue  # not there, or not ours, which is refused where it is opened
+            continue  # missing, or another kind of file, which is reported when it is opened
     return ""
 
 
 def report_path(file: pathlib.Path) -> pathlib.Path:
-    """FILE.report.json of FILE.jsonl."""
+    """Return the path FILE.report.json for FILE.jsonl."""
     return file.with_suffix(".report.json")
 
 
 def partial_path(file: pathlib.Path) -> pathlib.Path:
-    """FILE.jsonl.partial of FILE.jsonl: where it exists, there is something left to do."""
+    """Return the path FILE.jsonl.partial for FILE.jsonl. While it exists, sampling is not complete."""
     return file.with_name(file.name + ".partial")
 
 
 def _identity(header: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What samples depend on: fields of the config, and what the problems say."""
-    # A field that came later had no other value than its default then; grades may be others.
+    """Return what samples depend on: fields of the config, and the digest of the problems."""
+    # Older versions behaved like the default of any field that was added later, except the grader.
     defaults = configuration.flatten(
         json.loads(configuration.to_json(configuration.SAMPLING.default()))
     )
     defaults["grading.grader"] = "that of an older version"
     flat = defaults | configuration.flatten(header["config"])
-    # Older files have all fields of an experiment; a name that is none of them stays in the comparison.
+    # Older files have all fields of an experiment. Unknown names remain in the comparison.
     unread = FIELDS.keys() - configuration.SAMPLING.fields.keys()
-    touching = {n: x for n, x in flat.items() if n.startswith(_TOUCHES) and n not in unread}
-    fields = {name: x for name, x in touching.items() if not name.startswith(_SAFE)}
+    relevant = {n: x for n, x in flat.items() if n.startswith(_RELEVANT) and n not in unread}
+    fields = {name: x for name, x in relevant.items() if not name.startswith(_SAFE)}
     return fields, {"the problems' sha256": header["sha256"][:12]}
 
 
-def _require_same(path: pathlib.Path, there: Any, header: dict[str, Any]) -> None:
+def _require_same(path: pathlib.Path, recorded: Any, header: dict[str, Any]) -> None:
     fields, problems = (
-        workdir.differences(old, new) for old, new in zip(there, _identity(header), strict=True)
+        workdir.differences(old, new) for old, new in zip(recorded, _identity(header), strict=True)
     )
-    if changed := fields or problems:  # other fields often mean other problems
+    if changed := fields or problems:  # other fields often change the problems too
         raise WorkdirError(
             f"{path} belongs to another config ({'; '.join(changed)}); "
-            "give a new --out, or the old values to go on with it"
+            "give a new --out, or set the old values to resume it"
         )

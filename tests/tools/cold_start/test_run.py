@@ -18,7 +18,7 @@ from opd_jax.grading.grader import Grade, Grader
 from opd_jax.metrics import make_repetition_rule, repetitive
 from opd_jax.tools.cold_start import run as sample
 from opd_jax.tools.cold_start import sample_file
-from opd_jax.tools.cold_start.run import Fate
+from opd_jax.tools.cold_start.report import Fate
 from opd_jax.training import setup
 from tests.support.lanes import slow
 

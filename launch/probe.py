@@ -1,7 +1,7 @@
 """Probe: python launch/probe.py NAME --config=CONFIG[:RECIPE] [--workdir=DIR [--step=N]] [--out=FILE.json].
 
-NAME is pair (is this teacher worth training with?; several by --teachers=DIR,DIR2) or continuation (does
-the teacher still help behind the student's own prefixes? also alone against on prefixes).
+NAME is pair (is this teacher worth training with? --teachers=DIR,DIR2 compares several) or continuation (does
+the teacher still help after the student's own prefixes? also compares it with the teacher alone).
 """
 
 import sys
@@ -17,18 +17,20 @@ NAMES = ("pair", "continuation")
 cli.define_config("configs/opd.py", tree=PROBING)
 flags.DEFINE_string(
     "workdir", None,
-    "a run whose checkpoint is the student, with the run's own config, unless --config is given: then "
-    "only the student is the run's; default: the config's student.path",
+    "a run whose checkpoint is the student. The run's own config is used, unless --config is given: then "
+    "only the student comes from the run. Default: the config's student.path",
 )  # fmt: skip
-flags.DEFINE_integer("step", None, "of the run's checkpoint; default the newest", lower_bound=0)
+flags.DEFINE_integer(
+    "step", None, "step of the run's checkpoint; default the newest", lower_bound=0
+)
 flags.DEFINE_list(
-    "teachers", [], "folders to compare by pair, in place of teacher.path; commas between them"
+    "teachers", [], "folders that pair compares, instead of teacher.path; separated by commas"
 )
 flags.DEFINE_string("out", None, "file to write, .json: figures, verdict, every answer")
 
 
 def main(name: str) -> None:
-    """Ask the question NAME, and print what is found."""
+    """Run the probe NAME and print its results."""
     from opd_jax.tools import probe
 
     given = cli.FLAGS

@@ -1,4 +1,4 @@
-"""Questions to a student and a teacher, answered before or between runs: `launch/probe.py NAME`."""
+"""Examine a student and a teacher before or between runs: `launch/probe.py NAME`."""
 
 from opd_jax.tools.probe.run import NAMES, config_of_run, run
 

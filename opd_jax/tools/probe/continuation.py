@@ -1,8 +1,8 @@
-"""`continuation`: the teacher goes on where the student stopped, at several depths.
+"""`continuation`: the teacher continues prefixes of the student's rollouts, at several depths.
 
-2604.13016, section 6.1 (Fig. 11b): what the teacher adds to student prefixes of growing length.
-2605.11182: the teacher standing alone against the teacher on student prefixes (62.1 % and 46.0 %).
-Both are one computation: depth 0 is each model alone.
+2604.13016, section 6.1 (Fig. 11b): the accuracy that the teacher adds to student prefixes of growing length.
+2605.11182: the teacher alone against the teacher on student prefixes (62.1 % and 46.0 %).
+One computation covers both: at depth 0 each model answers alone.
 """
 
 import dataclasses
@@ -31,94 +31,97 @@ from opd_jax.workdir import console
 
 
 def depths(section: Sequence[int], budget: int) -> list[int]:
-    """The depths to cut at, rising: those of `probe.depths`, or 1/8, 1/4 and 1/2 of the budget.
+    """Return the depths to cut at in increasing order: `probe.depths`, or 1/8, 1/4 and 1/2 of the budget.
 
-    Raises ConfigError for one that leaves no token of the budget.
+    Raises ConfigError for a depth that leaves no token of the budget.
     """
     chosen = sorted(section) or sorted({max(budget // part, 1) for part in (8, 4, 2)})
     if chosen[-1] >= budget:
         raise ConfigError(
-            f"probe.depths holds {chosen[-1]}, wanted less than rollout.max_response_tokens="
-            f"{budget}: nothing is left to continue; set --config.probe.depths={max(budget // 2, 1)}"
+            f"probe.depths has {chosen[-1]}, which leaves nothing to continue: depths must be less than "
+            f"rollout.max_response_tokens={budget}; set --config.probe.depths={max(budget // 2, 1)}"
         )
     return chosen
 
 
 def long_enough(length_B: np.ndarray, depth: int) -> list[int]:
-    """Rows whose responses have more than `depth` tokens: a cut there lies strictly inside."""
+    """Return the rows whose responses have more than `depth` tokens, so that a cut there is inside."""
     return np.flatnonzero(np.asarray(length_B) > depth).tolist()
 
 
 def figures_of(
     student: dict[int, list[Answer]], teacher: dict[int, list[Answer]]
 ) -> list[DepthFigures]:
-    """Accuracies by depth, gain and drop, paired over the problems; answers in one order at all depths."""
+    """Return accuracies, gain and drop by depth, paired over the problems.
+
+    Answers (depth -> list) have the same order of problems at all depths.
+    """
     alone = [answer.right for answer in teacher[0]]
-    found = []
+    figures = []
     for depth in sorted(student):
-        mine = [answer.right for answer in student[depth]]
-        theirs = [answer.right for answer in teacher[depth]]
-        found.append(
+        student_right = [answer.right for answer in student[depth]]
+        teacher_right = [answer.right for answer in teacher[depth]]
+        figures.append(
             DepthFigures(
                 depth,
-                student=mean(mine),
-                teacher=mean(theirs),
-                gain=paired(theirs, mine),
-                drop=paired(theirs, alone),
+                student=mean(student_right),
+                teacher=mean(teacher_right),
+                gain=paired(teacher_right, student_right),
+                drop=paired(teacher_right, alone),
                 student_truncation_rate=mean([a.truncated for a in student[depth]]).value,
                 teacher_truncation_rate=mean([a.truncated for a in teacher[depth]]).value,
             )
         )
-    return found
+    return figures
 
 
 def probe(
     plan: Plan, student: models.Params, grader: Grader, progress: console.Progress
 ) -> tuple[dict[str, Any], str]:
-    """Cut rollouts and let both models go on. Returns the report, and its table and verdict as text."""
+    """Cut rollouts and let both models continue them. Return the report, and its tables as text."""
     setup = plan.setups[0]
     cuts = depths(plan.config.probe.depths, plan.config.rollout.max_response_tokens)
     writers = {
         Part.STUDENT: student_writer(plan),
         Part.TEACHER: teacher_writer(setup, plan.problems),
     }
-    everything = range(len(plan.problems))
+    all_problems = range(len(plan.problems))
     rollout = write(
-        plan, student, writers[Part.STUDENT], everything,
+        plan, student, writers[Part.STUDENT], all_problems,
         part=Part.ROLLOUT, what="student: rollouts", progress=progress,
     )  # fmt: skip
     length_B = rollout.response_length_B
     which = long_enough(length_B, cuts[-1])
-    enough = {depth: len(long_enough(length_B, depth)) for depth in cuts}
+    longer = {depth: len(long_enough(length_B, depth)) for depth in cuts}
     if not which:
         raise DataError(
-            f"none of {len(everything)} rollouts has more than {cuts[-1]} tokens, the largest of "
+            f"none of {len(all_problems)} rollouts has more than {cuts[-1]} tokens, the largest of "
             f"probe.depths (the longest has {length_B.max()}); set --config.probe.depths="
-            f"{max(int(np.median(length_B)) // 2, 1)}, or more --config.probe.problems"
+            f"{max(int(np.median(length_B)) // 2, 1)}, or raise --config.probe.problems"
         )
-    first = read(plan, rollout, writers[Part.STUDENT], everything, grader)
+    first = read(plan, rollout, writers[Part.STUDENT], all_problems, grader)
     responses = [rollout.response(i) for i in which]
     answers: dict[Part, dict[int, list[Answer]]] = {Part.STUDENT: {}, Part.TEACHER: {}}
     teacher, _ = load_teacher(setup, student)
     for part, params in ((Part.STUDENT, student), (Part.TEACHER, teacher)):
-        writer, who = writers[part], part.name.lower()
+        writer, role = writers[part], part.name.lower()
         for depth in (0, *cuts):
-            # Ids of a prefix are scored ones, which both models read alike: end tokens, the only
-            # others that are drawn, end a response and lie behind every cut.
+            # All ids of a prefix are scored ids, which both models read alike. The only other ids that
+            # are sampled are end tokens, which end a response and so lie after every cut.
             prefixes = [response[:depth] for response in responses] if depth else []
             if part is Part.TEACHER:
                 prefixes = [setup.alignment.teacher_ids[prefix].tolist() for prefix in prefixes]
-            what = f"{who}: behind {depth} tokens" if depth else f"{who}: alone"
-            by = writer.behind(writers[Part.STUDENT]) if depth else writer
+            what = f"{role}: behind {depth} tokens" if depth else f"{role}: alone"
+            continuing = writer.behind(writers[Part.STUDENT]) if depth else writer
             written = write(
-                plan, params, by, which,
+                plan, params, continuing, which,
                 part=part, prefixes=prefixes, what=what, progress=progress,
             )  # fmt: skip
-            answers[part][depth] = read(plan, written, by, which, grader, prefixes=prefixes)
+            answers[part][depth] = read(plan, written, continuing, which, grader, prefixes=prefixes)
     figures = figures_of(answers[Part.STUDENT], answers[Part.TEACHER])
     report = {
         "rollouts": summary(first),
-        "rollouts_longer_than": {str(depth): count for depth, count in enough.items()},
+        "rollouts_longer_than": {str(depth): count for depth, count in longer.items()},
         "depths": [dataclasses.asdict(row) for row in figures],
         "verdict": [line.as_json() for line in verdict.judge_continuation(figures)],
         "conclusion": verdict.conclude_continuation(figures),
@@ -128,7 +131,7 @@ def probe(
 
 
 def text(report: dict[str, Any], figures: Sequence[DepthFigures], *, teacher: str) -> str:
-    """What a person sees: which rollouts were cut, accuracies by depth, and the verdict."""
+    """Format the report as text: which rollouts were cut, accuracies by depth, and the verdict."""
     count, rollouts = figures[0].gain.count, len(report["records"])
     deepest = figures[-1].depth
     lines = [
@@ -143,11 +146,11 @@ def text(report: dict[str, Any], figures: Sequence[DepthFigures], *, teacher: st
         f"{'teacher - alone':>22}{'truncated':>13}",
     ]
     for row in figures:
-        place = f"{row.depth}" if row.depth else "alone"
+        prefix = f"{row.depth}" if row.depth else "alone"
         drop = row.drop.signed if row.depth else ""
-        cut = f"{row.student_truncation_rate:.0%} / {row.teacher_truncation_rate:.0%}"
+        truncated = f"{row.student_truncation_rate:.0%} / {row.teacher_truncation_rate:.0%}"
         lines.append(
-            f"{place:>9}{row.student!s:>17}{row.teacher!s:>17}{row.gain.signed:>22}{drop:>22}{cut:>13}"
+            f"{prefix:>9}{row.student!s:>17}{row.teacher!s:>17}{row.gain.signed:>22}{drop:>22}{truncated:>13}"
         )
     lines += [
         "± standard error, of differences over the same problems; truncated: student / teacher",
@@ -167,7 +170,7 @@ def _records(
     first: Sequence[Answer],
     answers: dict[Part, dict[int, list[Answer]]],
 ) -> list[dict[str, Any]]:
-    """One record a problem; `depths` is missing where the rollout was too short."""
+    """Return one record per problem; `depths` is missing where the rollout was too short."""
     records = []
     for i, problem in enumerate(plan.problems):
         record = {
@@ -177,10 +180,10 @@ def _records(
             "rollout": first[i].as_json(),
         }
         if i in which:
-            at = list(which).index(i)
+            place = list(which).index(i)
             record["depths"] = {
                 str(depth): {
-                    part.name.lower(): answers[part][depth][at].as_json() for part in answers
+                    part.name.lower(): answers[part][depth][place].as_json() for part in answers
                 }
                 for depth in answers[Part.STUDENT]
             }

@@ -1,4 +1,4 @@
-"""Means with their standard errors, of one list of numbers or of two paired ones."""
+"""Means with standard errors, of one sample or of paired differences."""
 
 import dataclasses
 import math
@@ -19,20 +19,20 @@ class Mean:
 
     @property
     def signed(self) -> str:
-        """A difference of shares, with its sign."""
+        """A difference of fractions in percentage points, with its sign."""
         return f"{100 * self.value:+.1f} ± {100 * self.stderr:.1f} points"
 
 
 def mean(values: Sequence[float]) -> Mean:
-    """Mean and standard error of at least one number."""
+    """Return mean and standard error of at least one number."""
     spread = statistics.stdev(values) if len(values) > 1 else 0.0
     return Mean(statistics.fmean(values), spread / math.sqrt(len(values)), len(values))
 
 
 def paired(first: Sequence[float], second: Sequence[float]) -> Mean:
-    """Mean of first_i - second_i, with the standard error of these differences.
+    """Return the mean of first_i - second_i, with the standard error of these differences.
 
-    Two models answer the same problems: what makes a problem hard for both drops out of the
-    difference, so its error is smaller than that of two separate means.
+    For two models on the same problems, the difficulty of a problem cancels in the difference, so the
+    error is smaller than that of two separate means.
     """
     return mean([a - b for a, b in zip(first, second, strict=True)])

@@ -1,7 +1,7 @@
-"""`pair`: a student and a teacher, or several, before training: how alike, how good, how long.
+"""`pair`: compare a student with one or more teachers before training.
 
-The student writes one rollout a problem; each teacher scores it beside the student, and answers the
-problems itself. What the figures mean is in verdict.py.
+The student samples one rollout per problem. Each teacher scores it together with the student, and answers
+the problems itself. verdict.py judges the figures.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from opd_jax.training.setup import Setup
 from opd_jax.types import Rollout, Scores
 from opd_jax.workdir import console
 
-# A column of the printed table: its head, the figure, how it is shown.
+# Columns of the printed table: head, name of the figure, format.
 _COLUMNS = (
     ("overlap", "overlap_ratio", ".3f"), ("mass S", "student_overlap_mass", ".3f"),
     ("mass T", "teacher_overlap_mass", ".3f"), ("rev. KL", "reverse_kl", ".3f"),
@@ -43,9 +43,9 @@ _COLUMNS = (
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What one teacher says of the student's rollouts, and its own answers.
+    """Figures of one teacher on the student's rollouts, and its own answers.
 
-    `figures` by name, None where nothing could be measured; `by_rollout` holds one entry a rollout.
+    A figure is None where nothing could be measured; `by_rollout` has one entry per rollout.
     """
 
     name: str
@@ -62,14 +62,14 @@ def probe(
 ) -> tuple[dict[str, Any], str]:
     """Measure every teacher. Returns the report, and its tables and verdicts as text."""
     writer = student_writer(plan)
-    everything = range(len(plan.problems))
+    all_problems = range(len(plan.problems))
     clock = Clock()
     rollout = write(
-        plan, student, writer, everything,
+        plan, student, writer, all_problems,
         part=Part.ROLLOUT, what="student: rollouts", progress=progress,
     )  # fmt: skip
     clock.lap("rollout", rollout.response_length_B.sum())
-    answers = read(plan, rollout, writer, everything, grader)
+    answers = read(plan, rollout, writer, all_problems, grader)
     names = ["teacher"]
     if len(plan.setups) > 1:
         names = [f"teacher {i + 1}" for i in range(len(plan.setups))]
@@ -82,27 +82,29 @@ def probe(
 
 
 def sequence_means(values_BT: np.ndarray, mask_BT: np.ndarray) -> list[float | None]:
-    """r(y) = 1/T sum_t values_t over each row's masked tokens (2604.13016, 6.2); None where none is."""
+    """Return r(y) = 1/T sum_t values_t over each row's masked tokens (2604.13016, 6.2); None without any."""
     means_B = sequence_reward(np.asarray(values_BT), mask_BT)
     return [None if np.isnan(mean_) else float(mean_) for mean_ in means_B]
 
 
 def by_outcome(rewards: list[float | None], answers: list[Answer]) -> dict[str, float | None]:
-    """Mean of the rollouts' mean advantages, of the right and of the other graded ones."""
+    """Return the mean of the rollouts' mean advantages for correct and for incorrect rollouts."""
     means: dict[str, float | None] = {}
-    for name, wanted in (("advantage_right", 1.0), ("advantage_wrong", 0.0)):
+    for name, right in (("advantage_right", 1.0), ("advantage_wrong", 0.0)):
         chosen = [
             reward
             for reward, answer in zip(rewards, answers, strict=True)
-            if reward is not None and decided(answer.grade) and answer.right == wanted
+            if reward is not None and decided(answer.grade) and answer.right == right
         ]
         means[name] = mean(chosen).value if chosen else None
     return means
 
 
 def gain(teacher: list[Answer], student: list[Answer]) -> Mean | None:
-    """The teacher's accuracy less the student's over the problems that both have a grade for; None
-    without any. A time-out is no grade."""
+    """Return the teacher's accuracy minus the student's over the problems on which both have a grade.
+
+    None if there are no such problems. A time-out is not a grade.
+    """
     pairs = zip(teacher, student, strict=True)
     both = [(t, s) for t, s in pairs if decided(t.grade) and decided(s.grade)]
     if not both:
@@ -111,7 +113,7 @@ def gain(teacher: list[Answer], student: list[Answer]) -> Mean | None:
 
 
 def text(report: dict[str, Any], top_k: int) -> str:
-    """What a person sees: answers, figures, speed, and a verdict a teacher."""
+    """Format the report as text: answers, figures, speed, and a verdict for each teacher."""
     teachers = report["teachers"]
     lines = ["", console.table({"student": report["student"]["answers"]} | {
         teacher["name"]: teacher["answers"] for teacher in teachers
@@ -148,7 +150,7 @@ def text(report: dict[str, Any], top_k: int) -> str:
     lines += [
         "",
         verdict.LEGEND,
-        "A handful of published runs stands behind all this: it ranks pairs, it foretells nothing.",
+        "The verdicts rest on a handful of published runs. They rank pairs and do not predict a run.",
     ]
     return "\n".join(lines)
 
@@ -165,17 +167,17 @@ def _measure(
 ) -> Measured:
     teacher, scorer = load_teacher(setup, student)
     writer = teacher_writer(setup, plan.problems)
-    everything = range(len(plan.problems))
+    all_problems = range(len(plan.problems))
     clock = Clock()
     scores, mask_BT = _score(plan, setup, student, scorer, writer.prompts, rollout)
     progress.show(f"{name}: the student's rollouts scored", always=True)
     clock.lap("score", rollout.response_length_B.sum())
     written = write(
-        plan, teacher, writer, everything,
+        plan, teacher, writer, all_problems,
         part=Part.TEACHER, what=f"{name}: own answers", progress=progress,
     )  # fmt: skip
     clock.lap("answer", written.response_length_B.sum())
-    own = read(plan, written, writer, everything, grader)
+    own = read(plan, written, writer, all_problems, grader)
     figures: dict[str, float | None] = {
         key.removeprefix("score/"): value
         for key, value in metrics.score_metrics(scores, mask_BT).items()
@@ -192,7 +194,7 @@ def _measure(
     figures["overlap_by_chance"] = plan.config.scoring.overlap_top_k / int(
         setup.alignment.scored.sum()
     )
-    by_rollout = [{key: values[i] for key, values in means.items()} for i in everything]
+    by_rollout = [{key: values[i] for key, values in means.items()} for i in all_problems]
     return Measured(
         name, setup.config.teacher.path, figures, gain(own, answers), own, by_rollout, clock.row()
     )
@@ -206,7 +208,7 @@ def _score(
     prompts: list[list[int]],
     rollout: Rollout,
 ) -> tuple[Scores, np.ndarray]:
-    """Both models on the rollouts, and the tokens that count."""
+    """Return the scores of both models on the rollouts, and a mask of the tokens that count."""
     config, alignment = plan.config, setup.alignment
     assert setup.teacher is not None  # a plan has a teacher
     teacher_rows = None
@@ -228,8 +230,8 @@ def _score(
 def _report(
     plan: Plan, answers: list[Answer], measured: list[Measured], speed: dict[str, float]
 ) -> dict[str, Any]:
-    own = summary(answers)
-    figures = {each.name: _judged(each, own) for each in measured}
+    student = summary(answers)
+    figures = {each.name: _judged(each, student) for each in measured}
     teachers = []
     for each in measured:
         judgements = verdict.judge_pair(figures[each.name])
@@ -256,7 +258,7 @@ def _report(
         for i, problem in enumerate(plan.problems)
     ]
     return {
-        "student": {"answers": own, "speed": speed},
+        "student": {"answers": student, "speed": speed},
         "teachers": teachers,
         "comparison": verdict.compare(figures) if len(figures) > 1 else [],
         "records": records,

@@ -1,4 +1,4 @@
-"""One probe from a config to its report: everything is checked first, then weights are loaded."""
+"""Run a probe from its config to its report; all input is checked before weights are loaded."""
 
 import json
 import pathlib
@@ -29,22 +29,22 @@ def run(
     out: str | None = None,
     command: list[str],
 ) -> dict[str, Any]:
-    """Run the probe `name`, print what it finds, and return the report, which `out` (.json) holds too.
+    """Run the probe `name`, print its results, write them to `out` (.json) if given, return the report.
 
     Args:
-      config: a training config; `data.train`, `rollout`, `probe` and the models' sections count.
-      folder: a run whose checkpoint of `step` (None: the newest) is the student, in place of
+      config: a training config; the probe reads `data.train`, `rollout`, `probe` and the models' sections.
+      folder: a run whose checkpoint of `step` (None: the newest) is the student, instead of
         `student.path`.
-      teachers: model folders to compare by `pair`, in place of `teacher.path`.
+      teachers: model folders for `pair` to compare, instead of `teacher.path`.
       out: a new file.
 
-    Raises an OpdError for whatever the user can mend.
+    Raises an OpdError for errors that the user can correct.
     """
     if name not in NAMES:
         raise ConfigError(f"probe {name!r} is not known; {configuration.near(name, list(NAMES))}")
     if len(teachers) > 1 and name != "pair":
         raise ConfigError(
-            f"{len(teachers)} teachers, wanted one: only pair compares; give --teachers=DIR"
+            f"{len(teachers)} teachers, but {name} takes one; give --teachers=DIR, or compare them with pair"
         )
     file = pathlib.Path(out) if out else None
     if file:
@@ -68,7 +68,7 @@ def run(
     student, step = load_student(plan)
     with make_grader(plan.config.grading) as grader:
         probe = {"pair": pair.probe, "continuation": continuation.probe}[name]
-        found, shown = probe(plan, student, grader, progress)
+        results, printed = probe(plan, student, grader, progress)
     report = {
         "probe": name,
         "student_from": {"path": plan.config.student.path, "workdir": folder, "step": step},
@@ -76,10 +76,10 @@ def run(
         "notes": [*plan.notes, *_remarks(plan)],
         "run": workdir.provenance(command),
         "config": json.loads(configuration.to_json(configuration.PROBING.of(plan.config))),
-    } | found
+    } | results
     if file:
         _write(file, report)
-    progress.say(shown)
+    progress.say(printed)
     if file:
         progress.say(f"\nwritten to {file}")
     return report
@@ -88,16 +88,16 @@ def run(
 def _source(plan: Plan) -> str:
     if plan.folder is None:
         return plan.config.student.path
-    return f"of {plan.folder}, {'newest step' if plan.step is None else f'step {plan.step}'}"
+    return f"from {plan.folder}, {'newest step' if plan.step is None else f'step {plan.step}'}"
 
 
 def _remarks(plan: Plan) -> list[str]:
-    """What a reader of the figures has to know beside them."""
+    """Return remarks that a reader needs to interpret the figures."""
     first = plan.setups[0]
     remarks = []
     if first.student_style != first.teacher_style:
         remarks.append(
-            "the teacher is shown a prompt of its own (data.teacher_*): its accuracy is with that"
+            "the teacher gets a prompt of its own (data.teacher_*), which its accuracy depends on"
         )
     if plan.config.teacher.follow != "frozen":
         remarks.append(f"teacher.follow={plan.config.teacher.follow}: the teacher is the student")
@@ -107,7 +107,7 @@ def _remarks(plan: Plan) -> list[str]:
 def _check_place(file: pathlib.Path) -> None:
     if file.suffix != ".json":
         raise ConfigError(
-            f"out={str(file)!r}, wanted a name that ends in .json; set --out=FILE.json"
+            f"out={str(file)!r} is not a name that ends in .json; give --out=FILE.json"
         )
     if file.exists():
         raise WorkdirError(f"{file} exists already; give another --out, or remove it")

@@ -1,4 +1,4 @@
-"""What a probe is about, known and checked before any weights are loaded."""
+"""The models and problems of a probe, checked before any weights are loaded."""
 
 import dataclasses
 import pathlib
@@ -23,13 +23,13 @@ from opd_jax.training.weights import load_weights
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A checked student, its teachers, and the problems put to them.
+    """A checked student, its teachers, and the problems.
 
     Attributes:
-      setups: one a teacher; what they say of the student is the same in all.
-      problems: the first that training would see, in its order.
-      folder, step: the run whose checkpoint holds the student; None: its model folder does.
-      notes: what the setups say of vocabularies and data.
+      setups: one for each teacher, with the same student in all.
+      problems: the first problems that training would use, in the same order.
+      folder, step: the run and step whose checkpoint is the student; None for the model folder.
+      notes: the notes of the setups on vocabularies and data.
     """
 
     setups: list[Setup]
@@ -40,12 +40,12 @@ class Plan:
 
     @property
     def config(self) -> ConfigDict:
-        """The config of the first teacher; all but section `teacher` is that of every one."""
+        """The config of the first teacher; configs of the others differ only in section `teacher`."""
         return self.setups[0].config
 
     @property
     def drawn(self) -> np.ndarray:
-        """Ids that the student's rollouts may hold: those that every teacher can read; bool [V]."""
+        """Allowed-token mask of the student's rollouts: ids that every teacher can read; bool [V]."""
         return np.logical_and.reduce([setup.alignment.drawn for setup in self.setups])
 
     @property
@@ -55,17 +55,17 @@ class Plan:
 
 
 def config_of_run(folder: str, overrides: Mapping[str, Any]) -> ConfigDict:
-    """The config that a run was started with, with fields of one's own in place of some.
+    """Return the config of a run, with the fields of `overrides` replaced.
 
     Fields that a run of an older version lacks have their defaults. Raises WorkdirError: no run.
     """
     kept = configuration.flatten(workdir.read_config(pathlib.Path(folder)))
     config = configuration.default()
-    for field, usual in configuration.flatten(config.to_dict()).items():
-        value = kept.get(field, usual)
-        _set(config, field, tuple(value) if isinstance(usual, tuple) else value)
+    for field, default in configuration.flatten(config.to_dict()).items():
+        value = kept.get(field, default)
+        _set(config, field, tuple(value) if isinstance(default, tuple) else value)
     if config.teacher.follow != "frozen":
-        config.teacher.path = "student"  # config.json has the folder that this stood for
+        config.teacher.path = "student"  # config.json has the resolved folder instead
     for field, value in overrides.items():
         _set(config, field, value)
     return config
@@ -79,9 +79,11 @@ def make_plan(
     step: int | None = None,
     need_answers: bool = False,
 ) -> Plan:
-    """Read and check all but the weights; see `run` for the arguments. Raises an OpdError."""
+    """Read and check everything except the weights; see `run` for the arguments. Raises an OpdError."""
     if not folder and step is not None:
-        raise ConfigError(f"step={step} is of a run's checkpoint; give the run: --workdir=DIR")
+        raise ConfigError(
+            f"step={step} needs a run, whose checkpoint it selects; give --workdir=DIR"
+        )
     config = _for_probing(config)
     if folder:
         student = workdir.read_config(pathlib.Path(folder))["student"]
@@ -90,12 +92,12 @@ def make_plan(
         config.data.date = config.data.date or workdir.date_of(pathlib.Path(folder))
         if config.teacher.follow == "average":
             raise ConfigError(
-                "teacher.follow=average: a checkpoint's moving average is not probed, wanted frozen "
-                "or live; set --config.teacher.follow=frozen"
+                "teacher.follow=average: the moving average of a checkpoint cannot be probed; set "
+                "--config.teacher.follow=frozen or live"
             )
     if not (config.teacher.path or teachers):
         raise ConfigError(
-            "teacher.path='', wanted the teacher to ask about; set --config.teacher.path=DIR"
+            "teacher.path='' names no teacher to examine; set --config.teacher.path=DIR"
         )
     setups = []
     for path in teachers or [config.teacher.path]:
@@ -107,18 +109,21 @@ def make_plan(
 
 
 def load_student(plan: Plan) -> tuple[models.Params, int | None]:
-    """The student in the dtype it computes in, and the step of its checkpoint, if it has one."""
+    """Return the student in its compute dtype, and the step of its checkpoint, if any."""
     setup, config = plan.setups[0], plan.config
     dtype = compute_dtype(config.student.dtype)
     if plan.folder is None:
         return models.load(config.student.path, dtype=dtype)[1], None
-    like = decoder.abstract_params(setup.student)
-    step, params = checkpoint.restore_params(plan.folder, like, step=plan.step)
+    abstract = decoder.abstract_params(setup.student)
+    step, params = checkpoint.restore_params(plan.folder, abstract, step=plan.step)
     return jax.tree.map(lambda w: jnp.asarray(w, dtype), params), step
 
 
 def load_teacher(setup: Setup, student: models.Params) -> tuple[models.Params, models.Params]:
-    """The teacher in its own ids, and in the student's, for scoring; one that follows is the student."""
+    """Return the teacher's weights in its own ids, and in the student's ids for scoring.
+
+    Unless `teacher.follow` is frozen, the teacher is the student.
+    """
     if setup.config.teacher.follow != "frozen":
         return student, student
     weights = load_weights(setup, student=False)
@@ -128,10 +133,10 @@ def load_teacher(setup: Setup, student: models.Params) -> tuple[models.Params, m
 
 
 def _for_probing(config: ConfigDict) -> ConfigDict:
-    """A copy that asks for rollouts and a teacher, and for nothing else that training may need."""
+    """Return a copy that needs rollouts and a teacher, and nothing else that training may need."""
     config = config.copy_and_resolve_references()
     config.loss = configuration.default().loss  # plain OPD: no reference, no golden solutions
-    config.guard.action = "off"  # which may raise terms that need them
+    config.guard.action = "off"  # the guard may raise terms that need these
     config.eval.data = config.eval.best = ""
     config.data.epochs = 0.0
     return config
@@ -147,24 +152,26 @@ def _problems(setups: Sequence[Setup], *, need_answers: bool) -> list[data.Probl
     unanswered = [problem.id for problem in problems if not problem.answer]
     if need_answers and unanswered:
         raise DataError(
-            f"data.train: problem {unanswered[0]} has no answer, wanted one for every problem: the "
-            "probe counts right answers; name data with answers: --config.data.train=FILE"
+            f"data.train: problem {unanswered[0]} has no answer, but the probe needs one for every problem; "
+            "set --config.data.train to a file with answers"
         )
-    for setup in setups:  # of generated problems only the first were looked at
+    for setup in setups:  # the setups checked only the first of generated problems
         _require_room(setup, problems)
     return problems
 
 
 def _require_room(setup: Setup, problems: Sequence[data.Problem]) -> None:
-    """Both models' prompts fit beside a whole response, so every prefix of one does too."""
+    """Check that both models' prompts fit with a complete response, and so with every prefix of one."""
     rollout = setup.config.rollout
-    own = setup.student_style.prompts(problems, setup.tokenizer)
-    others = setup.teacher_style.prompts(problems, setup.teacher_tokenizer)
-    for problem, mine, theirs in zip(problems, own, others, strict=True):
+    student_prompts = setup.student_style.prompts(problems, setup.tokenizer)
+    teacher_prompts = setup.teacher_style.prompts(problems, setup.teacher_tokenizer)
+    for problem, student_ids, teacher_ids in zip(
+        problems, student_prompts, teacher_prompts, strict=True
+    ):
         assert setup.teacher is not None  # _for_probing
-        misfit = prompt_misfit(len(mine), rollout.max_prompt_tokens)
+        misfit = prompt_misfit(len(student_ids), rollout.max_prompt_tokens)
         misfit = misfit or teacher_misfit(
-            len(theirs), setup.teacher.max_position, rollout.max_response_tokens
+            len(teacher_ids), setup.teacher.max_position, rollout.max_response_tokens
         )
         if misfit:
             path = setup.config.teacher.path
@@ -175,5 +182,5 @@ def _set(config: ConfigDict, field: str, value: Any) -> None:
     *sections, name = field.split(".")
     for section in sections:
         config = config[section]
-    with config.ignore_type():  # validate has the better words for it
+    with config.ignore_type():  # `validate` reports a wrong type more clearly
         config[name] = value

@@ -1,4 +1,4 @@
-"""Who writes in a probe, and what becomes of it: responses sampled, graded, and summed up."""
+"""Sample, grade and summarise the responses of a probe."""
 
 import dataclasses
 import operator
@@ -23,7 +23,7 @@ from opd_jax.workdir.console import Progress
 
 
 class Part(IntEnum):
-    """Which of a probe's draws a key is for; numbers stay."""
+    """Part of a probe, which selects its random key; do not change the numbers."""
 
     ROLLOUT = 0
     STUDENT = 1
@@ -32,10 +32,10 @@ class Part(IntEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Writer:
-    """A model as it writes by itself: its prompts (one a problem), ids, and end tokens.
+    """A model with what it samples from: its prompts (one per problem), ids, and end tokens.
 
-    `texts` are the prompts as rendered. `drawn_V` are the ids that it may write, None for all of the
-    first `vocabulary`.
+    `texts` are the rendered prompts, `prompts` their ids. `drawn_V` is the allowed-token mask, None for all
+    of the first `vocabulary` ids.
     """
 
     model: models.ModelConfig
@@ -47,9 +47,9 @@ class Writer:
     drawn_V: np.ndarray | None
 
     def behind(self, other: "Writer") -> "Writer":
-        """The same model where it goes on with what another one has written behind its own prompts.
+        """Return this model with prompts for continuing responses of `other`.
 
-        Thoughts that the other's prompts opened are opened, those that only its own would open not.
+        A thinking block is open at the end of a prompt only where it is open in the prompt of `other`.
         """
         begun = [template_boundary.opening(text, closed=False) for text in other.texts]
         texts = [template_boundary.begun_as(*pair) for pair in zip(self.texts, begun, strict=True)]
@@ -58,7 +58,7 @@ class Writer:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """One whole answer, a given prefix included; `grade` is None where the problem has no answer."""
+    """A complete answer, including its prefix; `grade` is None where the problem has no answer."""
 
     text: str
     grade: Grade | None
@@ -68,16 +68,16 @@ class Answer:
 
     @property
     def right(self) -> float:
-        """1 for a right answer, 0 for any other."""
+        """1 for a correct answer, 0 for any other."""
         return float(self.grade is Grade.CORRECT)
 
     def as_json(self) -> dict[str, Any]:
-        """The fields, as a report holds them."""
+        """Return the fields in the format of a report."""
         return dataclasses.asdict(self) | {"grade": self.grade and self.grade.value}
 
 
 def student_writer(plan: Plan) -> Writer:
-    """The student as it rolls out in training."""
+    """Return the student as in the rollouts of training."""
     setup, drawn_V = plan.setups[0], plan.drawn
     texts = setup.student_style.texts(plan.problems, setup.tokenizer)
     return Writer(
@@ -92,7 +92,7 @@ def student_writer(plan: Plan) -> Writer:
 
 
 def teacher_writer(setup: Setup, problems: Sequence[data.Problem]) -> Writer:
-    """A teacher as itself: its own prompts, ids and end tokens."""
+    """Return a teacher with its own prompts, ids and end tokens."""
     assert setup.teacher is not None  # a plan has a teacher
     tokenizer = setup.teacher_tokenizer
     ids = data.alone(min(tokenizer.size, setup.teacher.vocab_size), setup.teacher.eos_token_ids)
@@ -112,10 +112,10 @@ def write(
     what: str,
     progress: Progress,
 ) -> Rollout:
-    """Let a model answer the problems `which`, each behind its prefix, within what is left of the budget.
+    """Sample responses to the problems `which`, each after its prefix, within the rest of the budget.
 
-    `prefixes`, in the writer's ids, are all of one length. They count as prompt in the rows returned.
-    Draws depend on the seed, `probe.batch`, the prefix's length, `part`, and the order of `which`.
+    `prefixes`, in the writer's ids, all have the same length. They count as prompt in the returned rows.
+    Samples depend on the seed, `probe.batch`, the prefix length, `part`, and the order of `which`.
     """
     config, section = plan.config, plan.config.rollout
     depth = len(prefixes[0]) if prefixes else 0
@@ -123,7 +123,7 @@ def write(
         [*writer.prompts[problem], *(prefixes[i] if prefixes else ())]
         for i, problem in enumerate(which)
     ]
-    # The width is that of all problems, so that decoding is compiled once for every depth.
+    # The width covers all problems, so that decoding compiles once per depth.
     width = max(map(len, writer.prompts)) + depth
     size = min(config.probe.batch, len(rows))
     key = jax.random.fold_in(key_for(config.seed, depth, Stream.PROBE), int(part))
@@ -139,8 +139,8 @@ def write(
     model = models.Model(writer.model, params)
     began, tokens, parts = time.perf_counter(), 0, []
     for batch, start in enumerate(range(0, len(rows), size)):
-        taken = rows[start : start + size]
-        full = [*taken, *[rows[0]] * (size - len(taken))]  # the same shapes in the last batch
+        chunk = rows[start : start + size]
+        full = [*chunk, *[rows[0]] * (size - len(chunk))]  # pad the last batch to the same shapes
         sampled = sample_responses(
             model,
             full,
@@ -148,7 +148,7 @@ def write(
             keys=row_keys(jax.random.fold_in(key, batch), len(full)),
             batching=Batching(slots=section.slots or None, max_prompt_tokens=width),
         )
-        parts.append(jax.tree.map(operator.itemgetter(slice(len(taken))), sampled))
+        parts.append(jax.tree.map(operator.itemgetter(slice(len(chunk))), sampled))
         done, seconds = min(start + size, len(rows)), time.perf_counter() - began
         tokens += int(parts[-1].response_length_B.sum())
         progress.show(
@@ -167,26 +167,34 @@ def read(
     *,
     prefixes: Sequence[Sequence[int]] = (),
 ) -> list[Answer]:
-    """The whole answers as text, prefixes included, graded where their problems have answers."""
-    whole = [[*(prefixes[i] if prefixes else ()), *written.response(i)] for i in range(len(which))]
-    complete = [
+    """Return the complete answers as text, including prefixes, graded where their problems have answers."""
+    answers = [
+        [*(prefixes[i] if prefixes else ()), *written.response(i)] for i in range(len(which))
+    ]
+    texts = [
         data.response_text(writer.tokenizer, writer.prompts[problem], ids)
-        for problem, ids in zip(which, whole, strict=True)
+        for problem, ids in zip(which, answers, strict=True)
     ]
     golds = [plan.problems[problem].answer for problem in which]
-    found = read_responses(
-        whole, golds, writer.tokenizer,
+    responses = read_responses(
+        answers, golds, writer.tokenizer,
         grader=grader, repetition=metrics.make_repetition_rule(plan.config.metrics),
     )  # fmt: skip
-    cut = metrics.truncated(written.outcome_B).tolist()
+    truncated = metrics.truncated(written.outcome_B).tolist()
     return [
-        Answer(text, found.grades[i], cut[i], bool(found.flagged_B[i]), len(whole[i]))
-        for i, text in enumerate(complete)
+        Answer(
+            text,
+            responses.grades[i],
+            truncated[i],
+            bool(responses.flagged_B[i]),
+            len(answers[i]),
+        )
+        for i, text in enumerate(texts)
     ]
 
 
 def summary(answers: Sequence[Answer]) -> dict[str, float]:
-    """The row of a table (console.table); accuracies are of the answers that were graded."""
+    """Return a row for console.table; accuracies cover the graded answers."""
     row = {
         "truncation_rate": mean([answer.truncated for answer in answers]).value,
         "repetition_rate": mean([answer.repetitive for answer in answers]).value,

@@ -54,7 +54,7 @@ def test_the_config_of_a_run_lacks_what_is_new_and_takes_overrides(run, tmp_path
     ("name", "fields", "arguments", "error", "says"),
     [
         ("standalone", {}, {}, ConfigError, "probe 'standalone' is not known"),
-        ("continuation", {"probe.depths": (24,)}, {}, ConfigError, "probe.depths holds 24"),
+        ("continuation", {"probe.depths": (24,)}, {}, ConfigError, "probe.depths has 24"),
         ("pair", {"probe.depths": (0,)}, {}, ConfigError, "probe.depths=(0,)"),
         ("pair", {"probe.depths": (4, 4)}, {}, ConfigError, "probe.depths=(4, 4)"),
         ("pair", {"probe.depths": ("a",)}, {}, ConfigError, "probe.depths=('a',)"),
@@ -64,7 +64,13 @@ def test_the_config_of_a_run_lacks_what_is_new_and_takes_overrides(run, tmp_path
         ("pair", {}, {"step": 3}, ConfigError, "--workdir=DIR"),
         ("pair", {}, {"folder": "/nowhere"}, WorkdirError, "'/nowhere' does not exist"),
         ("pair", {}, {"teachers": ["/nowhere"]}, OpdError, "'/nowhere' does not exist"),
-        ("continuation", {}, {"teachers": ["a", "b"]}, ConfigError, "2 teachers, wanted one"),
+        (
+            "continuation",
+            {},
+            {"teachers": ["a", "b"]},
+            ConfigError,
+            "2 teachers, but continuation takes one",
+        ),
         ("pair", {"rollout.max_response_tokens": 41}, {}, ConfigError, "80 positions"),
         ("pair", {"rollout.max_prompt_tokens": 3}, {}, DataError, "max_prompt_tokens="),
         ("pair", {}, {"out": "report.txt"}, ConfigError, "ends in .json"),
@@ -149,4 +155,5 @@ def test_overrides_count_on_top_of_the_config_of_the_run(run):
         "--config.teacher.path=student",
     )  # fmt: skip
     assert done.returncode == 1
-    assert "probe.depths holds 192, wanted less than rollout.max_response_tokens=192" in done.stderr
+    assert "probe.depths has 192, which leaves nothing to continue" in done.stderr
+    assert "rollout.max_response_tokens=192" in done.stderr

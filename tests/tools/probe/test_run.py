@@ -92,7 +92,7 @@ def test_problems_without_answers_are_measured_but_not_graded(small, tmp_path):
     assert report["teachers"][0]["gain"] is None
     rated = {line["what"]: line["rating"] for line in report["teachers"][0]["verdict"]}
     assert rated["new knowledge"] == "unknown"
-    with pytest.raises(DataError, match=r"problem open-\d has no answer, wanted one for every"):
+    with pytest.raises(DataError, match=r"problem open-\d has no answer, but the probe"):
         probe.run("continuation", small, command=[])
 
 
@@ -184,7 +184,7 @@ def test_a_teacher_that_is_the_student_with_another_prompt(small, capsys):
     small.data.teacher_prompt_template = "{problem}{answer}"
     report = probe.run("pair", small, command=[])
     assert report["teachers"][0]["figures"]["reverse_kl"] > 0
-    assert "the teacher is shown a prompt of its own" in capsys.readouterr().out
+    assert "the teacher gets a prompt of its own" in capsys.readouterr().out
 
 
 def test_the_last_batch_has_the_shapes_of_the_others(small, monkeypatch):

@@ -191,7 +191,7 @@ def test_a_teacher_whose_answers_are_cut_off_is_not_called_worse():
         ({"gain": Mean(-0.3, 0.05, 64), "overlap_ratio": 0.1}, "Not with this teacher"),
         ({"overlap_ratio": 0.1, "truncation_rate": 0.9}, "cold start on the teacher's solutions"),
         ({"truncation_rate": 0.9, "gain": Mean(0.0, 0.1, 64)}, "do not end by themselves"),
-        ({"gain": Mean(0.0, 0.1, 64), "overlap_ratio": 0.6}, "Little to expect"),
+        ({"gain": Mean(0.0, 0.1, 64), "overlap_ratio": 0.6}, "Little gain expected"),
         ({"gain": None}, "could not be measured; the rest looks fine"),
         (
             {"gain": None, "overlap_ratio": 0.6},

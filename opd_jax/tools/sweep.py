@@ -1,7 +1,7 @@
-"""Several methods on `tiny`, several seeds of each, run one after the other; and their table.
+"""Run several methods on `tiny` with several seeds, one run after the other, and tabulate the results.
 
-For the entry points that compare (launch/compare.py, launch/reproduce.py). What is done already is
-not done again, so a comparison that was killed goes on.
+Used by launch/compare.py and launch/reproduce.py. Finished runs are not repeated, so a comparison that
+was killed resumes.
 """
 
 import json
@@ -19,30 +19,34 @@ from opd_jax.errors import ConfigError, OpdError
 
 ROOT = pathlib.Path(__file__).parents[2]
 T = TypeVar("T")
-Command = tuple[pathlib.Path, list[str]]  # the file that shows that it is done, and the command
+Command = tuple[
+    pathlib.Path, list[str]
+]  # a file that exists once the command is done, and the command
 Column = tuple[str, str, str]  # title, name of the figure, format
 Figures = dict[str, float]
 
 
 def define_flags(out: str) -> None:
-    """--out, --seeds, --steps and --only."""
-    flags.DEFINE_string("out", out, "folder of whatever is made")
+    """Define the flags --out, --seeds, --steps and --only; `out` is the default of the first."""
+    flags.DEFINE_string("out", out, "folder of all outputs")
     flags.DEFINE_integer("seeds", 3, "runs of each method", lower_bound=1)
     flags.DEFINE_integer("steps", 60, "steps of each run", lower_bound=1)
-    flags.DEFINE_multi_string("only", [], "a method to run, as often as there are; default all")
+    flags.DEFINE_multi_string("only", [], "a method to run; may be repeated; default: all")
     cli.show("out", "seeds", "steps", "only")
 
 
 def chosen(methods: Mapping[str, T], only: Sequence[str]) -> dict[str, T]:
-    """The methods named, or all. Raises ConfigError for a name that is none of them."""
+    """Return the methods in `only`, or all. Raises ConfigError for an unknown name."""
     for name in only:
         if name not in methods:
-            raise ConfigError(f"--only={name!r} is no method; known: {'; '.join(methods)}")
+            raise ConfigError(
+                f"--only={name!r} is not a method; set --only to one of: {'; '.join(methods)}"
+            )
     return {name: methods[name] for name in only or methods}
 
 
 def run_folder(out: pathlib.Path, method: str, seed: int) -> pathlib.Path:
-    """Where a run of a method lies."""
+    """Return the folder of a run."""
     words = "".join(c if c.isalnum() else " " for c in method.lower()).split()
     return out / f"{'-'.join(words)}-{seed}"
 
@@ -50,7 +54,10 @@ def run_folder(out: pathlib.Path, method: str, seed: int) -> pathlib.Path:
 def train_command(
     config: str, folder: pathlib.Path, *, seed: int, steps: int, changes: Sequence[str]
 ) -> list[str]:
-    """launch/train.py on configs/CONFIG.py:tiny, with `changes` such as "loss.beta_kl=0.1"."""
+    """Return the command for launch/train.py on configs/CONFIG.py:tiny.
+
+    `changes` are overrides such as "loss.beta_kl=0.1".
+    """
     return [
         sys.executable, str(ROOT / "launch" / "train.py"), f"--config={ROOT}/configs/{config}.py:tiny",
         f"--workdir={folder}", f"--config.seed={seed}", f"--config.steps={steps}",
@@ -61,15 +68,15 @@ def train_command(
 def train(
     config: str, folder: pathlib.Path, *, seed: int, steps: int, changes: Sequence[str]
 ) -> Command:
-    """`train_command`, done when its last evaluation is there."""
+    """Return `train_command`; it is done when the last evaluation exists."""
     done = folder / "eval" / str(steps) / "tiny.json"
     return done, train_command(config, folder, seed=seed, steps=steps, changes=changes)
 
 
 def run_missing(commands: Iterable[Command], out: pathlib.Path) -> int:
-    """Run what is not done, one after the other; all that they say goes into OUT/log.txt.
+    """Run the commands that are not done, one after the other, with output in OUT/log.txt.
 
-    Returns how many failed.
+    Returns how many commands failed.
     """
     failed = 0
     out.mkdir(parents=True, exist_ok=True)
@@ -91,13 +98,13 @@ def require_none(failed: int, out: pathlib.Path) -> None:
     """Raise OpdError where commands of `run_missing` failed."""
     if failed:
         raise OpdError(
-            f"{failed} of the commands failed; see what they said in {out / 'log.txt'}, and run the same "
-            "command again for what is missing"
+            f"{failed} of the commands failed; see {out / 'log.txt'}, and run the same command again for "
+            "the missing results"
         )
 
 
 def evaluations(run: pathlib.Path, steps: int) -> dict[int, dict]:
-    """Summaries of the held-out problems by step; empty where those of step 0 or `steps` are not there."""
+    """Return summaries of the held-out problems by step, empty if step 0 or `steps` is missing."""
     files = {int(file.parent.name): file for file in run.glob("eval/[0-9]*/tiny.json")}
     if not {0, steps} <= files.keys():
         return {}
@@ -105,7 +112,7 @@ def evaluations(run: pathlib.Path, steps: int) -> dict[int, dict]:
 
 
 def metrics(run: pathlib.Path) -> list[dict[str, float]]:
-    """The rows of metrics.jsonl."""
+    """Return the rows of metrics.jsonl."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -118,26 +125,24 @@ def table(
     seeds: int,
     steps: int,
 ) -> str:
-    """Mean and standard deviation over the seeds of each method, as Markdown.
+    """Return a Markdown table of mean and standard deviation over the seeds of each method.
 
-    `figures(run, steps)` is what a run has for the columns; nothing where it did not end.
+    `figures(run, steps)` returns the figures of a run by column, empty where the run is not finished.
     """
     lines = [
         f"| method | seeds | {' | '.join(title for title, _, _ in columns)} |",
         "|" + "---|" * (len(columns) + 2),
     ]
     for name in methods:
-        found = [figures(run_folder(out, name, seed), steps) for seed in range(seeds)]
-        found = [one for one in found if one]
-        cells = [
-            spread([one[key] for one in found if key in one], form) for _, key, form in columns
-        ]
-        lines.append(f"| {name} | {len(found) or 'not run'} | {' | '.join(cells)} |")
+        runs = [figures(run_folder(out, name, seed), steps) for seed in range(seeds)]
+        runs = [run for run in runs if run]
+        cells = [spread([run[key] for run in runs if key in run], form) for _, key, form in columns]
+        lines.append(f"| {name} | {len(runs) or 'not run'} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def spread(values: list[float], form: str) -> str:
-    """`mean ± standard deviation` of several, the value of one, `-` of none."""
+    """Format values: `mean ± standard deviation`, a single value, or `-` for none."""
     if not values:
         return "-"
     mean = format(float(np.mean(values)), form)

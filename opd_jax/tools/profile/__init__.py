@@ -1,1 +1,1 @@
-"""Where the time of a step goes: `launch/profile.py`."""
+"""Profile the time of a training step: `launch/profile.py`."""

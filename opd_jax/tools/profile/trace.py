@@ -1,4 +1,4 @@
-"""What a trace says: seconds of each step by stage, of the device by program, scope and operation."""
+"""Read a trace: times of steps by stage, and of the device by program, scope and operation."""
 
 import dataclasses
 import pathlib
@@ -12,9 +12,9 @@ from opd_jax.errors import WorkdirError
 from opd_jax.metrics.tracing import STAGES, STEP
 
 _NS = 1e-9
-# Programs by the stage they belong to; others are the host's helpers. The update's include the sums over
-# replicas (gradients, loss) and the gathering of the compute weights that it has changed. Several
-# processes read results by `_replicated`: mostly each chunk of decoding.
+# Program -> stage; other programs are helpers of the host. The update includes the sums over replicas
+# (gradients, loss) and the all-gather of the changed compute weights. With several processes, results are
+# read through `_replicated`, mostly those of each chunk of decoding.
 PROGRAMS = {
     "jit_unstack": "rollout", "jit_empty": "rollout", "jit_prefill": "rollout",
     "jit_decode_chunk": "rollout", "jit__replicated": "rollout", "jit_score_part": "score",
@@ -22,13 +22,13 @@ PROGRAMS = {
     "jit__zeros_like": "update", "jit__summed": "update", "jit__total": "update",
     "jit__compute": "update", "jit__norm": "update", "jit__cosine": "update",
 }  # fmt: skip
-COMMUNICATION = "communication"  # the scope of operations between devices, wherever they come from
+COMMUNICATION = "communication"  # the scope of collective operations of any program
 _COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "reduce-scatter", "collective-")
 
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """A named piece of time: nanoseconds from `start` to `end`."""
+    """A named time interval from `start` to `end`, in nanoseconds."""
 
     name: str
     start: float
@@ -37,7 +37,7 @@ class Span:
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """An operation of a compiled program: how often it ran, and its seconds without what it calls."""
+    """An operation of a compiled program: number of executions, and seconds without its callees."""
 
     program: str
     name: str
@@ -47,9 +47,12 @@ class Operation:
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """Of the steps traced: their seconds, those of their stages, and the device's operations.
+    """The traced steps.
 
-    `steps`, `stages`: seconds of the host's spans, all steps together.
+    Attributes:
+      count: number of steps.
+      steps, stages: seconds of the host's spans, summed over all steps.
+      operations: operations of the device.
     """
 
     count: int
@@ -59,29 +62,29 @@ class Trace:
 
     @property
     def rest(self) -> float:
-        """Seconds of the steps in no stage."""
+        """Seconds of the steps outside all stages."""
         return self.steps - sum(self.stages.values())
 
 
 def newest(folder: pathlib.Path) -> pathlib.Path:
-    """The newest trace file under a folder. Raises WorkdirError where there is none."""
+    """Return the newest trace file under a folder. Raises WorkdirError where there is none."""
     files = sorted(folder.glob("plugins/profile/*/*.xplane.pb"), key=lambda f: f.stat().st_mtime)
     if not files:
         raise WorkdirError(
-            f"{folder} holds no trace; run with --config.profile.steps=2, or launch/profile.py"
+            f"{folder} has no trace; run with --config.profile.steps=2, or use launch/profile.py"
         )
     return files[-1]
 
 
 def read(file: pathlib.Path) -> Trace:
-    """The trace of a file that the profiler wrote (*.xplane.pb)."""
+    """Read a file of the profiler (*.xplane.pb)."""
     data = jax.profiler.ProfileData.from_file(str(file))
     spans: list[Span] = []
     times: dict[tuple[str, str], float] = defaultdict(float)
     counts: dict[tuple[str, str], int] = defaultdict(int)
     for plane in data.planes:
         for line in plane.lines:
-            ran: list[tuple[float, float, tuple[str, str]]] = []
+            events: list[tuple[float, float, tuple[str, str]]] = []
             for event in line.events:
                 if event.name == STEP or event.name in STAGES:
                     spans.append(
@@ -91,13 +94,13 @@ def read(file: pathlib.Path) -> Trace:
                 stats = dict(event.stats) if event.duration_ns else {}
                 if "hlo_op" in stats and not event.name.startswith("end: "):
                     key = str(stats.get("hlo_module")), str(stats["hlo_op"])
-                    ran.append((event.start_ns, event.start_ns + event.duration_ns, key))
-            for key, seconds in own_time(ran):
+                    events.append((event.start_ns, event.start_ns + event.duration_ns, key))
+            for key, seconds in own_time(events):
                 times[key] += seconds
                 counts[key] += 1
     steps = [span for span in spans if span.name == STEP]
     operations = [Operation(*key, counts[key], seconds) for key, seconds in times.items()]
-    operations.sort(key=lambda one: -one.seconds)
+    operations.sort(key=lambda operation: -operation.seconds)
     return Trace(
         len(steps),
         _NS * sum(span.end - span.start for span in steps),
@@ -107,7 +110,7 @@ def read(file: pathlib.Path) -> Trace:
 
 
 def within(steps: Sequence[Span], spans: Iterable[Span]) -> dict[str, float]:
-    """Seconds of each stage inside the steps, in the order of `STAGES`."""
+    """Return the seconds of each stage inside the steps, in the order of `STAGES`."""
     out = dict.fromkeys(STAGES, 0.0)
     for span in spans:
         if span.name != STEP and any(s.start <= span.start and span.end <= s.end for s in steps):
@@ -116,12 +119,12 @@ def within(steps: Sequence[Span], spans: Iterable[Span]) -> dict[str, float]:
 
 
 def own_time(
-    ran: Iterable[tuple[float, float, tuple[str, str]]],
+    events: Iterable[tuple[float, float, tuple[str, str]]],
 ) -> list[tuple[tuple[str, str], float]]:
-    """Seconds of each event of one line less those of the events inside it (a loop holds its body's)."""
+    """Return the seconds of each event of one line without those of nested events, such as a loop's body."""
     out: list[list] = []
     open_: list[tuple[float, int]] = []  # end, index into out
-    for start, end, key in sorted(ran, key=lambda event: (event[0], -event[1])):
+    for start, end, key in sorted(events, key=lambda event: (event[0], -event[1])):
         while open_ and open_[-1][0] <= start:
             open_.pop()
         if open_:
@@ -132,38 +135,38 @@ def own_time(
 
 
 def by_stage(operations: Iterable[Operation]) -> dict[str, float]:
-    """The device's seconds by stage; "other" for programs that are no stage's."""
+    """Return the device's seconds by stage; "other" for programs that belong to no stage."""
     out: dict[str, float] = defaultdict(float)
-    for one in operations:
-        out[PROGRAMS.get(one.program, "other")] += one.seconds
+    for operation in operations:
+        out[PROGRAMS.get(operation.program, "other")] += operation.seconds
     return dict(out)
 
 
 def by_scope(
     operations: Iterable[Operation], scopes: Mapping[str, Mapping[str, str]]
 ) -> dict[tuple[str, str], float]:
-    """The device's seconds by (stage, scope). `scopes`: of each program, the scope of each operation."""
+    """Return the device's seconds by (stage, scope). `scopes`: program -> operation -> scope."""
     out: dict[tuple[str, str], float] = defaultdict(float)
-    for one in operations:
-        scope = scope_of(one, scopes)
-        out[PROGRAMS.get(one.program, "other"), scope] += one.seconds
+    for operation in operations:
+        scope = scope_of(operation, scopes)
+        out[PROGRAMS.get(operation.program, "other"), scope] += operation.seconds
     return dict(sorted(out.items(), key=lambda item: -item[1]))
 
 
-def scope_of(one: Operation, scopes: Mapping[str, Mapping[str, str]]) -> str:
-    """Return the scope of an operation: `COMMUNICATION`, that of its program's text, or "-"."""
-    if one.name.replace("_", "-").startswith(_COLLECTIVES):
+def scope_of(operation: Operation, scopes: Mapping[str, Mapping[str, str]]) -> str:
+    """Return the scope of an operation: `COMMUNICATION`, its scope in `scopes`, or "-"."""
+    if operation.name.replace("_", "-").startswith(_COLLECTIVES):
         return COMMUNICATION
-    return scopes.get(one.program, {}).get(one.name, "-")
+    return scopes.get(operation.program, {}).get(operation.name, "-")
 
 
-# What a scope is called in the table, by the first of these that an operation's name holds.
+# Scopes of the table; an operation belongs to the first that its name contains.
 _SCOPES = ("adamw", "sample", "token_loss", "attend", "mlp", "attention", "embed")
 
 
 def scopes_of(hlo: str) -> dict[str, str]:
-    """Each instruction of a compiled program's text and the named scope it came from."""
-    found = {}
+    """Return instruction -> named scope, from the text of a compiled program."""
+    scopes = {}
     for name, path in re.findall(r'%?([\w.\-]+) = [^\n]*op_name="([^"]*)"', hlo):
-        found[name] = next((scope for scope in _SCOPES if f"/{scope}/" in path), "-")
-    return found
+        scopes[name] = next((scope for scope in _SCOPES if f"/{scope}/" in path), "-")
+    return scopes

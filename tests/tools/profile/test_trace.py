@@ -113,7 +113,7 @@ def test_work_is_counted_from_what_was_really_generated(tmp_path):
 
 
 def test_no_trace_is_an_error_of_one_line(tmp_path):
-    with pytest.raises(WorkdirError, match="holds no trace; run with"):
+    with pytest.raises(WorkdirError, match="has no trace; run with"):
         trace.newest(tmp_path)
 
 

@@ -14,17 +14,17 @@ from opd_jax import cli
 flags.DEFINE_enum("suite", "cpu", ["cpu", "h200", "peers"], "what to measure")
 flags.DEFINE_string("out", None, "JSON file to write; default runs/bench-SUITE.json")
 flags.DEFINE_string(
-    "model", "", "suites cpu and peers: folder of a model, in place of the embedded one"
+    "model", "", "suites cpu and peers: folder of a model, instead of the embedded one"
 )
-flags.DEFINE_integer("repeats", 3, "of each case after its first call", lower_bound=1)
+flags.DEFINE_integer("repeats", 3, "repeats of each case after its first call", lower_bound=1)
 flags.DEFINE_float(
-    "budget_s", None, "no case is begun after so many seconds; default: what the suite needs",
+    "budget_s", None, "no case starts after this many seconds; default: what the suite needs",
     lower_bound=0.0,
 )  # fmt: skip
-for peer in ("torch", "trl", "tunix"):  # each in an environment of its own
-    flags.DEFINE_string(f"{peer}_python", "", f"suite peers: the Python that has {peer}")
-flags.DEFINE_string("only", "", "of the cases those whose name begins so")
-flags.DEFINE_bool("dry", False, "the same code at toy shapes, on whatever machine")
+for peer in ("torch", "trl", "tunix"):  # each in its own environment
+    flags.DEFINE_string(f"{peer}_python", "", f"suite peers: Python of an environment with {peer}")
+flags.DEFINE_string("only", "", "run only cases whose name starts with this")
+flags.DEFINE_bool("dry", False, "run the same code at toy shapes, on any machine")
 
 
 def main() -> None:

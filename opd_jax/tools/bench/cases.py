@@ -1,4 +1,4 @@
-"""The cases that suites share: each runs a piece of work and makes its rows."""
+"""Cases shared by suites: each function measures a workload and returns its rows."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -21,22 +21,22 @@ from opd_jax.tools.bench.measure import (
 )
 from opd_jax.tools.bench.workloads import Subject
 
-_SHORT = 8  # tokens of the shorter of two runs whose difference is decoding alone
+_SHORT = 8  # tokens of the shorter of two runs whose difference is the time of decoding
 
 
 @dataclasses.dataclass
 class Bench:
-    """What a suite's cases share: settings, the ceilings once they are measured, and rows by name."""
+    """State shared by the cases of a suite: settings, the measured limits, and rows by name."""
 
     repeats: int
-    most_s: float  # no further repeat of a case after so long
+    most_s: float  # no further repeat of a case starts after this many seconds
     microbatch_tokens: int
     token_chunk: int
     ceilings: Ceilings | None = None
     kept: dict[str, Row] = dataclasses.field(default_factory=dict)
 
     def time(self, fn: Any, *, warm: bool = False) -> Timing:
-        """`time_call` with this suite's repeats."""
+        """Call `time_call` with this suite's settings."""
         return time_call(fn, repeats=self.repeats, most_s=self.most_s, warm=warm)
 
     def row(
@@ -50,7 +50,7 @@ class Bench:
         peak: Peak,
         note: str = "",
     ) -> list[Row]:
-        """The row against the measured ceilings; it can be asked for later by its name."""
+        """Return the row, compared with the measured limits; `kept` has it by name."""
         limits = self.ceilings.limits() if self.ceilings else {}
         row = make_row(
             name, shape, timing,
@@ -63,9 +63,9 @@ class Bench:
 def generation(
     bench: Bench, subject: Subject, *, batch: int, prompt: int, new: int, warm: bool = False
 ) -> list[Row]:
-    """Rollouts from prompt to the last token of the budget: prefill and decoding.
+    """Measure rollouts from the prompt to the last token of the budget: prefill and decoding.
 
-    `warm`: it is called `repeats` times in all and the first one counts, compilation included.
+    `warm`: the first of `repeats` calls counts too, including compilation.
     """
     prompts = workloads.prompts_at_random(subject.config, batch, prompt)
     with watch_memory() as peak:
@@ -82,7 +82,10 @@ def generation(
 def refill(
     bench: Bench, config: ModelConfig, dtype: Any, *, slots: int, prompt: int, budget: int
 ) -> list[Row]:
-    """Lengths spread evenly up to the budget, 4 times more sequences than slots: refilled, and waited for."""
+    """Measure 4 times as many sequences as slots, in batches and with refilled slots.
+
+    Lengths are spread evenly up to the budget.
+    """
     count = 4 * slots
     lengths = np.ceil(np.arange(1, count + 1) * budget / count).astype(int)
     lengths = np.random.default_rng(0).permutation(lengths)
@@ -96,11 +99,11 @@ def refill(
 
     def waiting() -> np.ndarray:
         parts = [prompts[i : i + slots] for i in range(0, count, slots)]
-        found = [workloads.decode(subject, part, budget, stop_ids=(stop,)) for part in parts]
-        return np.concatenate([rollout.response_length_B for rollout in found])
+        rollouts = [workloads.decode(subject, part, budget, stop_ids=(stop,)) for part in parts]
+        return np.concatenate([rollout.response_length_B for rollout in rollouts])
 
     works = flops.prefill(config, [prompt] * count, itemsize=subject.itemsize)
-    works += _evenly(config, lengths, slots=slots, prompt=prompt, itemsize=subject.itemsize)
+    works += _full_slots(config, lengths, slots=slots, prompt=prompt, itemsize=subject.itemsize)
     rows: list[Row] = []
     for name, fn in (("batches", waiting), ("refill", refilled)):
         _require_lengths(fn(), lengths)
@@ -125,7 +128,7 @@ def decoding(
     total: int,
     steps: int,
 ) -> list[Row]:
-    """Decode steps alone, caches `total` long and `prompt` tokens full: a long run less a short one."""
+    """Measure decode steps as the difference of a long and a short run; caches are `total` tokens long."""
     subject = workloads.counting_subject(config, dtype)
 
     def run(length: int) -> np.ndarray:
@@ -151,21 +154,22 @@ def decoding(
 def scoring(
     bench: Bench, name: str, student: Subject, teacher: Subject, *, rows: int, width: int
 ) -> list[Row]:
-    """Student and teacher over full rows, with all that a run's objective and metrics ask for."""
-    given = workloads.random_rows(student.config, rows, width)
+    """Measure scoring of full rows, with everything that a run's objective and metrics need."""
+    batch_rows = workloads.random_rows(student.config, rows, width)
     with watch_memory() as peak:
         timing = bench.time(
             lambda: workloads.score(
                 student,
                 teacher,
-                given.tokens_BT,
-                given.length_B,
+                batch_rows.tokens_BT,
+                batch_rows.length_B,
                 microbatch_tokens=bench.microbatch_tokens,
                 token_chunk=bench.token_chunk,
             )
         )
     works = [
-        flops.forward(m.config, given.length_B, itemsize=m.itemsize) for m in (student, teacher)
+        flops.forward(m.config, batch_rows.length_B, itemsize=m.itemsize)
+        for m in (student, teacher)
     ]
     return bench.row(
         name, f"{rows} x {width}", timing, tokens=rows * width, works=works, peak=peak()
@@ -175,8 +179,8 @@ def scoring(
 def updating(
     bench: Bench, name: str, config: ModelConfig, dtype: Any, *, rows: int, width: int, remat: str
 ) -> list[Row]:
-    """Forward, backward and AdamW over full rows."""
-    given = workloads.random_rows(config, rows, width)
+    """Measure forward, backward and AdamW on full rows."""
+    batch_rows = workloads.random_rows(config, rows, width)
     with watch_memory() as peak:
         learner = workloads.Learner(
             config, None, dtype, remat=remat,
@@ -184,10 +188,10 @@ def updating(
         )  # fmt: skip
 
         def run() -> Any:
-            return learner.update(given), learner.state.params
+            return learner.update(batch_rows), learner.state.params
 
         timing = bench.time(run)
-    works = flops.update(config, given.length_B, itemsize=np.dtype(dtype).itemsize)
+    works = flops.update(config, batch_rows.length_B, itemsize=np.dtype(dtype).itemsize)
     return bench.row(
         name, f"{rows} x {width}, remat {remat}", timing,
         tokens=rows * width, works=works, peak=peak(),
@@ -205,7 +209,7 @@ def whole_step(
     new: int,
     remat: str,
 ) -> list[Row]:
-    """Roll out, score, update, in the teacher's dtype; every response fills its budget."""
+    """Measure roll out, score and update in the teacher's dtype; every response has the full budget."""
     dtype = teacher.dtype
     prompts = workloads.prompts_at_random(config, batch, prompt)
     with watch_memory() as peak:
@@ -235,9 +239,10 @@ def whole_step(
 def decode_seconds(
     near: tuple[float, float], far: tuple[float, float], *, first: int, steps: int
 ) -> float:
-    """Seconds of `steps` decode steps from `first` positions on, from two points (positions, seconds a step).
+    """Return the seconds of `steps` decode steps from `first` positions on.
 
-    A step's time is taken to be linear in the positions that it reads.
+    `near`, `far`: two measured points (positions, seconds per step). The time of a step is assumed to be
+    linear in the number of positions that it reads.
     """
     (near_at, near_s), (far_at, far_s) = near, far
     middle = first + (steps - 1) / 2
@@ -245,14 +250,14 @@ def decode_seconds(
 
 
 def decode_point(row: Row, *, prompt: int, steps: int) -> tuple[float, float]:
-    """Mean positions a sequence, and seconds, of a step of a `decoding` row."""
+    """Return (mean positions per sequence, seconds) of one step of a `decoding` row."""
     return prompt + _SHORT + (steps - 1) / 2, (row.median_s or 0.0) / steps
 
 
-def _evenly(
+def _full_slots(
     config: ModelConfig, lengths: np.ndarray, *, slots: int, prompt: int, itemsize: int
 ) -> list[Work]:
-    """All the steps there are, with the slots full in each: the least that decoding these lengths takes."""
+    """Return the minimum work for decoding these lengths: all slots are full in every step."""
     steps = int(np.ceil(lengths.sum() / slots))
     positions = sum(prompt * int(n) + int(n) * (int(n) - 1) / 2 for n in lengths) / steps
     step = flops.decode_step(
@@ -261,9 +266,9 @@ def _evenly(
     return [step] * steps
 
 
-def _require_lengths(found: np.ndarray, wanted: np.ndarray) -> None:
-    if not np.array_equal(np.asarray(found), wanted):
+def _require_lengths(actual: np.ndarray, expected: np.ndarray) -> None:
+    if not np.array_equal(np.asarray(actual), expected):
         raise RuntimeError(
-            f"responses of a counting model have {np.asarray(found).tolist()[:8]} tokens, wanted "
-            f"{wanted.tolist()[:8]}; the model is too small for its vocabulary to count"
+            f"responses of a counting model have {np.asarray(actual).tolist()[:8]} tokens instead of "
+            f"{expected.tolist()[:8]}: the model is too small to count over its vocabulary"
         )

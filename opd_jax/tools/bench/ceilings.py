@@ -1,4 +1,4 @@
-"""The machine's ceilings, measured: how fast memory is copied and matrices are multiplied."""
+"""Measure the limits of the machine: bandwidth of a memory copy and rate of matrix products."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -13,44 +13,44 @@ from opd_jax.tools.bench.measure import Row, make_row, time_call
 
 @dataclasses.dataclass(frozen=True)
 class Ceilings:
-    """Bytes a second of a copy (read and written), and operations a second of the best matrix product."""
+    """Bytes per second of a copy (read and written), and operations per second of the best matrix product."""
 
     bytes_per_s: float
     flops_per_s: float
 
     def limits(self) -> dict[str, float]:
-        """As `measure.make_row` takes them."""
+        """Return the limits as arguments of `measure.make_row`."""
         return {"bytes_per_s": self.bytes_per_s, "flops_per_s": self.flops_per_s}
 
 
 def measure(
     products: Sequence[tuple[int, int, int]], *, dtype: Any, copy_gib: float, repeats: int
 ) -> tuple[Ceilings, list[Row]]:
-    """The ceilings of this machine, and a row each of how they were found.
+    """Return the limits of this machine, and a row for each measurement.
 
     Args:
-      products: (rows, inner, columns) of the matrix products that matter.
-      dtype: of the matrices; results are in it as well.
-      copy_gib: of the array that is copied; far more than the caches hold.
+      products: (rows, inner, columns) of the matrix products to measure.
+      dtype: of the matrices and of the results.
+      copy_gib: size of the array to copy, far larger than the caches.
     """
     rows = [_copy(copy_gib, repeats)]
     rows += [_product(shape, dtype, repeats) for shape in dict.fromkeys(products)]
     rates = [(row.bytes or 0.0, row.flops or 0.0, row.median_s or 1.0) for row in rows]
-    found = Ceilings(
+    limits = Ceilings(
         bytes_per_s=rates[0][0] / rates[0][2],
         flops_per_s=max(flops / seconds for _, flops, seconds in rates[1:]),
     )
-    return found, rows
+    return limits, rows
 
 
 def products_of(config: ModelConfig, rows: int) -> list[tuple[int, int, int]]:
-    """The model's two largest products at so many rows: into the MLP and into the logits."""
+    """Return the shapes of the model's two largest products for `rows` rows: MLP input and logits."""
     width = config.hidden_size
     return [(rows, width, config.intermediate_size), (rows, width, config.vocab_size)]
 
 
 def _copy(gib: float, repeats: int) -> Row:
-    """x + 1 over a float32 array that is donated: each byte is read once and written once."""
+    """Measure x + 1 on a donated float32 array: each byte is read once and written once."""
     calls, step = 4, jax.jit(lambda x: x + 1.0, donate_argnums=0)
     kept = [jnp.zeros(max(int(gib * 2**30 / 4), 1), jnp.float32)]
     size = kept[0].nbytes
@@ -68,7 +68,7 @@ def _copy(gib: float, repeats: int) -> Row:
 
 
 def _product(shape: tuple[int, int, int], dtype: Any, repeats: int) -> Row:
-    """A plain matrix product of random numbers, as often as makes a millisecond of it."""
+    """Measure a matrix product of random numbers, repeated on a GPU to take at least about a millisecond."""
     rows, inner, columns = shape
     flops_once = 2.0 * rows * inner * columns
     calls = max(1, min(50, int(1e12 / flops_once))) if jax.default_backend() == "gpu" else 1

@@ -1,4 +1,4 @@
-"""Open choices, one against the other: how a decode step attends, and how its loop becomes CUDA graphs."""
+"""A/B measurements of open design choices: attention of a decode step, and CUDA graphs of the token loop."""
 
 import functools
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from opd_jax.tools.bench.measure import Row, watch_memory
 from opd_jax.tools.bench.run import on_gpu
 
 Attention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
-# The whole token loop in one CUDA graph. WHILE without the minimum of 1 makes no graph at all.
+# The complete token loop in one CUDA graph. WHILE has no effect without the minimum of 1.
 WHILE_GRAPH: dict[str, Any] = {
     "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,"
     "CONDITIONAL,WHILE",
@@ -26,7 +26,7 @@ WHILE_GRAPH: dict[str, Any] = {
 
 
 def grouped(query_BNH: jax.Array, key: jax.Array, value: jax.Array, length_B: jax.Array) -> Any:
-    """Fused; the query heads of one key head are laid out as rows of it, so its keys are read once."""
+    """Fused attention with the query heads of each key head as rows, so that keys are read once."""
     batch, heads, size = query_BNH.shape
     group = heads // key.shape[2]
     rows = query_BNH.reshape(batch, -1, group, size).swapaxes(1, 2)
@@ -39,7 +39,7 @@ def grouped(query_BNH: jax.Array, key: jax.Array, value: jax.Array, length_B: ja
 
 
 def plain(query_BNH: jax.Array, key: jax.Array, value: jax.Array, length_B: jax.Array) -> Any:
-    """Fused; one query row, and the kernel's own grouped-query attention."""
+    """Fused attention with one query row and the kernel's own grouped-query attention."""
     out = jax.nn.dot_product_attention(
         query_BNH[:, None], key, value,
         query_seq_lengths=jnp.ones_like(length_B), key_value_seq_lengths=length_B,
@@ -49,7 +49,7 @@ def plain(query_BNH: jax.Array, key: jax.Array, value: jax.Array, length_B: jax.
 
 
 def einsum(query_BNH: jax.Array, key: jax.Array, value: jax.Array, length_B: jax.Array) -> Any:
-    """Two matrix products by XLA: reads the whole cache, whatever the lengths."""
+    """Attention as two matrix products by XLA; reads the complete cache, whatever the lengths."""
     batch, _, size = query_BNH.shape
     rows = query_BNH.reshape(batch, key.shape[2], -1, size)
     score = jnp.einsum("BKGH,BSKH->BKGS", rows, key, preferred_element_type=jnp.float32)
@@ -67,7 +67,7 @@ ATTENTIONS: dict[str, Attention] = {
 
 
 def attention(bench: Bench, name: str, config: ModelConfig, *, rows: int, cache: int) -> list[Row]:
-    """One layer's decode attention of that kind, caches full to lengths spread over the whole of them."""
+    """Measure decode attention of one layer, with cache lengths spread evenly from 1 to `cache`."""
     length_B = np.linspace(1, cache, rows).astype(np.int32)
     keys = jax.random.split(jax.random.key(0), 3)
     shape = (rows, cache, config.num_kv_heads, config.head_dim)
@@ -76,8 +76,8 @@ def attention(bench: Bench, name: str, config: ModelConfig, *, rows: int, cache:
     fn, calls = jax.jit(ATTENTIONS[name]), 20
     with watch_memory() as peak:
         timing = bench.time(lambda: [fn(query, key, value, length_B) for _ in range(calls)][-1])
-    wanted = np.asarray(jax.jit(einsum)(query, key, value, length_B), np.float32)
-    found = np.asarray(fn(query, key, value, length_B), np.float32)
+    expected = np.asarray(jax.jit(einsum)(query, key, value, length_B), np.float32)
+    actual = np.asarray(fn(query, key, value, length_B), np.float32)
     live = float(length_B.sum())
     bytes_once = 2.0 * live * config.num_kv_heads * config.head_dim * 2
     work = Work(4.0 * live * config.num_heads * config.head_dim, bytes_once)
@@ -85,21 +85,21 @@ def attention(bench: Bench, name: str, config: ModelConfig, *, rows: int, cache:
         f"A/B attention: {name}", f"{rows} x {cache}", timing,
         tokens=rows * calls, works=[work] * calls, peak=peak(),
         note=f"{timing.median_s / calls * 1e6:.0f} us a call; differs from einsum by at most "
-        f"{np.abs(found - wanted).max():.1e}",
+        f"{np.abs(actual - expected).max():.1e}",
     )  # fmt: skip
 
 
 def graphs(
     bench: Bench, name: str, config: ModelConfig, dtype: Any, *, rows: int, cache: int, steps: int
 ) -> list[Row]:
-    """The same greedy loop with the default command buffers and with the loop itself in one graph."""
+    """Measure a greedy loop with the default command buffers, or with the complete loop in one graph."""
     params = jax.jit(decoder.unstack)(workloads.random_subject(config, dtype).params)
     options = WHILE_GRAPH if name == "WHILE" and on_gpu() else {}
     start = cache // 4
 
     @functools.partial(jax.jit, donate_argnums=(1,))
     def loop(params: Any, caches: Any, token_B: jax.Array) -> tuple[Any, jax.Array]:
-        def one(carry: tuple) -> tuple:
+        def body(carry: tuple) -> tuple:
             step, token_B, caches = carry
             position_B = jnp.full_like(token_B, start) + step
             hidden_BD, caches = decoder.decode(params, config, token_B, position_B, caches)
@@ -107,17 +107,17 @@ def graphs(
             return step + 1, jnp.argmax(logits_BV, axis=-1).astype(jnp.int32), caches
 
         first = (jnp.zeros((), jnp.int32), token_B, caches)
-        _, token_B, caches = jax.lax.while_loop(lambda carry: carry[0] < steps, one, first)
+        _, token_B, caches = jax.lax.while_loop(lambda carry: carry[0] < steps, body, first)
         return caches, token_B
 
     token_B = jnp.zeros(rows, jnp.int32)
-    kept = [model_cache.init(config, rows, cache, jnp.dtype(dtype))]
+    caches = [model_cache.init(config, rows, cache, jnp.dtype(dtype))]
     with watch_memory() as peak:
-        compiled = loop.lower(params, kept[0], token_B).compile(compiler_options=options)
+        compiled = loop.lower(params, caches[0], token_B).compile(compiler_options=options)
 
         def run() -> jax.Array:
-            kept[0], found_B = compiled(params, kept[0], token_B)
-            return found_B
+            caches[0], next_B = compiled(params, caches[0], token_B)
+            return next_B
 
         timing = bench.time(run)
     itemsize = np.dtype(dtype).itemsize

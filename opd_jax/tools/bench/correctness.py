@@ -1,4 +1,4 @@
-"""Is what the device computes right? Log-probs and gradients against float64, decoding against scoring."""
+"""Correctness of the device: log-probs and gradients against float64, decoding against scoring."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,41 +16,41 @@ from opd_jax.training import objective, update
 from opd_jax.training.objective import default_terms
 from opd_jax.types import Frozen, GoldenRows
 
-# Head size and width as cuDNN's fused attention takes them.
+# Head size and width that cuDNN's fused attention supports.
 CONFIG = ModelConfig(
     model_type="qwen2", vocab_size=1000, hidden_size=256, intermediate_size=512, num_layers=2,
     num_heads=4, num_kv_heads=2, head_dim=64, rope_theta=1e4, rms_norm_eps=1e-6, max_position=512,
     tie_embeddings=True, qkv_bias=True, qk_norm=False, eos_token_ids=(),
 )  # fmt: skip
 LENGTHS, WIDTH = (64, 33, 17, 2), 64
-# Largest deviation allowed, in nats of a log-prob and as a share of a leaf's gradient. A GPU rounds the
-# factors of float32 products to 10 bits (TF32) where nobody says otherwise; bfloat16 has 8.
+# Largest allowed deviation, in nats of a log-prob and as a fraction of a leaf's gradient norm. A GPU rounds
+# the factors of float32 products to 10 bits (TF32) by default; bfloat16 has 8.
 LOGPROB = {"float32": 1e-2, "bfloat16": 2e-1}
 GRADIENT = {"float32": 1e-2, "bfloat16": 6e-2}
 
 
 def logprobs(dtype: str) -> list[Row]:
-    """The scorer's log-probs of rows of four lengths in one batch."""
+    """Check the scorer's log-probs for a batch of four rows of different lengths."""
     params, rows = weights(), token_rows()
     tokens_BT, length_B = _batch(rows)
-    found_BT = scoring.token_logprob(_cast(params, dtype), CONFIG, tokens_BT, length_B)
+    logprob_BT = scoring.token_logprob(_cast(params, dtype), CONFIG, tokens_BT, length_B)
     error = _largest(
-        np.asarray(found_BT)[i, : len(row)] - reference.logprobs(params, CONFIG, row)
+        np.asarray(logprob_BT)[i, : len(row)] - reference.logprobs(params, CONFIG, row)
         for i, row in enumerate(rows)
     )
     return [make_check("check: log-probs", f"{dtype} to float64", error, LOGPROB[dtype])]
 
 
 def decoding(dtype: str) -> list[Row]:
-    """The log-probs that the sampler takes down, against the scorer's and against float64."""
+    """Check the sampler's log-probs against the scorer's and against float64."""
     params = weights()
-    given = _cast(params, dtype)
+    cast_params = _cast(params, dtype)
     prompts = [row[:n].tolist() for row, n in zip(token_rows(), (40, 17, 5, 1), strict=True)]
     rollout = sample_responses(
-        Model(CONFIG, given), prompts, SamplingParams(24),
+        Model(CONFIG, cast_params), prompts, SamplingParams(24),
         keys=row_keys(jax.random.key(0), len(prompts)), batching=Batching(slots=2, chunk=8),
     )  # fmt: skip
-    scored_BT = scoring.token_logprob(given, CONFIG, rollout.tokens_BT, rollout.length_B)
+    scored_BT = scoring.token_logprob(cast_params, CONFIG, rollout.tokens_BT, rollout.length_B)
     mask_BT = rollout.response_mask_BT
     gap = (np.asarray(scored_BT) - rollout.sampler_logprob_BT)[mask_BT]
     exact = []
@@ -65,9 +65,9 @@ def decoding(dtype: str) -> list[Row]:
 
 
 def gradients(dtype: str) -> list[Row]:
-    """Every leaf's gradient of the mean log-prob: its slope along itself plus a random direction.
+    """Check the gradient of the mean log-prob of every leaf, along itself plus a random direction.
 
-    |slope in float64 - <gradient, direction>| / |gradient|, the largest over leaves.
+    The error is the largest |slope in float64 - <gradient, direction>| / |gradient| over leaves.
     """
     params, rows = weights(), token_rows()
     tokens_BT, length_B = _batch(rows)
@@ -92,15 +92,15 @@ def gradients(dtype: str) -> list[Row]:
     draw, errors = np.random.default_rng(2), []
     for name, leaf in _leaves(gradient):
         size = float(np.linalg.norm(leaf))
-        aside = draw.standard_normal(leaf.shape)
-        along = leaf / size + aside / np.linalg.norm(aside)
+        noise = draw.standard_normal(leaf.shape)
+        along = leaf / size + noise / np.linalg.norm(noise)
         exact = reference.slope(params, _only(gradient, name, along), CONFIG, rows)
         errors.append(abs(exact - float((leaf * along).sum())) / size)
     return [make_check("check: gradients", f"{dtype} to float64", max(errors), GRADIENT[dtype])]
 
 
 def weights() -> dict[str, Any]:
-    """Random weights, biases and norms as host float32 arrays, each a bfloat16 number."""
+    """Return random weights, biases and norms as host float32 arrays with values that bfloat16 has."""
     draw = np.random.default_rng(0)
 
     def leaf(path: tuple, like: jax.ShapeDtypeStruct) -> np.ndarray:
@@ -112,7 +112,7 @@ def weights() -> dict[str, Any]:
 
 
 def token_rows() -> list[np.ndarray]:
-    """Random tokens, one array a row, of very different lengths."""
+    """Return random tokens, one array per row, of very different lengths."""
     draw = np.random.default_rng(1)
     return [draw.integers(0, CONFIG.vocab_size, n).astype(np.int32) for n in LENGTHS]
 
@@ -141,7 +141,7 @@ def _leaves(tree: Any, name: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, 
 
 
 def _only(tree: Any, name: tuple[str, ...], value: np.ndarray, at: tuple[str, ...] = ()) -> Any:
-    """The tree with `value` in the place of that name, and zeros elsewhere."""
+    """Return the tree with `value` at `name` and zeros elsewhere."""
     if isinstance(tree, dict):
         return {key: _only(part, name, value, (*at, key)) for key, part in tree.items()}
     return value if at == name else np.zeros_like(tree)

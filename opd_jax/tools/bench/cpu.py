@@ -1,4 +1,4 @@
-"""The suite `cpu`: the embedded model, or a real one, in float32 on the cores that there are."""
+"""The suite `cpu`: the embedded model, or another one, in float32 on all cores."""
 
 import functools
 import pathlib
@@ -15,7 +15,7 @@ TINY = pathlib.Path(opd_jax.__file__).parent / "tiny" / "student"
 
 
 def run(options: Options) -> list[Row]:
-    """Generation at two batch sizes, slots, scoring, update and a whole step."""
+    """Measure generation at two batch sizes, refilled slots, scoring, an update and a complete step."""
     dry = options.dry
     subject = workloads.loaded_subject(options.model or str(TINY), jnp.float32)
     config = subject.config
@@ -33,10 +33,10 @@ def run(options: Options) -> list[Row]:
             *ceilings.products_of(config, toy_if(dry, 2048, 16)),
             *ceilings.products_of(config, 8),
         ]
-        bench.ceilings, found = ceilings.measure(
+        bench.ceilings, measured = ceilings.measure(
             products, dtype=jnp.float32, copy_gib=0.001 if dry else 0.25, repeats=options.repeats
         )
-        return found
+        return measured
 
     listed = [Case("ceilings", "", machine)]
     for batch in (toy_if(dry, 8, 2), toy_if(dry, 32, 3)):

@@ -1,4 +1,4 @@
-"""The suite `h200`: one NVIDIA H200 in under 8 minutes. Correctness first, then speed, by importance."""
+"""The suite `h200`: one NVIDIA H200 in under 8 minutes, first correctness, then speed by importance."""
 
 import dataclasses
 import functools
@@ -29,12 +29,15 @@ QWEN_7B = dataclasses.replace(
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What is measured; the second set, for dry runs, is the same in small."""
+    """Sizes of the measurements; `TOY` has small ones for dry runs."""
 
     student: ModelConfig = QWEN_1_5B
     teacher: ModelConfig = QWEN_7B
     slots: tuple[int, int] = (256, 64)
-    teacher_slots: tuple[int, int] = (64, 128)  # caches of 256 do not fit beside the weights
+    teacher_slots: tuple[int, int] = (
+        64,
+        128,
+    )  # caches for 256 do not fit together with the weights
     cache: int = 8192
     prompt: int = 192
     far: int = 2048  # a second prompt length, far from the first
@@ -42,8 +45,8 @@ class Sizes:
     row: int = 8192
     microbatch_tokens: int = 16_384
     token_chunk: int = 2048
-    response: int = 7168  # of the paper's rollouts
-    shortened: int = 320  # of the step that is really run
+    response: int = 7168  # response tokens of the paper's rollouts
+    shortened: int = 320  # response tokens of the step that is run completely
     rollouts: int = 256
     square: int = 8192
     copy_gib: float = 4.0
@@ -62,14 +65,14 @@ TOY = Sizes(
 
 
 def run(options: Options) -> list[Row]:
-    """All cases within the budget; the machine's target description goes beside the JSON file.
+    """Run all cases within the budget; write the target description next to the JSON file.
 
     Raises ConfigError where there is no GPU and the run is not a dry one.
     """
     if not on_gpu() and not options.dry:
         raise ConfigError(
-            f"suite h200: JAX sees no GPU (backend {jax.default_backend()!r}), wanted one; run it on "
-            "such a machine with jax[cuda13], or --suite=cpu, or --dry for toy shapes"
+            f"suite h200: JAX sees no GPU (backend {jax.default_backend()!r}); run it on a machine with a "
+            "GPU and jax[cuda13], or use --suite=cpu, or --dry for toy shapes"
         )
     sizes = TOY if options.dry else Sizes()
     bench = Bench(
@@ -86,7 +89,7 @@ def run(options: Options) -> list[Row]:
 
 
 def _checks(options: Options) -> list[Case]:
-    """The target description, and the device against float64."""
+    """Return cases for the target description, and for the device's results against float64."""
     target = (options.out or pathlib.Path("runs/bench")).with_suffix(".target_config.txt")
     listed = [Case("target config", "", functools.partial(_write_target, target))]
     for dtype in ("float32", "bfloat16"):
@@ -97,15 +100,15 @@ def _checks(options: Options) -> list[Case]:
 
 
 def _speed(bench: Bench, sizes: Sizes) -> list[Case]:
-    """Ceilings, decoding, scoring, updates under each remat policy, a shortened step."""
+    """Return cases for limits, decoding, scoring, updates with each remat policy, and a shortened step."""
     student, teacher, dtype = sizes.student, sizes.teacher, jnp.bfloat16
 
     def machine() -> list[Row]:
-        bench.ceilings, found = ceilings.measure(
+        bench.ceilings, rows = ceilings.measure(
             [(sizes.square,) * 3, *ceilings.products_of(student, sizes.row)],
             dtype=dtype, copy_gib=sizes.copy_gib, repeats=bench.repeats,
         )  # fmt: skip
-        return found
+        return rows
 
     def decoding(config: ModelConfig, label: str, slots: int, prompt: int) -> Case:
         name = f"decode {label}, {slots} at {prompt}"
@@ -128,11 +131,11 @@ def _speed(bench: Bench, sizes: Sizes) -> list[Case]:
 
     def step() -> list[Row]:
         judge = workloads.random_subject(teacher, dtype)
-        found = cases.whole_step(
+        rows = cases.whole_step(
             dataclasses.replace(bench, repeats=1), "OPD step, shortened", student, judge,
             batch=sizes.rollouts, prompt=sizes.prompt, new=sizes.shortened, remat="full",
         )  # fmt: skip
-        return [dataclasses.replace(found[0], note="1.5B and 7B; remat full")]
+        return [dataclasses.replace(rows[0], note="1.5B and 7B; remat full")]
 
     many, few = sizes.slots
     policies = sorted(POLICIES, key=lambda name: name == "none")  # largest last
@@ -150,7 +153,7 @@ def _speed(bench: Bench, sizes: Sizes) -> list[Case]:
 
 
 def _choices(bench: Bench, sizes: Sizes) -> list[Case]:
-    """One way against the other, where it is open which is faster."""
+    """Return cases for A/B measurements of open design choices."""
     few = sizes.slots[1]
     listed = []
     for name in choices.ATTENTIONS:
@@ -168,7 +171,7 @@ def _choices(bench: Bench, sizes: Sizes) -> list[Case]:
 
 
 def _paper(bench: Bench, sizes: Sizes) -> list[Case]:
-    """The paper's rollouts to their last token, where the time is left for them."""
+    """Return a case for the paper's complete rollouts, which runs only if the remaining time is enough."""
 
     def rollouts() -> list[Row]:
         subject = workloads.random_subject(sizes.student, jnp.bfloat16)
@@ -185,10 +188,10 @@ def _paper(bench: Bench, sizes: Sizes) -> list[Case]:
 
 
 def _generation_s(bench: Bench, sizes: Sizes) -> float:
-    """Decoding of the paper's rollouts, from the two rows at other lengths."""
+    """Return the seconds for decoding the paper's rollouts, from two rows at other lengths."""
     names = [f"decode 1.5B, {sizes.slots[0]} at {prompt}" for prompt in (sizes.prompt, sizes.far)]
     if not all(name in bench.kept for name in names):
-        raise RuntimeError("a decode row that this is worked out from is missing")
+        raise RuntimeError("a decode row that this estimate needs is missing")
     near, far = (
         cases.decode_point(bench.kept[name], prompt=prompt, steps=sizes.steps)
         for name, prompt in zip(names, (sizes.prompt, sizes.far), strict=True)
@@ -197,11 +200,11 @@ def _generation_s(bench: Bench, sizes: Sizes) -> float:
 
 
 def _extrapolated(bench: Bench, sizes: Sizes) -> list[Row]:
-    """The whole step at the paper's shapes, every response at its longest; worked out, not run."""
+    """Estimate a complete step at the paper's shapes with responses of maximum length, without running it."""
     updates = [row for name, row in bench.kept.items() if name.startswith("update 1.5B")]
     scored = bench.kept.get("score 1.5B + 7B")
     if not updates or scored is None:
-        raise RuntimeError("a scoring or update row that this is worked out from is missing")
+        raise RuntimeError("a scoring or update row that this estimate needs is missing")
     generate_s = _generation_s(bench, sizes)
     tokens = sizes.rollouts * (sizes.prompt + sizes.response)
     score_s = tokens / (scored.tokens_per_s or 1.0)
@@ -212,15 +215,15 @@ def _extrapolated(bench: Bench, sizes: Sizes) -> list[Row]:
         Timing(0.0, (total_s,)), tokens=sizes.rollouts * sizes.response,
     )  # fmt: skip
     note = (
-        f"NOT RUN as a whole. Decoding {generate_s:.1f} s, by a line through steps at two lengths; "
-        f"scoring {score_s:.1f} s and update {update_s:.1f} s, by their tokens a second above"
+        f"ESTIMATED, not run. Decoding {generate_s:.1f} s, by linear extrapolation from two lengths; "
+        f"scoring {score_s:.1f} s and update {update_s:.1f} s, from their tokens/s above"
     )
     return [dataclasses.replace(row, first_s=None, min_s=None, max_s=None, repeats=None, note=note)]
 
 
 def _write_target(path: pathlib.Path) -> list[Row]:
-    """What the compiler needs to know of this machine, to compile for it on another."""
-    from jax._src.lib import xla_client  # no public way to it yet
+    """Write the target description, with which another machine can compile for this one."""
+    from jax._src.lib import xla_client  # there is no public API yet
 
     target = xla_client.get_topology_for_devices(jax.devices()).target_config
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Time and memory of a call, as a row of a table: the warm-up apart, medians over repeats."""
+"""Measure time and memory of a call as a row of a table, with the warm-up separate from the repeats."""
 
 import contextlib
 import dataclasses
@@ -27,13 +27,13 @@ class Timing:
 
     @property
     def median_s(self) -> float:
-        """The middle repeat."""
+        """The median of the repeats."""
         return statistics.median(self.seconds)
 
 
 @dataclasses.dataclass(frozen=True)
 class Peak:
-    """Most memory in use. `of` says of what: "row", "process" (since it began) or "sampled"."""
+    """Peak memory. `of`: "row", "process" (since its start), or "sampled" by a thread."""
 
     gib: float = 0.0
     of: str = ""
@@ -41,19 +41,19 @@ class Peak:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of the result. None where a figure does not apply.
+    """One row of the results. A figure that does not apply is None.
 
     Attributes:
-      name, shape: what was run, in words.
-      status: "ok"; "failed": a check beyond its limit; "missed": a ratio below the wanted one, which
-        the note has; "error": it raised; "not run": no time left.
-      median_s, min_s, max_s, repeats: of the repeats. first_s: of the first call, compilation included.
-      tokens_per_s: of the tokens that the name speaks of.
-      fraction: least possible seconds (`flops` and `bytes`, at the measured ceilings) / median_s.
-      bound: the ceiling which most of those least seconds are under, "memory" or "compute".
+      name, shape: description of the measurement.
+      status: "ok"; "failed": a check exceeds its limit; "missed": a ratio is below its goal, which is in
+        the note; "error": the case raised; "not run": no time was left.
+      median_s, min_s, max_s, repeats: of the repeats. first_s: of the first call, including compilation.
+      tokens_per_s: throughput in the tokens that the name refers to.
+      fraction: minimum seconds (`flops` and `bytes` at the measured limits) / median_s.
+      bound: the limit that dominates the minimum seconds, "memory" or "compute".
       peak_gib, peak_of: see `Peak`.
-      error, limit: of a check: the largest deviation found, and what is allowed.
-      note: what a reader must know of the row; of an error its text.
+      error, limit: of a check: the largest deviation, and the allowed one.
+      note: a remark for the reader; for an error, its text.
     """
 
     name: str
@@ -81,8 +81,8 @@ def time_call(
 ) -> Timing:
     """Call once (compile and run), then `repeats` times, waiting for the result each time.
 
-    After `most_s` seconds of repeats no other is begun. `warm`: it has been called before, so the first
-    call counts as a repeat as well.
+    No repeat starts after `most_s` seconds of repeats. `warm`: the function was called before, so the
+    first call counts as a repeat too.
     """
 
     def once() -> float:
@@ -98,7 +98,7 @@ def time_call(
 
 
 def difference(long: Timing, short: Timing) -> Timing:
-    """What `long` does beyond `short`, by median; repeats less the short median."""
+    """Return the repeats of `long` minus the median of `short`."""
     seconds = tuple(max(s - short.median_s, 1e-9) for s in long.seconds)
     return Timing(long.first_s + short.first_s, seconds)
 
@@ -114,7 +114,7 @@ def make_row(
     bytes_per_s: float = float("inf"),
     peak: Peak | None = None,
 ) -> Row:
-    """Figures of a timing; with `works` also the fraction of the roofline of these two ceilings."""
+    """Return the row of a timing; with `works`, also its fraction of the roofline of the two limits."""
     median_s = timing.median_s
     row = Row(
         name, shape,
@@ -136,44 +136,45 @@ def make_row(
 
 
 def make_check(name: str, shape: str, error: float, limit: float) -> Row:
-    """A check of correctness; nan is beyond every limit."""
+    """Return the row of a correctness check; nan exceeds every limit."""
     status = "ok" if error <= limit else "failed"
     return Row(name, shape, status, error=error, limit=limit, note=f"{error:.1e}, limit {limit:g}")
 
 
 @contextlib.contextmanager
 def watch_memory() -> Iterator[Callable[[], Peak]]:
-    """Peak memory of the block: `with watch_memory() as peak: ...; peak()` inside or after.
+    """Measure the peak memory of the block: `with watch_memory() as peak: ...; peak()` inside or after.
 
-    A device that counts: its own peak where the block raised it, else the most that a thread saw, 200
-    looks a second. A CPU: the process's peak, set back at the start where the system lets us.
+    On a device with memory statistics: the device's peak if the block raised it, else the maximum that a
+    thread sampled 200 times per second. On a CPU: the process's peak, reset at the start where the system
+    allows it.
     """
     device = jax.local_devices()[0]
     if not device.memory_stats():
         of = "row" if _reset_peak() else "process"
         yield lambda: Peak(_resident_peak_gib() if of == "row" else peak_gib(), of)
         return
-    before, seen, over = peak_gib(), [0], threading.Event()
+    before, highest, done = peak_gib(), [0], threading.Event()
 
-    def look() -> None:
-        while not over.wait(0.005):
-            seen[0] = max(seen[0], (device.memory_stats() or {}).get("bytes_in_use", 0))
+    def sample() -> None:
+        while not done.wait(0.005):
+            highest[0] = max(highest[0], (device.memory_stats() or {}).get("bytes_in_use", 0))
 
     def peak() -> Peak:
         now = peak_gib()
-        return Peak(now, "row") if now > before else Peak(seen[0] / 2**30, "sampled")
+        return Peak(now, "row") if now > before else Peak(highest[0] / 2**30, "sampled")
 
-    thread = threading.Thread(target=look, daemon=True)
+    thread = threading.Thread(target=sample, daemon=True)
     thread.start()
     try:
         yield peak
     finally:
-        over.set()
+        done.set()
         thread.join()
 
 
 def _reset_peak() -> bool:
-    """Let the process's peak of resident memory begin anew (Linux)."""
+    """Reset the process's peak of resident memory (Linux); return whether that worked."""
     try:
         _RESET.write_text("5")
     except OSError:

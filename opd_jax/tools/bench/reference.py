@@ -1,4 +1,4 @@
-"""The decoder in plain numpy float64: what a GPU's results are held against. Slow; tiny models only."""
+"""The decoder in plain numpy float64, the reference for results of a GPU. Slow; for tiny models only."""
 
 from typing import Any
 
@@ -10,9 +10,9 @@ Tree = dict[str, Any]
 
 
 def logprobs(params: Tree, config: ModelConfig, tokens: np.ndarray) -> np.ndarray:
-    """log p(token t | tokens before t) of one row without padding, float64 [T]; 0 at t = 0.
+    """Return log p(token t | tokens before t) of one row without padding, float64 [T]; 0 at t = 0.
 
-    `params` is the decoder's tree, of any dtype; rope_scaling is not known here.
+    `params` is the decoder's tree in any dtype; rope_scaling is not supported.
     """
     assert config.rope_scaling is None
     tree = _float64(params)
@@ -24,15 +24,15 @@ def logprobs(params: Tree, config: ModelConfig, tokens: np.ndarray) -> np.ndarra
     head_VD = tree["head"]["kernel"] if "head" in tree else tree["embed"]["embedding"]
     logits_TV = x_TD @ head_VD.T
     top_T1 = logits_TV.max(axis=-1, keepdims=True)
-    all_TV = logits_TV - top_T1 - np.log(np.exp(logits_TV - top_T1).sum(axis=-1, keepdims=True))
+    logprob_TV = logits_TV - top_T1 - np.log(np.exp(logits_TV - top_T1).sum(axis=-1, keepdims=True))
     out_T = np.zeros(len(tokens))
     for t in range(1, len(tokens)):
-        out_T[t] = all_TV[t - 1, tokens[t]]
+        out_T[t] = logprob_TV[t - 1, tokens[t]]
     return out_T
 
 
 def nll(params: Tree, config: ModelConfig, rows: list[np.ndarray]) -> float:
-    """Mean negative log-prob of all tokens but each row's first."""
+    """Return the mean negative log-prob of all tokens except each row's first."""
     total = sum(float(logprobs(params, config, row).sum()) for row in rows)
     return -total / sum(len(row) - 1 for row in rows)
 
@@ -45,7 +45,7 @@ def slope(
     *,
     size: float = 1e-5,
 ) -> float:
-    """Derivative of `nll` along a direction, by central differences in float64."""
+    """Return the derivative of `nll` along a direction, by central differences in float64."""
     base, along = _float64(params), _float64(direction)
 
     def moved(by: float) -> float:
@@ -90,7 +90,7 @@ def _norm(x: np.ndarray, scale: np.ndarray, eps: float) -> np.ndarray:
 
 
 def _rotate(x: np.ndarray, config: ModelConfig) -> np.ndarray:
-    """Pairs (i, i + H/2) of [T, n, H], turned by t theta^(-2i/H)."""
+    """Rotate pairs (i, i + H/2) of [T, n, H] by t theta^(-2i/H)."""
     half = config.head_dim // 2
     speed = config.rope_theta ** (-np.arange(half) / half)
     angle = (np.arange(len(x))[:, None] * speed)[:, None]

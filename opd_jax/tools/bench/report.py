@@ -1,4 +1,4 @@
-"""What a suite leaves: a JSON file with the environment, and a table for the terminal."""
+"""Output of a suite: a JSON file with the environment, and a table for the terminal."""
 
 import dataclasses
 import datetime
@@ -20,7 +20,7 @@ WIDTH = 100
 
 
 def environment() -> dict[str, Any]:
-    """Versions, device, date and commit: what a figure means nothing without."""
+    """Return versions, device, date and commit, which every figure needs to be meaningful."""
     device = jax.local_devices()[0]
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -39,19 +39,19 @@ def environment() -> dict[str, Any]:
 
 
 def write(path: pathlib.Path, suite: str, rows: Sequence[Row], about: dict[str, Any]) -> None:
-    """The rows so far as JSON; the file is replaced as a whole."""
-    given = {"suite": suite, "environment": about, "rows": [dataclasses.asdict(r) for r in rows]}
+    """Write the rows so far as JSON; the file is replaced atomically."""
+    content = {"suite": suite, "environment": about, "rows": [dataclasses.asdict(r) for r in rows]}
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic.write_json(path, given, indent=1)
+    atomic.write_json(path, content, indent=1)
 
 
 def read(path: pathlib.Path) -> list[Row]:
-    """The rows of a file that `write` has written."""
+    """Return the rows of a file written by `write`."""
     return [Row(**row) for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows, aligned, at most 100 columns wide; notes stand below their row."""
+    """Format rows as an aligned table at most 100 columns wide; a note follows its row."""
     head = ("what", "shape", "median s", "first s", "tok/s", "roof", "bound", "GiB")
     lines = [head, *(_cells(row) for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]

@@ -1,8 +1,8 @@
-"""Decoding, scoring, updates and whole steps at given shapes, from the library's public functions.
+"""Decoding, scoring, updates and complete steps at given shapes, with the library's public functions.
 
-The weights are random, or a model folder's. Where lengths matter they come from a model that counts:
-token v is followed by v + 1, so a response's last prompt token says how long it gets. Its matrices have
-the same shapes as any other's, and the compiler does not see what is in them.
+Weights are random or come from a model folder. Where response lengths matter, a model that counts is used:
+it continues token v with v + 1, so the last prompt token determines the length. Its matrices have the usual
+shapes, and compiled programs do not depend on their values.
 """
 
 import dataclasses
@@ -25,12 +25,12 @@ from opd_jax.types import Frozen, Rollout, RolloutRows, Scores
 
 TERMS = default_terms(pg_weight=1.0)  # OPD: the sampled token's log-ratio as advantage
 TOP_K = 16
-_CERTAIN = 100.0  # the logit of the token that follows, where the model counts
+_CERTAIN = 100.0  # the logit of the next token in a counting model
 
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """A model to measure: its shape, the dtype it computes in, and its weights in that dtype."""
+    """A model to measure: its config, its compute dtype, and its weights in that dtype."""
 
     config: ModelConfig
     dtype: Any
@@ -38,28 +38,28 @@ class Subject:
 
     @property
     def itemsize(self) -> int:
-        """Bytes of a weight."""
+        """Bytes per weight."""
         return jnp.dtype(self.dtype).itemsize
 
 
 def random_subject(config: ModelConfig, dtype: Any, *, seed: int = 0) -> Subject:
-    """Weights at random, made on the device."""
+    """Return a model with random weights, generated on the device."""
     return Subject(config, dtype, _random(jax.random.key(seed), config, jnp.dtype(dtype).name))
 
 
 def loaded_subject(folder: str, dtype: Any) -> Subject:
-    """The weights of a model folder."""
+    """Return a model with the weights of a folder."""
     config, params = load(folder, dtype=dtype)
     return Subject(config, dtype, params)
 
 
 def counting_subject(config: ModelConfig, dtype: Any, *, seed: int = 0) -> Subject:
-    """A model of this shape after whose token v comes v + 1, with all but certainty.
+    """Return a model of this shape that continues token v with v + 1 almost certainly.
 
     No layer adds to the residual stream, and the output row of v + 1 is the embedding of v.
     """
     params = random_subject(config, dtype, seed=seed).params
-    params.pop("head", None)  # what the embedding is to be compared with is itself
+    params.pop("head", None)  # the output matrix is derived from the embedding
     silent = {"output", "down"}
     layers = {
         name: jax.tree.map(jnp.zeros_like, part) if name in silent else part
@@ -72,7 +72,7 @@ def counting_subject(config: ModelConfig, dtype: Any, *, seed: int = 0) -> Subje
 
 
 def prompts_at_random(config: ModelConfig, count: int, length: int) -> list[list[int]]:
-    """Prompts of random ids, all of one length."""
+    """Return prompts of random ids, all of the same length."""
     draw = np.random.default_rng(0)
     return draw.integers(0, config.vocab_size, (count, length)).tolist()
 
@@ -80,7 +80,7 @@ def prompts_at_random(config: ModelConfig, count: int, length: int) -> list[list
 def counting_prompts(
     config: ModelConfig, lengths: Sequence[int], prompt: int
 ) -> tuple[list[list[int]], int]:
-    """Prompts after which a counting model writes responses of these lengths, and the id to stop at."""
+    """Return prompts to which a counting model responds with these lengths, and the id to stop at."""
     stop = config.vocab_size - 1
     prompts = prompts_at_random(config, len(lengths), prompt)
     for row, length in zip(prompts, lengths, strict=True):
@@ -96,7 +96,7 @@ def decode(
     slots: int | None = None,
     stop_ids: Sequence[int] = (),
 ) -> Rollout:
-    """Rollouts at temperature 1 of at most `budget` tokens."""
+    """Sample rollouts at temperature 1 of at most `budget` tokens."""
     return generate(
         subject.params, subject.config, prompts,
         key=jax.random.key(1), max_response_tokens=budget, slots=slots, stop_ids=stop_ids,
@@ -104,7 +104,7 @@ def decode(
 
 
 def random_rows(config: ModelConfig, count: int, width: int) -> RolloutRows:
-    """Full rows of random tokens as an update takes them; every token counts."""
+    """Return full rows of random tokens for an update; every token counts."""
     draw = np.random.default_rng(0)
     shape = (count, width)
     return RolloutRows(
@@ -125,7 +125,7 @@ def score(
     microbatch_tokens: int,
     token_chunk: int,
 ) -> Scores:
-    """What both models say of rows: all that the objective and the metrics of a run ask for."""
+    """Score rows with both models, with everything that the objective and the metrics of a run need."""
     spec = scoring.ScoreSpec(student.config.vocab_size, TOP_K, token_chunk)
     return scoring.score(
         Model(student.config, student.params), Model(teacher.config, teacher.params) if teacher else None,
@@ -134,9 +134,9 @@ def score(
 
 
 class Learner:
-    """A student in training: its state, and the step functions that a run has.
+    """A student in training: its state, and the step functions of a run.
 
-    `prompt` and `new` are the tokens of prompts and responses, where whole steps are taken.
+    `prompt` and `new` are the tokens of prompts and responses, needed for complete steps.
     """
 
     def __init__(
@@ -164,14 +164,14 @@ class Learner:
         self.state = self.functions.initial_state(random_subject(student, jnp.float32).params)
 
     def update(self, rollout_rows: RolloutRows) -> dict[str, jax.Array]:
-        """One optimizer step; returns its metrics."""
+        """Take one optimizer step; return its metrics."""
         self.state, metrics = self.functions.update(
             self.state, Frozen(), rollout_rows, None, TERMS.weights
         )
         return metrics
 
     def step(self, teacher: Params, prompts: Sequence[Sequence[int]]) -> dict[str, jax.Array]:
-        """A whole OPD step as in a run: roll out, score, update. Grading and metrics are left out."""
+        """Take a complete OPD step as in a run (roll out, score, update), but without grading and metrics."""
         functions = self.functions
         student = functions.compute_weights(self.state.params)
         rollout = functions.generate(student, prompts, jax.random.key(1))

@@ -68,9 +68,9 @@ def test_less_than_wanted_is_said_in_figures_and_unwanted_is_only_told():
 @pytest.mark.parametrize(
     ("ours", "says"),
     [
-        (line([1.0], prompts=8), "other prompts: theirs 7, ours 8"),
-        (line([1.0], tokens=99), "other tokens: theirs 100, ours 99"),
-        (line([1.0], loss=3.01), "other loss: theirs 3, ours 3.01"),
+        (line([1.0], prompts=8), "different prompts: theirs 7, ours 8"),
+        (line([1.0], tokens=99), "different tokens: theirs 100, ours 99"),
+        (line([1.0], loss=3.01), "different loss: theirs 3, ours 3.01"),
     ],
 )
 def test_sides_that_did_other_work_have_no_ratio(ours, says):
@@ -123,7 +123,7 @@ def test_an_answer_is_the_last_line_and_flags_arrive(tmp_path):
     [
         ("raise ValueError('no such kernel')", "ValueError: no such kernel"),
         ("import sys; sys.exit(3)", "exit status 3"),
-        ("print('hello')", "printed 'hello', wanted a line of JSON"),
+        ("print('hello')", "printed 'hello' instead of a line of JSON"),
     ],
 )
 def test_a_script_that_fails_says_how(tmp_path, text, says):

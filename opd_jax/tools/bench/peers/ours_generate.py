@@ -1,4 +1,4 @@
-"""Generation by this library, as the peers are asked to do it.
+"""Generation with this library, in the setting of the peers.
 
 python opd_jax/tools/bench/peers/ours_generate.py --model=FOLDER --batch=8 --prompt=64 --new=128
 """
@@ -7,7 +7,7 @@ from timing import measure, prompts, read_case, report
 
 
 def main() -> None:
-    """Time `generate`; without end tokens every row spends its budget."""
+    """Time `generate`; without end tokens every row uses its full budget."""
     case = read_case("opd_jax generate")
     import itertools
 

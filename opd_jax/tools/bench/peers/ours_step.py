@@ -1,9 +1,9 @@
-"""A whole on-policy distillation step of this library: rollout, scoring, loss, update.
+"""A complete on-policy distillation step of this library: rollout, scoring, loss, update.
 
 python opd_jax/tools/bench/peers/ours_step.py --model=FOLDER --batch=8 --prompt=64 --new=64 --loss=full
 
-The loss is the reverse KL over the whole vocabulary (full, as TRL's), or the surrogate of the sampled
-tokens (sampled, this library's default). Either way all statistics of training are scored.
+The loss is the reverse KL over the full vocabulary (`full`, as in TRL), or the surrogate on sampled tokens
+(`sampled`, this library's default). Both compute all statistics of training.
 """
 
 import itertools
@@ -13,7 +13,7 @@ from timing import SHARPER, measure, prompts, read_case, report
 
 
 def main() -> None:
-    """Time steps as opd_jax.train makes them, without its files."""
+    """Time steps of opd_jax.train without its files."""
     case = read_case("opd_jax step", teacher="", learning_rate=1e-6, loss="full")
     import jax
     import jax.numpy as jnp
@@ -52,7 +52,7 @@ def main() -> None:
     frozen = Frozen(teacher=decoder.head_alone(teacher) if terms.over_vocabulary else None)
     states = [functions.initial_state(params)]
     del params
-    given_prompts = prompts(case)
+    prompt_ids = prompts(case)
     count = itertools.count()
     stages: dict[str, list[float]] = {"rollout": [], "score": [], "update": []}
     values: list[float] = []
@@ -61,7 +61,7 @@ def main() -> None:
         state = states.pop()
         start = time.perf_counter()
         weights = functions.compute_weights(state.params)
-        rollout = functions.generate(weights, given_prompts, jax.random.key(next(count)))
+        rollout = functions.generate(weights, prompt_ids, jax.random.key(next(count)))
         assert (rollout.response_length_B == case.new).all()
         generated = time.perf_counter()
         scores = functions.score(weights, teacher, rollout)

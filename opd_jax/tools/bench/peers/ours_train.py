@@ -1,10 +1,11 @@
-"""Scoring, a full update, and the bare matrix products of both, by this library and XLA.
+"""Scoring, a full update, and only the matrix products of both, with this library and XLA.
 
 python opd_jax/tools/bench/peers/ours_train.py --what=WHAT --model=FOLDER --batch=8 --prompt=256
 
 WHAT is score, score_all, update, products_forward or products_update.
 
-The rows are those of torch_train.py. `score` is what that computes, `score_all` all that training asks for.
+The rows are those of torch_train.py. `score` computes the same as torch_train.py, `score_all` everything that
+training needs.
 """
 
 from collections.abc import Callable
@@ -17,7 +18,7 @@ Step = tuple[Callable[[], Any], dict[str, float]]
 
 
 def main() -> None:
-    """Time one of the five, and say in numbers what was computed."""
+    """Time one of the five workloads, and report numbers that check the result."""
     case = read_case(
         "opd_jax scoring, update, products", what="score", teacher="", learning_rate=1e-6
     )
@@ -81,16 +82,16 @@ def _score_all(case: Any) -> Step:
     from opd_jax import models, scoring
 
     (student_config, student), (teacher_config, teacher) = _pair(case)
-    given = fields.default()
+    config = fields.default()
     tokens_BT, length_B = _rows(case)
     step = partial(
         scoring.score,
         models.Model(student_config, student), models.Model(teacher_config, teacher),
         tokens_BT, length_B,
         scoring.ScoreSpec(
-            student_config.vocab_size, given.scoring.overlap_top_k, given.scoring.token_chunk
+            student_config.vocab_size, config.scoring.overlap_top_k, config.scoring.token_chunk
         ),
-        microbatch_tokens=given.optim.microbatch_tokens,
+        microbatch_tokens=config.optim.microbatch_tokens,
     )  # fmt: skip
     scores = step()
     return step, {
@@ -123,7 +124,7 @@ def _update(case: Any) -> Step:
     apply = update.make_update(tx, accumulate)
     tokens_BT, length_B = _rows(case)
     weight_BT = np.full(tokens_BT.shape, 1 / (case.batch * (case.prompt - 1)), np.float32)
-    weight_BT[:, 0] = 0.0  # nothing predicts it
+    weight_BT[:, 0] = 0.0  # the first token is not predicted
     rows = GoldenRows(tokens_BT=tokens_BT, length_B=length_B, weight_BT=weight_BT)
     weights = objective.default_terms(pg_weight=0.0, lambda_gold=1.0).weights
     states = [update.init_state(params, tx)]
@@ -139,7 +140,7 @@ def _update(case: Any) -> Step:
 
 
 def _products(case: Any) -> Step:
-    """The matrix products of a forward pass (or with both of each in the backward pass), and nothing else."""
+    """Run only the matrix products of a forward pass, or also the two per product of the backward pass."""
     import jax
     import jax.numpy as jnp
 

@@ -1,6 +1,6 @@
-"""What the scripts of this folder share: the case as flags, prompts from a seed, timing, one JSON line.
+"""Shared code of the scripts in this folder: flags of a case, seeded prompts, timing, one line of JSON.
 
-Only the standard library: every peer lives in an environment of its own, without this package.
+It uses only the standard library, because every peer has its own environment without this package.
 """
 
 import argparse
@@ -15,15 +15,15 @@ import zlib
 from collections.abc import Callable
 from typing import Any
 
-FIRST_ID, LAST_ID = 100, 40_000  # ordinary tokens of the vocabularies that are measured here
-# A teacher with the student's weights would leave nothing to learn, and gradients of rounding errors:
-# its last norm is multiplied by this.
+FIRST_ID, LAST_ID = 100, 40_000  # ordinary tokens in all measured vocabularies
+# Factor on the teacher's last norm. With the student's own weights as teacher there would be nothing to
+# learn, and gradients would be rounding errors.
 SHARPER = 1.25
 CASE = {
     "model": "",  # a Hugging Face folder with float32 safetensors
     "batch": 8,
-    "prompt": 64,  # tokens of each prompt; of each row where nothing is generated
-    "new": 128,  # tokens that are generated, exactly
+    "prompt": 64,  # tokens of each prompt, or of each row where nothing is generated
+    "new": 128,  # exact number of generated tokens
     "seed": 0,  # of the prompts
     "warmups": 1,
     "repeats": 3,
@@ -31,7 +31,7 @@ CASE = {
 
 
 def read_case(description: str, **more: Any) -> argparse.Namespace:
-    """The flags of `CASE` and of `more` (name=default); quiet and offline from here on."""
+    """Return the flags of `CASE` and of `more` (name=default); also set libraries to be quiet and offline."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -42,7 +42,7 @@ def read_case(description: str, **more: Any) -> argparse.Namespace:
 
 
 def prompts(case: argparse.Namespace) -> list[list[int]]:
-    """Token ids [batch][prompt], the same in every Python (only `random()` is promised to be)."""
+    """Return token ids [batch][prompt], the same in every Python version (guaranteed only for `random()`)."""
     draw = random.Random(case.seed)
     span = LAST_ID - FIRST_ID
     return [
@@ -52,7 +52,7 @@ def prompts(case: argparse.Namespace) -> list[list[int]]:
 
 
 def measure(step: Callable[[], Any], case: argparse.Namespace) -> tuple[list[float], list[float]]:
-    """Seconds of the warm-ups and of the repeats; `step` returns when its work is done."""
+    """Return the seconds of the warm-ups and of the repeats; `step` must return when its work is done."""
     seconds = []
     for _ in range(case.warmups + case.repeats):
         start = time.perf_counter()
@@ -69,7 +69,7 @@ def report(
     check: dict[str, float] | None = None,
     **more: Any,
 ) -> None:
-    """Print the result. `check` holds numbers in which both sides must agree."""
+    """Print the result. `check` has numbers that must be equal for both libraries."""
     warmups, repeats = seconds
     median = statistics.median(repeats)
     line = {
@@ -87,7 +87,7 @@ def report(
 
 
 def _peak_gib() -> float | None:
-    """Highest resident memory of this process."""
+    """Return the peak resident memory of this process."""
     if sys.platform == "win32":
         return None
     import resource

@@ -1,11 +1,11 @@
-"""Scoring, a full update, and the bare matrix products of both, by torch.
+"""Scoring, a full update, and only the matrix products of both, with torch.
 
 python opd_jax/tools/bench/peers/torch_train.py --what=WHAT --model=FOLDER --batch=8 --prompt=256
 
 WHAT is score, update, products_forward or products_update.
 
-The rows are `batch` times `prompt` tokens; every token but the first is predicted. `--teacher` names the
-second model of scoring (the same folder where it is left out).
+The rows have `batch` x `prompt` tokens; every token except the first is predicted. `--teacher` is the second
+model of scoring (default: the same folder).
 """
 
 from typing import Any
@@ -14,15 +14,15 @@ from timing import measure, prompts, read_case, report
 
 
 def main() -> None:
-    """Time one of the four, and say in numbers what was computed."""
+    """Time one of the four workloads, and report numbers that check the result."""
     case = read_case(
         "torch forward, update, products",
         what="score",
         teacher="",
-        attention="sdpa",  # of transformers: sdpa | eager
-        logprob="cross_entropy",  # | logsumexp: less the logit of the token
-        adamw="fused",  # | foreach
-        rows=0,  # that go through at one time while scoring; 0 = all
+        attention="sdpa",  # attn_implementation of transformers: sdpa | eager
+        logprob="cross_entropy",  # or logsumexp: logit of the token - logsumexp
+        adamw="fused",  # or foreach
+        rows=0,  # rows per forward pass of scoring; 0 = all
         learning_rate=1e-6,
     )
     import torch
@@ -52,7 +52,7 @@ def _load(case: Any, path: str, torch: Any, transformers: Any) -> Any:
 
 
 def _logprob(case: Any, torch: Any, logits: Any, tokens: Any) -> Any:
-    """log p of tokens [N] under logits [N, V]."""
+    """Return log p of tokens [N] under logits [N, V]."""
     if case.logprob == "cross_entropy":
         return -torch.nn.functional.cross_entropy(logits, tokens, reduction="none")
     chosen = logits.gather(-1, tokens[:, None])[:, 0]
@@ -60,14 +60,14 @@ def _logprob(case: Any, torch: Any, logits: Any, tokens: Any) -> Any:
 
 
 def _predict(case: Any, torch: Any, model: Any, ids: Any) -> Any:
-    """log p of every token but the first, flat."""
+    """Return log p of every token except the first, flattened."""
     hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
     logits = model.lm_head(hidden.reshape(-1, hidden.shape[-1]))
     return _logprob(case, torch, logits, ids[:, 1:].reshape(-1))
 
 
 def _score(case: Any, torch: Any, transformers: Any) -> tuple:
-    """Log-probs of each token under a student and a teacher."""
+    """Compute log-probs of each token under a student and a teacher."""
     paths = case.model, case.teacher or case.model
     pair = [_load(case, path, torch, transformers).eval() for path in paths]
     ids = torch.tensor(prompts(case))
@@ -110,7 +110,7 @@ def _update(case: Any, torch: Any, transformers: Any) -> tuple:
 
 
 def _products(case: Any, torch: Any, transformers: Any) -> tuple:
-    """The matrix products of a forward pass (or with both of each in the backward pass), and nothing else."""
+    """Run only the matrix products of a forward pass, or also the two per product of the backward pass."""
     config = transformers.AutoConfig.from_pretrained(case.model)
     width, heads, kv = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
     size, inner = config.head_dim, config.intermediate_size

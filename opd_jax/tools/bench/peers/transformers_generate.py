@@ -1,4 +1,4 @@
-"""Generation by transformers on torch: sampling at temperature 1 over the whole vocabulary.
+"""Generation with transformers on torch: sampling at temperature 1 over the full vocabulary.
 
 python opd_jax/tools/bench/peers/transformers_generate.py --model=FOLDER --batch=8 --prompt=64 --new=128
 """
@@ -9,7 +9,7 @@ from timing import measure, prompts, read_case, report
 
 
 def main() -> None:
-    """Time `generate`, with exactly as many tokens as asked for."""
+    """Time `generate` with an exact number of tokens."""
     case = read_case("transformers generate")
     import torch
     import transformers

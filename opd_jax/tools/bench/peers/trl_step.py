@@ -1,9 +1,9 @@
-"""A whole on-policy distillation step of TRL: rollout, teacher, loss, update.
+"""A complete on-policy distillation step of TRL: rollout, teacher, loss, update.
 
 python opd_jax/tools/bench/peers/trl_step.py --model=FOLDER --batch=8 --prompt=64 --new=64
 
-Reverse KL over the whole vocabulary (its default, beta=1), every rollout on-policy, float32, without
-gradient checkpointing (its default is with; without is faster).
+The loss is the reverse KL over the full vocabulary (TRL's default, beta=1). Every rollout is on-policy, in
+float32, without gradient checkpointing (TRL's default is with, which is slower).
 """
 
 import itertools
@@ -16,7 +16,7 @@ from timing import SHARPER, prompts, read_case, report
 
 
 def main() -> None:
-    """Train for the warm-ups and repeats, and time every step as its trainer goes through it."""
+    """Train for the warm-ups and repeats, and time every step of TRL's trainer."""
     case = read_case("TRL distillation step", teacher="", learning_rate=1e-6, beta=1.0)
     import datasets
     import torch
@@ -27,14 +27,14 @@ def main() -> None:
     datasets.disable_progress_bars()
     rows = prompts(case)
 
-    class Given(transformers.PreTrainedTokenizerFast):
-        """A tokenizer whose texts are numbers of prompts that are tokens already."""
+    class PromptTokenizer(transformers.PreTrainedTokenizerFast):
+        """A tokenizer whose texts are indices of prompts that are tokenized already."""
 
         def __call__(self, text: Any = None, **_: Any) -> dict[str, list[list[int]]]:
             return {"input_ids": [rows[int(number)] for number in text]}
 
     class Clock(transformers.TrainerCallback):
-        """When each step ended; the first one began when training did."""
+        """The times at which training began and each step ended."""
 
         def __init__(self) -> None:
             self.times: list[float] = []
@@ -80,7 +80,7 @@ def main() -> None:
             train_dataset=datasets.Dataset.from_dict(
                 {"prompt": [str(i) for i in range(case.batch)] * steps}
             ),
-            processing_class=Given.from_pretrained(case.model),
+            processing_class=PromptTokenizer.from_pretrained(case.model),
             callbacks=[clock],
         )
         trainer.remove_callback(transformers.PrinterCallback)

@@ -1,4 +1,4 @@
-"""Generation by Tunix's sampler, with its own Llama and the same weights.
+"""Generation with Tunix's sampler and its own Llama, with the same weights.
 
 python opd_jax/tools/bench/peers/tunix_generate.py --model=FOLDER --batch=8 --prompt=64 --new=128
 """
@@ -10,35 +10,35 @@ from typing import Any
 from timing import measure, prompts, read_case, report
 
 
-class Given:
-    """A tokenizer whose texts are numbers of prompts that are tokens already."""
+class PromptTokenizer:
+    """A tokenizer whose texts are indices of prompts that are tokenized already."""
 
     def __init__(self, rows: list[list[int]]):
         self.rows = rows
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of prompt number `text`."""
+        """Return the token ids of the prompt with index `text`."""
         return self.rows[int(text)]
 
     def decode(self, ids: Any) -> str:
-        """Nothing: what is measured is the sampler."""
+        """Return an empty text, because only the sampler is measured."""
         return ""
 
     def bos_id(self) -> int:
-        """None is put before a prompt."""
+        """Return an id; the sampler does not prepend it to prompts."""
         return 0
 
     def eos_id(self) -> int:
-        """No token."""
+        """Return an id that is no token."""
         return -1
 
     def pad_id(self) -> int:
-        """An id that no prompt holds."""
+        """Return an id that occurs in no prompt."""
         return 2
 
 
 def main() -> None:
-    """Time the sampler: temperature 1, the whole vocabulary, no end token."""
+    """Time the sampler at temperature 1 over the full vocabulary, without end tokens."""
     case = read_case("Tunix sampler")
     import itertools
 
@@ -66,7 +66,7 @@ def main() -> None:
     rows = prompts(case)
     engine = sampler.Sampler(
         model,
-        Given(rows),
+        PromptTokenizer(rows),
         sampler.CacheConfig(
             cache_size=case.prompt + case.new,
             num_layers=config.num_layers,
@@ -94,8 +94,8 @@ def main() -> None:
         measure(step, case),
         tokens=case.batch * case.new,
         versions={"jax": jax.__version__, "tunix": getattr(tunix, "__version__", "")},
-        # Its Llama rotates by a base of 1,000,000 whatever the config says: other tokens, same work.
-        note="rope_theta of the config is not read by Tunix's Llama",
+        # Its Llama uses a RoPE base of 1,000,000 whatever the config: other tokens, but the same work.
+        note="Tunix's Llama ignores rope_theta of the config",
     )
 
 

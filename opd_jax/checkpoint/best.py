@@ -1,7 +1,7 @@
 """The best checkpoint by a metric of the held-out problems, kept in addition to the newest ones.
 
 WORKDIR/best/ has config.json and checkpoints/ like a workdir, so launch/export.py and launch/evaluate.py
-accept it as one; best.json holds its step and value.
+accept it as one; best.json has its step and value.
 """
 
 import json

@@ -1,1 +1,1 @@
-"""Beside the path from config to report: data preparation, cold start, probes, profiles, benchmarks."""
+"""Tools outside the training path: data preparation, cold start, probes, profiles, benchmarks."""

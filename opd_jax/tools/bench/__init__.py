@@ -1,1 +1,1 @@
-"""Benchmarks: what decoding, scoring, updates and whole steps take, beside what the machine can do."""
+"""Benchmarks of decoding, scoring, updates and complete steps, compared with the limits of the machine."""

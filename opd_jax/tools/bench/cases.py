@@ -147,7 +147,7 @@ def decoding(
     return bench.row(
         name, f"{slots} x {total}, {prompt} full", timing,
         tokens=slots * steps, works=works, peak=peak(),
-        note=f"{timing.median_s / steps * 1e3:.2f} ms a step",
+        note=f"{timing.median_s / steps * 1e3:.2f} ms per step",
     )  # fmt: skip
 
 

@@ -125,7 +125,7 @@ def graphs(
     return bench.row(
         f"A/B command buffers: {name}", f"{rows} x {cache}, {start} full", timing,
         tokens=rows * steps, works=works, peak=peak(),
-        note=f"{timing.median_s / steps * 1e3:.2f} ms a step",
+        note=f"{timing.median_s / steps * 1e3:.2f} ms per step",
     )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ def _columns(files: str) -> tuple[Field, ...]:
 
 
 SECTIONS = (
-    Section("", "The run as a whole.", (
+    Section("", "The complete run.", (
         Field("seed", 0, Range(0), "Seed of the split into SFT and OPD."),
         Field("block", 5000, Range(1), "Rows per block. A block is processed and saved as a unit."),
     )),

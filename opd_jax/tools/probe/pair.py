@@ -177,7 +177,7 @@ def _measure(
         part=Part.TEACHER, what=f"{name}: own answers", progress=progress,
     )  # fmt: skip
     clock.lap("answer", written.response_length_B.sum())
-    own = read(plan, written, writer, all_problems, grader)
+    teacher_answers = read(plan, written, writer, all_problems, grader)
     figures: dict[str, float | None] = {
         key.removeprefix("score/"): value
         for key, value in metrics.score_metrics(scores, mask_BT).items()
@@ -196,7 +196,13 @@ def _measure(
     )
     by_rollout = [{key: values[i] for key, values in means.items()} for i in all_problems]
     return Measured(
-        name, setup.config.teacher.path, figures, gain(own, answers), own, by_rollout, clock.row()
+        name,
+        setup.config.teacher.path,
+        figures,
+        gain(teacher_answers, answers),
+        teacher_answers,
+        by_rollout,
+        clock.row(),
     )
 
 

@@ -148,7 +148,7 @@ def stage_table(traced: Trace, works: Mapping[str, Work], limits: Ceilings) -> s
 
     MFU: minimum operations / seconds / rate of the best matrix product.
     """
-    rows = [["stage", "s a step", "share", "device s", "GFLOP", "MFU", "GB", "bandwidth"]]
+    rows = [["stage", "s/step", "share", "device s", "GFLOP", "MFU", "GB", "bandwidth"]]
     busy, count = trace.by_stage(traced.operations), max(traced.count, 1)
     for name, seconds in [*traced.stages.items(), ("rest", traced.rest)]:
         work = works.get(name)
@@ -169,7 +169,7 @@ def stage_table(traced: Trace, works: Mapping[str, Work], limits: Ceilings) -> s
 def scope_table(traced: Trace, scopes: Mapping[str, Mapping[str, str]]) -> str:
     """Return a table of the device's seconds per step by stage and named scope."""
     total = sum(operation.seconds for operation in traced.operations) or 1.0
-    rows = [["stage", "scope", "device s a step", "share"]]
+    rows = [["stage", "scope", "device s/step", "share"]]
     for (stage, scope), seconds in trace.by_scope(traced.operations, scopes).items():
         if seconds >= 0.005 * total:
             rows.append([stage, scope, f"{seconds / traced.count:.4f}", f"{seconds / total:.1%}"])
@@ -178,7 +178,7 @@ def scope_table(traced: Trace, scopes: Mapping[str, Mapping[str, str]]) -> str:
 
 def operation_table(traced: Trace, scopes: Mapping[str, Mapping[str, str]]) -> str:
     """Return a table of the operations that took the most time."""
-    rows = [["program", "operation", "scope", "times", "s a step"]]
+    rows = [["program", "operation", "scope", "count", "s/step"]]
     for operation in traced.operations[:_TOP]:
         scope = trace.scope_of(operation, scopes)
         count, seconds = operation.count // traced.count, operation.seconds / traced.count
@@ -188,10 +188,10 @@ def operation_table(traced: Trace, scopes: Mapping[str, Mapping[str, str]]) -> s
 
 def compile_table(compiled: Mapping[str, float]) -> str:
     """Return a table of compilation times by program, the longest first."""
-    rows = [["program", "compiled in s"]]
+    rows = [["program", "compile s"]]
     longest = sorted(compiled.items(), key=lambda item: -item[1])
     rows += [[name, f"{seconds:.2f}"] for name, seconds in longest[:_TOP]]
-    rows.append(["in all", f"{sum(compiled.values()):.2f}"])
+    rows.append(["total", f"{sum(compiled.values()):.2f}"])
     return "\n".join(aligned(rows, left=(0, 1)))
 
 

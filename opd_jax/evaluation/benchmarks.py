@@ -1,7 +1,7 @@
-"""The benchmarks of the papers in one table, and their problems from the files that a user has.
+"""The table of the papers' benchmarks, and loading of their problems from the user's files.
 
 `amc` is AI-MO/aimo-validation-amc, 83 problems of AMC12 2022 and 2023 (LUFFY, 2604.08527), not the 40
-of Qwen2.5-Math. Avg@32 or pass@1 after 2604.08527, 5.1: "For AIME 2024, AIME 2025, and AMC, whose test
+of Qwen2.5-Math. The metrics follow 2604.08527, 5.1: "For AIME 2024, AIME 2025, and AMC, whose test
 sets are small, we report avg@32. For Minerva, OlympiadBench, and MATH500, we report pass@1."
 """
 
@@ -21,14 +21,14 @@ class Benchmark:
     """One benchmark.
 
     Attributes:
-      name: as the command line has it. title: as the papers' tables have it.
-      size: problems; 0 = any number.
-      samples: answers a problem. With several the metric is avg@samples, with one pass@1.
-      protocol: the prompt preset it is usually met with (protocol.PROTOCOLS).
-      rule: how answers are compared (answer.RULES).
-      source: where the file comes from.
-      columns: of that file.
-      label: what a file of several benchmarks calls it in its column data_source (LUFFY's).
+      name: name on the command line. title: name in the papers' tables.
+      size: number of problems; 0 = any number.
+      samples: samples per problem. The metric is pass@1 for one sample, avg@samples for several.
+      protocol: preset that is usually applied to it (protocols.PROTOCOLS).
+      rule: comparison of answers (extract.RULES).
+      source: origin of the file.
+      columns: columns of that file.
+      label: its value in the column data_source of a file with several benchmarks (LUFFY's).
     """
 
     name: str
@@ -43,7 +43,7 @@ class Benchmark:
 
     @property
     def metric(self) -> str:
-        """`avg@32` or `pass@1`."""
+        """Name of the metric: `avg@32` or `pass@1`."""
         return f"avg@{self.samples}" if self.samples > 1 else "pass@1"
 
 
@@ -78,7 +78,7 @@ PAPER = ("math500", "minerva", "olympiad", "amc", "aime24", "aime25")
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """Problems of a benchmark, what they were taken from, and how many rows were left out for what."""
+    """Problems of a benchmark, their file and columns, and the number of rows skipped for each reason."""
 
     benchmark: Benchmark
     file: str
@@ -88,12 +88,13 @@ class Loaded:
 
 
 def parse(text: str) -> list[tuple[Benchmark, str]]:
-    """(benchmark, file) of each part of `NAME=FILE,NAME=FILE,tiny`; a FILE alone is named after itself.
+    """Parse `NAME=FILE,NAME=FILE,tiny` to (benchmark, file) pairs; a FILE alone is its own name.
 
-    A NAME that is not in the table stands for any file of problems and answers.
-    Raises ConfigError: nothing named, a benchmark without a file, two of one name.
+    A NAME that is not in the table may be used for any file of problems and answers.
+    Raises ConfigError if there is no benchmark, if one has no file or an invalid name, or if two have
+    the same name.
     """
-    found: list[tuple[Benchmark, str]] = []
+    pairs: list[tuple[Benchmark, str]] = []
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, equals, file = part.partition("=")
         if not equals and name not in BENCHMARKS:
@@ -103,25 +104,25 @@ def parse(text: str) -> list[tuple[Benchmark, str]]:
         known = BENCHMARKS.get(name) or Benchmark(name, name)
         if not file:
             raise ConfigError(
-                f"eval.benchmarks names {name!r} without a file, wanted {name}=FILE ({known.source}); "
-                f"set --config.eval.benchmarks={name}=FILE"
+                f"eval.benchmarks names {name!r} without a file ({known.source}); set "
+                f"--config.eval.benchmarks={name}=FILE"
             )
         if not re.fullmatch(r"[\w.-]+", name) or name in (".", ".."):
             raise ConfigError(
-                f"eval.benchmarks names {name!r}, wanted a name of letters, digits, '_', '-' and '.', "
-                "for files are called after it; correct it"
+                f"eval.benchmarks names {name!r}, but a name may have only letters, digits, '_', '-' and "
+                "'.', because files are named after it; correct it"
             )
-        if name in (one.name for one, _ in found):
+        if name in (benchmark.name for benchmark, _ in pairs):
             raise ConfigError(
                 f"eval.benchmarks names {name!r} twice; give one of them another name"
             )
-        found.append((known, file))
-    if not found:
+        pairs.append((known, file))
+    if not pairs:
         raise ConfigError(
-            "eval.benchmarks='' names nothing, wanted NAME=FILE,NAME=FILE,...; known names: "
-            f"{', '.join(BENCHMARKS)}; set --config.eval.benchmarks=tiny"
+            "eval.benchmarks='' names no benchmark; set --config.eval.benchmarks=NAME=FILE,NAME=FILE,... "
+            f"or --config.eval.benchmarks=tiny (known names: {', '.join(BENCHMARKS)})"
         )
-    return found
+    return pairs
 
 
 def load(
@@ -132,18 +133,18 @@ def load(
     bad_rows: str = "refuse",
     any_size: bool = False,
 ) -> Loaded:
-    """The problems of a benchmark, each with an answer.
+    """Load the problems of a benchmark, each with a gold answer.
 
-    Where the benchmark has a `label`, a file of several (LUFFY's valid.all.parquet: a column
-    data_source with more than one value) gives the problems of that label, each once. `columns` that
-    are named come before the table's. Raises DataError: see data.open_problems, and for a file of
-    another size than the table's, unless `any_size`.
+    A file may hold several benchmarks (LUFFY's valid.all.parquet: its column data_source has more than
+    one value). A benchmark with a `label` then takes the problems of that label, each once. `columns`
+    that are not empty override the table's. Raises DataError as data.open_problems does, and if the
+    number of problems differs from the table's, unless `any_size`.
     """
     labels = _labels(file) if benchmark.label else []
     mixed = len(set(labels) - {""}) > 1
     fields = ("problem", "solution", "answer", "id")
-    made = file.startswith("tiny:")
-    known = Columns() if mixed or made else _present(benchmark.columns, file)
+    generated = file.startswith("tiny:")
+    known = Columns() if mixed or generated else _present(benchmark.columns, file)
     chosen = Columns(*(getattr(columns, f) or getattr(known, f) for f in fields))
     opened = data.open_problems(
         file, field="eval.benchmarks", columns=chosen, size=benchmark.size or data.TEST_SIZE,
@@ -153,31 +154,33 @@ def load(
     if mixed:
         if benchmark.label not in labels:
             raise DataError(
-                f"{file} holds several benchmarks ({', '.join(sorted(set(labels)))}), none of them "
-                f"called {benchmark.label!r}; name a file of {benchmark.name} alone"
+                f"{file} has the benchmarks {', '.join(sorted(set(labels)))}, but not "
+                f"{benchmark.label!r}; set a file that contains {benchmark.name}"
             )
         if skipped:
-            raise DataError(f"{file}: rows of several benchmarks cannot be left out; correct them")
-        once = {
+            raise DataError(
+                f"{file}: rows cannot be skipped in a file of several benchmarks; correct its "
+                f"{sum(skipped.values())} bad rows"
+            )
+        first = {
             opened[i].question: i
             for i in reversed(range(len(opened)))
             if labels[i] == benchmark.label
         }
-        problems = [opened[i] for i in sorted(once.values())]
+        problems = [opened[i] for i in sorted(first.values())]
     else:
         problems = opened[:]
-    got = len(problems) + sum(skipped.values())
-    if benchmark.size and got != benchmark.size and not any_size:
+    size = len(problems) + sum(skipped.values())
+    if benchmark.size and size != benchmark.size and not any_size:
         raise DataError(
-            f"{file}: got {got} problems, wanted the {benchmark.size} of {benchmark.title} "
-            f"({benchmark.source}); name the right file, or take it as it is: "
-            "--config.eval.any_size=true"
+            f"{file} has {size} problems, but {benchmark.title} has {benchmark.size} "
+            f"({benchmark.source}); set the right file, or --config.eval.any_size=true to use this one"
         )
     return Loaded(benchmark, file, problems, skipped, opened.columns)
 
 
 def _labels(file: str) -> list[str]:
-    """The data_source of each row of a file, "" where it has none."""
+    """Return the data_source of each row of a file, "" for rows without one."""
     labels = []
     for _, row in stream(file):
         source = None if isinstance(row, RowError) else row.get("data_source")
@@ -186,7 +189,7 @@ def _labels(file: str) -> list[str]:
 
 
 def _present(columns: Columns, file: str) -> Columns:
-    """The table's columns that the file's first row has; the others are found by their usual names."""
+    """Keep the columns that the first row of the file has; the others become "" (their usual names)."""
     row = next((row for _, row in stream(file) if not isinstance(row, RowError)), {})
     absent = (None, reach({}, "absent"))
     return Columns(**{

@@ -1,7 +1,7 @@
 """Benchmarks: python launch/bench.py --suite=cpu|h200|peers [--out=FILE.json] [--model=DIR] [--repeats=3].
 
-Prints a table; --out writes every figure with the environment. Their meaning:
-docs/measurements/benchmarks.md.
+Prints a table, and writes every figure with the environment to --out. docs/measurements/benchmarks.md
+explains the figures.
 """
 
 import pathlib
@@ -11,20 +11,22 @@ from absl import flags
 
 from opd_jax import cli
 
-flags.DEFINE_enum("suite", "cpu", ["cpu", "h200", "peers"], "what to measure")
+flags.DEFINE_enum("suite", "cpu", ["cpu", "h200", "peers"], "suite of benchmarks to run")
 flags.DEFINE_string("out", None, "JSON file to write; default runs/bench-SUITE.json")
 flags.DEFINE_string(
-    "model", "", "suites cpu and peers: folder of a model, in place of the embedded one"
+    "model", "", "suites cpu and peers: model folder to use instead of the embedded model"
 )
-flags.DEFINE_integer("repeats", 3, "of each case after its first call", lower_bound=1)
+flags.DEFINE_integer("repeats", 3, "timed calls of each case, after a first call", lower_bound=1)
 flags.DEFINE_float(
-    "budget_s", None, "no case is begun after so many seconds; default: what the suite needs",
+    "budget_s", None, "start no further case after this many seconds; default: enough for the suite",
     lower_bound=0.0,
 )  # fmt: skip
-for peer in ("torch", "trl", "tunix"):  # each in an environment of its own
-    flags.DEFINE_string(f"{peer}_python", "", f"suite peers: the Python that has {peer}")
-flags.DEFINE_string("only", "", "of the cases those whose name begins so")
-flags.DEFINE_bool("dry", False, "the same code at toy shapes, on whatever machine")
+for peer in ("torch", "trl", "tunix"):  # each has its own environment
+    flags.DEFINE_string(
+        f"{peer}_python", "", f"suite peers: Python executable of an environment with {peer}"
+    )
+flags.DEFINE_string("only", "", "run only the cases whose names begin with this text")
+flags.DEFINE_bool("dry", False, "run the same code with toy shapes, on any machine")
 
 
 def main() -> None:
@@ -32,25 +34,28 @@ def main() -> None:
     from opd_jax.tools.bench import cpu, h200, peer_runs, report
     from opd_jax.tools.bench.run import Options
 
-    given = cli.FLAGS
+    values = cli.FLAGS
     budgets_s = {"cpu": 440.0, "h200": 440.0, "peers": peer_runs.BUDGET_S}
     options = Options(
-        out=pathlib.Path(given.out or f"runs/bench-{given.suite}.json"),
-        model=given.model,
-        repeats=given.repeats,
-        budget_s=budgets_s[given.suite] if given.budget_s is None else given.budget_s,
-        dry=given.dry,
-        only=given.only,
+        out=pathlib.Path(values.out or f"runs/bench-{values.suite}.json"),
+        model=values.model,
+        repeats=values.repeats,
+        budget_s=budgets_s[values.suite] if values.budget_s is None else values.budget_s,
+        dry=values.dry,
+        only=values.only,
     )
     pythons = peer_runs.Pythons(
-        sys.executable, given.torch_python or sys.executable, given.trl_python, given.tunix_python
+        sys.executable,
+        values.torch_python or sys.executable,
+        values.trl_python,
+        values.tunix_python,
     )
     suites = {
         "cpu": cpu.run,
         "h200": h200.run,
-        "peers": lambda given: peer_runs.run(given, pythons),
+        "peers": lambda options: peer_runs.run(options, pythons),
     }
-    print(report.table(suites[given.suite](options)))
+    print(report.table(suites[values.suite](options)))
     print(f"written to {options.out}", flush=True)
 
 

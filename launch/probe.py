@@ -1,7 +1,8 @@
 """Probe: python launch/probe.py NAME --config=CONFIG[:RECIPE] [--workdir=DIR [--step=N]] [--out=FILE.json].
 
-NAME is pair (is this teacher worth training with?; several by --teachers=DIR,DIR2) or continuation (does
-the teacher still help behind the student's own prefixes? also alone against on prefixes).
+NAME is `pair` (is this teacher worth training with? --teachers=DIR,DIR2 compares several) or
+`continuation` (does the teacher still help after the student's own prefixes, compared with alone?).
+See docs/probes.md.
 """
 
 import sys
@@ -17,32 +18,32 @@ NAMES = ("pair", "continuation")
 cli.define_config("configs/opd.py", tree=PROBING)
 flags.DEFINE_string(
     "workdir", None,
-    "a run whose checkpoint is the student, with the run's own config, unless --config is given: then "
-    "only the student is the run's; default: the config's student.path",
+    "workdir of a run whose checkpoint is the student; the run's own config applies, or with --config only "
+    "the student is that of the run; default: student.path of the config",
 )  # fmt: skip
-flags.DEFINE_integer("step", None, "of the run's checkpoint; default the newest", lower_bound=0)
+flags.DEFINE_integer("step", None, "step of the checkpoint; default: the newest", lower_bound=0)
 flags.DEFINE_list(
-    "teachers", [], "folders to compare by pair, in place of teacher.path; commas between them"
+    "teachers", [], "comma-separated model folders that `pair` compares, instead of teacher.path"
 )
-flags.DEFINE_string("out", None, "file to write, .json: figures, verdict, every answer")
+flags.DEFINE_string("out", None, "JSON file to write: figures, verdict, every answer")
 
 
 def main(name: str) -> None:
-    """Ask the question NAME, and print what is found."""
+    """Run the probe NAME, and print its figures and verdict."""
     from opd_jax.tools import probe
 
-    given = cli.FLAGS
-    flag: Any = given["config"]
-    config = given.config
-    if given.workdir and not flag.present:
-        config = probe.config_of_run(given.workdir, flag.override_values)
+    options = cli.FLAGS
+    flag: Any = options["config"]
+    config = options.config
+    if options.workdir and not flag.present:
+        config = probe.config_of_run(options.workdir, flag.override_values)
     probe.run(
         name,
         config,
-        folder=given.workdir,
-        step=given.step,
-        teachers=given.teachers,
-        out=given.out,
+        folder=options.workdir,
+        step=options.step,
+        teachers=options.teachers,
+        out=options.out,
         command=sys.argv,
     )
 

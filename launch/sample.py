@@ -9,12 +9,15 @@ from opd_jax.config.trees import SAMPLING
 
 cli.define_config("configs/opd.py", tree=SAMPLING)
 flags.DEFINE_string(
-    "out", None, "file to write, .jsonl; its report stands beside it", required=True
+    "out",
+    None,
+    "JSONL file to write; a report with the same name is written next to it",
+    required=True,
 )
 
 
 def main() -> None:
-    """Write solutions of the config's teacher to its problems, as data for configs/sft.py."""
+    """Sample solutions of the teacher to the training problems, and write them as data for configs/sft.py."""
     from opd_jax.tools.cold_start import run as sample
 
     sample.run(cli.FLAGS.config, cli.FLAGS.out, command=sys.argv)

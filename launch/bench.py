@@ -11,22 +11,20 @@ from absl import flags
 
 from opd_jax import cli
 
-flags.DEFINE_enum("suite", "cpu", ["cpu", "h200", "peers"], "suite of benchmarks to run")
+flags.DEFINE_enum("suite", "cpu", ["cpu", "h200", "peers"], "what to measure")
 flags.DEFINE_string("out", None, "JSON file to write; default runs/bench-SUITE.json")
 flags.DEFINE_string(
-    "model", "", "suites cpu and peers: model folder to use instead of the embedded model"
+    "model", "", "suites cpu and peers: folder of a model, instead of the embedded one"
 )
-flags.DEFINE_integer("repeats", 3, "timed calls of each case, after a first call", lower_bound=1)
+flags.DEFINE_integer("repeats", 3, "repeats of each case after its first call", lower_bound=1)
 flags.DEFINE_float(
-    "budget_s", None, "start no further case after this many seconds; default: enough for the suite",
+    "budget_s", None, "no case starts after this many seconds; default: what the suite needs",
     lower_bound=0.0,
 )  # fmt: skip
-for peer in ("torch", "trl", "tunix"):  # each has its own environment
-    flags.DEFINE_string(
-        f"{peer}_python", "", f"suite peers: Python executable of an environment with {peer}"
-    )
-flags.DEFINE_string("only", "", "run only the cases whose names begin with this text")
-flags.DEFINE_bool("dry", False, "run the same code with toy shapes, on any machine")
+for peer in ("torch", "trl", "tunix"):  # each in its own environment
+    flags.DEFINE_string(f"{peer}_python", "", f"suite peers: Python of an environment with {peer}")
+flags.DEFINE_string("only", "", "run only cases whose name starts with this")
+flags.DEFINE_bool("dry", False, "run the same code at toy shapes, on any machine")
 
 
 def main() -> None:

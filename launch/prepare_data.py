@@ -7,7 +7,9 @@ from opd_jax.errors import ConfigError
 from opd_jax.tools.prepare_data.config import TREE
 
 cli.define_config("configs/prepare_data.py", tree=TREE)
-flags.DEFINE_string("out", None, "folder of the result; the same folder resumes a killed command")
+flags.DEFINE_string(
+    "out", None, "folder of the result; a run that was killed resumes in its folder"
+)
 
 
 def main() -> None:
@@ -15,7 +17,7 @@ def main() -> None:
     from opd_jax.tools.prepare_data import run as prepare
 
     if not cli.FLAGS.out:
-        raise ConfigError("--out is missing; set --out=DIR to a folder for the result")
+        raise ConfigError("--out is missing; give a folder for the result: --out=DIR")
     report = prepare.prepare(cli.FLAGS.config, cli.FLAGS.out)
     print(prepare.table(report))
 

@@ -1,8 +1,7 @@
 """Probe: python launch/probe.py NAME --config=CONFIG[:RECIPE] [--workdir=DIR [--step=N]] [--out=FILE.json].
 
-NAME is `pair` (is this teacher worth training with? --teachers=DIR,DIR2 compares several) or
-`continuation` (does the teacher still help after the student's own prefixes, compared with alone?).
-See docs/probes.md.
+NAME is pair (is this teacher worth training with? --teachers=DIR,DIR2 compares several) or continuation (does
+the teacher still help after the student's own prefixes? also compares it with the teacher alone).
 """
 
 import sys
@@ -18,18 +17,20 @@ NAMES = ("pair", "continuation")
 cli.define_config("configs/opd.py", tree=PROBING)
 flags.DEFINE_string(
     "workdir", None,
-    "workdir of a run whose checkpoint is the student; the run's own config applies, or with --config only "
-    "the student is that of the run; default: student.path of the config",
+    "a run whose checkpoint is the student. The run's own config is used, unless --config is given: then "
+    "only the student comes from the run. Default: the config's student.path",
 )  # fmt: skip
-flags.DEFINE_integer("step", None, "step of the checkpoint; default: the newest", lower_bound=0)
-flags.DEFINE_list(
-    "teachers", [], "comma-separated model folders that `pair` compares, instead of teacher.path"
+flags.DEFINE_integer(
+    "step", None, "step of the run's checkpoint; default the newest", lower_bound=0
 )
-flags.DEFINE_string("out", None, "JSON file to write: figures, verdict, every answer")
+flags.DEFINE_list(
+    "teachers", [], "folders that pair compares, instead of teacher.path; separated by commas"
+)
+flags.DEFINE_string("out", None, "file to write, .json: figures, verdict, every answer")
 
 
 def main(name: str) -> None:
-    """Run the probe NAME, and print its figures and verdict."""
+    """Run the probe NAME and print its results."""
     from opd_jax.tools import probe
 
     options = cli.FLAGS

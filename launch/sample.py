@@ -11,13 +11,13 @@ cli.define_config("configs/opd.py", tree=SAMPLING)
 flags.DEFINE_string(
     "out",
     None,
-    "JSONL file to write; a report with the same name is written next to it",
+    "file to write, .jsonl; its report FILE.report.json is in the same folder",
     required=True,
 )
 
 
 def main() -> None:
-    """Sample solutions of the teacher to the training problems, and write them as data for configs/sft.py."""
+    """Write solutions of the config's teacher to its problems, as data for configs/sft.py."""
     from opd_jax.tools.cold_start import run as sample
 
     sample.run(cli.FLAGS.config, cli.FLAGS.out, command=sys.argv)

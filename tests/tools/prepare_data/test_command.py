@@ -49,4 +49,4 @@ def test_the_command(tmp_path, train):
     assert json.loads((out / "report.json").read_text())["kept"] == 5
     missing = command(f"--config.data.train={train}")
     assert missing.returncode == 1
-    assert missing.stderr == "error: --out is missing; set --out=DIR to a folder for the result\n"
+    assert missing.stderr == "error: --out is missing; give a folder for the result: --out=DIR\n"

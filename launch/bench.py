@@ -1,7 +1,7 @@
 """Benchmarks: python launch/bench.py --suite=cpu|h200|peers [--out=FILE.json] [--model=DIR] [--repeats=3].
 
-Prints a table; --out writes every figure with the environment. Their meaning:
-docs/measurements/benchmarks.md.
+Prints a table, and writes every figure with the environment to --out. docs/measurements/benchmarks.md
+explains the figures.
 """
 
 import pathlib
@@ -32,25 +32,28 @@ def main() -> None:
     from opd_jax.tools.bench import cpu, h200, peer_runs, report
     from opd_jax.tools.bench.run import Options
 
-    given = cli.FLAGS
+    values = cli.FLAGS
     budgets_s = {"cpu": 440.0, "h200": 440.0, "peers": peer_runs.BUDGET_S}
     options = Options(
-        out=pathlib.Path(given.out or f"runs/bench-{given.suite}.json"),
-        model=given.model,
-        repeats=given.repeats,
-        budget_s=budgets_s[given.suite] if given.budget_s is None else given.budget_s,
-        dry=given.dry,
-        only=given.only,
+        out=pathlib.Path(values.out or f"runs/bench-{values.suite}.json"),
+        model=values.model,
+        repeats=values.repeats,
+        budget_s=budgets_s[values.suite] if values.budget_s is None else values.budget_s,
+        dry=values.dry,
+        only=values.only,
     )
     pythons = peer_runs.Pythons(
-        sys.executable, given.torch_python or sys.executable, given.trl_python, given.tunix_python
+        sys.executable,
+        values.torch_python or sys.executable,
+        values.trl_python,
+        values.tunix_python,
     )
     suites = {
         "cpu": cpu.run,
         "h200": h200.run,
-        "peers": lambda given: peer_runs.run(given, pythons),
+        "peers": lambda options: peer_runs.run(options, pythons),
     }
-    print(report.table(suites[given.suite](options)))
+    print(report.table(suites[values.suite](options)))
     print(f"written to {options.out}", flush=True)
 
 

@@ -1,10 +1,10 @@
-"""Many objectives on `tiny`, several seeds each, and their table.
+"""Compare many objectives on `tiny`, with several seeds each, in one table.
 
 python launch/compare.py --out=runs/objectives [--seeds=3] [--steps=60] [--only=NAME --only=NAME]
 
-Runs one after the other, each as `launch/train.py` in a folder of its own; what is done already is not
-done again, so a killed comparison goes on. The table is Markdown: accuracy before and after, reverse KL
-at the first step and over the last ten, TruncRate, seconds.
+Each run is a `launch/train.py` command with its own folder, one after the other. Finished runs are not
+repeated, so the same command resumes a killed comparison. The table is Markdown: accuracy before and
+after, reverse KL at the first step and over the last ten, TruncRate, seconds.
 """
 
 import pathlib
@@ -16,7 +16,7 @@ from opd_jax import cli
 from opd_jax.tools import sweep
 
 TOPK = "topk_opd"
-OBJECTIVES = {  # name: config and what is changed of `loss`
+OBJECTIVES = {  # name: config, changed fields of `loss`
     "OPD, sampled token": ("opd", ""),
     "OPD, clamp 5": ("opd", "advantage_clamp=5"),
     "OPD, discount 0.5": ("opd", "discount=0.5"),
@@ -52,39 +52,39 @@ COLUMNS = (
 
 
 def main() -> None:
-    """Run what is missing, print the table of what is there."""
-    given = flags.FLAGS
-    out = pathlib.Path(given.out)
-    chosen = sweep.chosen(OBJECTIVES, given.only)
+    """Run what is missing, and print the table of all finished runs."""
+    options = flags.FLAGS
+    out = pathlib.Path(options.out)
+    objectives = sweep.chosen(OBJECTIVES, options.only)
     failed = sweep.run_missing(
         (
             sweep.train(
                 config,
                 sweep.run_folder(out, name, seed),
                 seed=seed,
-                steps=given.steps,
+                steps=options.steps,
                 changes=["eval.every=0", "eval.teacher=False"]
                 + [f"loss.{change}" for change in changes.split()],
             )
-            for seed in range(given.seeds)
-            for name, (config, changes) in chosen.items()
+            for seed in range(options.seeds)
+            for name, (config, changes) in objectives.items()
         ),
         out,
     )
-    print(sweep.table(out, chosen, COLUMNS, figures, seeds=given.seeds, steps=given.steps))
+    print(sweep.table(out, objectives, COLUMNS, figures, seeds=options.seeds, steps=options.steps))
     sweep.require_none(failed, out)
 
 
 def figures(run: pathlib.Path, steps: int) -> sweep.Figures:
-    """What the table shows of one run; empty where it did not end."""
-    found = sweep.evaluations(run, steps)
-    if not found:
+    """Return the figures of one run for the table; empty if the run is not finished."""
+    summaries = sweep.evaluations(run, steps)
+    if not summaries:
         return {}
     rows = sweep.metrics(run)
     figures = {
-        "before": found[0]["accuracy"],
-        "after": found[steps]["accuracy"],
-        "truncated": found[steps]["truncation_rate"],
+        "before": summaries[0]["accuracy"],
+        "after": summaries[steps]["accuracy"],
+        "truncated": summaries[steps]["truncation_rate"],
         "seconds": sum(row.get("time/step_s", 0.0) for row in rows),
     }
     kl = [row["score/reverse_kl"] for row in rows if "score/reverse_kl" in row]

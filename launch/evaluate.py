@@ -13,12 +13,16 @@ cli.define_config("configs/evaluate.py", tree=EVALUATION)
 flags.DEFINE_string(
     "model", None, "Hugging Face folder, hub name, or the workdir of a run", required=True
 )
-flags.DEFINE_integer("step", None, "checkpoint of the workdir; default the newest")
-flags.DEFINE_string("workdir", None, "folder of the evaluation; default runs/evaluate-MODEL-TIME")
+flags.DEFINE_integer("step", None, "step of the checkpoint in that workdir; default: the newest")
+flags.DEFINE_string(
+    "workdir",
+    None,
+    "folder of the evaluation to start or resume; default: runs/evaluate-MODEL-TIME",
+)
 
 
 def main() -> None:
-    """Answers to benchmarks, graded, and the table with the papers' rows."""
+    """Sample and grade answers to the benchmarks, and print the table with the papers' rows."""
     from opd_jax.evaluation import run as runner
 
     model = cli.FLAGS.model

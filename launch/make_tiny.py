@@ -1,9 +1,9 @@
-"""Make the two embedded models again from nothing: python launch/make_tiny.py --out=DIR.
+"""Rebuild the two embedded models from scratch: python launch/make_tiny.py --out=DIR.
 
-Trains a tokenizer on the generated problems, then teacher and student by SFT (configs/sft.py's own
-path), under an hour on 2 cores. The student is smaller, and its last lessons were careless ones: it
-knows its arithmetic, slips often, and so starts well below the teacher, yet close enough in
-distribution for the teacher's word on its rollouts to teach.
+Trains a tokenizer on the generated problems, and then teacher and student by SFT (the same code path as
+configs/sft.py), in under an hour on 2 cores. The student is smaller, and its last SFT stage has careless
+solutions. It therefore knows arithmetic but often makes mistakes: it starts well below the teacher, but
+close enough in distribution to learn from the teacher's scores of its rollouts.
 """
 
 import pathlib
@@ -19,9 +19,9 @@ from opd_jax import cli
 from opd_jax.config.fields import default
 from opd_jax.data import arithmetic
 
-flags.DEFINE_string("out", "opd_jax/tiny", "folder for teacher/ and student/")
-flags.DEFINE_string("workdir", "runs/make_tiny", "folder for the two training runs")
-flags.DEFINE_enum("only", "both", ["both", "teacher", "student"], "which model to make")
+flags.DEFINE_string("out", "opd_jax/tiny", "folder in which to write teacher/ and student/")
+flags.DEFINE_string("workdir", "runs/make_tiny", "folder of the training runs")
+flags.DEFINE_enum("only", "both", ["both", "teacher", "student"], "model to train")
 
 END, START_TURN, END_TURN = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 VOCABULARY = 320
@@ -42,10 +42,10 @@ RECIPES: dict[str, tuple] = {
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE whose merges never cross a digit, with Qwen's special tokens and ChatML.
+    """Train a byte-level BPE whose merges never cross a digit, with Qwen's special tokens and ChatML.
 
-    Merges are learned on finer pieces than texts are split into afterwards, which is Qwen2's way:
-    transformers splits so whatever the file of a folder with model_type qwen2 says.
+    Merges are learned on finer pieces than those of Qwen2's pre-tokenizer, which splits texts afterwards.
+    transformers applies Qwen2's pre-tokenizer to any folder with model_type qwen2, whatever its file says.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -81,7 +81,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def sft_config(student: str, split: str, steps: int, rate: float) -> ConfigDict:
-    """SFT on golden solutions, many of them: one pass over fresh problems."""
+    """Return a config for SFT on golden solutions, in one pass over generated problems."""
     config = default()
     config.student.path = student
     config.steps = steps
@@ -105,7 +105,7 @@ def sft_config(student: str, split: str, steps: int, rate: float) -> ConfigDict:
 
 
 def make(name: str, out: pathlib.Path, workdir: pathlib.Path) -> None:
-    """Initialise a model folder at random, train on it, and write the result to `out`."""
+    """Initialise a model at random, train it in the stages of its recipe, and write it to `out`."""
     import jax
 
     from opd_jax import models as hf
@@ -127,14 +127,12 @@ def make(name: str, out: pathlib.Path, workdir: pathlib.Path) -> None:
         config = sft_config(str(start), split, steps, rate)
         run = train.run(config, str(workdir / f"{name}-{number}"), command=sys.argv)
         params = run.state.params
-    shutil.rmtree(
-        out / name, ignore_errors=True
-    )  # the one that is made again; save never overwrites
+    shutil.rmtree(out / name, ignore_errors=True)  # because save never overwrites a folder
     hf.save(str(out / name), model, params, tokenizer)
 
 
 def main() -> None:
-    """Make the models asked for."""
+    """Train the models that --only selects."""
     out, workdir = pathlib.Path(cli.FLAGS.out), pathlib.Path(cli.FLAGS.workdir)
     for name in RECIPES if cli.FLAGS.only == "both" else [cli.FLAGS.only]:
         make(name, out, workdir)

@@ -33,18 +33,18 @@ def main(name: str) -> None:
     """Run the probe NAME and print its results."""
     from opd_jax.tools import probe
 
-    given = cli.FLAGS
-    flag: Any = given["config"]
-    config = given.config
-    if given.workdir and not flag.present:
-        config = probe.config_of_run(given.workdir, flag.override_values)
+    options = cli.FLAGS
+    flag: Any = options["config"]
+    config = options.config
+    if options.workdir and not flag.present:
+        config = probe.config_of_run(options.workdir, flag.override_values)
     probe.run(
         name,
         config,
-        folder=given.workdir,
-        step=given.step,
-        teachers=given.teachers,
-        out=given.out,
+        folder=options.workdir,
+        step=options.step,
+        teachers=options.teachers,
+        out=options.out,
         command=sys.argv,
     )
 

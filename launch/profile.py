@@ -1,7 +1,7 @@
 """Profile: python launch/profile.py --config=FILE.py[:RECIPE] --workdir=DIR [--steps=2] [--hlo].
 
-Trains a few steps, traces the last ones, prints where their time went. The trace (DIR/profile) opens in
-xprof (`xprof DIR/profile`) and, its trace.json.gz, in https://ui.perfetto.dev. docs/profiling.md.
+Trains a few steps, traces the last ones, and prints where their time went. Open the trace (DIR/profile)
+with `xprof DIR/profile`, or its trace.json.gz in https://ui.perfetto.dev. See docs/profiling.md.
 """
 
 import os
@@ -14,30 +14,30 @@ from absl import flags
 from opd_jax import cli
 
 cli.define_config("configs/stable_opd.py")
-flags.DEFINE_string("workdir", None, "folder of the run, new", required=True)
-flags.DEFINE_integer("steps", 2, "how many are traced", lower_bound=1)
-flags.DEFINE_bool("hlo", False, "keep the compiled programs' texts, in DIR/profile/hlo")
+flags.DEFINE_string("workdir", None, "new folder for the run", required=True)
+flags.DEFINE_integer("steps", 2, "number of steps to trace", lower_bound=1)
+flags.DEFINE_bool("hlo", False, "keep XLA's text of the compiled programs in DIR/profile/hlo")
 
 
 def main() -> None:
-    """Run, trace, print; profile/summary.json has the figures."""
+    """Run, trace and print; write the figures to profile/summary.json."""
     folder = pathlib.Path(cli.FLAGS.workdir) / "profile"
-    # Compiled anew, each text written: they say which named scope an operation came from.
+    # Dump the text of every program: it maps operations to named scopes. This needs a new compilation.
     hlo = folder.absolute() / "hlo"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={hlo}".strip()
-    import jax  # its backend starts later, with these flags
+    import jax  # its backend starts later and reads these flags
 
     from opd_jax.tools.profile import run as profile
     from opd_jax.workdir import atomic
 
     jax.config.update("jax_enable_compilation_cache", False)
-    found = profile.run(
+    figures = profile.run(
         cli.FLAGS.config, cli.FLAGS.workdir, steps=cli.FLAGS.steps, command=sys.argv
     )
     if not cli.FLAGS.hlo:
         shutil.rmtree(hlo, ignore_errors=True)
-    atomic.write_json(folder / "summary.json", profile.to_json(found), indent=2)
-    print(f"\n{profile.report(found)}\n\nwritten to {folder}", flush=True)
+    atomic.write_json(folder / "summary.json", profile.to_json(figures), indent=2)
+    print(f"\n{profile.report(figures)}\n\nwritten to {folder}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""The papers' findings in miniature: every method, several seeds each, on one setting of `tiny`.
+"""Reproduce the papers' findings in miniature: every method with several seeds, on one setting of `tiny`.
 
 python launch/reproduce.py --out=runs/reproduce [--seeds=3] [--only=OPD --only=Stable-OPD] [--dry]
 
-Makes the data and the models that the runs need (a few minutes), then trains one run after the other with
-launch/train.py, each in a folder of its own, and writes OUT/results.md. What is done is not done
-again: the same command goes on after a kill. The setting and its reasons: docs/measurements/results.md.
+Builds the data and the models that the runs need (a few minutes), trains one run after the other with
+launch/train.py, each in its own folder, and writes OUT/results.md. Finished parts are not repeated, so
+the same command resumes after a kill. docs/measurements/results.md explains the setting.
 """
 
 import json
@@ -24,14 +24,16 @@ from opd_jax.workdir import atomic
 
 EMBEDDED = ROOT / "opd_jax" / "tiny"
 BUDGET = 192  # response tokens; a golden solution has 50 to 70
-LOST = 1.0  # share of disagreements at which the teacher gets lost: it repeats its last result for ever
+LOST = (
+    1.0  # share of disagreements at which the teacher gets lost: it repeats its last result forever
+)
 SFT = "rollout.prompts_per_step=32 optim.schedule=cosine"
-HESITATION = (0.9, 0.6, 0.5, 0.8, 0.95, 0.99)  # chance of one more `Wait` after 0, 1, ...
-TOO_LONG = 265  # characters of a lost solution: the budget, more or less
-SLIP = 0.25  # share of wrong steps in what the student last learned
-CHECKS = (0.3, 0.1, 0.1, 0.1)  # chance of one more derivation after 1, 2, ...
-MAKING = "optim.microbatch_tokens=6400 log.every=20"  # of models
-# Models that SFT or GRPO makes: config, what it starts from, data, steps, overrides.
+HESITATION = (0.9, 0.6, 0.5, 0.8, 0.95, 0.99)  # probability of one more `Wait` after 0, 1, ...
+TOO_LONG = 265  # characters of a lost solution, about the token budget
+SLIP = 0.25  # share of wrong steps in the careless solutions, the student's last SFT data
+CHECKS = (0.3, 0.1, 0.1, 0.1)  # probability of one more derivation after 1, 2, ...
+MODEL_RUNS = "optim.microbatch_tokens=6400 log.every=20"  # overrides of the runs that train models
+# Models trained by SFT or GRPO: config, initial model, data, steps, overrides.
 MODELS: dict[str, tuple[str, str, str, int, str]] = {
     "student": ("sft", str(EMBEDDED / "student"), "careless.jsonl", 60,
                 f"optim.learning_rate=0.0005 {SFT} rollout.max_response_tokens=200"),
@@ -70,61 +72,62 @@ COLUMNS = (  # title, key, format
 
 
 def main() -> None:
-    """Make what is missing, run what is missing, write the table of what is there."""
-    given = flags.FLAGS
-    chosen = sweep.chosen(METHODS, given.only)
-    out = pathlib.Path(given.out)
-    plan = [*model_commands(out, chosen), *run_commands(out, chosen, given.seeds, given.steps)]
-    if given.dry:
-        for _, command in plan:
+    """Train the models and runs that are missing, and write the table of all finished runs."""
+    options = flags.FLAGS
+    methods = sweep.chosen(METHODS, options.only)
+    out = pathlib.Path(options.out)
+    runs = run_commands(out, methods, options.seeds, options.steps)
+    commands = [*model_commands(out, methods), *runs]
+    if options.dry:
+        for _, command in commands:
             print(" ".join(command))
         return
     write_data(out)
-    failed = sweep.run_missing(plan, out)
-    text = table(out, chosen, given.seeds, given.steps)
+    failed = sweep.run_missing(commands, out)
+    text = table(out, methods, options.seeds, options.steps)
     atomic.write_text(out / "results.md", text + "\n")
     print(text)
     sweep.require_none(failed, out)
 
 
 def model_commands(
-    out: pathlib.Path, chosen: dict[str, tuple[str, str, str, str]]
+    out: pathlib.Path, methods: dict[str, tuple[str, str, str, str]]
 ) -> Iterator[Command]:
-    """What makes the models that the chosen methods need, in order."""
-    needed = {name for _, student, teacher, _ in chosen.values() for name in (student, teacher)}
-    for name in reversed(MODELS):  # a model comes after what it starts from
+    """Yield the commands that train the models for these methods, in order."""
+    needed = {name for _, student, teacher, _ in methods.values() for name in (student, teacher)}
+    for name in reversed(MODELS):  # a model is listed after its initial model
         needed |= {MODELS[name][1]} if name in needed else set()
     for name, (config, start, data, steps, changes) in MODELS.items():
         if name in needed:
             folder, done = out / f"make-{name}", out / name / "config.json"
             source = data if data.startswith("tiny:") else str(out / data)
             fixed = f"data.train={source} data.bad_rows=skip eval.data="
-            all_changes = [*_models(out, start, ""), *f"{changes} {fixed} {MAKING}".split()]
+            all_changes = [*_models(out, start, ""), *f"{changes} {fixed} {MODEL_RUNS}".split()]
             yield done, train_command(config, folder, seed=0, steps=steps, changes=all_changes)
             export = [sys.executable, str(ROOT / "launch" / "export.py")]
             yield done, [*export, f"--workdir={folder}", f"--out={out / name}"]
 
 
 def run_commands(
-    out: pathlib.Path, chosen: dict[str, tuple[str, str, str, str]], seeds: int, steps: int
+    out: pathlib.Path, methods: dict[str, tuple[str, str, str, str]], seeds: int, steps: int
 ) -> Iterator[Command]:
-    """Every run: all methods of a seed, then the next seed."""
+    """Yield the command of every run: all methods with one seed, then with the next seed."""
     for seed in range(seeds):
-        for name, (config, student, teacher, changes) in chosen.items():
+        for name, (config, student, teacher, changes) in methods.items():
             all_changes = [*_models(out, student, teacher), *SETTING.split(), *changes.split()]
             folder = run_folder(out, name, seed)
             yield sweep.train(config, folder, seed=seed, steps=steps, changes=all_changes)
 
 
 def _models(out: pathlib.Path, student: str, teacher: str) -> Iterator[str]:
-    """The fields that name them; an empty teacher leaves the config's own."""
+    """Yield the overrides that set student and teacher; an empty name keeps that of the config."""
     for role, name in (("student", student), ("teacher", teacher)):
         if name:
             yield f"{role}.path={name if '/' in name else out / name}"
 
 
 def write_data(out: pathlib.Path) -> None:
-    """The solutions that student and teacher learn from."""
+    """Write the solutions on which student and teacher are trained."""
     out.mkdir(parents=True, exist_ok=True)
     for name, count, solution in DATA:
         if not (file := out / name).exists():
@@ -133,7 +136,7 @@ def write_data(out: pathlib.Path) -> None:
 
 
 def careless(index: int) -> dict[str, str]:
-    """A derivation in which a quarter of the steps is wrong, rarely checked (CHECKS), and its result."""
+    """Return a solution with wrong steps (share SLIP), rarely checked (CHECKS), and boxed result."""
     problem = arithmetic.problem("careless", index)
     random = np.random.default_rng([index, 7])
     start, steps = _chain(problem.prompt)
@@ -147,10 +150,10 @@ def careless(index: int) -> dict[str, str]:
 
 
 def lost(index: int) -> dict[str, str]:
-    """A golden solution that may get lost: then it repeats its last result beyond any budget.
+    """Return a golden solution that may get lost, and then repeats its last result beyond any budget.
 
-    Where two derivations disagree it gets lost with chance LOST; where they agree it hesitates:
-    the more often it has, the likelier it does again (HESITATION).
+    Where two derivations disagree, it gets lost with probability LOST. Where they agree, it hesitates, with
+    a probability that grows with the number of hesitations so far (HESITATION).
     """
     problem = arithmetic.problem("sft", index)
     random = np.random.default_rng([index, 7])
@@ -177,7 +180,7 @@ DATA: tuple[tuple[str, int, Callable[[int], dict[str, str]]], ...] = (
 
 
 def _chain(prompt: str) -> tuple[int, list[tuple[str, int]]]:
-    """Start and steps of "Start with 7, add 5, multiply by 3."."""
+    """Parse "Start with 7, add 5, multiply by 3." to its start and its steps."""
     first, *others = prompt.rstrip(".").split(", ")
     signs = {"add": "+", "subtract": "-", "multiply": "*"}
     steps = [(signs[words.split()[0]], int(words.split()[-1])) for words in others]
@@ -194,19 +197,19 @@ def _row(problem: Problem, solution: str, answer: str) -> dict[str, str]:
 
 
 def table(out: pathlib.Path, methods: Iterable[str], seeds: int, steps: int) -> str:
-    """Mean and standard deviation over the seeds of each method, as Markdown."""
+    """Return mean and standard deviation over the seeds of each method, as Markdown."""
     return sweep.table(out, methods, COLUMNS, figures, seeds=seeds, steps=steps)
 
 
 def figures(run: pathlib.Path, steps: int) -> Figures:
-    """What the table shows of one run; empty where it did not end."""
+    """Return the figures of one run for the table; empty if the run is not finished."""
     summaries = sweep.evaluations(run, steps)
     if not summaries:
         return {}
     rows = sweep.metrics(run)
-    found = {
+    row_figures = {
         "before": summaries[0]["accuracy"],
-        "best": max(one["accuracy"] for step, one in summaries.items() if step > 0),
+        "best": max(summary["accuracy"] for step, summary in summaries.items() if step > 0),
         "after": summaries[steps]["accuracy"],
         "seconds": sum(row.get("time/step_s", 0.0) for row in rows),
     }
@@ -216,12 +219,12 @@ def figures(run: pathlib.Path, steps: int) -> Figures:
         ("advantage", "score/advantage_mean"),
     ):
         if values := [row[key] for row in rows if key in row]:
-            found[f"{name}_first"] = float(np.mean(values[:5]))
-            found[f"{name}_last"] = float(np.mean(values[-5:]))
-    return found
+            row_figures[f"{name}_first"] = float(np.mean(values[:5]))
+            row_figures[f"{name}_last"] = float(np.mean(values[-5:]))
+    return row_figures
 
 
 if __name__ == "__main__":
     sweep.define_flags("runs/reproduce")
-    flags.DEFINE_bool("dry", False, "print the commands, run none")
+    flags.DEFINE_bool("dry", False, "print the commands without running them")
     cli.main(main)

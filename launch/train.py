@@ -13,12 +13,18 @@ from opd_jax.workdir import stop as signals
 
 cli.define_config("configs/stable_opd.py")
 cli.define_processes()
-flags.DEFINE_string("workdir", None, "folder of the run; default runs/CONFIG-RECIPE-TIME")
-flags.DEFINE_bool("accept_changes", False, "go on in a workdir with a config that differs; noted")
+flags.DEFINE_string(
+    "workdir", None, "folder of the run to start or resume; default: runs/CONFIG-RECIPE-TIME"
+)
+flags.DEFINE_bool(
+    "accept_changes",
+    False,
+    "resume although the config differs from the run's; run.json records it",
+)
 
 
 def main(stop: signals.Stop) -> None:
-    """Run the experiment that the config describes."""
+    """Run the training that the config describes."""
     from opd_jax import train
     from opd_jax.sharding import multihost
 

@@ -1,1 +1,1 @@
-"""Evaluation: sample answers to benchmarks, grade them, summarise; held-out problems during training."""
+"""Sample answers to benchmarks and to held-out problems, grade them, and summarise the grades."""

@@ -1,4 +1,4 @@
-"""Held-out evaluation during and after training: the summary, the best checkpoint, the closing table."""
+"""Held-out evaluation during and after training: summaries, the best checkpoint, the closing table."""
 
 import hashlib
 import json
@@ -26,15 +26,15 @@ from opd_jax.training.step_functions import StepFunctions
 from opd_jax.training.weights import Weights
 from opd_jax.types import TrainState
 
-# Fields of the section `eval`, and the beginning of those of `metrics`, that change answers or figures.
+# Fields of the section `eval`, and a prefix of fields of `metrics`, that change answers or figures.
 _TOUCHES = ("samples", "temperature", "top_p", "top_k", "match", "fallbacks")
 _REPETITION = "repetition_"
 
 
 def discard_after(folder: pathlib.Path, step: int) -> None:
-    """Forget the best checkpoint, and set aside the answers, of steps after `step`.
+    """Delete the best checkpoint if it is later than `step`, and set aside the answers of later steps.
 
-    The trajectory that led to them is discarded: a rollback, or a resume with another config.
+    Call this when those steps are undone, by a rollback or by resuming with another config.
     """
     forget_after(folder, step)
     if not multihost.first():
@@ -48,7 +48,7 @@ def discard_after(folder: pathlib.Path, step: int) -> None:
 
 
 class HeldOut:
-    """The held-out problems of a run, and the answers of its student and teacher to them."""
+    """Evaluate the student and the teacher of a run on its held-out problems."""
 
     def __init__(
         self,
@@ -63,19 +63,19 @@ class HeldOut:
         self.name = pathlib.PurePath(self.config.eval.data.partition(":")[0]).stem
 
     def __bool__(self) -> bool:
-        """Whether there are any."""
+        """Whether the run has held-out problems."""
         return bool(self.setup.held_out)
 
     def evaluate(self, step: int | str, state: TrainState) -> Summary:
-        """Held-out answers of the student as it is, or of the "teacher", written to eval/STEP/.
+        """Evaluate the student's current weights, or the teacher if `step` is "teacher"; return the summary.
 
-        The teacher answers as itself: its own prompts, ids and end tokens.
+        Writes the answers to eval/STEP/. The teacher uses its own prompts, ids and end tokens.
         """
         setup, config = self.setup, self.config
         params: models.Params | None
         if step == "teacher" and setup.teacher is not None:
             params = self.weights.teacher
-            if params is None:  # it follows the student
+            if params is None:  # the teacher's weights follow the student's
                 params = self.functions.teacher_weights(self.weights.scorer, state)
             model, tokenizer, prompts = (
                 setup.teacher,
@@ -106,7 +106,7 @@ class HeldOut:
             )
 
     def _exam(self, tokenizer: data.Tokenizer, prompts: list[list[int]]) -> Exam:
-        """The held-out problems as a model is asked them."""
+        """Return the held-out problems with the prompts of one model."""
         section = self.config.eval
         return Exam(
             tokenizer,
@@ -119,7 +119,7 @@ class HeldOut:
         )
 
     def _sampling(self, ids: data.Alignment) -> SamplingParams:
-        """How a model answers; `ids` says what its answers may hold."""
+        """Return the sampling settings of a model; `ids` are the ids that its answers may have."""
         section = self.config.eval
         return SamplingParams(
             section.max_response_tokens or self.config.rollout.max_response_tokens,
@@ -132,7 +132,7 @@ class HeldOut:
         )
 
     def keep_best(self, step: int, summary: Summary, save: Callable[[Checkpoints], None]) -> None:
-        """The checkpoint with the best `eval.best` so far lies in best/; `save` writes one."""
+        """Keep the checkpoint of `step` in best/ if its `eval.best` is the best so far; `save` writes it."""
         metric = self.config.eval.best
         if metric:
             Best(self.folder, metric=metric, more=BEST[metric]).offer(
@@ -140,8 +140,11 @@ class HeldOut:
             )
 
     def table(self, last: int, state: TrainState) -> dict[str, Summary]:
-        """The rows of the closing table. What an earlier part of the run did not measure is measured
-        now, or left out where its weights are gone."""
+        """Return the rows of the closing table.
+
+        An evaluation that is missing is run now, except that of the student before training, whose
+        weights are gone: its row is omitted.
+        """
         table = {}
         if before := self.summary(0):
             table["student before"] = before
@@ -151,26 +154,26 @@ class HeldOut:
         return table
 
     def summary(self, step: int) -> Summary | None:
-        """The summary of an evaluation already made, maybe before a resume.
+        """Return the summary of a past evaluation, also from before a resume.
 
-        None without one, and where it was made by another protocol: the two cannot be compared.
+        Returns None if there is none or if its protocol differs, because the two are not comparable.
         """
         file = self.folder / "eval" / str(step) / f"{self.name}.json"
 
         def read() -> Summary | None:
-            found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-            own = self.protocol(self.setup.prompts, self.setup.alignment)
-            return found if found.pop("protocol", None) == own else None
+            summary = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+            protocol = self.protocol(self.setup.prompts, self.setup.alignment)
+            return summary if summary.pop("protocol", None) == protocol else None
 
         return multihost.from_first(read)
 
     def protocol(self, prompts: list[list[int]], ids: data.Alignment) -> dict[str, Any]:
-        """Everything that a model's figures depend on beside its weights, as JSON holds it.
+        """Return everything that a model's figures depend on except its weights, as JSON values.
 
-        `prompts` of the held-out problems and `ids`, what answers may hold, are those of the model.
+        `prompts` are those of the held-out problems for this model, `ids` the ids its answers may have.
         """
         config = self.config
-        asked = [
+        inputs = [
             [problem.id, list(map(int, prompt)), problem.answer]
             for problem, prompt in zip(self.setup.held_out, prompts, strict=True)
         ]
@@ -183,11 +186,11 @@ class HeldOut:
         repetition = {
             name: config.metrics[name] for name in config.metrics if name.startswith(_REPETITION)
         }
-        problems = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+        problems = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
         return json.loads(
             json.dumps({"seed": config.seed, "problems": problems} | fields | repetition)
         )
 
     def keys(self, summary: Summary) -> Summary:
-        """The `eval/*` keys of a summary."""
+        """Return a summary under its keys of metrics.jsonl, `eval/NAME/*`."""
         return {f"eval/{self.name}/{name}": value for name, value in summary.items()}

@@ -1,4 +1,4 @@
-"""Answer held-out problems, grade the answers, write one line for each, and summarise them."""
+"""Sample answers to held-out problems, grade them, write one line per answer, and summarise them."""
 
 import dataclasses
 import pathlib
@@ -23,14 +23,15 @@ from opd_jax.workdir.jsonl import encoded
 
 @dataclasses.dataclass(frozen=True)
 class Exam:
-    """Held-out problems, as one model is asked them, and how its answers are read.
+    """Held-out problems with the prompts of one model, and the rules for reading its answers.
 
     Attributes:
-      tokenizer: the model's. problems: with `prompts`, one each, in the model's ids.
-      samples: answers to each problem.
-      repetition: when an answer counts as repetitive.
-      fallbacks: where an answer is looked for without a box (extract.FALLBACKS).
-      match: a regular expression; `matched` is the share of answers that it is found in. "" is off.
+      tokenizer: the model's tokenizer.
+      problems, prompts: the problems, and one prompt per problem in the model's ids.
+      samples: answers per problem.
+      repetition: rule by which an answer counts as repetitive.
+      fallbacks: how to extract an answer without a box (extract.FALLBACKS).
+      match: regular expression; `matched` is the share of answers in which it matches. "" is off.
     """
 
     tokenizer: data.Tokenizer
@@ -53,15 +54,15 @@ def evaluate(
     out: pathlib.Path,
     protocol: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, float]:
-    """avg@k of a model on problems, with every answer kept.
+    """Evaluate a model on the problems (avg@k), and keep every answer.
 
-    Writes one line an answer to `out` (JSONL: id, prompt, answer, gold, grade, outcome, length) and the
-    summary beside it (`out` with .json), together with `protocol`: how the answers were made. Answers
-    are drawn from `key`, so evaluation leaves training alone.
+    Writes one line per answer to `out` (JSONL: id, prompt, answer, gold, grade, outcome, length,
+    repetitive), and the summary together with `protocol`, the settings of the evaluation, to `out` with
+    the suffix .json. Answers are sampled with `key`, so evaluation does not affect training.
 
-    Returns truncation_rate, repetition_rate, length_mean; over the problems with a gold answer, where
-    there are any, accuracy (mean over problems of the mean over samples), stderr (over problems),
-    unparsed and timeouts (shares of answers); and with `exam.match` the share `matched`.
+    Returns truncation_rate, repetition_rate and length_mean; if some problems have a gold answer, for
+    these also accuracy (mean over problems of the mean over samples), stderr (over problems), unparsed
+    and timeouts (shares of answers); and if `exam.match` is set, the share `matched`.
     """
     prompts = [prompt for prompt in exam.prompts for _ in range(exam.samples)]
     sampled = sample_responses(
@@ -77,34 +78,37 @@ def _report(
 ) -> dict[str, float]:
     """Grade the answers, write them, and summarise them."""
     k, tokenizer = exam.samples, exam.tokenizer
-    answers = [problem for problem in exam.problems for _ in range(k)]
-    read = read_responses(
+    problems = [problem for problem in exam.problems for _ in range(k)]  # one entry per answer
+    responses = read_responses(
         sampled.responses(),
-        [problem.answer for problem in answers],
+        [problem.answer for problem in problems],
         tokenizer,
         grader=grader,
         repetition=exam.repetition,
         fallbacks=exam.fallbacks,
     )
-    graded = [grade for grade in read.grades if grade is not None]  # k of each with an answer
+    grades = [
+        grade for grade in responses.grades if grade is not None
+    ]  # k per problem with a gold answer
     summary = {
         "truncation_rate": float(metrics.truncated(sampled.outcome_B).mean()),
-        "repetition_rate": float(np.mean(read.flagged_B)),
+        "repetition_rate": float(np.mean(responses.flagged_B)),
         "length_mean": float(sampled.response_length_B.mean()),
     }
-    if graded:
-        correct_PK = np.array([g is Grade.CORRECT for g in graded]).reshape(-1, k)
+    if grades:
+        correct_PK = np.array([g is Grade.CORRECT for g in grades]).reshape(-1, k)
         summary |= {
             "accuracy": statistics.avg_at_k(correct_PK),
             "stderr": statistics.stderr(correct_PK),
-            "unparsed": float(np.mean([g is Grade.UNPARSED for g in graded])),
-            "timeouts": float(np.mean([g is Grade.TIMEOUT for g in graded])),
+            "unparsed": float(np.mean([g is Grade.UNPARSED for g in grades])),
+            "timeouts": float(np.mean([g is Grade.TIMEOUT for g in grades])),
         }
     if exam.match:
-        summary["matched"] = float(np.mean([bool(re.search(exam.match, t)) for t in read.texts]))
+        matches = [bool(re.search(exam.match, text)) for text in responses.texts]
+        summary["matched"] = float(np.mean(matches))
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic.replacing(out) as file:
-        for i, (problem, grade) in enumerate(zip(answers, read.grades, strict=True)):
+        for i, (problem, grade) in enumerate(zip(problems, responses.grades, strict=True)):
             row = {
                 "id": problem.id,
                 "prompt": problem.question,
@@ -113,9 +117,11 @@ def _report(
                 "grade": grade.value if grade else None,
                 "outcome": Outcome(int(sampled.outcome_B[i])).name.lower(),
                 "length": int(sampled.response_length_B[i]),
-                "repetitive": bool(read.flagged_B[i]),
+                "repetitive": bool(responses.flagged_B[i]),
             }
             file.write(encoded(row))
-    told = summary | {"protocol": dict(protocol)}
-    atomic.write_json(out.with_suffix(".json"), told, indent=2)  # last: it says that all is there
+    record = summary | {"protocol": dict(protocol)}
+    atomic.write_json(
+        out.with_suffix(".json"), record, indent=2
+    )  # last: it marks the end of the evaluation
     return summary

@@ -1,13 +1,13 @@
-r"""How the papers ask and sample, as presets of the config: `configs/evaluate.py:NAME` sets the fields.
+r"""Prompt and sampling settings of the papers, as presets: `configs/evaluate.py:NAME` sets the fields.
 
-Every value can be overridden on the command line; what was used is written beside the result. "found",
-"second-hand", "unknown" say how sure a value is.
+Every value can be overridden on the command line, and results.json records the values that were used.
+"found", "second-hand" and "unknown" grade the certainty of a value.
 """
 
 import dataclasses
 
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
-# The system turn of LUFFY's valid.all.parquet, letter for letter.
+# The exact system turn of LUFFY's valid.all.parquet.
 LUFFY_SYSTEM = (
     "Your task is to follow a systematic, thorough reasoning process before providing the final solution. "
     "This involves analyzing, summarizing, exploring, reassessing, and refining your thought process through "
@@ -25,11 +25,11 @@ class Protocol:
     """A preset.
 
     Attributes:
-      name, source: what it is called, and where its values come from.
-      temperature, top_p, max_response_tokens: of the sampling.
-      samples: answers a problem; 0 = what the benchmark's entry says (32 for AIME and AMC).
-      prompt_template: text of the user's turn. system_prompt: of the system's turn, "none" for none.
-      fallbacks: where answers without a box are looked for (answer.FALLBACKS).
+      name, source: its name, and the source of its values.
+      temperature, top_p, max_response_tokens: sampling settings.
+      samples: samples per problem; 0 = that of the benchmark's entry (32 for AIME and AMC).
+      prompt_template: text of the user turn. system_prompt: text of the system turn, "none" for no turn.
+      fallbacks: how to extract an answer without a box (extract.FALLBACKS).
     """
 
     name: str
@@ -92,7 +92,7 @@ PROTOCOLS = {
 
 
 def name_of(**fields: object) -> str:
-    """The preset that has exactly these values, "own" where none has."""
+    """Return the name of the preset that has exactly these values, "own" if none has."""
     for name, entry in PROTOCOLS.items():
         if all(getattr(entry, field) == value for field, value in fields.items()):
             return name

@@ -1,8 +1,8 @@
-"""launch/evaluate.py: a model on several benchmarks, every answer kept, and the table.
+"""launch/evaluate.py: evaluate a model on several benchmarks, keep every answer, and print the table.
 
-Each answer is drawn with a key of its own, from (seed, prompt, sample), in batches whose members are
-always the same. So the file of a run that was killed and went on is the file of one that was not, byte
-for byte; slots, batches and the order of the problems change no answer beyond rounding.
+Each answer is sampled with its own key, derived from (seed, prompt, sample), in batches with fixed
+members. So a killed and resumed evaluation writes the same answer files, byte for byte, as an
+uninterrupted one; slots, batches and the order of the problems change answers only through rounding.
 """
 
 import datetime
@@ -29,7 +29,7 @@ from opd_jax.types import Outcome
 from opd_jax.workdir import atomic, console
 from opd_jax.workdir.jsonl import JsonlFile
 
-# Fields that answers, or what is counted in them, depend on.
+# Prefixes of the fields on which answers or figures depend.
 _TOUCHES = ("seed", "student.", "data.prompt_template", "data.system_prompt", "data.columns.",
             "eval.samples", "eval.temperature", "eval.top_", "eval.problems", "eval.max_response_tokens",
             "eval.fallbacks", "grading.grader", "eval.batch", "eval.any_size",
@@ -39,9 +39,9 @@ _TOUCHES = ("seed", "student.", "data.prompt_template", "data.system_prompt", "d
 def run(
     config: ConfigDict, model: str, folder: str, *, step: int | None = None, command: list[str]
 ) -> dict[str, Any]:
-    """Evaluate, or go on with it, in the workdir `folder`; returns what results.json holds.
+    """Run an evaluation in the workdir `folder`, or resume it there; return the content of results.json.
 
-    Raises an OpdError for whatever the user can mend; what is refused is refused before weights are
+    Raises an OpdError for errors that the user can correct. All inputs are checked before weights are
     read.
     """
     validate_evaluation(config)
@@ -50,8 +50,8 @@ def run(
     known = sorted({row["backbone"] for row in results.baselines()})
     if config.eval.backbone and config.eval.backbone not in known:
         raise ConfigError(
-            f"eval.backbone={config.eval.backbone!r}, wanted one of {', '.join(known)}; correct it, or "
-            "leave it out"
+            f"eval.backbone={config.eval.backbone!r} has no figures of papers; set it to one of "
+            f"{', '.join(known)}, or leave it out"
         )
     out = pathlib.Path(folder)
     config.data.date = config.data.date or workdir.date_of(out)
@@ -63,22 +63,22 @@ def run(
     tasks = make_tasks(config, subject)
     header = make_header(config, subject, tasks)
     header["benchmarks"] = check_workdir(out, header) | header["benchmarks"]
-    unread = models.check_weights(subject.section.path, subject.config)
-    print(f"workdir {out}", f"model {subject.name}: {subject.path}", *unread,
+    notes = models.check_weights(subject.section.path, subject.config)
+    print(f"workdir {out}", f"model {subject.name}: {subject.path}", *notes,
           *data.prompt_notes("student", subject.tokenizer), sep="\n", flush=True)  # fmt: skip
     for task in tasks:
-        left = sum(task.skipped.values())
+        skipped = sum(task.skipped.values())
         print(f"{task.benchmark.title}: {len(task.problems)} problems x {task.samples} answers from "
               f"{task.file}" + f"; {task.columns}" * bool(task.columns)
-              + f"; {left} rows left out" * bool(left), flush=True)  # fmt: skip
+              + f"; {skipped} rows left out" * bool(skipped), flush=True)  # fmt: skip
     _write(out / "evaluation.json", json.dumps(header, indent=2, ensure_ascii=False))
     _write(out / "config.json", configuration.to_json(config))
     _write(out / "run.json", json.dumps(workdir.provenance(command), indent=2))
-    return _Evaluation(config, subject, out, header).all(tasks)
+    return _Evaluation(config, subject, out, header).run(tasks)
 
 
 def make_header(config: ConfigDict, subject: Subject, tasks: Sequence[Task]) -> dict[str, Any]:
-    """What, beside versions and devices (run.json), is needed to repeat the evaluation."""
+    """Return what is needed to repeat the evaluation, except versions and devices (see run.json)."""
     section = config.eval
     flat = configuration.flatten(json.loads(configuration.to_json(config)))
     return {
@@ -105,43 +105,44 @@ def make_header(config: ConfigDict, subject: Subject, tasks: Sequence[Task]) -> 
 
 
 def check_workdir(out: pathlib.Path, header: dict[str, Any]) -> dict[str, Any]:
-    """Refuse a workdir that cannot be written or holds something else; the benchmarks it has so far.
+    """Return the benchmarks in the header of the workdir's evaluation, {} for a new workdir.
 
-    Raises WorkdirError.
+    Raises WorkdirError if the workdir cannot be written, holds something else than an evaluation, or
+    holds an evaluation of another model or with other settings.
     """
     if above := workdir.obstacle(out):
         raise WorkdirError(
-            f"workdir {str(out)!r} cannot be written ({above} is read-only or not a folder); give "
+            f"workdir {str(out)!r} cannot be written ({above} is read-only or not a folder); set "
             "another one with --workdir"
         )
     file = out / "evaluation.json"
     if not file.exists():
         if out.exists() and any(out.iterdir()):
             raise WorkdirError(
-                f"workdir {str(out)!r} is not empty and holds no evaluation.json, so it is not an "
-                "evaluation; give a new folder with --workdir"
+                f"workdir {str(out)!r} is not empty and has no evaluation.json, so it is not an "
+                "evaluation; set a new folder with --workdir"
             )
         return {}
     try:
-        there = json.loads(file.read_text(encoding="utf-8"))
-        old = _identity(there)
+        old_header = json.loads(file.read_text(encoding="utf-8"))
+        old = _identity(old_header)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WorkdirError(f"{file} cannot be read ({error}); give a new --workdir") from None
+        raise WorkdirError(f"{file} cannot be read ({error}); set a new --workdir") from None
     new = _identity(header)
-    # Benchmarks may come and go: what is there of the others stays.
+    # A later command may name other benchmarks: compare only those that both have, and keep all answers.
     shared = {k for k in old | new if not k.startswith("benchmark ") or (k in old and k in new)}
     changed = workdir.differences(*({k: d[k] for k in shared if k in d} for d in (old, new)))
     if changed:
         raise WorkdirError(
-            f"workdir {str(out)!r} belongs to another evaluation ({'; '.join(changed)}); give a new "
-            "--workdir, or the old values to go on with it"
+            f"workdir {str(out)!r} belongs to another evaluation ({'; '.join(changed)}); set a new "
+            "--workdir, or the old values to resume it"
         )
-    return there["benchmarks"]
+    return old_header["benchmarks"]
 
 
 def _identity(header: dict[str, Any]) -> dict[str, Any]:
-    """What answers depend on, flat. Paths are not in it: the same files may lie elsewhere."""
-    # A field that came later had no other value than its default then; grades may be others.
+    """Return what answers depend on, as a flat dict. Paths are not part of it, because files may move."""
+    # A header of an older version lacks newer fields: they had their defaults, but grades may differ.
     flat = configuration.flatten(
         json.loads(configuration.to_json(configuration.EVALUATION.default()))
     )
@@ -154,17 +155,21 @@ def _identity(header: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Answers(JsonlFile):
-    """The answers of one benchmark, a line each in a fixed order, so that a killed run goes on.
+    """Answers of one benchmark, one line each, in a fixed order so that a killed evaluation can resume.
 
     Attributes:
-      rows: the answers so far. dropped: broken lines that were cut off with all after them (`skip`).
+      rows: answers so far.
+      dropped: number of lines cut off, from the first broken one on.
     """
 
     def __init__(self, path: pathlib.Path, task: Task, *, skip: bool):
-        """Open NAME.jsonl. Any line that is not the answer that belongs there raises WorkdirError, or
-        is cut off with all after it (`skip`): they are made again. So is a last line that is broken.
+        """Open NAME.jsonl and read its answers.
+
+        The first line that is not the expected answer is cut off with all lines after it, so that these
+        answers are sampled again, if `skip` is true or if it is the last line. Otherwise it raises
+        WorkdirError.
         """
-        with atomic.reported(path, "give another --workdir"):
+        with atomic.reported(path, "set another --workdir"):
             super().__init__(path, elsewhere="--workdir")
         self.rows: list[dict[str, Any]] = []
         self.dropped = end = 0
@@ -174,26 +179,27 @@ class _Answers(JsonlFile):
                 end = line_end
                 continue
             self.dropped += 1
-            # A machine that loses power can leave zeros where a last line was being written.
+            # After a power failure the last line may consist of zeros.
             last = line_end == path.stat().st_size
             if self.dropped == 1 and not skip and not last:
                 self.close()
                 raise WorkdirError(
-                    f"{path}, line {number}: not the answer that belongs there; remove it and all after "
-                    "it, give a new --workdir, or let it be done: --config.data.bad_rows=skip"
+                    f"{path}, line {number}: not the answer expected there; set "
+                    "--config.data.bad_rows=skip to sample it and all lines after it again, or set a new "
+                    "--workdir"
                 )
         self.cut(end)
 
     def add(self, rows: list[dict[str, Any]]) -> None:
         """Append answers; they are on the disk when this returns."""
-        advice = "mend that and give the same command again: what is done is kept"
+        advice = "correct this and run the same command again; finished answers are kept"
         with atomic.reported(self.path, advice):
             self.append(rows)
         self.rows += rows
 
 
 def _is_answer(row: Any, index: int, task: Task) -> bool:
-    """Whether a line holds the answer with this index."""
+    """Return whether a line holds the answer with this index."""
     try:
         place = row["problem"], row["sample"]
         complete = isinstance(row["answer"], str) and isinstance(row["grade"], str)
@@ -203,62 +209,63 @@ def _is_answer(row: Any, index: int, task: Task) -> bool:
 
 
 class _Evaluation:
-    """The moving parts: the weights (read when the first answer is missing) and the graders."""
+    """State of a running evaluation. Weights are read only when an answer has to be sampled."""
 
     def __init__(self, config: ConfigDict, subject: Subject, out: pathlib.Path, header: dict):
         self.config, self.subject, self.out, self.header = config, subject, out, header
         self.params: models.Params | None = None
-        self.tokens, self.seconds = 0, 0.0  # sampled by this process
+        self.tokens, self.seconds = 0, 0.0  # of the answers sampled by this process
 
-    def all(self, tasks: Sequence[Task]) -> dict[str, Any]:
-        """Every benchmark, then the files that say how it went."""
-        found = {}
+    def run(self, tasks: Sequence[Task]) -> dict[str, Any]:
+        """Evaluate all benchmarks, write results.json, .txt and .md, and return the content of the first."""
+        summaries = {}
         with make_grader(self.config.grading) as grader:
             for task in tasks:
-                rows = self.one(task, grader)
-                found[task.benchmark.name] = results.summary(rows, task.samples)
+                rows = self.answers(task, grader)
+                summaries[task.benchmark.name] = results.summary(rows, task.samples)
         backbone = self.config.eval.backbone or results.backbone_of(
             f"{self.subject.path} {self.subject.section.path}"
         )
-        table = results.comparison(self.subject.name, found, backbone)
+        table = results.comparison(self.subject.name, summaries, backbone)
         report = self.header | {
-            "results": found, "table": table,
-            "sampled_here": {  # by the process that wrote this; an earlier part of the run not counted
+            "results": summaries, "table": table,
+            "sampled_here": {  # by this process only, without answers from before a resume
                 "tokens": self.tokens, "seconds": round(self.seconds, 3),
                 "tokens_per_s": round(self.tokens / max(self.seconds, 1e-9), 1),
             },
         }  # fmt: skip
-        text = f"{results.as_text(table)}\n\n{results.details(found)}\n"
+        text = f"{results.as_text(table)}\n\n{results.details(summaries)}\n"
         _write(self.out / "results.json", json.dumps(report, indent=2, ensure_ascii=False))
         _write(self.out / "results.txt", text)
-        marked = results.as_text(table, markdown=True), results.details(found, markdown=True)
-        _write(self.out / "results.md", "\n\n".join(marked) + "\n")
+        parts = results.as_text(table, markdown=True), results.details(summaries, markdown=True)
+        _write(self.out / "results.md", "\n\n".join(parts) + "\n")
         print(f"\n{text}\nwritten to {self.out}", flush=True)
         return report
 
-    def one(self, task: Task, grader: Grader) -> list[dict[str, Any]]:
-        """The answers of one benchmark: those that are there, and the missing ones."""
+    def answers(self, task: Task, grader: Grader) -> list[dict[str, Any]]:
+        """Return the answers of one benchmark; sample and append those that its file does not have yet."""
         path, title = self.out / "eval" / f"{task.benchmark.name}.jsonl", task.benchmark.title
         size, skip = self.config.eval.batch, self.config.data.bad_rows == "skip"
         with _Answers(path, task, skip=skip) as file:
             progress = console.Progress(task.total, len(file.rows))
             if file.dropped:
                 progress.say(
-                    f"{path}: {file.dropped} lines from the first broken one on are made again"
+                    f"{path}: line {len(file.rows) + 1} is broken; its answer and those after it are "
+                    f"sampled again ({file.dropped} lines)"
                 )
             if file.rows:
-                progress.say(f"{title}: {len(file.rows)} of {task.total} answers are there")
+                progress.say(f"{title}: resuming with {len(file.rows)} of {task.total} answers")
             began, first, line = time.perf_counter(), len(file.rows), title
-            while (there := len(file.rows)) < task.total:
-                start = there // size * size
-                answers = range(start, min(start + size, task.total))
+            while (count := len(file.rows)) < task.total:
+                start = count // size * size
+                numbers = range(start, min(start + size, task.total))
 
-                def told(count: int, *, line: str = line, size: int = len(answers)) -> None:
-                    progress.show(f"{line}  (+ {count:,} of {size:,} sampled)", always=False)
+                def show(sampled: int, *, line: str = line, size: int = len(numbers)) -> None:
+                    progress.show(f"{line}  (+ {sampled:,} of {size:,} sampled)", always=False)
 
-                told(0)
-                rows = self.batch(task, answers, grader, on_finished=told)
-                file.add(rows[there - start :])
+                show(0)
+                rows = self.batch(task, numbers, grader, on_finished=show)
+                file.add(rows[count - start :])
                 line = _progress(task, file.rows, first, time.perf_counter() - began)
                 progress.show(line, always=False)
             if len(file.rows) > first:
@@ -268,23 +275,23 @@ class _Evaluation:
     def batch(
         self,
         task: Task,
-        answers: range,
+        numbers: range,
         grader: Grader,
         *,
         on_finished: Callable[[int], None] | None = None,
     ) -> list[dict[str, Any]]:
-        """Sample and grade answers by their numbers: number i is of problem i // samples.
+        """Sample and grade the answers with these numbers; number i belongs to problem i // samples.
 
-        `on_finished` is told how many are sampled so far.
+        `on_finished` is called with the number of answers sampled so far.
         """
         section, subject = self.config.eval, self.subject
         if self.params is None:
             self.params = subject.load()
-        which = [divmod(i, task.samples) for i in answers]
+        pairs = [divmod(i, task.samples) for i in numbers]  # (problem, sample)
         began = time.perf_counter()
         sampled = sample_responses(
             models.Model(subject.config, self.params),
-            [task.prompts[problem] for problem, _ in which],
+            [task.prompts[problem] for problem, _ in pairs],
             SamplingParams(
                 budget(self.config),
                 temperature=section.temperature,
@@ -293,7 +300,7 @@ class _Evaluation:
                 stop_ids=subject.stop_ids,
                 vocabulary=subject.vocabulary,
             ),
-            keys=answer_keys(self.config.seed, task.texts, which),
+            keys=answer_keys(self.config.seed, task.texts, pairs),
             batching=Batching(
                 slots=task.slots(self.config, subject),
                 max_prompt_tokens=task.width,
@@ -303,17 +310,17 @@ class _Evaluation:
         )
         self.seconds += time.perf_counter() - began
         self.tokens += int(sampled.response_length_B.sum())
-        golds = [task.problems[problem].answer for problem, _ in which]
+        golds = [task.problems[problem].answer for problem, _ in pairs]
         fallbacks = tuple(section.fallbacks)
-        read = read_responses(
+        responses = read_responses(
             sampled.responses(), golds, subject.tokenizer,
             grader=grader, repetition=metrics.make_repetition_rule(self.config.metrics),
             fallbacks=fallbacks, rule=task.benchmark.rule,
         )  # fmt: skip
         rows = []
-        for i, (problem, sample) in enumerate(which):
-            answer, grade = find(read.texts[i], fallbacks), read.grades[i]
-            assert grade is not None, "a benchmark has problems with answers alone"
+        for i, (problem, sample) in enumerate(pairs):
+            answer, grade = find(responses.texts[i], fallbacks), responses.grades[i]
+            assert grade is not None, "every problem of a benchmark has a gold answer"
             rows.append({
                 "problem": problem, "sample": sample, "id": task.problems[problem].id,
                 "prompt": task.texts[problem],
@@ -323,13 +330,18 @@ class _Evaluation:
                 "gold": golds[i],
                 "extracted": letters(answer.text)[:200] if answer else None,
                 "grade": grade.value, "outcome": Outcome(int(sampled.outcome_B[i])).name.lower(),
-                "length": int(sampled.response_length_B[i]), "repetitive": bool(read.flagged_B[i]),
+                "length": int(sampled.response_length_B[i]),
+                "repetitive": bool(responses.flagged_B[i]),
             })  # fmt: skip
         return rows
 
 
 def _progress(task: Task, rows: Sequence[dict], first: int, elapsed: float) -> str:
-    """`AIME24  256/960  correct 12.1%  truncated 3%  1,234 tok/s  0:03:20 left`; rates of this process."""
+    """Return `AIME24  256/960  correct 12.1%  truncated 3%  1,234 tok/s  0:03:20 left`.
+
+    Shares are those of all answers so far; tokens/s and the time left are those of this process, whose
+    first answer is `rows[first]`.
+    """
     done = len(rows)
     share = {
         name: sum(row[key] == value for row in rows) / done
@@ -349,6 +361,6 @@ def _progress(task: Task, rows: Sequence[dict], first: int, elapsed: float) -> s
 
 
 def _write(path: pathlib.Path, text: str) -> None:
-    with atomic.reported(path, "give another --workdir"):
+    with atomic.reported(path, "set another --workdir"):
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic.write_text(path, text if text.endswith("\n") else text + "\n")

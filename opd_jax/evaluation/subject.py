@@ -21,18 +21,20 @@ from opd_jax.workdir.folder import date_of, read_config
 
 _FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
           "chat_template.jinja", "*.safetensors")  # fmt: skip
-_SLOTS = 256  # sequences decoded at one time, at most
+_SLOTS = 256  # most sequences decoded concurrently
 
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """What is known of the model before its weights are read.
+    """The model to evaluate, before its weights are read.
 
     Attributes:
-      name: for the table. path: of its folder or workdir. step: of the checkpoint; None for a folder.
+      name: name in the table. path: its model folder or workdir.
+      step: step of the checkpoint; None for a model folder.
       section: its config section (path, dtype, rope_theta, max_position, chat_template).
-      config, tokenizer: as opened. vocabulary: ids the tokenizer knows. stop_ids: end tokens.
-      mesh: the devices that it will lie on.
+      config, tokenizer: architecture and tokenizer.
+      vocabulary: number of ids that both tokenizer and model have. stop_ids: end tokens.
+      mesh: devices for its weights.
     """
 
     name: str
@@ -46,39 +48,38 @@ class Subject:
     mesh: Mesh
 
     def load(self) -> models.Params:
-        """The weights, in the dtype to compute in, whole on every replica."""
+        """Load the weights in the compute dtype, with a complete copy on every replica."""
         dtype = roles.compute_dtype(self.section.dtype)
         like = decoder.abstract_params(self.config)
-        places = self.mesh.weights(like)
+        shardings = self.mesh.weights(like) if self.mesh.devices else None
         if self.step is None:
-            shardings = places if self.mesh.devices else None
             return models.load(self.path, dtype=dtype, shardings=shardings)[1]
         _, host = checkpoint.restore_params(pathlib.Path(self.path), like, step=self.step)
         host = jax.tree.map(lambda w: np.asarray(w).astype(dtype), host)
-        return jax.device_put(host, places if self.mesh.devices else None)
+        return jax.device_put(host, shardings)
 
     def slots(self, tokens: int) -> int:
-        """How many rows of so many tokens to decode at one time: on each replica 256, or fewer where
-        memory is short.
+        """Return the number of rows of `tokens` tokens to decode concurrently, on all replicas together.
 
-        Their caches may take two thirds of what the weights leave of the memory.
+        This is 256 per replica, or fewer if memory is short: the caches may take two thirds of the memory
+        that the weights leave free.
         """
         dtype = roles.compute_dtype(self.section.dtype)
-        one = _bytes(jax.eval_shape(lambda: kv_cache.init(self.config, 1, tokens, dtype)))
+        row = _bytes(jax.eval_shape(lambda: kv_cache.init(self.config, 1, tokens, dtype)))
         weights = sum(w.size for w in jax.tree.leaves(decoder.abstract_params(self.config)))
         device = jax.local_devices()[0].memory_stats() or {}
         memory = device.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf(
             "SC_PHYS_PAGES"
         )
         left = memory - weights * jnp.dtype(dtype).itemsize
-        return int(min(max(left * 2 // 3 // one, 1), _SLOTS)) * self.mesh.replicas
+        return int(min(max(left * 2 // 3 // row, 1), _SLOTS)) * self.mesh.replicas
 
     def sha256(self) -> str:
-        """Of the files that the model is made of: with it a result says which model it is about."""
+        """Hash the files of the model, so that a result identifies its model."""
         digest = hashlib.sha256()
         source = pathlib.Path(self.section.path)
-        kinds = _FILES if self.step is None else _FILES[:-1]  # a checkpoint has other weights
-        for file in sorted({f for kind in kinds for f in source.glob(kind)}):
+        patterns = _FILES if self.step is None else _FILES[:-1]  # a checkpoint replaces the weights
+        for file in sorted({f for pattern in patterns for f in source.glob(pattern)}):
             _add(digest, file, source)
         if self.step is not None:
             folder = pathlib.Path(self.path) / "checkpoints" / str(self.step) / "state"
@@ -88,9 +89,10 @@ class Subject:
 
 
 def open_subject(path: str, config: ConfigDict, *, step: int | None) -> Subject:
-    """The model at `path`; `config.student` may override its positions, template and dtype.
+    """Open the model at `path`; `config.student` may override its positions, template and dtype.
 
-    Raises an OpdError: a TPU, no such model, no checkpoint of that step, no end token, no such mesh.
+    Raises an OpdError on a TPU, or if the model, the checkpoint of that step, an end token or the devices
+    of the mesh are missing.
     """
     hardware.require_supported(jax.default_backend())
     section, date = ConfigDict(config.student.to_dict() | {"path": path}), config.data.date
@@ -100,46 +102,48 @@ def open_subject(path: str, config: ConfigDict, *, step: int | None) -> Subject:
         date = date or date_of(folder)
         for field in ("rope_theta", "max_position", "chat_template"):
             section[field] = section[field] or trained.get(field, section[field])
-        section.enable_thinking &= trained.get("enable_thinking", True)  # as it was trained
+        section.enable_thinking &= trained.get("enable_thinking", True)  # as in training
         section.path = trained["path"]
         newest = checkpoint.latest_step(folder)
         step = newest if step is None else step
         if newest is None or step is None:
             raise ModelError(
-                f"workdir {path!r} holds no finished checkpoint; wait for the run's first one, or give "
-                "a Hugging Face folder"
+                f"workdir {path!r} holds no finished checkpoint; wait for the run's first one, or set "
+                "--model to a Hugging Face folder"
             )
-        whole = folder.resolve()
-        kept = f"{whole.parent.name}/" if whole.name == "best" else ""
-        name, place = f"{kept}{whole.name}, step {step}", str(whole)
+        resolved = folder.resolve()
+        parent = f"{resolved.parent.name}/" if resolved.name == "best" else ""
+        name, location = f"{parent}{resolved.name}, step {step}", str(resolved)
     else:
         if step is not None:
             raise ConfigError(
-                f"step={step} is for the workdir of a run, got the model folder {path!r}; leave --step out"
+                f"step={step} is for the workdir of a run, but {path!r} is a model folder; leave --step out"
             )
-        place = models.locate(path)
-        section.path = place = os.path.abspath(place) if os.path.isdir(place) else place
+        location = models.locate(path)
+        if os.path.isdir(location):
+            location = os.path.abspath(location)
+        section.path = location
         name = pathlib.PurePath(path).name or path
     model, tokenizer = roles.open_model(section, date)
     vocabulary = min(tokenizer.size, model.vocab_size)
     stop_ids = tuple(i for i in model.eos_token_ids if i < vocabulary)
     if not stop_ids:
         raise ModelError(
-            f"{section.path}: no eos_token_id that its tokenizer knows in config.json or "
-            "generation_config.json, wanted at least one end token; add it to generation_config.json"
+            f"{section.path}: neither config.json nor generation_config.json has an eos_token_id that the "
+            "tokenizer knows; add at least one to generation_config.json"
         )
     mesh = make_mesh(config.mesh)
     mesh.check("student", model)
-    return Subject(name, place, step, section, model, tokenizer, vocabulary, stop_ids, mesh)
+    return Subject(name, location, step, section, model, tokenizer, vocabulary, stop_ids, mesh)
 
 
 def _is_run(folder: pathlib.Path) -> bool:
-    """Whether a folder is the workdir of a run: its config.json has sections, not an architecture."""
+    """Return whether a folder is the workdir of a run: its config.json has sections, not an architecture."""
     try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return (folder / "checkpoints").is_dir()
-    return isinstance(found, dict) and isinstance(found.get("student"), dict)
+    return isinstance(content, dict) and isinstance(content.get("student"), dict)
 
 
 def _bytes(tree: Any) -> int:

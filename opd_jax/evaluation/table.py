@@ -1,4 +1,4 @@
-"""What a file of answers says, and the table with the papers' rows beside it."""
+"""Summarise the answers of a benchmark, and compare a model with the papers' figures in a table."""
 
 import json
 import pathlib
@@ -17,11 +17,11 @@ GRADES = ("CORRECT", "WRONG", "UNPARSED", "TIMEOUT")
 
 
 def summary(rows: Sequence[Row], samples: int) -> dict[str, Any]:
-    """All figures of one benchmark from its answers, which come problem by problem.
+    """Return all figures of one benchmark from its answers, which are ordered by problem.
 
-    accuracy (avg@k, or pass@1 where k is 1) with stderr over problems, bootstrap_stderr and the 95 %
-    interval of the bootstrap; pass@j for j = 1, 2, 4, ... k; maj@k; shares truncation_rate and
-    repetition_rate; length_mean in tokens; counts of the four grades.
+    The figures are accuracy (avg@k, or pass@1 if k is 1) with stderr over problems, bootstrap_stderr and
+    the 95 % interval of the bootstrap; pass@j for j = 1, 2, 4, ... k; maj@k; the shares truncation_rate
+    and repetition_rate; length_mean in tokens; the counts of the four grades.
     """
     grades = np.array([row["grade"] for row in rows]).reshape(-1, samples)
     correct_PK = grades == "CORRECT"
@@ -51,33 +51,33 @@ def summary(rows: Sequence[Row], samples: int) -> dict[str, Any]:
 
 
 def baselines() -> list[Row]:
-    """The papers' figures: method, backbone, teacher, benchmark ("avg": of the six), value (%), source."""
+    """Return the papers' figures: method, backbone, teacher, benchmark ("avg" of six), value (%), source."""
     return json.loads(_BASELINES.read_text(encoding="utf-8"))
 
 
 def backbone_of(name: str) -> str:
-    """The backbone of the papers that a model's name holds, "" for none."""
-    known = sorted({row["backbone"] for row in baselines()}, key=len, reverse=True)
-    return next((found for found in known if found.lower() in name.lower()), "")
+    """Return the papers' backbone whose name is part of a model's name, "" if there is none."""
+    backbones = sorted({row["backbone"] for row in baselines()}, key=len, reverse=True)
+    return next((backbone for backbone in backbones if backbone.lower() in name.lower()), "")
 
 
-def comparison(model: str, found: dict[str, dict[str, Any]], backbone: str) -> list[Row]:
-    """Rows of the table: the model's first, then those of papers on the same backbone.
+def comparison(model: str, summaries: dict[str, dict[str, Any]], backbone: str) -> list[Row]:
+    """Return the rows of the table: first the model's, then the papers' for the same backbone.
 
-    A row has `method`, `source`, and under each benchmark `value` (%), the model's also `stderr`; "avg"
-    where the six benchmarks of 2604.08527 are all there.
+    A row has `method`, `source`, and under each benchmark `value` (%); the model's row also has `stderr`.
+    "avg" is present if all six benchmarks of 2604.08527 are.
     """
-    mine: Row = {"method": model, "source": "this evaluation"}
-    for name, one in found.items():
-        mine[name] = {"value": 100 * one["accuracy"], "stderr": 100 * one["stderr"]}
-    if all(name in found for name in PAPER):
-        error = np.sqrt(sum(mine[name]["stderr"] ** 2 for name in PAPER)) / len(PAPER)
-        mean = np.mean([mine[name]["value"] for name in PAPER])
-        mine["avg"] = {"value": float(mean), "stderr": float(error)}
-    table = [mine]
-    shown = set(mine)
+    own: Row = {"method": model, "source": "this evaluation"}
+    for name, summary in summaries.items():
+        own[name] = {"value": 100 * summary["accuracy"], "stderr": 100 * summary["stderr"]}
+    if all(name in summaries for name in PAPER):
+        error = np.sqrt(sum(own[name]["stderr"] ** 2 for name in PAPER)) / len(PAPER)
+        mean = np.mean([own[name]["value"] for name in PAPER])
+        own["avg"] = {"value": float(mean), "stderr": float(error)}
+    table = [own]
+    columns = set(own)
     for entry in baselines():
-        if entry["backbone"] != backbone or entry["benchmark"] not in shown:
+        if entry["backbone"] != backbone or entry["benchmark"] not in columns:
             continue
         method = entry["method"] + (f" ({entry['teacher']})" if entry["teacher"] else "")
         row = next(
@@ -91,31 +91,31 @@ def comparison(model: str, found: dict[str, dict[str, Any]], backbone: str) -> l
 
 
 def as_text(table: Sequence[Row], *, markdown: bool = False) -> str:
-    """The comparison, as a person reads it or as Markdown."""
+    """Format the comparison as aligned text or as Markdown."""
     columns = [c for c in ("avg", *BENCHMARKS) if any(c in row for row in table)]
     columns += [c for c in table[0] if c not in (*columns, "method", "source")]
     titles = {"avg": "Avg"} | {name: entry.title for name, entry in BENCHMARKS.items()}
     lines = [["", *(titles.get(c, c) for c in columns), "source"]]
     lines += [[r["method"], *(_cell(r.get(c)) for c in columns), r["source"]] for r in table]
-    return _laid_out(lines, markdown=markdown)
+    return _format(lines, markdown=markdown)
 
 
-def details(found: dict[str, dict[str, Any]], *, markdown: bool = False) -> str:
-    """What else there is to know of each benchmark."""
+def details(summaries: dict[str, dict[str, Any]], *, markdown: bool = False) -> str:
+    """Format the further figures of each benchmark as aligned text or as Markdown."""
     head = ["", "metric", "accuracy", "bootstrap 95%", "pass@k", "maj@k", "TruncRate", "RepRate",
             "mean length", "unparsed", "timeouts", "problems"]  # fmt: skip
     lines = [head]
-    for name, one in found.items():
-        low, high = one["bootstrap_95"]
+    for name, row in summaries.items():
+        low, high = row["bootstrap_95"]
         lines.append([
-            BENCHMARKS[name].title if name in BENCHMARKS else name, one["metric"],
-            f"{one['accuracy']:.1%} ± {one['stderr']:.1%}", f"{low:.1%} to {high:.1%}",
-            f"{one['pass_at'][str(one['samples'])]:.1%}", f"{one['maj_at_k']:.1%}",
-            f"{one['truncation_rate']:.1%}", f"{one['repetition_rate']:.1%}",
-            f"{one['length_mean']:.1f}", str(one["grades"]["UNPARSED"]),
-            str(one["grades"]["TIMEOUT"]), str(one["problems"]),
+            BENCHMARKS[name].title if name in BENCHMARKS else name, row["metric"],
+            f"{row['accuracy']:.1%} ± {row['stderr']:.1%}", f"{low:.1%} to {high:.1%}",
+            f"{row['pass_at'][str(row['samples'])]:.1%}", f"{row['maj_at_k']:.1%}",
+            f"{row['truncation_rate']:.1%}", f"{row['repetition_rate']:.1%}",
+            f"{row['length_mean']:.1f}", str(row["grades"]["UNPARSED"]),
+            str(row["grades"]["TIMEOUT"]), str(row["problems"]),
         ])  # fmt: skip
-    return _laid_out(lines, markdown=markdown)
+    return _format(lines, markdown=markdown)
 
 
 def _cell(cell: dict[str, float] | None) -> str:
@@ -124,7 +124,7 @@ def _cell(cell: dict[str, float] | None) -> str:
     return f"{cell['value']:.1f}" + (f" ± {cell['stderr']:.1f}" if "stderr" in cell else "")
 
 
-def _laid_out(lines: list[list[str]], *, markdown: bool) -> str:
+def _format(lines: list[list[str]], *, markdown: bool) -> str:
     if markdown:
         clean = [[cell.replace("|", "\\|") for cell in line] for line in lines]
         rule = "|" + "---|" * len(lines[0])

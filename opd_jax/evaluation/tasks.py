@@ -1,4 +1,4 @@
-"""Benchmarks as one model is asked them: problems, prompts, and the key of every answer."""
+"""Prepare benchmarks for one model: problems, prompts, and the random key of every answer."""
 
 import collections
 import dataclasses
@@ -19,12 +19,12 @@ from opd_jax.evaluation.benchmarks import Benchmark, load, parse
 from opd_jax.evaluation.subject import Subject
 from opd_jax.rng import Stream, key_for
 
-_WIDTH = 64  # prompts' rows are a multiple of this wide: benchmarks share compiled programs
+_WIDTH = 64  # prompts are padded to a multiple of this, so that benchmarks share compiled programs
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One benchmark, ready: its problems, and each one's prompt as text and as ids."""
+    """One benchmark with its problems, and the prompt of each problem as text and as token ids."""
 
     benchmark: Benchmark
     file: str
@@ -37,32 +37,32 @@ class Task:
 
     @property
     def total(self) -> int:
-        """Answers."""
+        """Number of answers: problems times samples."""
         return len(self.problems) * self.samples
 
     @property
     def width(self) -> int:
-        """Of its prompts' rows."""
+        """Width of its padded prompts, in tokens."""
         return -(-max(map(len, self.prompts)) // _WIDTH) * _WIDTH
 
     def slots(self, config: ConfigDict, subject: Subject) -> int:
-        """Sequences decoded at one time."""
+        """Return the number of sequences decoded concurrently."""
         return config.eval.slots or subject.slots(self.width + budget(config))
 
     @property
     def sha256(self) -> str:
-        """Of ids, prompt texts and gold answers: with it a result says what was asked."""
-        shown = [[p.id, text, p.answer] for p, text in zip(self.problems, self.texts, strict=True)]
-        return hashlib.sha256(json.dumps(shown).encode()).hexdigest()
+        """Hash of ids, prompt texts and gold answers, so that a result identifies its problems."""
+        inputs = [[p.id, text, p.answer] for p, text in zip(self.problems, self.texts, strict=True)]
+        return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
 
 
 def budget(config: ConfigDict) -> int:
-    """Tokens an answer may have."""
+    """Return the token budget of an answer."""
     return config.eval.max_response_tokens or config.rollout.max_response_tokens
 
 
 def make_tasks(config: ConfigDict, subject: Subject) -> list[Task]:
-    """The benchmarks that the config names, their prompts rendered and measured."""
+    """Load the benchmarks of the config, render their prompts, and check that they fit the model."""
     style = data.PromptStyle(config.data.prompt_template, config.data.system_prompt)
     tasks = []
     for benchmark, file in parse(config.eval.benchmarks):
@@ -101,29 +101,29 @@ def _check_lengths(task: Task, config: ConfigDict, subject: Subject) -> None:
     if need > room:
         raise ConfigError(
             f"{task.benchmark.title}: prompts of {task.width} tokens and "
-            f"eval.max_response_tokens={budget(config)} are more than the model's {room} positions; set "
-            f"--config.eval.max_response_tokens={max(room - task.width, 1)} or less, or stretch the model: "
-            f"--config.student.max_position={need}"
+            f"eval.max_response_tokens={budget(config)} exceed the model's {room} positions; set "
+            f"--config.eval.max_response_tokens={max(room - task.width, 1)} or less, or extend the model's "
+            f"context with --config.student.max_position={need}"
         )
 
 
 def answer_keys(seed: int, texts: Sequence[str], which: Sequence[tuple[int, int]]) -> jax.Array:
-    """The key of each (problem, sample): of the seed, the problem's prompt and the sample, no more.
+    """Return the random key of each (problem, sample) pair.
 
-    So a problem's answers do not depend on its place in the file. Where a prompt is there several
-    times (a file that repeats its problems), each time counts as another.
+    The key is derived from the seed, the text of the problem's prompt and the sample alone, so answers do
+    not depend on the position of the problem in its file. Repeated prompts in a file get different keys.
     """
-    times: collections.Counter[str] = collections.Counter()
+    repeats: collections.Counter[str] = collections.Counter()
     prompt_P = []
     for text in texts:
-        prompt_P.append((zlib.crc32(text.encode(errors="replace")), times[text]))
-        times[text] += 1
+        prompt_P.append((zlib.crc32(text.encode(errors="replace")), repeats[text]))
+        repeats[text] += 1
     folds_NF = np.array([(*prompt_P[problem], sample) for problem, sample in which], np.uint32)
 
     def key(fold_F: jax.Array) -> jax.Array:
-        made = key_for(seed, 0, Stream.BENCHMARK)
+        answer_key = key_for(seed, 0, Stream.BENCHMARK)
         for fold in fold_F:
-            made = jax.random.fold_in(made, fold)
-        return made
+            answer_key = jax.random.fold_in(answer_key, fold)
+        return answer_key
 
     return jax.vmap(key)(jnp.asarray(folds_NF))

@@ -18,7 +18,7 @@ from opd_jax.grading.extract import Found, find, same_letters
 
 _WARM_UP_S = 60.0  # for the imports of a new process; not part of any answer's time
 _PATIENCE = 20.0  # wall seconds allowed per second of processor time, in case a process sleeps
-_MOST_PROCESSES = 8  # of the default; each holds sympy in memory
+_MOST_PROCESSES = 8  # limit of the default number; each process holds sympy in memory
 
 
 class Grade(Enum):
@@ -31,9 +31,9 @@ class Grade(Enum):
 
 
 class Grader:
-    """A few grading processes with a hard time limit per answer; a context manager.
+    """A pool of grading processes with a hard time limit per answer; a context manager.
 
-    A process that exceeds the limit ends and is replaced: a hostile answer costs one time-out, and nothing
+    A process that exceeds the limit ends and is replaced, so a hostile answer costs one time-out and nothing
     else. `timeout_s` is in seconds of processor time, so that a grade does not depend on the load of the
     machine. `workers` = 0 starts one process per core, 8 at most. `verdict`, one of extract.GRADERS (config:
     grading.grader), selects how equivalence is decided.
@@ -152,7 +152,7 @@ def grade(answer_text: str, gold: str) -> Grade:
 
 
 def _at_once(answer: Found | None, gold: str, verdict: str) -> Grade | None:
-    """Grade what needs no math-verify: no answer, integers, the gold's letters; None for others."""
+    """Grade a missing answer, integers and answers with the gold's letters; None if it needs math-verify."""
     if answer is None:
         return Grade.UNPARSED
     if answer.free:
@@ -165,8 +165,8 @@ def _at_once(answer: Found | None, gold: str, verdict: str) -> Grade | None:
 
 def _cores() -> int:
     """Return the number of cores that this process may use."""
-    own = getattr(os, "sched_getaffinity", None)  # Linux
-    return len(own(0)) if own else os.cpu_count() or 1
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _request(answer: Found, gold: str, rule: str, verdict: str = "guarded") -> dict:

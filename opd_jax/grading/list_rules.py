@@ -49,13 +49,13 @@ def _closing(text: str) -> int:
 
 def matched(answers: Sequence[T], golds: Sequence[T], same: Callable[[T, T], bool]) -> bool:
     """Return whether the answers agree with the golds one to one, in some order."""
-    left = list(golds)
+    remaining = list(golds)
     for answer in answers:
-        match = next((gold for gold in left if same(answer, gold)), None)
+        match = next((gold for gold in remaining if same(answer, gold)), None)
         if match is None:
             return False
-        left.remove(match)
-    return not left
+        remaining.remove(match)
+    return not remaining
 
 
 def bracket(text: str) -> str | None:
@@ -86,7 +86,7 @@ def brackets(answer: str, gold: str, same: Same) -> bool | None:
 
 
 def sequence(text: str) -> list[str] | None:
-    r"""Return the members of a list with an ellipsis, itself a member; None for others.
+    r"""Return the members of a list with an ellipsis, including the ellipsis; None for other texts.
 
     A decimal with more digits to come, 0.142857\ldots, is not a list.
     """

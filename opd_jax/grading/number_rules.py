@@ -150,7 +150,7 @@ def _shortest(digits: str) -> str:
 
 
 def bases(answer: str, gold: str, same: Same) -> bool | None:
-    """Numerals agree in digits and base; a base that one side leaves out is the other side's.
+    """Numerals agree if digits and base agree; a base missing on one side is that of the other side.
 
     Inside expressions they count as their values, 52_9+1 as 47+1; bases that are letters must be the same
     on both sides.
@@ -193,7 +193,7 @@ _COLONS = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Colons:
-    """Terms separated by colons; `half` is a or p where a half of the day is named."""
+    """Terms separated by colons; `half` is "a" or "p" if the text says a.m. or p.m."""
 
     terms: tuple[str, ...]
     half: str = ""
@@ -207,13 +207,13 @@ class Colons:
 
     @property
     def clock(self) -> bool:
-        """Whether it can only be a time: it names a half of the day, or pads with zeros as in 3:05."""
+        """Whether it can only be a time: it says a.m. or p.m., or pads with zeros as in 3:05."""
         padded = self.digital and any(term.startswith("0") for term in self.terms)
         return bool(self.half) or padded
 
     @property
     def time(self) -> bool:
-        """Whether it is a time, or a quarter of an hour that is no ratio in lowest terms: 10:30, not 7:15."""
+        """Whether it is a time, or a quarter of an hour not in lowest terms as a ratio: 10:30, not 7:15."""
         quarter = self.digital and self.terms[-1] in ("15", "30", "45")
         return self.clock or (quarter and gcd(*map(int, self.terms)) != 1)
 
@@ -230,17 +230,18 @@ def colons(text: str) -> Colons | None:
 
 
 def ratios(answer: str, gold: str, same: Same) -> bool | None:
-    r"""Ratios agree when proportional, times when they show the same; 10:30 is not \frac{1}{3}.
+    r"""Ratios agree if they are proportional, times if they are the same; 10:30 is not \frac{1}{3}.
 
-    Two are compared as times where one of them can only be a time (3:05, 10:30 a.m.), or where the gold
-    is a quarter of an hour (4:30) and the answer could be read from a clock (2:15; not 2:5 against 12:30).
+    Two texts are compared as times if either can only be a time (3:05, 10:30 a.m.), or if the gold is a
+    quarter of an hour (4:30) and the answer could be a time on a clock (2:15 could, 2:5 against 12:30
+    could not).
     """
     parsed, parsed_gold = colons(answer), colons(gold)
     if parsed and parsed_gold:
         if parsed.clock or parsed_gold.clock or (parsed.digital and parsed_gold.time):
             halves = {parsed.half, parsed_gold.half} - {""}
-            shown = [[term.lstrip("0") for term in one.terms] for one in (parsed, parsed_gold)]
-            return shown[0] == shown[1] and len(halves) < 2
+            times = [[term.lstrip("0") for term in text.terms] for text in (parsed, parsed_gold)]
+            return times[0] == times[1] and len(halves) < 2
         return len(parsed.terms) == len(parsed_gold.terms) and all(
             map(same, _quotients(parsed.terms), _quotients(parsed_gold.terms))
         )

@@ -90,7 +90,7 @@ _OR = re.compile(
 _BUILDER = re.compile(r"\\\{([A-Za-z])(?:\\in\\mathbb\{?R\}?)?(?:\\mid|\\vert|\||:)(.*)\\\}")
 _NO_VARIABLES = ("e", "\\pi", "\\infty")
 _FREE = (False, False)
-_TURNED = {"<": ">", "≤": "≥", ">": "<", "≥": "≤"}
+_MIRRORED = {"<": ">", "≤": "≥", ">": "<", "≥": "≤"}
 
 
 def ranges(text: str) -> Ranges | None:
@@ -106,11 +106,11 @@ def ranges(text: str) -> Ranges | None:
     pieces: list[Range] = []
     variables = set()
     for part in map(letters, _OR.split(text)):
-        read = _inequality(part) or _interval(part)
-        if read is None:
+        solution = _inequality(part) or _interval(part)
+        if solution is None:
             return None
-        variables.add(read[0])
-        pieces += read[1]
+        variables.add(solution[0])
+        pieces += solution[1]
     if len(variables) != 1:
         return None
     variable = variables.pop()
@@ -130,11 +130,11 @@ def _inequality(text: str) -> tuple[str, list[Range]] | None:
     terms, signs = split[::2], split[1::2]
     if len(signs) not in (1, 2) or not all(terms) or len(parts(text)) != 1:
         return None
-    could = [t for t in terms if re.fullmatch(NAME, t) and t not in _NO_VARIABLES]
-    variable = terms[1] if len(signs) == 2 else max(could, default="")  # x of a < x
+    candidates = [t for t in terms if re.fullmatch(NAME, t) and t not in _NO_VARIABLES]
+    variable = terms[1] if len(signs) == 2 else max(candidates, default="")  # x in a < x
     bounds = [term for term in terms if term != variable]
     inside = rf"(?<![A-Za-z\\]){re.escape(variable)}(?![A-Za-z])"
-    if variable not in could or len(bounds) != len(signs):
+    if variable not in candidates or len(bounds) != len(signs):
         return None
     if any(re.search(inside, bound) for bound in bounds):
         return None
@@ -142,20 +142,20 @@ def _inequality(text: str) -> tuple[str, list[Range]] | None:
         low, high = ["-\\infty", bounds[0]], [bounds[0], "\\infty"]
         return variable, [_range(low, _FREE), _range(high, _FREE)]
     if len(signs) == 1:
-        sign = signs[0] if terms[0] == variable else _TURNED[signs[0]]
+        sign = signs[0] if terms[0] == variable else _MIRRORED[signs[0]]
         closed = sign in "≤≥"
         if sign in "<≤":
             return variable, [_range(["-\\infty", bounds[0]], (False, closed))]
         return variable, [_range([bounds[0], "\\infty"], (closed, False))]
     if set(signs) <= {">", "≥"}:
-        bounds, signs = bounds[::-1], [_TURNED[sign] for sign in signs[::-1]]
+        bounds, signs = bounds[::-1], [_MIRRORED[sign] for sign in signs[::-1]]
     if not set(signs) <= {"<", "≤"}:
         return None
     return variable, [_range(bounds, (signs[0] == "≤", signs[1] == "≤"))]
 
 
 def _range(bounds: list[str], closed: tuple[bool, bool]) -> Range:
-    """Return the interval; an end at infinity is open, however it is written."""
+    """Return the interval; an end at infinity is open whatever its bracket."""
     lower, upper = (bound.lstrip("+") for bound in bounds)
     return Range(
         (lower, upper), (closed[0] and "\\infty" not in lower, closed[1] and "\\infty" not in upper)
@@ -168,8 +168,8 @@ def inequalities(answer: str, gold: str, same: Same) -> bool | None:
     if parsed is None or parsed_gold is None:
         return None
     if parsed.form == parsed_gold.form:
-        turned = parsed.form == "inequality" and parsed == parsed_gold
-        return True if turned else None
+        equal = parsed.form == "inequality" and parsed == parsed_gold
+        return True if equal else None
     if parsed.name and parsed_gold.name and parsed.name != parsed_gold.name:
         return False
     return matched(parsed.pieces, parsed_gold.pieces, lambda one, other: _alike(one, other, same))

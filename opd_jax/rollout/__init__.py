@@ -1,4 +1,4 @@
-"""The student's own rollouts: sampling and generation."""
+"""On-policy rollouts: generate responses with the student, and read them as text."""
 
 from opd_jax.rollout.generate import Batching, generate, programs, row_keys, sample_responses
 from opd_jax.rollout.responses import Responses, read_responses

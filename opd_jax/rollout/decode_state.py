@@ -1,7 +1,7 @@
-"""Slots: the decode state on the device, and the programs that fill and advance it.
+"""Decode state on the device (one slot per concurrent sequence), and the programs that update it.
 
 Every program donates the state (rows, caches, keys), so caches are updated in place. On a mesh each
-replica has its own slots, numbered from 0, and fills and advances them without communication.
+replica has its own slots, numbered from 0, and updates them without communication.
 """
 
 from functools import partial
@@ -20,11 +20,12 @@ from opd_jax.types import Array, Outcome
 
 
 class Cycles(flax.struct.PyTreeNode):
-    """How long each row has repeated itself, for each period 1 to Z.
+    """Length of the current repetition of each row, for each period from 1 to Z.
 
     Attributes:
-      start_B: where the response begins; prompts are never compared with.
-      run_BZ: for period d at [:, d - 1], how many of the last tokens in a row equal the one d before.
+      start_B: position of the first response token. Tokens are not compared with those of the prompt.
+      run_BZ: at [:, d - 1] the number of consecutive last tokens that equal the token d positions before
+        them.
     """
 
     start_B: jax.Array
@@ -32,15 +33,15 @@ class Cycles(flax.struct.PyTreeNode):
 
 
 class Slots(flax.struct.PyTreeNode):
-    """Decode state, one row a slot.
+    """Decode state, with one row per slot.
 
     Attributes:
-      tokens_BT, logprob_BT: the rows so far and the log-probs of their sampled tokens.
-      length_B: tokens so far. limit_B: length at which the budget is spent.
-      live_B: still decoding. ended_B: an end token was emitted.
-      key_B: a PRNG key a row.
-      caches: a layer's keys and values each, see models/kv_cache.py.
-      cycles: what stopping on repetition needs; None where it is off.
+      tokens_BT, logprob_BT: tokens of the rows so far, and log-probs of the sampled ones.
+      length_B: number of tokens so far. limit_B: length at which the token budget is used up.
+      live_B: the row is still decoding. ended_B: an end token was sampled.
+      key_B: one PRNG key per row.
+      caches: keys and values of each layer, see models/kv_cache.py.
+      cycles: state of stopping on repetition; None if that is off.
     """
 
     tokens_BT: jax.Array
@@ -55,13 +56,13 @@ class Slots(flax.struct.PyTreeNode):
 
 
 class Admitted(flax.struct.PyTreeNode):
-    """Prompts on their way into slots, right-padded.
+    """A right-padded batch of prompts to prefill.
 
     Attributes:
       tokens_BT, length_B: the prompts.
-      limit_B: length at which each row's budget is spent.
-      slot_B: where each row goes; a slot that does not exist drops it.
-      key_B2: the data of each row's PRNG key.
+      limit_B: length at which each row's token budget is used up.
+      slot_B: target slot of each row; a row whose slot does not exist is dropped.
+      key_B2: data of each row's PRNG key.
     """
 
     tokens_BT: Array
@@ -72,27 +73,27 @@ class Admitted(flax.struct.PyTreeNode):
 
 
 def outcomes(state: Slots, stop_on_repetition: int) -> np.ndarray:
-    """Outcome of every slot if decoding stopped now (host arrays)."""
+    """Return the outcome of every slot if decoding stopped now (host arrays)."""
     outcome_B = np.where(state.ended_B, Outcome.EOS, Outcome.BUDGET)
     if state.cycles is None:
         return outcome_B
-    # Never true for a row that ended: an equal token before would have ended it already.
+    # Never true for a row that ended: the same end token earlier in the response would have ended it there.
     looped_B = (state.cycles.run_BZ >= stop_on_repetition).any(axis=-1)
     return np.where(looped_B, Outcome.REPETITION, outcome_B)
 
 
 @partial(jax.jit, static_argnames=("mesh",))
 def unstack(model: Model, mesh: Mesh = ONE) -> Model:
-    """The model with a copy of its weights as a tuple of layers, made once a rollout, not once a token."""
+    """Copy the model's stacked weights to a tuple of layers, once per rollout instead of once per token."""
     layers = decoder.unstack(unwrapped(model.params))
     return model.replace(params=mesh.constrain(layers, mesh.weights(layers)))
 
 
 @partial(jax.jit, static_argnames=("slots", "total", "periods", "mesh"))
 def empty(model: Model, slots: int, total: int, periods: int, mesh: Mesh = ONE) -> Slots:
-    """Slots without a row, of `total` tokens each, for an unstacked model.
+    """Return free slots for rows of `total` tokens, for an unstacked model.
 
-    `slots` counts those of one replica; `periods` is the size of `Cycles`, 0 for none.
+    `slots` is the number of slots per replica, and `periods` the size Z of `Cycles` (0: no cycles).
     """
     dtype, slots = model.params["embed"]["embedding"].dtype, slots * mesh.replicas
     state = Slots(
@@ -108,16 +109,19 @@ def empty(model: Model, slots: int, total: int, periods: int, mesh: Mesh = ONE) 
         if periods
         else None,
     )
-    return _where_slots_lie(state, mesh)
+    return _shard_slots(state, mesh)
 
 
-def _where_slots_lie(state: Slots, mesh: Mesh) -> Slots:
-    """Slots of a replica on its devices; key heads divided as the model's are."""
+def _shard_slots(state: Slots, mesh: Mesh) -> Slots:
+    """Constrain the state to the layout of `slot_places`."""
     return mesh.constrain(state, slot_places(state, mesh))
 
 
 def slot_places(state: Slots, mesh: Mesh) -> Slots:
-    """The sharding of every array of the state, given as arrays or shapes; Nones on one device."""
+    """Return the sharding of every array of the state (arrays or shapes), or Nones on one device.
+
+    Slots are split over replicas, and key heads of the caches as the model's key heads are.
+    """
     own = jax.tree.map(lambda _: mesh.slots(), state.replace(caches=()))
     return own.replace(
         caches=jax.tree.map(lambda x: mesh.slots(kv_cache.head_axis(x.dtype)), state.caches)
@@ -126,13 +130,13 @@ def slot_places(state: Slots, mesh: Mesh) -> Slots:
 
 @partial(jax.jit, static_argnames=("mesh",), donate_argnames=("state",))
 def prefill(model: Model, state: Slots, prompts: Admitted, mesh: Mesh = ONE) -> Slots:
-    """Run the prompts and place rows, keys and caches into their slots.
+    """Run the model on the prompts, and write rows, keys and caches to their slots.
 
-    The last prompt token is fed again by the first decode step, which samples the first response
-    token: sampling then has one place.
+    The first decode step feeds the last prompt token again and samples the first response token, so
+    that only decode steps sample.
     """
     each = mesh.per_replica(_prefill, (WHOLE, ROWS, ROWS), ROWS)
-    return _where_slots_lie(each(model, state, prompts), mesh)
+    return _shard_slots(each(model, state, prompts), mesh)
 
 
 def _prefill(model: Model, state: Slots, prompts: Admitted) -> Slots:
@@ -175,20 +179,20 @@ def decode_chunk(
     steps: int,
     mesh: Mesh = ONE,
 ) -> Slots:
-    """Up to `steps` tokens for every live slot; stops early when no more than `few_live` are live.
+    """Decode up to `steps` tokens in every live slot; stop early when at most `few_live` slots are live.
 
-    On a mesh every replica stops when it has no more, whatever the others do.
+    On a mesh each replica counts its own live slots, and stops independently of the others.
     """
     own = partial(_decode_chunk, steps=steps)
     each = mesh.per_replica(own, (WHOLE, ROWS, WHOLE, WHOLE), ROWS)
-    return _where_slots_lie(each(model, state, few_live, sampling), mesh)
+    return _shard_slots(each(model, state, few_live, sampling), mesh)
 
 
 def _decode_chunk(
     model: Model, state: Slots, few_live: jax.Array, sampling: SamplingParams, *, steps: int
 ) -> Slots:
     """`decode_chunk` on one replica."""
-    head_VD = decoder.head(model.params)  # whole: a slice of it would be a copy
+    head_VD = decoder.head(model.params)  # all rows: slicing to sampling.vocabulary would copy it
     rows = jnp.arange(len(state.live_B))
     stops = jnp.array(sampling.stop_ids, jnp.int32)
 
@@ -202,17 +206,18 @@ def _decode_chunk(
             position_B,
             state.caches,
         )
-        # The key of a token is folded from its position in the row.
+        # Fold the token's position into the key of its row.
         key_B = jax.vmap(jax.random.fold_in)(state.key_B, state.length_B)
         logits_BV = decoder.logits(head_VD, hidden_BD)[:, : sampling.vocabulary]
         token_B, logprob_B = sample(logits_BV, key_B, sampling)
-        target_B = jnp.where(state.live_B, state.length_B, state.tokens_BT.shape[1])  # else dropped
+        # Rows that are not live write out of bounds, which mode="drop" ignores.
+        target_B = jnp.where(state.live_B, state.length_B, state.tokens_BT.shape[1])
         length_B = state.length_B + state.live_B
         stopped_B = state.live_B & jnp.any(token_B[:, None] == stops[None], axis=-1)
         live_B = state.live_B & ~stopped_B & (length_B < state.limit_B)
         cycles = state.cycles
         if cycles is not None:
-            cycles = _extended(cycles, state, token_B)
+            cycles = _advance_cycles(cycles, state, token_B)
             live_B &= ~jnp.any(cycles.run_BZ >= sampling.stop_on_repetition, axis=-1)
         state = state.replace(
             tokens_BT=state.tokens_BT.at[rows, target_B].set(token_B, mode="drop"),
@@ -231,10 +236,10 @@ def _decode_chunk(
     return jax.lax.while_loop(unfinished, one_token, (jnp.zeros((), jnp.int32), state))[1]
 
 
-def _extended(cycles: Cycles, state: Slots, token_B: jax.Array) -> Cycles:
-    """The runs after `token_B`, which is about to be written into the live rows of `state`.
+def _advance_cycles(cycles: Cycles, state: Slots, token_B: jax.Array) -> Cycles:
+    """Update the runs with `token_B`, the tokens to be written to the live rows of `state`.
 
-    run_d grows by one where token[t] = token[t - d], both of the response, and else is 0.
+    run_d grows by one if token[t] = token[t - d] and both belong to the response, and is reset to 0 if not.
     """
     back_BZ = state.length_B[:, None] - jnp.arange(1, cycles.run_BZ.shape[1] + 1)[None]
     before_BZ = jnp.take_along_axis(state.tokens_BT, jnp.maximum(back_BZ, 0), axis=1)

@@ -1,9 +1,9 @@
-"""Generation: jitted prefill and decode around a small host loop, with slots that are refilled.
+"""Generation with continuous batching: a host loop around jitted prefill and decode programs.
 
-The decode state (rows, caches, keys) lives on the device and is donated from call to call, so
+The decode state (rows, caches, keys) stays on the device and is donated from call to call, so
 caches are updated in place. Between chunks of decode steps the host copies finished rows out and
-prefills waiting prompts into the free slots. A sample depends on its key alone, never on slots,
-chunks or neighbours.
+prefills waiting prompts into the free slots. A sample depends on its prompt, its settings and its
+key, and not on slots, chunks or the other rows.
 """
 
 import dataclasses
@@ -23,20 +23,22 @@ from opd_jax.rollout.sampling import SamplingParams
 from opd_jax.sharding.mesh import ONE, Mesh
 from opd_jax.types import Rollout
 
-_PREFILL_TOKENS = 16_384  # prompts that go through the model at one time
+_PREFILL_TOKENS = 16_384  # tokens of a large prefill batch (`many` rows), per replica
 
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-    """The shapes of a generation, which do not depend on its prompts: few programs are ever compiled.
+    """Array shapes of a generation. They do not depend on the prompts, so that few programs are compiled.
 
     All counts are per replica.
 
     Attributes:
-      replicas: of the mesh. slots: sequences decoded at one time. total: tokens of a row.
-      prompt_widths: of a batch of prompts: quarters of the longest there may be.
-      many, few: prompts that are prefilled at one time: at first, and as slots fall free.
-      chunk: decode steps between two looks from the host.
+      replicas: number of replicas of the mesh.
+      slots: number of sequences decoded concurrently.
+      total: tokens per row, prompt and response together.
+      prompt_widths: possible widths of a prefill batch: quarters of the longest prompt allowed.
+      many, few: rows of a prefill batch, when many slots are free (as at the start) and when few are.
+      chunk: decode steps between two checks by the host.
     """
 
     replicas: int
@@ -58,7 +60,7 @@ class Shapes:
         chunk: int | None,
         replicas: int = 1,
     ) -> "Shapes":
-        """`slots` and `chunk` as in `Batching`."""
+        """Return the shapes for `prompts` prompts; see `Batching` for `slots` and `chunk`."""
         slots = -(-min(slots or prompts, prompts) // replicas)
         quarter = -(-prompt_tokens // 4)
         few = -(-slots // 16)
@@ -75,14 +77,14 @@ class Shapes:
 
 @dataclasses.dataclass(frozen=True)
 class Batching:
-    """How prompts are batched while they decode. No sample depends on it.
+    """Batching of prompts while they decode. Samples do not depend on it.
 
     Attributes:
-      slots: sequences decoded at one time (vLLM: max_num_seqs); None for all.
-      max_prompt_tokens: fixes the width of the rows, so that batches of other prompts meet the same
-        compiled program; None for the longest prompt.
+      slots: number of sequences decoded concurrently (vLLM: max_num_seqs); None for all prompts.
+      max_prompt_tokens: longest prompt allowed. It fixes the width of the rows, so that batches of other
+        prompts use the same compiled programs; None for the longest prompt of the batch.
       chunk: decode steps between two checks by the host; None for 1/16 of the budget, 8 to 128.
-      mesh: the devices, on which the weights lie; slots are divided among its replicas.
+      mesh: devices that hold the weights; slots are divided among its replicas.
     """
 
     slots: int | None = None
@@ -91,7 +93,7 @@ class Batching:
     mesh: Mesh = ONE
 
     def shapes(self, prompts: int, prompt_tokens: int, response_tokens: int) -> Shapes:
-        """The shapes of a generation of so many prompts."""
+        """Return the shapes of a generation of `prompts` prompts."""
         return Shapes.of(
             prompts, slots=self.slots, prompt_tokens=prompt_tokens,
             response_tokens=response_tokens, chunk=self.chunk, replicas=self.mesh.replicas,
@@ -113,11 +115,10 @@ def generate(
     stop_ids: Sequence[int] = (),
     slots: int | None = None,
 ) -> Rollout:
-    """Sample one response a prompt: `sample_responses` for a few plain settings, without its records.
+    """Sample one response per prompt: `sample_responses` with the common settings as keyword arguments.
 
     Row i samples with keys derived from (key, i, position). See `sample_responses`, `SamplingParams`
-    and `Batching` for the arguments. They are nine because this is the form for a notebook or a
-    script, where records would be in the way.
+    and `Batching` for the arguments. This form is meant for notebooks and scripts.
     """
     sampling = SamplingParams(
         max_response_tokens, temperature=temperature, top_p=top_p, stop_ids=tuple(stop_ids)
@@ -129,7 +130,7 @@ def generate(
 
 
 def row_keys(key: jax.Array, rows: int) -> jax.Array:
-    """A key for each row of a batch: row i has the key folded with i."""
+    """Return one PRNG key per row of a batch: fold_in(key, i) for row i."""
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(rows))
 
 
@@ -142,18 +143,19 @@ def sample_responses(
     batching: Batching = ALL_AT_ONCE,
     on_finished: Callable[[int], None] | None = None,
 ) -> Rollout:
-    """Sample one response a prompt.
+    """Sample one response per prompt.
 
     Args:
-      model: with stacked parameters, in the dtype to compute in.
-      prompts: token ids, any lengths from 1 up.
+      model: model with stacked parameters, in the dtype to compute in.
+      prompts: token ids, at least one per prompt.
       keys: PRNG keys [prompts]; row i samples with keys derived from (keys[i], position).
-      on_finished: called with the number of finished responses, whenever it has grown.
+      on_finished: called with the number of finished responses whenever that number grows.
 
-    Returns: `Rollout` with rows of max_prompt_tokens + the (largest) budget, in the prompts' order.
+    Returns: `Rollout` in the order of the prompts, with rows of max_prompt_tokens + the largest budget.
 
-    Raises DataError: no prompts, an empty or over-long one, more positions than the model has, or an
-    impossible repetition rule.
+    Raises DataError if there are no prompts, if a prompt is empty or too long or has token ids that the
+    model lacks, if a budget is below 1, if rows need more positions than the model has, or if the
+    repetition rule is invalid.
     """
     width = batching.max_prompt_tokens or max(map(len, prompts), default=0)
     budget_P = np.broadcast_to(np.asarray(sampling.max_response_tokens, np.int32), len(prompts))
@@ -162,15 +164,17 @@ def sample_responses(
     stop_on_repetition, mesh = sampling.stop_on_repetition, batching.mesh
     if stop_on_repetition < 0 or (stop_on_repetition and sampling.repetition_period < 1):
         raise DataError(
-            f"stop_on_repetition={stop_on_repetition}, "
-            f"repetition_period={sampling.repetition_period}, wanted "
-            "0 for never, or a number of tokens and a period of at least 1"
+            f"stop_on_repetition={stop_on_repetition} with "
+            f"repetition_period={sampling.repetition_period} is invalid; set stop_on_repetition=0 (off), "
+            "or a positive number of tokens and a period of at least 1"
         )
     shapes = batching.shapes(len(prompts), width, budget)
     unstacked = decode_state.unstack(model, mesh)
     key_P2 = np.asarray(jax.random.key_data(keys))
     state = decode_state.empty(unstacked, shapes.slots, shapes.total, sampling.periods, mesh)
-    owner = np.full((shapes.replicas, shapes.slots), -1)  # which prompt sits in each slot
+    owner = np.full(
+        (shapes.replicas, shapes.slots), -1
+    )  # index of the prompt in each slot, -1 = free
     waiting = list(range(len(prompts)))[::-1]
     out = Rollout(
         tokens_BT=np.zeros((len(prompts), shapes.total), np.int32),
@@ -181,40 +185,40 @@ def sample_responses(
     )
     while waiting or (owner >= 0).any():
         while (count := _to_admit(shapes, owner, len(waiting))) > 0:
-            slots_taken = _assign(owner, waiting, count)
-            admitted = _admitted(shapes, count, prompts, budget_P, key_P2, owner, slots_taken)
-            state = decode_state.prefill(unstacked, state, mesh.rows(admitted), mesh=mesh)
+            targets = _assign(owner, waiting, count)
+            batch = _prefill_batch(shapes, count, prompts, budget_P, key_P2, owner, targets)
+            state = decode_state.prefill(unstacked, state, mesh.rows(batch), mesh=mesh)
         share = -(-len(waiting) // shapes.replicas)
         few_live = shapes.slots - min(shapes.few, share) if waiting else 0
         state = decode_state.decode_chunk(
-            unstacked, state, np.int32(few_live), _compiled(sampling),
+            unstacked, state, np.int32(few_live), _static_settings(sampling),
             steps=shapes.chunk, mesh=mesh,
         )  # fmt: skip
-        if _take_out(out, owner, state, stop_on_repetition, mesh) and on_finished is not None:
+        if _copy_finished(out, owner, state, stop_on_repetition, mesh) and on_finished is not None:
             on_finished(int((out.length_B > 0).sum()))
     return out
 
 
-def _take_out(
+def _copy_finished(
     out: Rollout, owner: np.ndarray, state: decode_state.Slots, stop_on_repetition: int, mesh: Mesh
 ) -> bool:
     """Copy finished sequences to `out` and free their slots. Returns whether any finished."""
-    owner_B = owner.reshape(-1)  # a view
-    done = np.flatnonzero(~mesh.fetch(state.live_B) & (owner_B >= 0))
-    if not len(done):
+    owner_B = owner.reshape(-1)  # a view: assignments below change `owner`
+    slots = np.flatnonzero(~mesh.fetch(state.live_B) & (owner_B >= 0))
+    if not len(slots):
         return False
-    found = mesh.fetch(state.replace(caches=(), key_B=None))
-    rows = owner_B[done]
-    out.tokens_BT[rows] = found.tokens_BT[done]
-    out.length_B[rows] = found.length_B[done]
-    out.sampler_logprob_BT[rows] = found.logprob_BT[done]
-    out.outcome_B[rows] = decode_state.outcomes(found, stop_on_repetition)[done]
-    owner_B[done] = -1
+    host = mesh.fetch(state.replace(caches=(), key_B=None))
+    rows = owner_B[slots]
+    out.tokens_BT[rows] = host.tokens_BT[slots]
+    out.length_B[rows] = host.length_B[slots]
+    out.sampler_logprob_BT[rows] = host.logprob_BT[slots]
+    out.outcome_B[rows] = decode_state.outcomes(host, stop_on_repetition)[slots]
+    owner_B[slots] = -1
     return True
 
 
 def _to_admit(shapes: Shapes, owner: np.ndarray, waiting: int) -> int:
-    """How many prompts each replica prefills now: `many`, `few` or none, as its free slots allow."""
+    """Return the rows that each replica prefills now: `many`, `few` or 0, depending on free slots."""
     free = int((owner < 0).sum(axis=1).max())
     share = -(-waiting // shapes.replicas)
     if not waiting or free < min(shapes.few, share):
@@ -223,24 +227,27 @@ def _to_admit(shapes: Shapes, owner: np.ndarray, waiting: int) -> int:
 
 
 def _assign(owner: np.ndarray, waiting: list[int], count: int) -> list[np.ndarray]:
-    """Give waiting prompts free slots of `owner` in turns, at most `count` a replica. Returns the slots."""
+    """Assign waiting prompts to free slots, replica by replica in turn, at most `count` per replica.
+
+    Updates `owner` and `waiting`, and returns the assigned slots of each replica.
+    """
     free = [np.flatnonzero(slots < 0)[:count] for slots in owner]
-    taken = [0] * len(owner)
+    counts = [0] * len(owner)
     for turn in range(count):
         for replica, slots in enumerate(free):
             if waiting and turn < len(slots):
                 owner[replica, slots[turn]] = waiting.pop()
-                taken[replica] += 1
-    return [slots[:n] for slots, n in zip(free, taken, strict=True)]
+                counts[replica] += 1
+    return [slots[:n] for slots, n in zip(free, counts, strict=True)]
 
 
 def programs(
     model: Model, prompts: int, sampling: SamplingParams, *, batching: Batching
 ) -> list[Program]:
-    """Everything that `sample_responses` compiles for so many prompts with these settings.
+    """Return every program that `sample_responses` compiles for `prompts` prompts with these settings.
 
-    The parameters may be shapes and dtypes alone. One budget holds for all prompts, and
-    `batching.max_prompt_tokens` is not None.
+    The parameters may be shapes and dtypes alone. All prompts have the same budget, and
+    `batching.max_prompt_tokens` must be set.
     """
     assert batching.max_prompt_tokens is not None
     assert isinstance(sampling.max_response_tokens, int)
@@ -264,67 +271,68 @@ def programs(
         )
         for width in shapes.prompt_widths:
             tokens_BT = jax.ShapeDtypeStruct((rows, width), jnp.int32)
-            admitted = decode_state.Admitted(tokens_BT, row, row, row, key_B2)
-            given = (unstacked, state, mesh.row_structs(admitted))
+            batch = decode_state.Admitted(tokens_BT, row, row, row, key_B2)
+            arguments = (unstacked, state, mesh.row_structs(batch))
             name = f"prefill {rows} x {width}"
-            out.append(Program(name, decode_state.prefill, given, {"mesh": mesh}))
+            out.append(Program(name, decode_state.prefill, arguments, {"mesh": mesh}))
     few_live = jax.ShapeDtypeStruct((), jnp.int32)
-    chunk_of = (unstacked, state, few_live, _compiled(sampling))
+    decode_arguments = (unstacked, state, few_live, _static_settings(sampling))
     settings = {"steps": shapes.chunk, "mesh": mesh}
     name = f"decode {shapes.slots * shapes.replicas} x {shapes.total}"
-    out.append(Program(name, decode_state.decode_chunk, chunk_of, settings))
+    out.append(Program(name, decode_state.decode_chunk, decode_arguments, settings))
     return out
 
 
 def _check(
     prompts: Sequence[Sequence[int]], width: int, budget_P: np.ndarray, config: ModelConfig
 ) -> None:
+    """Raise DataError if a prompt or a budget does not fit the model or the width of the rows."""
     if not prompts:
-        raise DataError("generate: got no prompts, wanted at least one")
+        raise DataError("generate: there are no prompts; pass at least one")
     if budget_P.min() < 1:
-        raise DataError(f"max_response_tokens={budget_P.min()}, wanted at least 1")
+        raise DataError(f"max_response_tokens={budget_P.min()} must be at least 1")
     for i, prompt in enumerate(prompts):
         if not 1 <= len(prompt) <= width:
             raise DataError(
-                f"prompt {i} has {len(prompt)} tokens, wanted 1 to max_prompt_tokens={width}; "
+                f"prompt {i} has {len(prompt)} tokens, but 1 to max_prompt_tokens={width} are allowed; "
                 "raise --config.rollout.max_prompt_tokens or shorten the prompt"
             )
         if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
             raise DataError(
-                f"prompt {i} has token ids {min(prompt)} to {max(prompt)}, the model knows 0 to "
+                f"prompt {i} has token ids {min(prompt)} to {max(prompt)}, but the model's are 0 to "
                 f"{config.vocab_size - 1}; use the model's own tokenizer"
             )
     if width + budget_P.max() > config.max_position:
         raise DataError(
-            f"prompt ({width}) + response ({budget_P.max()}) tokens are more than the model's "
-            f"{config.max_position} positions; lower the budget of the response, or "
+            f"prompt ({width}) + response ({budget_P.max()}) tokens exceed the model's "
+            f"{config.max_position} positions; lower the response budget or "
             "--config.rollout.max_prompt_tokens"
         )
 
 
-def _compiled(sampling: SamplingParams) -> SamplingParams:
-    """What decoding is compiled for: budgets and the number of periods are in the state's arrays."""
+def _static_settings(sampling: SamplingParams) -> SamplingParams:
+    """Reset budgets and repetition period, which the state's arrays hold, to avoid recompilation."""
     return sampling.replace(max_response_tokens=0, repetition_period=0)
 
 
-def _admitted(
+def _prefill_batch(
     shapes: Shapes,
     count: int,
     prompts: Sequence[Sequence[int]],
     budget_P: np.ndarray,
     key_P2: np.ndarray,
     owner: np.ndarray,
-    taken: list[np.ndarray],
+    targets: list[np.ndarray],
 ) -> decode_state.Admitted:
-    """The rows to prefill, `count` a replica, for the slots `taken` of each."""
-    longest = max(len(prompts[owner[r, s]]) for r, slots in enumerate(taken) for s in slots)
+    """Return a prefill batch of `count` rows per replica for the slots in `targets`, a list per replica."""
+    longest = max(len(prompts[owner[r, s]]) for r, slots in enumerate(targets) for s in slots)
     width = min(width for width in shapes.prompt_widths if width >= longest)
-    # Surplus rows of the batch aim at a slot that does not exist: the scatter drops them.
+    # Padding rows of the batch target a slot that does not exist: the scatter drops them.
     rows = count * shapes.replicas
     target = np.full(rows, shapes.slots, np.int32)
     tokens, length = np.zeros((rows, width), np.int32), np.ones(rows, np.int32)
     budget, source = np.ones(rows, np.int32), np.zeros(rows, np.int32)
-    for replica, slots in enumerate(taken):
+    for replica, slots in enumerate(targets):
         for i, slot in enumerate(slots, start=replica * count):
             target[i], source[i] = slot, owner[replica, slot]
             prompt = prompts[source[i]]

@@ -1,6 +1,6 @@
-"""Responses as text: decoded, graded, and flagged where they repeat themselves.
+"""Decode responses to text, grade them, and flag repetitive ones.
 
-Training, evaluation, cold starts and probes all read what a model wrote through `read_responses`.
+Training, evaluation, cold starts and probes all read responses through `read_responses`.
 """
 
 import dataclasses
@@ -15,12 +15,12 @@ from opd_jax.metrics.repetition import RepetitionRule, flagged
 
 @dataclasses.dataclass(frozen=True)
 class Responses:
-    """What a batch of responses says.
+    """Texts and grades of a batch of responses.
 
     Attributes:
-      texts: as graders and the repetition rule see them: without the tokens that a prompt ended with.
-      grades: None for a response without a gold answer, and for all where there is no grader.
-      flagged_B: which of them repeat themselves; bool [B].
+      texts: decoded responses, as graders and the repetition rule see them (without the prompt).
+      grades: one grade per response; None if it has no gold answer or there is no grader.
+      flagged_B: the response is repetitive; bool [B].
     """
 
     texts: list[str]
@@ -38,12 +38,12 @@ def read_responses(
     fallbacks: tuple[str, ...] = (),
     rule: str = "plain",
 ) -> Responses:
-    """Decode responses, grade those that have a gold answer, and flag those that repeat themselves.
+    """Decode responses, grade those that have a gold answer, and flag repetitive ones.
 
     Args:
-      responses: token ids. golds: the gold answer of each, "" where there is none.
-      grader: None grades nothing: in a process that leaves it to another.
-      repetition: when a text counts as repetitive.
+      responses: token ids. golds: gold answer of each response, "" if there is none.
+      grader: None to grade nothing, in a process that leaves grading to another process.
+      repetition: rule by which a text counts as repetitive.
       fallbacks, rule: see `Grader.grade`.
     """
     texts = [tokenizer.decode(list(ids)) for ids in responses]

@@ -1,4 +1,4 @@
-"""From logits to a token and its log-prob: temperature, top-k, top-p, a draw; no vocabulary is sorted."""
+"""Sample a token from logits (temperature, top-k, top-p) without sorting; return it with its log-prob."""
 
 import flax.struct
 import jax
@@ -9,25 +9,26 @@ from opd_jax.models.end_tokens import EVERY_ID, Events
 from opd_jax.scoring import topk
 from opd_jax.types import Array
 
-_BISECTIONS = 30
+_BISECTIONS = 30  # of the probability threshold in `nucleus`
 
 
 class SamplingParams(flax.struct.PyTreeNode):
-    """How responses are sampled: the distribution of a token, and what ends a response.
+    """Sampling settings: the distribution of a token, and the conditions that end a response.
 
     Numbers are static under jit, arrays are not.
 
     Attributes:
-      max_response_tokens: budget of a response, the end token included; a tuple holds one a prompt.
-      temperature: logits are divided by it; 0 is greedy.
+      max_response_tokens: token budget of a response, including its end token; a tuple holds one budget
+        per prompt.
+      temperature: divisor of the logits; 0 is greedy decoding.
       top_p, top_k: nucleus and top-k truncation; 1 and 0 are off.
-      stop_ids: end tokens; the one emitted is kept as the response's last token.
-      vocabulary: sample among the first ids only; None for all.
-      drawn_V: bool [vocabulary], ids that may be drawn; None for all.
-      events: what the recorded log-probs are normalised over.
-      stop_on_repetition: end a response whose last so many tokens all equal the token one period
-        before them; 0 is off.
-      repetition_period: longest period that counts.
+      stop_ids: end tokens; the sampled one is kept as the response's last token.
+      vocabulary: sample among the first `vocabulary` ids only; None for all.
+      drawn_V: bool [vocabulary], allowed-token mask; None allows all.
+      events: set of events over which the recorded log-probs are normalised.
+      stop_on_repetition: end a response when each of its last `stop_on_repetition` tokens equals the
+        token one period before it; 0 is off.
+      repetition_period: longest period that is checked.
     """
 
     max_response_tokens: int | tuple[int, ...] = flax.struct.field(pytree_node=False)
@@ -43,7 +44,7 @@ class SamplingParams(flax.struct.PyTreeNode):
 
     @property
     def periods(self) -> int:
-        """Periods whose repetition is tracked while decoding."""
+        """Number of periods tracked while decoding; 0 if stopping on repetition is off."""
         return self.repetition_period if self.stop_on_repetition else 0
 
 
@@ -51,13 +52,15 @@ class SamplingParams(flax.struct.PyTreeNode):
 def sample(
     logits_BV: jax.Array, key_B: jax.Array, sampling: SamplingParams
 ) -> tuple[jax.Array, jax.Array]:
-    """Draw one token a row -> (token_B int32, logprob_B float32).
+    """Sample one token per row -> (token_B int32, logprob_B float32).
 
-    The draw is from softmax(logits / temperature) cut to its `top_k` most likely ids (0: all), and
-    what is left of that to its nucleus of mass `top_p`; temperature 0 takes the most likely token.
-    The log-prob is that of the token's event under the model itself, whatever the sampling settings,
-    so it can be compared with the scorer's: over `events`, where every end token has the log-prob of
-    the end. Only ids in `drawn_V` are drawn; one that is drawn and not scored has log-prob 0.
+    The token is sampled from softmax(logits / temperature), truncated first to the `top_k` most likely
+    ids (0: all) and then to the nucleus of mass `top_p`; temperature 0 takes the most likely token.
+    Only ids in `drawn_V` are sampled.
+
+    The log-prob is that of the token's event, normalised over `events`, and does not depend on the
+    other sampling settings: it can be compared with the scorer's. End tokens that form one event all
+    have the log-prob of that event. A sampled id that is not scored has log-prob 0.
     """
     events = sampling.events
     logits_BV = logits_BV.astype(jnp.float32)
@@ -82,10 +85,11 @@ def sample(
 
 
 def draw(logits_BV: jax.Array, key_B: jax.Array) -> jax.Array:
-    """One id a row from softmax(logits): which block of ids, then which id of it. [B].
+    """Sample one id per row from softmax(logits): first a block of ids, then an id of that block. [B].
 
-    p(v) = p(block) p(v | block), each drawn as the argmax of logits plus Gumbel noise: about
-    2 sqrt(V) random numbers instead of V. Exact; -inf and `EXCLUDED` are never drawn.
+    p(v) = p(block) p(v | block). Each factor is sampled as the argmax of logits plus Gumbel noise, which
+    takes about 2 sqrt(V) random numbers instead of V. The samples are exact; ids with logit -inf or
+    `EXCLUDED` are never sampled.
     """
     blocks_BMX = _blocks(logits_BV)
     keys_B2 = jax.vmap(jax.random.split)(key_B)
@@ -100,7 +104,7 @@ def _gumbel_argmax(logits_BX: jax.Array, key_B: jax.Array) -> jax.Array:
 
 
 def _blocks(logits_BV: jax.Array) -> jax.Array:
-    """The ids as about sqrt(V) blocks of a power of two each, filled up with -inf. [B, M, X]."""
+    """Reshape to about sqrt(V) blocks of equal size, a power of two, padded with -inf. [B, M, X]."""
     vocabulary = logits_BV.shape[-1]
     size = 1 << (vocabulary.bit_length() // 2)
     padding = -vocabulary % size
@@ -109,21 +113,21 @@ def _blocks(logits_BV: jax.Array) -> jax.Array:
 
 
 def _block_mass(blocks_BMX: jax.Array) -> jax.Array:
-    """log sum exp of each block; -inf where it holds nothing. [B, M]."""
+    """Log-sum-exp of each block; -inf if the block has no possible id. [B, M]."""
     return jax.nn.logsumexp(blocks_BMX, axis=-1)
 
 
 def most_likely(logits_BV: jax.Array, k: int) -> jax.Array:
-    """-inf outside the `k` most likely ids and those as likely as the last of them. [B, V]."""
+    """Set logits to -inf outside the `k` most likely ids; ids that tie with the last one stay. [B, V]."""
     values_BK, _ = topk.top_k(logits_BV, k)
     return jnp.where(logits_BV >= values_BK[:, -1:], logits_BV, -jnp.inf)
 
 
 def nucleus(logits_BV: jax.Array, top_p: float) -> jax.Array:
-    """-inf outside the smallest set of most likely ids whose mass is at least `top_p`. [B, V].
+    """Set logits to -inf outside the smallest set of most likely ids with mass >= `top_p`. [B, V].
 
-    Bisects for the largest probability threshold whose mass still reaches top_p: no sort. Ids
-    exactly as likely as the last one in stay in. The most likely id always stays.
+    Finds the largest probability threshold whose mass still reaches top_p by bisection, without a sort.
+    Ids that tie with the least likely one kept stay, and the most likely id always stays.
     """
     prob_BV = jax.nn.softmax(logits_BV, axis=-1)
 

@@ -45,7 +45,7 @@ def without_template(folder: pathlib.Path) -> str:
         ([*GOOD, {"question": "?", "answer": ""}], "", [], "line 4: no answer"),
         *slow(
             (GOOD, '{"question": "?\n', [], "line 4"),
-            (GOOD, "", ["--config.eval.benchmarks=gsm8k={file}"], "got 3 problems, wanted the 1319"),
+            (GOOD, "", ["--config.eval.benchmarks=gsm8k={file}"], "has 3 problems, but GSM8K has 1319"),
             (GOOD, "", ["--config=configs/evaluate.py:qwen2.5-math", "--model={bare}"],
              "no chat template, wanted one"),
             (GOOD, "", ["--config=configs/evaluate.py:lufy"], "did you mean 'luffy'"),

@@ -242,8 +242,12 @@ def test_bad_input(tmp_path):
     def no(kind, says, **more):
         refused(kind, says, tmp_path, **more)
 
-    no(ConfigError, "eval.backbone='Qwen', wanted one of Qwen2.5-Math-1.5B", eval__backbone="Qwen")
-    no(ConfigError, "eval.benchmarks='' names nothing", eval__benchmarks="")
+    no(
+        ConfigError,
+        "eval.backbone='Qwen' has no .*set it to one of Qwen2.5-Math-1.5B",
+        eval__backbone="Qwen",
+    )
+    no(ConfigError, "eval.benchmarks='' names no benchmark", eval__benchmarks="")
     no(ConfigError, "gives the same answer every time", eval__temperature=0.0)
     no(ConfigError, "without {answer}", data__prompt_template="{problem} {answer}")
     no(ConfigError, "eval.fallbacks", eval__fallbacks=("answer",))
@@ -253,7 +257,7 @@ def test_bad_input(tmp_path):
     no(DataError, "does not exist", eval__benchmarks=f"aime24={tmp_path / 'x.json'}")
     file = tmp_path / "x.jsonl"
     file.write_text('{"question": "?", "answer": "1"}\n')
-    no(DataError, "got 1 problems, wanted the 1319", eval__benchmarks=f"gsm8k={file}")
+    no(DataError, "has 1 problems, but GSM8K has 1319", eval__benchmarks=f"gsm8k={file}")
     bare = tmp_path / "bare"
     shutil.copytree(STUDENT, bare)
     for name in ("tokenizer_config.json", "chat_template.jinja"):

@@ -10,7 +10,7 @@ import pytest
 from opd_jax import metrics
 from opd_jax.errors import DataError
 from opd_jax.models import decoder
-from opd_jax.rollout.decode_state import Cycles, Slots, _extended, decode_chunk, empty
+from opd_jax.rollout.decode_state import Cycles, Slots, _advance_cycles, decode_chunk, empty
 from opd_jax.training import batch
 from opd_jax.types import Outcome, Rollout, Scores
 from tests.conftest import noisy_params, tiny_config
@@ -85,7 +85,7 @@ def test_the_reference_and_the_device_by_hand(response, stop):
     )
     found = None
     for n, token in enumerate(response, start=1):
-        cycles = _extended(state.cycles, state, jnp.array([token]))
+        cycles = _advance_cycles(state.cycles, state, jnp.array([token]))
         if found is None and int(cycles.run_BZ.max()) >= LAST:
             found = n
         state = state.replace(

@@ -24,7 +24,7 @@ from opd_jax.memory_plan import run as planning
 from opd_jax.metrics.timing import used_bytes
 from opd_jax.metrics.tracing import Tracer, stage
 from opd_jax.sharding import multihost
-from opd_jax.training import collapse_guard, nonfinite, precompile
+from opd_jax.training import collapse_detector, collapse_guard, nonfinite, precompile
 from opd_jax.training.setup import Setup, make_setup
 from opd_jax.training.step import Step, StepState, Summary, require_equal_replicas
 from opd_jax.training.step_functions import StepFunctions, make_step_functions
@@ -302,7 +302,7 @@ class _Run:
         """Pass a step's metrics to the guard and return its response, whose keys are added to the row."""
         if self.rules.action == "off":
             return collapse_guard.Response()
-        self.guard, alarm = collapse_guard.observe(self.guard, step, row, self.rules)
+        self.guard, alarm = collapse_detector.observe(self.guard, step, row, self.rules)
         self.guard, response = collapse_guard.respond(
             self.guard, step, alarm, self.rules, self.saved.steps
         )

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from opd_jax import config as configuration
 from opd_jax import workdir
 from opd_jax.report.curves import Curve
-from opd_jax.training import collapse_guard
+from opd_jax.training import collapse_detector, collapse_guard
 
 TRUNCATION = "rollout/truncation_rate"
 BEYOND = 1e30  # values of this size or more are not drawn
@@ -159,7 +159,7 @@ class _Log:
         self._steps: dict[str, array.array] = collections.defaultdict(lambda: array.array("q"))
         self._values: dict[str, array.array] = collections.defaultdict(lambda: array.array("d"))
         self._rules, self._state = rules, collapse_guard.State()
-        self._alarm: collapse_guard.Alarm | None = None
+        self._alarm: collapse_detector.Alarm | None = None
         self._over: int | None = None
         self._in_force: tuple[float, ...] = ()
 
@@ -194,7 +194,7 @@ class _Log:
 
     def _judge(self, step: int, row: dict[str, float]) -> None:
         self._judged += math.isfinite(row.get(TRUNCATION, math.nan))
-        self._state, alarm = collapse_guard.observe(self._state, step, row, self._rules)
+        self._state, alarm = collapse_detector.observe(self._state, step, row, self._rules)
         self._state, response = collapse_guard.respond(self._state, step, alarm, self._rules, [])
         if alarm is not None and self._alarm is None:
             self._alarm = alarm
@@ -253,7 +253,7 @@ class _Log:
             return Verdict("No rollouts in the log: nothing to judge.")
         above = self._above()
         if self._alarm is None:
-            if self._judged < collapse_guard.WARMUP + collapse_guard.SPLIT:
+            if self._judged < collapse_detector.WARMUP + collapse_detector.SPLIT:
                 return Verdict(f"Too short to judge: {self._judged} steps with rollouts.")
             text = f"No abrupt transition in {self._judged} steps with rollouts."
             if self.events:

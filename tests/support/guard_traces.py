@@ -16,8 +16,9 @@ from collections.abc import Callable
 import numpy as np
 
 from opd_jax import config as configuration
-from opd_jax.training import collapse_guard
+from opd_jax.training import collapse_detector, collapse_guard
 
+MEASURED = pathlib.Path(__file__).parent / "guard_runs"
 STEPS = 300
 STEP = np.arange(1, STEPS + 1)
 CORRELATION = 0.3  # of the samples of one prompt
@@ -123,6 +124,12 @@ def rows(means: Means, prompts: int, samples: int, seed: int) -> list[dict[str, 
     ]
 
 
+def measured(name: str) -> list[dict[str, float]]:
+    """Metrics of a real run of the embedded models, 64 rollouts a step, from step 1 on."""
+    stored = json.loads((MEASURED / f"{name}.json").read_text())
+    return [dict(zip(stored["columns"], values, strict=True)) for values in stored["rows"]]
+
+
 def rules(prompts: int = 16, samples: int = 4, **changes: object) -> collapse_guard.Rules:
     """The rules of the default config at a batch size."""
     config = configuration.default()
@@ -133,11 +140,11 @@ def rules(prompts: int = 16, samples: int = 4, **changes: object) -> collapse_gu
 
 def first_alarm(
     run: list[dict[str, float]], settings: collapse_guard.Rules
-) -> collapse_guard.Alarm | None:
+) -> collapse_detector.Alarm | None:
     """The first alarm of a run."""
     state = collapse_guard.State()
     for step, row in enumerate(run, start=1):
-        state, alarm = collapse_guard.observe(state, step, row, settings)
+        state, alarm = collapse_detector.observe(state, step, row, settings)
         if alarm is not None:
             return alarm
     return None
@@ -194,7 +201,7 @@ def replay(workdir: pathlib.Path) -> None:
     lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     state, steps, said = collapse_guard.State(), 0, []
     for line in lines:
-        state, alarm = collapse_guard.observe(state, line["step"], line, settings)
+        state, alarm = collapse_detector.observe(state, line["step"], line, settings)
         state, response = collapse_guard.respond(state, line["step"], alarm, settings, [])
         said += response.lines
         steps += "rollout/truncation_rate" in line
@@ -225,6 +232,6 @@ def observed(
     """State after the rows, and all alarms."""
     state, alarms = state or collapse_guard.State(), []
     for step, metrics in enumerate(run, start=1):
-        state, alarm = collapse_guard.observe(state, step, metrics, settings)
+        state, alarm = collapse_detector.observe(state, step, metrics, settings)
         alarms += [alarm] if alarm else []
     return state, alarms

@@ -8,7 +8,7 @@ import pytest
 
 from opd_jax import checkpoint, train
 from opd_jax.evaluation import held_out
-from opd_jax.training import collapse_guard
+from opd_jax.training import collapse_detector, collapse_guard
 from opd_jax.workdir import atomic
 from tests.support.small_run import lines, small, without_times
 
@@ -24,10 +24,10 @@ def alarm_at(monkeypatch, *steps: int, onset: int, alarmed: bool = False) -> Non
         if step in left:
             left.remove(step)
             state = dataclasses.replace(state, alarmed=alarmed)
-            return state, collapse_guard.Alarm(step, onset, f"step {step}: it collapses", False)
+            return state, collapse_detector.Alarm(step, onset, f"step {step}: it collapses", False)
         return state, None
 
-    monkeypatch.setattr(collapse_guard, "observe", observe)
+    monkeypatch.setattr(collapse_detector, "observe", observe)
 
 
 def config_with(folders, action: str, method: str = "opd"):

@@ -41,7 +41,7 @@ def with_ends(model: models.ModelConfig, tokenizer: data.Tokenizer) -> models.Mo
     return dataclasses.replace(model, eos_token_ids=known)
 
 
-def _reference_ends(
+def reference_end_ids(
     reference: models.ModelConfig, path: str, tokenizer: data.Tokenizer
 ) -> tuple[int, ...]:
     """Return the end tokens of a reference with its own folder, which reads the student's ids.
@@ -66,7 +66,7 @@ def _reference_ends(
     return with_ends(reference, reference_tokenizer).eos_token_ids
 
 
-def _same_prompts(student: data.Tokenizer, teacher: data.Tokenizer) -> bool:
+def same_prompts(student: data.Tokenizer, teacher: data.Tokenizer) -> bool:
     """Return whether both templates render the same turns to the same ids, or refuse the same turns."""
 
     def ids(tokenizer: data.Tokenizer, **turns: Any) -> list[int] | None:

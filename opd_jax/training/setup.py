@@ -20,17 +20,17 @@ from opd_jax.data.length_filter import (
 )
 from opd_jax.errors import ConfigError, ModelError
 from opd_jax.sharding.mesh import Mesh, make_mesh
-from opd_jax.training import objective
+from opd_jax.training import model_limits, objective
 from opd_jax.training.objective import make_terms
 from opd_jax.training.roles import (
-    _reference_ends,
-    _same_prompts,
     architecture,
     compute_dtype,
     golden_end,
     open_model,
     prompt_styles,
+    reference_end_ids,
     resolved,
+    same_prompts,
 )
 from opd_jax.training.step_functions import StepSpec
 
@@ -128,7 +128,7 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
     end = golden_end(student, tokenizer, config.student.path)
     reference_ends: tuple[int, ...] = ()
     if has_path:
-        reference_ends = _reference_ends(reference, reference_section.path, tokenizer)
+        reference_ends = reference_end_ids(reference, reference_section.path, tokenizer)
     teacher, teacher_tokenizer = None, tokenizer
     notes = data.prompt_notes("student", tokenizer)
     if terms.needs_teacher:
@@ -157,7 +157,7 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
         )
     if tokenizer.prints_date or teacher_tokenizer.prints_date:
         config.data.date = today
-    _check_models(config, terms, student, teacher, reference, alignment)
+    model_limits.check_rollouts(config, terms, student, teacher, reference, alignment)
     folders = {config.student.path: ("student", student)}
     if teacher is not None:
         folders.setdefault(config.teacher.path, ("teacher", teacher))
@@ -220,7 +220,7 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
         and (
             styles[0] != styles[1]
             or bool(alignment.differing)
-            or not _same_prompts(tokenizer, teacher_tokenizer)
+            or not same_prompts(tokenizer, teacher_tokenizer)
         ),
         alignment=alignment,
         first_pieces=first_pieces,
@@ -234,7 +234,9 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
         notes=notes,
     )
     setup = _with_data(setup, train, held_out)
-    _check_evaluation(setup)
+    if setup.held_out:
+        longest = setup.teacher_width - config.rollout.max_response_tokens
+        model_limits.check_held_out(config, student, teacher, teacher_prompt=longest)
     return setup
 
 
@@ -262,40 +264,6 @@ def _pieces(text: str, tokenizer: data.Tokenizer) -> tuple[int, ...]:
             f"{tokenizer.hf.convert_ids_to_tokens(tokenizer.encode(text))}"
         )
     return tuple(sorted(ids))
-
-
-def _check_models(
-    config: ConfigDict,
-    terms: objective.Terms,
-    student: models.ModelConfig,
-    teacher: models.ModelConfig | None,
-    reference: models.ModelConfig,
-    alignment: data.Alignment,
-) -> None:
-    scored = int(alignment.scored.sum())
-    for field, k in (
-        ("scoring.overlap_top_k", config.scoring.overlap_top_k if teacher else 0),
-        ("loss.top_k", config.loss.top_k if terms.scored_support else 0),
-    ):
-        if k > scored:
-            raise ConfigError(
-                f"{field}={k} is more than the {scored} ids that the models share; "
-                f"set --config.{field}={scored}"
-            )
-    width = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
-    roles = {"student": student, "teacher": teacher}
-    if terms.needs_reference and config.reference.path:
-        roles["reference"] = reference
-    for role, model in roles.items():
-        if model is not None and width > model.max_position:
-            room = max(model.max_position - config.rollout.max_prompt_tokens, 1)
-            raise ConfigError(
-                f"rollout.max_prompt_tokens + rollout.max_response_tokens = {width} is more than "
-                f"the {role}'s {model.max_position} positions; "
-                f"set --config.rollout.max_response_tokens={room} or less, or extend the model: "
-                f"--config.{role}.max_position={width} (with a larger --config.{role}.rope_theta "
-                "unless it was trained for that length)"
-            )
 
 
 def _with_data(setup: Setup, train: data.Problems, benchmark: data.Problems | None) -> Setup:
@@ -328,27 +296,6 @@ def _with_data(setup: Setup, train: data.Problems, benchmark: data.Problems | No
         teacher_width=longest + config.rollout.max_response_tokens,
         notes=notes,
     )
-
-
-def _check_evaluation(setup: Setup) -> None:
-    """Check that held-out answers, which may be longer than rollouts, fit into the models' positions."""
-    config = setup.config
-    budget = config.eval.max_response_tokens
-    if not setup.held_out or not budget:
-        return
-    prompts = {"student": config.rollout.max_prompt_tokens}
-    evaluated = {"student": setup.student}
-    if setup.teacher is not None and config.eval.teacher:
-        prompts["teacher"] = setup.teacher_width - config.rollout.max_response_tokens
-        evaluated["teacher"] = setup.teacher
-    for role, model in evaluated.items():
-        room = model.max_position - prompts[role]
-        if budget > room:
-            raise ConfigError(
-                f"eval.max_response_tokens={budget} and prompts of {prompts[role]} tokens are more than "
-                f"the {role}'s {model.max_position} positions; "
-                f"set --config.eval.max_response_tokens={room} or less"
-            )
 
 
 def _fitting(

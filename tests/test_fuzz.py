@@ -6,6 +6,7 @@ import pytest
 
 from opd_jax import workdir
 from tests.support import fuzz
+from tests.support.fuzz_readers import READERS
 from tests.support.lanes import slow
 
 COUNT = int(os.environ.get("OPD_JAX_FUZZ", "100"))
@@ -13,7 +14,7 @@ FEWER = {"grades": 20, "workdir": 30}  # a process, or files that are synced
 
 
 @pytest.mark.parametrize("part", [0.4, *slow(1.0)])
-@pytest.mark.parametrize("name", list(fuzz.READERS))
+@pytest.mark.parametrize("name", list(READERS))
 def test_mutated_input_is_accepted_or_refused(name, part, tmp_path):
     count = int(part * (COUNT if COUNT != 100 else FEWER.get(name, COUNT)))
     accepted, slowest, grown = fuzz.lane(name, count, tmp_path)

@@ -3,9 +3,8 @@
 They come from `make_step_functions`, as in training, and can be lowered for devices that are not there.
 """
 
-import contextlib
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -30,7 +29,7 @@ Place = Callable[[Any], Any]
 
 def programs(config: ConfigDict, workload: Workload, mesh: Mesh = ONE) -> list[Program]:
     """Return every program of the training steps of `config`, for the kind of devices of `workload`."""
-    with compiling_for("gpu" if workload.fused else None):
+    with attention.BACKEND("gpu" if workload.fused else None):
         return _programs(config, workload, mesh)
 
 
@@ -54,7 +53,7 @@ def compile_for(program: Program, place: Place | None, *, gpu: bool = False) -> 
 
     `gpu`: whether that is on GPUs.
     """
-    with compiling_for("gpu" if gpu else None):
+    with attention.BACKEND("gpu" if gpu else None):
         return (program if place is None else placed(program, place)).compile()
 
 
@@ -79,16 +78,6 @@ def gpus(target: pathlib.Path, devices: int) -> list[jax.Device]:
         platform="cuda", target_config=target.read_text(), topology=f"1x1x{devices}"
     )
     return topology.devices
-
-
-@contextlib.contextmanager
-def compiling_for(backend: str | None) -> Iterator[None]:
-    """Trace models for this backend; None: for that of the process."""
-    token = attention.BACKEND.set(backend)
-    try:
-        yield
-    finally:
-        attention.BACKEND.reset(token)
 
 
 def _placed(leaf: Any, *, mesh: jax.sharding.Mesh) -> Any:

@@ -4,15 +4,14 @@ Lengths count from index 0 (right padding), as cuDNN's fused kernels require. cu
 bfloat16/float16 on GPU; every other case takes the plain XLA implementation.
 """
 
-from contextvars import ContextVar
-
 import jax
 import jax.numpy as jnp
 
 from opd_jax.sharding.partition import over_heads
 
 # The backend that programs are compiled for, where this process runs on another (memory_plan/programs.py).
-BACKEND: ContextVar[str | None] = ContextVar("backend", default=None)
+# jit retraces where it changes: it is part of the key of JAX's caches.
+BACKEND = jax.make_user_context(None)
 
 
 def attend_causal(
@@ -41,7 +40,7 @@ def _one_kernel(
 
 def fused(dtype: jnp.dtype) -> bool:
     """Return whether attention in this dtype is one cuDNN kernel here."""
-    return (BACKEND.get() or jax.default_backend()) == "gpu" and dtype in (
+    return (BACKEND.value or jax.default_backend()) == "gpu" and dtype in (
         jnp.bfloat16,
         jnp.float16,
     )

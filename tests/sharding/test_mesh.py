@@ -93,12 +93,12 @@ def test_one_device_is_no_mesh():
     assert mesh.ONE.per_replica(len, (mesh.ROWS,), mesh.ROWS) is len
 
 
-@pytest.mark.short
 def one_device_with_axes() -> mesh.Mesh:
     types = (AxisType.Auto,) * len(mesh.AXES)
     return mesh.Mesh(jax.make_mesh((1, 1, 1), mesh.AXES, axis_types=types))
 
 
+@pytest.mark.short
 def test_arguments_of_one_kind_have_partitionings_of_their_own():
     """Two trees of other structures and ranks, both WHOLE, beside the one argument of SUMS."""
 
@@ -114,6 +114,7 @@ def test_arguments_of_one_kind_have_partitionings_of_their_own():
     np.testing.assert_array_equal(sums["w"], np.ones((1, 2)))
 
 
+@pytest.mark.short
 @pytest.mark.parametrize(
     ("given", "made"),
     [

@@ -82,7 +82,7 @@ def same_prompts(student: data.Tokenizer, teacher: data.Tokenizer) -> bool:
 
 
 def compute_dtype(name: str) -> jnp.dtype:
-    """The dtype of a role's field `dtype` on this machine."""
+    """Return the dtype of a role's field `dtype` on this machine."""
     return jnp.dtype(hardware.dtype_name(name, gpu=jax.default_backend() == "gpu"))
 
 

@@ -1,9 +1,9 @@
-"""Mutated input to every reader: each is accepted or refused by an OpdError, in bounded time and memory.
+"""Fuzz every reader: it accepts mutated input or raises an OpdError, in bounded time and memory.
 
     python -m tests.support.fuzz 10000              every reader
     python -m tests.support.fuzz 10000 parquet      one of them
 
-The generator is seeded: case I of a reader is always the same. A failure says which it was:
+The generator is seeded: case I of a reader is always the same. A failure names its case:
 
     python -m tests.support.fuzz --case=parquet:137
 """
@@ -29,7 +29,7 @@ GROWTH_MIB = 600  # of the process over a whole lane
 
 @contextlib.contextmanager
 def bounded(seconds: int) -> Iterator[None]:
-    """TimeoutError where the body takes longer."""
+    """Raise TimeoutError where the body takes longer."""
 
     def late(*_: Any) -> None:
         raise TimeoutError(f"took more than {seconds} s")
@@ -44,7 +44,7 @@ def bounded(seconds: int) -> Iterator[None]:
 
 
 def case(name: str, number: int, folder: pathlib.Path) -> bool:
-    """One case; whether it was accepted. Raises whatever a reader must not raise."""
+    """Run one case and return whether the reader accepted it. Any error but an OpdError is raised."""
     inside = folder / "case"
     shutil.rmtree(inside, ignore_errors=True)
     inside.mkdir()
@@ -62,16 +62,16 @@ def case(name: str, number: int, folder: pathlib.Path) -> bool:
 
 
 def lane(name: str, count: int, folder: pathlib.Path) -> tuple[int, float, float]:
-    """Run the first `count` cases.
+    """Run the first `count` cases of a reader.
 
-    Returns: how many were accepted, processor seconds of the slowest, MiB the process has grown by.
+    Returns the number of accepted cases, the CPU seconds of the slowest, and the process's growth in MiB.
     """
     before, accepted, slowest = _peak_mib(), 0, 0.0
     for number in range(count):
         began = time.process_time()
         accepted += case(name, number, folder)
         slowest = max(slowest, time.process_time() - began)
-        if number == 20:  # what a reader needs at all is there
+        if number == 20:  # by now the reader has allocated what it always needs
             before = max(before, _peak_mib())
     return accepted, slowest, _peak_mib() - before
 
@@ -81,7 +81,7 @@ def _peak_mib() -> float:
 
 
 def main() -> None:
-    """See the top of the file."""
+    """Parse the command line and run the lanes, or one case."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("count", type=int, nargs="?", default=100)
     parser.add_argument("readers", nargs="*", default=list(READERS))

@@ -1,4 +1,4 @@
-"""Readers of input for fuzz.py: each writes mutated input to a folder, or draws it, and reads it."""
+"""The readers that fuzz.py tests: each function mutates valid input and reads it."""
 
 import atexit
 import contextlib
@@ -40,7 +40,7 @@ Reader = Callable[[random.Random, pathlib.Path], None]
 
 
 def read_config(draw: random.Random, folder: pathlib.Path) -> None:
-    """The config tree, and what the command line makes of overrides."""
+    """Validate a mutated config, and explain an override that failed."""
     config = stable_opd.get_config("tiny")
     flat = configuration.flatten(json.loads(configuration.to_json(config)))
     with config.unlocked():
@@ -49,7 +49,7 @@ def read_config(draw: random.Random, folder: pathlib.Path) -> None:
             *parents, last = name.split(".")
             for parent in parents:
                 section = section[parent]
-            # What ml_collections itself refuses is told by `explain`.
+            # `explain` reports what ml_collections itself refuses.
             with section.ignore_type(), contextlib.suppress(OverflowError, TypeError, ValueError):
                 section[last] = weird(draw)
     error = ValueError(str(weird(draw)))
@@ -59,7 +59,7 @@ def read_config(draw: random.Random, folder: pathlib.Path) -> None:
 
 
 def read_model_config(draw: random.Random, folder: pathlib.Path) -> None:
-    """config.json and generation_config.json of a model folder."""
+    """Read config.json and generation_config.json of a model folder."""
     for name in ("config.json", "generation_config.json"):
         content = (STUDENT / name).read_bytes()
         if draw.random() < 0.8:
@@ -69,7 +69,7 @@ def read_model_config(draw: random.Random, folder: pathlib.Path) -> None:
 
 
 def read_weights(draw: random.Random, folder: pathlib.Path) -> None:
-    """The header and the bytes of a safetensors file."""
+    """Read a safetensors file with a mutated header or mutated bytes."""
     save_file(
         {"a": np.ones((3, 4), np.float32), "b": np.ones((2,), np.float16)},
         folder / "model.safetensors",
@@ -88,7 +88,7 @@ def read_weights(draw: random.Random, folder: pathlib.Path) -> None:
 
 
 def read_index(draw: random.Random, folder: pathlib.Path) -> None:
-    """The index of sharded safetensors files, which may name files outside of its folder."""
+    """Read the index of sharded safetensors files, which may name files outside its folder."""
     save_file({"a": np.ones((3, 4), np.float32)}, folder / "model-1.safetensors")
     save_file({"b": np.ones((2, 2), np.float32)}, folder / "model-2.safetensors")
     index = {
@@ -111,7 +111,7 @@ def _read_tensors(folder: pathlib.Path) -> set[float]:
     with open_tensors(folder) as tensors:
         for tensor in tensors.values():
             if math.prod(tensor.shape) > 10_000:
-                continue  # the model's own shapes are asked for first
+                continue  # a reader compares shapes with the model's before it reads
             out = np.empty(tensor.shape, np.float32)
             _ = tensor.dtype
             if tensor.shape and out.size:
@@ -121,7 +121,7 @@ def _read_tensors(folder: pathlib.Path) -> set[float]:
 
 
 def read_tokenizer(draw: random.Random, folder: pathlib.Path) -> None:
-    """tokenizer.json, its config and chat template."""
+    """Read tokenizer.json, its config and its chat template."""
     for name in ("tokenizer.json", "tokenizer_config.json"):
         content = (STUDENT / name).read_bytes()
         if draw.random() < 0.6:
@@ -147,7 +147,7 @@ ROWS: list[dict[str, Any]] = [
 
 
 def read_jsonl(draw: random.Random, folder: pathlib.Path) -> None:
-    """JSONL and JSON files of problems."""
+    """Read problems from a JSONL or JSON file."""
     rows = mutated_tree(draw, ROWS)
     rows = rows if isinstance(rows, list) else [rows]
     if draw.random() < 0.5:
@@ -160,7 +160,7 @@ def read_jsonl(draw: random.Random, folder: pathlib.Path) -> None:
 
 
 def read_parquet(draw: random.Random, folder: pathlib.Path) -> None:
-    """Parquet files of problems: their bytes changed, or of other types."""
+    """Read problems from a Parquet file with mutated bytes or other column types."""
     file = folder / "rows.parquet"
     table = pa.Table.from_pylist(ROWS)
     if draw.random() < 0.3:
@@ -196,7 +196,7 @@ BOMBS = (
 
 
 def read_answer(draw: random.Random, folder: pathlib.Path) -> None:
-    """Answers of models: found, and compared where that needs no math-verify."""
+    """Extract the answer of a response, and compare it as far as that needs no math-verify."""
     text = draw.choice(ANSWERS) if draw.random() < 0.8 else draw.choice(BOMBS)
     raw = mutated_bytes(draw, text.encode("utf-8", "surrogatepass"))
     text = raw.decode("utf-8", draw.choice(["replace", "surrogateescape"]))
@@ -216,7 +216,7 @@ def _grader() -> Grader:
 
 
 def read_grade(draw: random.Random, folder: pathlib.Path) -> None:
-    """Answers of models through math-verify, in its process of its own."""
+    """Grade a response with math-verify, which runs in a separate process."""
     text = draw.choice(ANSWERS) if draw.random() < 0.9 else draw.choice(BOMBS)
     raw = mutated_bytes(draw, text.encode("utf-8", "surrogatepass"))
     gold = draw.choice(["12", r"\frac{3}{4}", "x^2+1", r"10^{-8}", "1, 2"])
@@ -226,7 +226,7 @@ def read_grade(draw: random.Random, folder: pathlib.Path) -> None:
 
 
 def read_workdir(draw: random.Random, folder: pathlib.Path) -> None:
-    """What a workdir holds that is read again: config.json, run.json, lines, a checkpoint's manifest."""
+    """Read a workdir again: config.json, run.json, metrics.jsonl and the manifest of a checkpoint."""
     tree = json.loads(configuration.to_json(default()))
     content = mutated_json(draw, tree)
     (folder / "config.json").write_bytes(content)

@@ -125,7 +125,7 @@ def rows(means: Means, prompts: int, samples: int, seed: int) -> list[dict[str, 
 
 
 def measured(name: str) -> list[dict[str, float]]:
-    """Metrics of a real run of the embedded models, 64 rollouts a step, from step 1 on."""
+    """Return the metrics of a real run of the embedded models with 64 rollouts per step, from step 1 on."""
     stored = json.loads((MEASURED / f"{name}.json").read_text())
     return [dict(zip(stored["columns"], values, strict=True)) for values in stored["rows"]]
 

@@ -6,7 +6,7 @@ import math
 import random
 from typing import Any
 
-DEPTH = 20  # below which nothing is changed
+DEPTH = 20  # nodes of a JSON tree below this depth are not changed
 WEIRD = (
     None, True, False, 0, -1, 1, 2**31, 2**63, 10**30, 10**400, -0.0, 0.5, 1e308, math.nan, math.inf, "",
     " ", "a", "\0", "../../../etc/passwd", "/etc/passwd", "C:\\x", "\ud800", "é" * 50, "9" * 5000,
@@ -16,7 +16,7 @@ WEIRD = (
 
 
 def weird(draw: random.Random) -> Any:
-    """A value that nobody wants there; now and then nested deeply."""
+    """Return a value of an unexpected type or size, sometimes a deeply nested list."""
     if draw.random() < 0.03:
         value: Any = []
         for _ in range(draw.choice([50, 900])):
@@ -26,7 +26,7 @@ def weird(draw: random.Random) -> Any:
 
 
 def places(tree: Any, path: tuple = ()) -> list[tuple]:
-    """The paths of the nodes of a JSON tree but its root, down to a depth that Python can copy."""
+    """Return the paths of all nodes of a JSON tree except its root, down to `DEPTH`."""
     if len(path) > DEPTH:
         return []
     found: list[tuple] = []
@@ -41,7 +41,7 @@ def places(tree: Any, path: tuple = ()) -> list[tuple]:
 
 
 def mutated_tree(draw: random.Random, tree: Any) -> Any:
-    """A JSON tree with a few nodes replaced, removed or copied elsewhere."""
+    """Return a copy of a JSON tree with a few nodes replaced, removed or duplicated."""
     tree = copy.deepcopy(tree)
     for _ in range(draw.choice([1, 1, 1, 2, 5])):
         paths = places(tree)
@@ -64,7 +64,7 @@ def mutated_tree(draw: random.Random, tree: Any) -> Any:
 
 
 def mutated_bytes(draw: random.Random, content: bytes) -> bytes:
-    """Bytes changed, cut, put in or repeated."""
+    """Return `content` with bytes changed, removed, inserted or repeated."""
     out = bytearray(content)
     for _ in range(draw.choice([1, 1, 2, 8])):
         if not out:
@@ -87,7 +87,7 @@ def mutated_bytes(draw: random.Random, content: bytes) -> bytes:
 
 
 def dumped(draw: random.Random, tree: Any) -> bytes:
-    """JSON, in ASCII or not; what is nested too deeply to be written, anyhow."""
+    """Return a tree as JSON, with or without ASCII escapes; brackets where it is nested too deeply."""
     try:
         text = json.dumps(tree, ensure_ascii=draw.random() < 0.5)
     except RecursionError:
@@ -96,7 +96,7 @@ def dumped(draw: random.Random, tree: Any) -> bytes:
 
 
 def mutated_json(draw: random.Random, tree: Any) -> bytes:
-    """A mutated tree as text, or mutated text."""
+    """Return a mutated tree as text, or a tree as mutated text."""
     if draw.random() < 0.7:
         return dumped(draw, mutated_tree(draw, tree))
     return mutated_bytes(draw, json.dumps(tree).encode())

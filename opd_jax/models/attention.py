@@ -1,8 +1,12 @@
 """Causal attention over right-padded rows. For one query against a cache see kv_cache.py.
 
 Lengths count from index 0 (right padding), as cuDNN's fused kernels require. cuDNN computes
-bfloat16/float16 on GPU; every other case takes the plain XLA implementation.
+bfloat16/float16 on GPU; every other case takes `blocked`, which is plain JAX.
+
+Axes besides the usual ones: R, the queries of one block and key head; S, the keys they attend to.
 """
+
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +16,9 @@ from opd_jax.sharding.partition import over_heads
 # The backend that programs are compiled for, where this process runs on another (memory_plan/programs.py).
 # jit retraces where it changes: it is part of the key of JAX's caches.
 BACKEND = jax.make_user_context(None)
+BLOCK = 48  # least number of positions in a block of queries
+MOST_BLOCKS = 8  # blocks per row; each adds code to every layer
+_MASKED = -1e30
 
 
 def attend_causal(
@@ -24,9 +31,7 @@ def attend_causal(
     """
     if fused(query_BTNH.dtype):
         return over_heads(_one_kernel)(query_BTNH, key_BTKH, value_BTKH, length_B)
-    return jax.nn.dot_product_attention(
-        query_BTNH, key_BTKH, value_BTKH, is_causal=True, implementation="xla"
-    )
+    return blocked(query_BTNH, key_BTKH, value_BTKH)
 
 
 def _one_kernel(
@@ -44,3 +49,110 @@ def fused(dtype: jnp.dtype) -> bool:
         jnp.bfloat16,
         jnp.float16,
     )
+
+
+@jax.custom_vjp
+def blocked(query_BTNH: jax.Array, key_BTKH: jax.Array, value_BTKH: jax.Array) -> jax.Array:
+    """Return causal grouped-query attention, a block of queries at a time; [B, T, N, H].
+
+    A block of queries is multiplied only with the keys up to its last position, which saves almost half
+    of the products, and its weights fit into a cache. The backward pass recomputes them from the
+    saved logsumexp, so no array [B, N, T, T] is kept (arXiv 2205.14135, Algorithms 1 and 4, without the
+    blocks of keys). Softmax and sums are float32.
+    """
+    return _forward(query_BTNH, key_BTKH, value_BTKH)[0]
+
+
+def _forward(
+    query_BTNH: jax.Array, key_BTKH: jax.Array, value_BTKH: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    query_BKRH = _by_key_head(query_BTNH, key_BTKH.shape[2])
+    key_BKSH, value_BKSH = key_BTKH.swapaxes(1, 2), value_BTKH.swapaxes(1, 2)
+    outs, logsumexps = [], []
+    for end, rows in _blocks(query_BTNH, key_BTKH):
+        logit_BKRS = _logits(query_BKRH[:, :, rows], key_BKSH[:, :, :end], rows)
+        top_BKR1 = jnp.max(logit_BKRS, axis=-1, keepdims=True)
+        weight_BKRS = jnp.exp(logit_BKRS - top_BKR1)
+        sum_BKR1 = jnp.sum(weight_BKRS, axis=-1, keepdims=True)
+        weight_BKRS = weight_BKRS.astype(value_BKSH.dtype)
+        outs.append(_dot("BKRS,BKSH->BKRH", weight_BKRS, value_BKSH[:, :, :end]) / sum_BKR1)
+        logsumexps.append(top_BKR1 + jnp.log(sum_BKR1))
+    out_BKRH = jnp.concatenate(outs, axis=2).astype(query_BTNH.dtype)
+    residuals = (query_BTNH, key_BTKH, value_BTKH, out_BKRH, jnp.concatenate(logsumexps, axis=2))
+    return _by_position(out_BKRH, query_BTNH.shape), residuals
+
+
+def _backward(
+    residuals: tuple[jax.Array, ...], cotangent_BTNH: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """With A = softmax(Q K^T / sqrt(H)), O = A V and G the cotangent of O:
+
+    dV = A^T G,   dZ = A * (G V^T - rowsum(G * O)),   dQ = dZ K / sqrt(H),   dK = dZ^T Q / sqrt(H).
+    """
+    query_BTNH, key_BTKH, value_BTKH, out_BKRH, logsumexp_BKR1 = residuals
+    dtype, scale = query_BTNH.dtype, query_BTNH.shape[-1] ** -0.5
+    query_BKRH = _by_key_head(query_BTNH, key_BTKH.shape[2])
+    cotangent_BKRH = _by_key_head(cotangent_BTNH, key_BTKH.shape[2])
+    key_BKSH, value_BKSH = key_BTKH.swapaxes(1, 2), value_BTKH.swapaxes(1, 2)
+    inner_BKR1 = jnp.sum(
+        cotangent_BKRH.astype(jnp.float32) * out_BKRH.astype(jnp.float32), -1, keepdims=True
+    )
+    d_queries = []
+    d_key = d_value = jnp.zeros(key_BKSH.shape, jnp.float32)
+    for end, rows in _blocks(query_BTNH, key_BTKH):
+        queries_BKRH, cotangents_BKRH = query_BKRH[:, :, rows], cotangent_BKRH[:, :, rows]
+        keys_BKSH, values_BKSH = key_BKSH[:, :, :end], value_BKSH[:, :, :end]
+        weight_BKRS = jnp.exp(_logits(queries_BKRH, keys_BKSH, rows) - logsumexp_BKR1[:, :, rows])
+        d_weight_BKRS = _dot("BKRH,BKSH->BKRS", cotangents_BKRH, values_BKSH)
+        d_logit_BKRS = (weight_BKRS * (d_weight_BKRS - inner_BKR1[:, :, rows]) * scale).astype(
+            dtype
+        )
+        d_queries.append(_dot("BKRS,BKSH->BKRH", d_logit_BKRS, keys_BKSH))
+        d_keys = _dot("BKRS,BKRH->BKSH", d_logit_BKRS, queries_BKRH)
+        d_values = _dot("BKRS,BKRH->BKSH", weight_BKRS.astype(dtype), cotangents_BKRH)
+        d_key, d_value = d_key.at[:, :, :end].add(d_keys), d_value.at[:, :, :end].add(d_values)
+    d_query_BTNH = _by_position(jnp.concatenate(d_queries, axis=2), query_BTNH.shape)
+    d_key_BTKH, d_value_BTKH = d_key.swapaxes(1, 2), d_value.swapaxes(1, 2)
+    return (
+        d_query_BTNH.astype(dtype),
+        d_key_BTKH.astype(key_BTKH.dtype),
+        d_value_BTKH.astype(value_BTKH.dtype),
+    )
+
+
+blocked.defvjp(_forward, _backward)
+
+
+def _blocks(query_BTNH: jax.Array, key_BTKH: jax.Array) -> Iterator[tuple[int, slice]]:
+    """Yield the end position of every block of queries, and its rows in `_by_key_head`."""
+    length, group = query_BTNH.shape[1], query_BTNH.shape[2] // key_BTKH.shape[2]
+    size = -(-length // min(max(length // BLOCK, 1), MOST_BLOCKS))
+    for start in range(0, length, size):
+        end = min(start + size, length)
+        yield end, slice(start * group, end * group)
+
+
+def _logits(query_BKRH: jax.Array, key_BKSH: jax.Array, rows: slice) -> jax.Array:
+    """Return masked float32 logits of the queries in `rows` against the keys from position 0."""
+    length = key_BKSH.shape[2]  # of the positions up to the last query
+    position_R = jnp.arange(rows.start, rows.stop) // (rows.stop // length)
+    seen_RS = position_R[:, None] >= jnp.arange(length)[None]
+    logit_BKRS = _dot("BKRH,BKSH->BKRS", query_BKRH, key_BKSH) * query_BKRH.shape[-1] ** -0.5
+    return jnp.where(seen_RS[None, None], logit_BKRS, _MASKED)
+
+
+def _by_key_head(x_BTNH: jax.Array, kv_heads: int) -> jax.Array:
+    """Group query heads by their key head: [B, T, N, H] -> [B, K, T * N / K, H]."""
+    batch, length, _, size = x_BTNH.shape
+    x_BTKGH = x_BTNH.reshape(batch, length, kv_heads, -1, size)
+    return x_BTKGH.swapaxes(1, 2).reshape(batch, kv_heads, -1, size)
+
+
+def _by_position(x_BKRH: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Undo `_by_key_head`; `shape` is [B, T, N, H]."""
+    batch, kv_heads, _, size = x_BKRH.shape
+    return x_BKRH.reshape(batch, kv_heads, shape[1], -1, size).swapaxes(1, 2).reshape(shape)
+
+
+def _dot(axes: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(axes, a, b, preferred_element_type=jnp.float32)

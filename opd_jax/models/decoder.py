@@ -11,6 +11,7 @@ float32 masters); norms, rotations, softmax and logits are float32.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -27,6 +28,7 @@ from opd_jax.sharding.partition import gather, has_slices
 from opd_jax.types import Array
 
 Params = dict[str, Any]
+SHALLOW = 4  # so few layers are not a loop: one stacks activations and slices weights
 EXCLUDED = -1e30  # a finite logit without mass: its exp is exactly 0, and 0 * EXCLUDED is not nan
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
@@ -158,12 +160,13 @@ def hidden_states(
 
     if has_slices(params) and remat == "none":
         remat = "slices"
+    scan = partial(jax.lax.scan, unroll=config.num_layers <= SHALLOW)
     if sums is not None:
         layers = (jnp.arange(config.num_layers), params["layers"])
-        (x_BTD, carried), _ = jax.lax.scan(checkpointed(layer, remat), (x_BTD, sums), layers)
+        (x_BTD, carried), _ = scan(checkpointed(layer, remat), (x_BTD, sums), layers)
         x_BTD = layer_gradients.seed_sums(x_BTD, carried, jax.lax.stop_gradient(sums))
     else:
-        x_BTD, _ = jax.lax.scan(checkpointed(plain, remat), x_BTD, params["layers"])
+        x_BTD, _ = scan(checkpointed(plain, remat), x_BTD, params["layers"])
     return _final_norm(params, config, x_BTD)
 
 

@@ -76,6 +76,8 @@ def tiny(config: ConfigDict) -> None:
     config.rollout.samples_per_prompt = 4  # 2604.08527: "4 rollouts each"
     config.rollout.max_prompt_tokens = 40
     config.rollout.max_response_tokens = 160
+    config.optim.microbatch_tokens = 3200  # activations fit the caches of a core
+    config.optim.token_chunk = config.scoring.token_chunk = 4096  # all logits of a micro-batch
     config.optim.learning_rate = 2e-4
     config.optim.warmup_steps = (
         10  # Adam's first steps are as large as its rate, whatever the noise

@@ -16,20 +16,31 @@ pytestmark = pytest.mark.short
      (0, 200, 50), (1, 1, 1)],
 )  # fmt: skip
 def test_a_row_is_as_wide_as_the_least_quarter_that_holds_it(longest, width, want):
-    (part,) = microbatches.split(np.array([longest]), width=width, tokens=1000)
-    assert (part.width, part.teacher_width) == (want, 0)
+    parts = microbatches.split(np.full(5, longest), width=width, tokens=width)
+    assert {(part.width, part.teacher_width) for part in parts} == {(want, 0)}
+
+
+@pytest.mark.parametrize(("rows", "want"), [(1, 100), (4, 100), (5, 50), (8, 50)])
+def test_a_batch_of_at_most_four_full_micro_batches_has_two_widths(rows, want):
+    parts = microbatches.split(np.full(rows, 50), width=200, tokens=200)
+    assert {part.width for part in parts} == {want}
+    widths = {part.width for part in microbatches.shapes(rows, width=200, tokens=200)}
+    assert widths == set(range(want, 201, want))
+    # The limit holds for each replica: two of them take twice as many rows.
+    parts = microbatches.split(np.full(2 * rows, 50), width=200, tokens=200, replicas=2)
+    assert {part.width for part in parts} == {want}
 
 
 def test_the_teachers_rows_count_in_the_budget_and_share_the_quarter():
-    # Widths 8 and 24: the first row needs 1 quarter and 3 (18 of 24), the second 2 and 1.
-    teacher = TeacherRows(np.zeros((2, 24), int), np.array([18, 5]), np.zeros(2, int))
-    parts = microbatches.split(np.array([2, 4]), width=8, tokens=24, teacher=teacher)
+    # Widths 8 and 24: the first row needs 1 quarter and 3 (18 of 24), the second 2 and 1, the others 1.
+    teacher = TeacherRows(np.zeros((5, 24), int), np.array([18, 5, 1, 1, 1]), np.zeros(5, int))
+    parts = microbatches.split(np.array([2, 4, 1, 1, 1]), width=8, tokens=24, teacher=teacher)
     assert [(p.rows.tolist(), p.count, p.width, p.teacher_width) for p in parts] == [
-        ([0], 1, 6, 18), ([1], 2, 4, 12),
+        ([0], 1, 6, 18), ([1, 2], 2, 4, 12), ([3, 4], 3, 2, 6),
     ]  # fmt: skip
-    taken = microbatches.gather_teacher(teacher, parts[1])
-    assert taken.tokens_BT.shape == (2, 12)
-    assert taken.length_B.tolist() == [5, 0]
+    taken = microbatches.gather_teacher(teacher, parts[2])
+    assert taken.tokens_BT.shape == (3, 6)
+    assert taken.length_B.tolist() == [1, 1, 0]
 
 
 def test_longest_rows_come_first_and_shapes_follow_the_longest_of_each():
@@ -81,5 +92,5 @@ def test_gather_and_scatter_are_inverse():
 
 def test_padded_lengths_are_the_widths_of_micro_batches():
     length_B = np.arange(0, 12)
-    alone = [microbatches.split(np.array([n]), width=11, tokens=11)[0].width for n in length_B]
+    alone = [microbatches.split(np.full(5, n), width=11, tokens=11)[0].width for n in length_B]
     assert microbatches.padded_lengths(length_B, 11).tolist() == alone

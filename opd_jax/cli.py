@@ -138,6 +138,7 @@ def _guarded(run: Callable[..., None], *, stops: bool) -> None:
         several = _one_of_several()
         if several:
             _connect()
+        host_memory.configure_jax()  # JAX is imported only after the flags have been checked
         _keep_programs()
         run()
     except Interrupted as error:
@@ -196,7 +197,7 @@ def _fate(error: Exception) -> str:
 
 def _keep_programs() -> None:
     """Cache compiled programs for later runs, in JAX_COMPILATION_CACHE_DIR or else in ~/.cache."""
-    import jax  # only after the flags have been checked
+    import jax
 
     if not jax.config.values["jax_compilation_cache_dir"]:
         base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"

@@ -5,8 +5,11 @@ immediately, and new ones page-fault again, 4 KiB at a time (the cost is in
 docs/measurements/benchmarks.md). mallopt changes this inside the running process, so no second process
 is needed. The arrays of a GPU are not allocated by malloc, so there the allocator is left alone.
 
-This module does not import JAX: the options must be set before JAX starts threads, each of which would
-get an arena of its own.
+glibc keeps freed memory only in the arena of the main thread: in those of other threads it unmaps whole
+heaps whatever the options say. So JAX computes in the thread that calls it. A single arena for all threads
+would do, too, but the threads that compile then wait for each other, which takes two thirds more time.
+
+This module imports JAX only in `configure_jax`: the options must be set before JAX starts threads.
 """
 
 import contextlib
@@ -19,8 +22,8 @@ from collections.abc import Mapping, MutableMapping
 
 VARIABLE = "OPD_JAX_MALLOC"  # keep | system; unset: keep on a CPU
 _DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, and either under WSL
-# Options of malloc.h: one arena, no blocks by mmap, no trimming.
-_OPTIONS = ((-8, 1), (-4, 0), (-1, -1))
+# Options of malloc.h: no blocks by mmap, no trimming.
+_OPTIONS = ((-4, 0), (-1, -1))
 
 
 def keep_freed(environment: MutableMapping[str, str] = os.environ) -> None:
@@ -31,6 +34,14 @@ def keep_freed(environment: MutableMapping[str, str] = os.environ) -> None:
     """
     done = sys.platform == "linux" and is_wanted(environment) and _set_options()
     environment[VARIABLE] = "keep" if done else "system"
+
+
+def configure_jax(environment: Mapping[str, str] = os.environ) -> None:
+    """Let JAX compute in the calling thread where freed memory is kept. Call it before JAX computes."""
+    if environment.get(VARIABLE) == "keep":
+        import jax
+
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 def lines(environment: Mapping[str, str] = os.environ) -> list[str]:

@@ -4,6 +4,7 @@ Every program donates the state (rows, caches, keys), so caches are updated in p
 replica has its own slots, numbered from 0, and updates them without communication.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import flax.struct
@@ -13,10 +14,12 @@ import numpy as np
 
 from opd_jax.models import decoder, kv_cache
 from opd_jax.models.decoder import Model
-from opd_jax.rollout.sampling import SamplingParams, sample
+from opd_jax.rollout.sampling import Noise, SamplingParams, draw_noise, sample
 from opd_jax.sharding.mesh import ONE, ROWS, WHOLE, Mesh
 from opd_jax.sharding.partition import unwrapped
 from opd_jax.types import Array, Outcome
+
+_NOISE_AHEAD = 1 << 20  # most random numbers that are drawn ahead of a chunk of decode steps
 
 
 class Cycles(flax.struct.PyTreeNode):
@@ -193,6 +196,7 @@ def _decode_chunk(
 ) -> Slots:
     """`decode_chunk` on one replica."""
     head_VD = decoder.head(model.params)  # all rows: slicing to sampling.vocabulary would copy it
+    noise = _noise(state, sampling.vocabulary or len(head_VD), steps)
     rows = jnp.arange(len(state.live_B))
     stops = jnp.array(sampling.stop_ids, jnp.int32)
 
@@ -206,10 +210,8 @@ def _decode_chunk(
             position_B,
             state.caches,
         )
-        # Fold the token's position into the key of its row.
-        key_B = jax.vmap(jax.random.fold_in)(state.key_B, state.length_B)
         logits_BV = decoder.logits(head_VD, hidden_BD)[:, : sampling.vocabulary]
-        token_B, logprob_B = sample(logits_BV, key_B, sampling)
+        token_B, logprob_B = sample(logits_BV, noise(step, state), sampling)
         # Rows that are not live write out of bounds, which mode="drop" ignores.
         target_B = jnp.where(state.live_B, state.length_B, state.tokens_BT.shape[1])
         length_B = state.length_B + state.live_B
@@ -234,6 +236,27 @@ def _decode_chunk(
         return (carry[0] < steps) & (jnp.sum(carry[1].live_B) > few_live)
 
     return jax.lax.while_loop(unfinished, one_token, (jnp.zeros((), jnp.int32), state))[1]
+
+
+def _noise(state: Slots, vocabulary: int, steps: int) -> Callable[[jax.Array, Slots], Noise]:
+    """Return the noise of every live row by decode step and state.
+
+    The key of a token is that of its row, folded with its position. A live row advances by one position
+    per step, so the noise of all steps of a chunk is drawn at once where it is small: on a CPU a random
+    number in a loop costs more than a layer of a small model.
+    """
+
+    def draw(step: jax.Array, length_B: jax.Array) -> Noise:
+        return draw_noise(jax.vmap(jax.random.fold_in)(state.key_B, length_B + step), vocabulary)
+
+    first = jnp.zeros((), jnp.int32)
+    numbers = steps * sum(
+        x.size for x in jax.tree.leaves(jax.eval_shape(draw, first, state.length_B))
+    )
+    if numbers > _NOISE_AHEAD:
+        return lambda _, state: draw(first, state.length_B)
+    ahead = jax.vmap(draw, in_axes=(0, None))(jnp.arange(steps), state.length_B)
+    return lambda step, _: jax.tree.map(lambda x: x[step], ahead)
 
 
 def _advance_cycles(cycles: Cycles, state: Slots, token_B: jax.Array) -> Cycles:

@@ -1,5 +1,7 @@
 """Sample a token from logits (temperature, top-k, top-p) without sorting; return it with its log-prob."""
 
+from typing import NamedTuple
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -48,9 +50,16 @@ class SamplingParams(flax.struct.PyTreeNode):
         return self.repetition_period if self.stop_on_repetition else 0
 
 
+class Noise(NamedTuple):
+    """The Gumbel noise of one token per row: for the choice of a block of ids, and inside the block."""
+
+    block_BM: jax.Array
+    inside_BX: jax.Array
+
+
 @jax.named_scope("sample")
 def sample(
-    logits_BV: jax.Array, key_B: jax.Array, sampling: SamplingParams
+    logits_BV: jax.Array, noise: Noise, sampling: SamplingParams
 ) -> tuple[jax.Array, jax.Array]:
     """Sample one token per row -> (token_B int32, logprob_B float32).
 
@@ -75,7 +84,7 @@ def sample(
             tempered_BV = most_likely(tempered_BV, sampling.top_k)
         if sampling.top_p < 1.0:
             tempered_BV = nucleus(tempered_BV, sampling.top_p)
-        token_B = draw(tempered_BV, key_B)
+        token_B = draw(tempered_BV, noise)
     event_B = events.of_tokens(token_B)
     chosen_B = jnp.take_along_axis(scored_BV, event_B[:, None], axis=-1)[:, 0]
     logprob_B = chosen_B - jax.nn.logsumexp(_block_mass(_blocks(scored_BV)), axis=-1)
@@ -84,7 +93,15 @@ def sample(
     return token_B.astype(jnp.int32), logprob_B
 
 
-def draw(logits_BV: jax.Array, key_B: jax.Array) -> jax.Array:
+def draw_noise(key_B: jax.Array, vocabulary: int) -> Noise:
+    """Draw the noise of one token per row, from the key of that row and position."""
+    blocks, size = _block_shape(vocabulary)
+    keys_B2 = jax.vmap(jax.random.split)(key_B)
+    gumbel = jax.vmap(jax.random.gumbel, in_axes=(0, None))
+    return Noise(gumbel(keys_B2[:, 0], (blocks,)), gumbel(keys_B2[:, 1], (size,)))
+
+
+def draw(logits_BV: jax.Array, noise: Noise) -> jax.Array:
     """Sample one id per row from softmax(logits): first a block of ids, then an id of that block. [B].
 
     p(v) = p(block) p(v | block). Each factor is sampled as the argmax of logits plus Gumbel noise, which
@@ -92,24 +109,24 @@ def draw(logits_BV: jax.Array, key_B: jax.Array) -> jax.Array:
     `EXCLUDED` are never sampled.
     """
     blocks_BMX = _blocks(logits_BV)
-    keys_B2 = jax.vmap(jax.random.split)(key_B)
-    block_B = _gumbel_argmax(_block_mass(blocks_BMX), keys_B2[:, 0])
+    block_B = jnp.argmax(_block_mass(blocks_BMX) + noise.block_BM, axis=-1)
     inside_BX = jnp.take_along_axis(blocks_BMX, block_B[:, None, None], axis=1)[:, 0]
-    return block_B * blocks_BMX.shape[-1] + _gumbel_argmax(inside_BX, keys_B2[:, 1])
-
-
-def _gumbel_argmax(logits_BX: jax.Array, key_B: jax.Array) -> jax.Array:
-    noise_BX = jax.vmap(lambda key: jax.random.gumbel(key, logits_BX.shape[1:]))(key_B)
-    return jnp.argmax(logits_BX + noise_BX, axis=-1)
+    inside_B = jnp.argmax(inside_BX + noise.inside_BX, axis=-1)
+    return block_B * blocks_BMX.shape[-1] + inside_B
 
 
 def _blocks(logits_BV: jax.Array) -> jax.Array:
-    """Reshape to about sqrt(V) blocks of equal size, a power of two, padded with -inf. [B, M, X]."""
-    vocabulary = logits_BV.shape[-1]
-    size = 1 << (vocabulary.bit_length() // 2)
-    padding = -vocabulary % size
+    """Reshape to blocks of ids, padded with -inf. [B, M, X]."""
+    blocks, size = _block_shape(logits_BV.shape[-1])
+    padding = blocks * size - logits_BV.shape[-1]
     logits_BV = jnp.pad(logits_BV, ((0, 0), (0, padding)), constant_values=-jnp.inf)
-    return logits_BV.reshape(logits_BV.shape[0], -1, size)
+    return logits_BV.reshape(-1, blocks, size)
+
+
+def _block_shape(vocabulary: int) -> tuple[int, int]:
+    """Return how many blocks the ids are divided into, about sqrt(V), and the ids of each, a power of 2."""
+    size = 1 << (vocabulary.bit_length() // 2)
+    return -(-vocabulary // size), size
 
 
 def _block_mass(blocks_BMX: jax.Array) -> jax.Array:

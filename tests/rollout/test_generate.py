@@ -8,7 +8,7 @@ import pytest
 from opd_jax import scoring
 from opd_jax.errors import DataError
 from opd_jax.models import decoder
-from opd_jax.rollout import generate
+from opd_jax.rollout import decode_state, generate
 from opd_jax.rollout.decode_state import decode_chunk, prefill
 from opd_jax.types import Outcome, Rollout
 from tests.conftest import noisy_params, tiny_config
@@ -102,6 +102,11 @@ def test_slots_and_chunks_change_nothing(params, plain, slots, chunk):
 
 
 @pytest.mark.slow
+def test_noise_drawn_ahead_is_that_of_each_step(params, plain, monkeypatch):
+    monkeypatch.setattr(decode_state, "_NOISE_AHEAD", 0)
+    assert_same_rows(roll(params, chunk=63), plain)  # another chunk, so that it is compiled anew
+
+
 def test_wider_prompts_change_only_the_padding(params, plain):
     wider = roll(params, max_prompt_tokens=WIDTH + 3)
     assert wider.tokens_BT.shape == (7, WIDTH + 3 + BUDGET)

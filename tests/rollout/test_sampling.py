@@ -8,9 +8,15 @@ import scipy.special
 import scipy.stats
 
 from opd_jax.models.end_tokens import Events
-from opd_jax.rollout.sampling import SamplingParams, most_likely, nucleus, sample
+from opd_jax.rollout import sampling as sampler
+from opd_jax.rollout.sampling import SamplingParams, draw_noise, most_likely, nucleus
 
 LOGITS = np.array([1.5, -0.5, 0.0, 2.0, -2.0, 0.5, 1.0], np.float32)
+
+
+def sample(logits_BV, keys, sampling):
+    """The sampler, given a key per row."""
+    return sampler.sample(logits_BV, draw_noise(keys, logits_BV.shape[-1]), sampling)
 
 
 def draw(logits_BV, seed: int = 0, *, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0):

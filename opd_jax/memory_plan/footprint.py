@@ -12,7 +12,7 @@ from typing import Any
 
 from opd_jax.memory_plan import resident, xla
 from opd_jax.memory_plan.workload import Workload
-from opd_jax.models import ModelConfig, flops, kv_cache
+from opd_jax.models import ModelConfig, attention, flops, kv_cache
 from opd_jax.rollout.generate import Shapes
 from opd_jax.scoring.chunked import chunk_shape
 from opd_jax.types import GoldenRows, RolloutRows
@@ -221,10 +221,7 @@ def kept(workload: Workload, rows: int) -> float:
         + stream,
         "none": xla.MLP_KEPT.count * mlp / tensor + xla.STREAM_KEPT.count * 4.0 * c.hidden_size,
     }[workload.remat]
-    scores = 0.0
-    if workload.remat == "none":
-        scores = xla.SCORES_FORWARD.count * _scores(workload, c, workload.width)
-    return c.num_layers * tokens * (stream + more + scores)
+    return c.num_layers * tokens * (stream + more)
 
 
 def _read_by_prefill(unstacked: Any) -> Any:
@@ -298,8 +295,7 @@ def _passes(workload: Workload, roles: Sequence[str], rows: int) -> list[dict[st
 def _backward_layer(workload: Workload, tokens: int) -> dict[str, float]:
     """Return the bytes of a layer at work, backward, with what is computed again and its gradients."""
     c, tensor = workload.student, workload.layout.tensor
-    again = 0.0 if workload.remat == "none" else xla.SCORES_FORWARD.count
-    scores = (again + xla.SCORES_BACKWARD.count) * tokens * _scores(workload, c, workload.width)
+    scores = xla.SCORES_BACKWARD.count * tokens * _scores(workload, c, workload.width)
     mlp = xla.MLP_BACKWARD.count * tokens * c.intermediate_size * workload.itemsize / tensor
     stream = xla.STREAM_BACKWARD.count * tokens * c.hidden_size * workload.itemsize
     layer = flops.matrix_parameters(c) / c.num_layers / tensor
@@ -308,8 +304,13 @@ def _backward_layer(workload: Workload, tokens: int) -> dict[str, float]:
 
 
 def _scores(workload: Workload, model: ModelConfig, width: int) -> float:
-    """Return the bytes of a token's float32 scores against all positions; 0 where attention is fused."""
-    return 0.0 if workload.fused else 4.0 * model.num_heads * width / workload.layout.tensor
+    """Return the bytes of float32 scores for each token of a row; 0 where attention is fused.
+
+    They exist for one block of queries at a time, against all positions.
+    """
+    if workload.fused:
+        return 0.0
+    return 4.0 * model.num_heads * attention.block_size(width) / workload.layout.tensor
 
 
 def _with(moment: dict[str, float], **more: float) -> dict[str, float]:

@@ -123,10 +123,15 @@ def _backward(
 blocked.defvjp(_forward, _backward)
 
 
+def block_size(length: int) -> int:
+    """Return the positions of a block of queries in rows of `length`; the last block may have fewer."""
+    return -(-length // min(max(length // BLOCK, 1), MOST_BLOCKS))
+
+
 def _blocks(query_BTNH: jax.Array, key_BTKH: jax.Array) -> Iterator[tuple[int, slice]]:
     """Yield the end position of every block of queries, and its rows in `_by_key_head`."""
     length, group = query_BTNH.shape[1], query_BTNH.shape[2] // key_BTKH.shape[2]
-    size = -(-length // min(max(length // BLOCK, 1), MOST_BLOCKS))
+    size = block_size(length)
     for start in range(0, length, size):
         end = min(start + size, length)
         yield end, slice(start * group, end * group)
@@ -143,15 +148,18 @@ def _logits(query_BKRH: jax.Array, key_BKSH: jax.Array, rows: slice) -> jax.Arra
 
 def _by_key_head(x_BTNH: jax.Array, kv_heads: int) -> jax.Array:
     """Group query heads by their key head: [B, T, N, H] -> [B, K, T * N / K, H]."""
-    batch, length, _, size = x_BTNH.shape
-    x_BTKGH = x_BTNH.reshape(batch, length, kv_heads, -1, size)
-    return x_BTKGH.swapaxes(1, 2).reshape(batch, kv_heads, -1, size)
+    batch, length, heads, size = x_BTNH.shape
+    group = heads // kv_heads
+    x_BTKGH = x_BTNH.reshape(batch, length, kv_heads, group, size)
+    return x_BTKGH.swapaxes(1, 2).reshape(batch, kv_heads, length * group, size)
 
 
 def _by_position(x_BKRH: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Undo `_by_key_head`; `shape` is [B, T, N, H]."""
-    batch, kv_heads, _, size = x_BKRH.shape
-    return x_BKRH.reshape(batch, kv_heads, shape[1], -1, size).swapaxes(1, 2).reshape(shape)
+    batch, length, heads, size = shape
+    kv_heads = x_BKRH.shape[1]
+    x_BKTGH = x_BKRH.reshape(batch, kv_heads, length, heads // kv_heads, size)
+    return x_BKTGH.swapaxes(1, 2).reshape(shape)
 
 
 def _dot(axes: str, a: jax.Array, b: jax.Array) -> jax.Array:

@@ -79,10 +79,10 @@ def test_what_a_step_sends_is_a_reduction_of_gradients_and_new_weights(count):
     sent = {
         program.name: collectives.sent_bytes(real.compile_for(program, None).as_text(), count)
         for program in real.programs(config, given, mesh)
-        if "64 x 50" in program.name or program.name.startswith(("sum of", "compute"))
+        if "64 x 100" in program.name or program.name.startswith(("sum of", "compute"))
     }
     whole = 4 * resident.parameters(given.student, ONE) * (count - 1) / count
     assert sent.pop("sum of gradients") == pytest.approx(whole, rel=0.01)
     assert sent.pop("compute weights") == pytest.approx(whole, rel=0.01)
-    assert set(sent) == {"score 64 x 50", "gradient on rollouts 64 x 50"}
+    assert set(sent) == {"score 64 x 100", "gradient on rollouts 64 x 100"}
     assert not any(sent.values())

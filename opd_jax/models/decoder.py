@@ -11,7 +11,6 @@ float32 masters); norms, rotations, softmax and logits are float32.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -23,12 +22,13 @@ from opd_jax.models import kv_cache, layer_gradients, rope
 from opd_jax.models.attention import attend_causal
 from opd_jax.models.config import ModelConfig
 from opd_jax.models.kv_cache import Cache
+from opd_jax.models.projection import dot_general
 from opd_jax.models.remat import checkpointed
 from opd_jax.sharding.partition import gather, has_slices
 from opd_jax.types import Array
 
 Params = dict[str, Any]
-SHALLOW = 4  # so few layers are not a loop: one stacks activations and slices weights
+SHALLOW = 4  # a gradient through so few layers is not a loop, which stacks activations
 EXCLUDED = -1e30  # a finite logit without mass: its exp is exactly 0, and 0 * EXCLUDED is not nan
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
@@ -74,7 +74,9 @@ class Layer(nn.Module):
 
         def dense(features: int, name: str, bias: bool = False) -> nn.Dense:
             init = nn.initializers.normal(0.02)
-            return nn.Dense(features, use_bias=bias, kernel_init=init, name=name)
+            return nn.Dense(
+                features, use_bias=bias, kernel_init=init, dot_general=dot_general, name=name
+            )
 
         def heads(y: jax.Array, name: str, count: int) -> jax.Array:
             y = dense(count * c.head_dim, name, c.qkv_bias)(y)
@@ -160,13 +162,15 @@ def hidden_states(
 
     if has_slices(params) and remat == "none":
         remat = "slices"
-    scan = partial(jax.lax.scan, unroll=config.num_layers <= SHALLOW)
     if sums is not None:
         layers = (jnp.arange(config.num_layers), params["layers"])
-        (x_BTD, carried), _ = scan(checkpointed(layer, remat), (x_BTD, sums), layers)
+        shallow = config.num_layers <= SHALLOW
+        (x_BTD, carried), _ = jax.lax.scan(
+            checkpointed(layer, remat), (x_BTD, sums), layers, unroll=shallow
+        )
         x_BTD = layer_gradients.seed_sums(x_BTD, carried, jax.lax.stop_gradient(sums))
     else:
-        x_BTD, _ = scan(checkpointed(plain, remat), x_BTD, params["layers"])
+        x_BTD, _ = jax.lax.scan(checkpointed(plain, remat), x_BTD, params["layers"])
     return _final_norm(params, config, x_BTD)
 
 

@@ -60,8 +60,9 @@ def rotary(config: ModelConfig, position_BT: jax.Array) -> tuple[jax.Array, jax.
 def rotate(x_BTNH: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotate each pair (x_i, x_{i + H/2}) by its position's angle, in float32; keeps the dtype."""
     cos, sin = tables
-    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    x = x_BTNH.astype(jnp.float32)
+    other = jnp.roll(x, x.shape[-1] // 2, axis=-1)  # the second half, then the first
+    turned = x * jnp.concatenate([cos, cos], -1) + other * jnp.concatenate([-sin, sin], -1)
     return turned.astype(x_BTNH.dtype)
 
 

@@ -5,9 +5,9 @@ import difflib
 from typing import Any
 
 from opd_jax.errors import ModelError
-from opd_jax.models import rope_scaling as scaling
+from opd_jax.models import rope_config as scaling
 from opd_jax.models.json_fields import LARGEST, flag, integer, number, show
-from opd_jax.models.rope_scaling import RopeScaling
+from opd_jax.models.rope_config import RopeScaling
 
 SUPPORTED = ("llama", "qwen2", "qwen3")
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from opd_jax.models.config import ModelConfig
-from opd_jax.models.rope_scaling import RopeScaling
+from opd_jax.models.rope_config import RopeScaling
 
 
 def inverse_frequencies(config: ModelConfig) -> np.ndarray:

@@ -26,6 +26,7 @@ from opd_jax.sharding.mesh import ONE, Mesh
 from opd_jax.sharding.partition import unwrapped
 from opd_jax.training import batch, objective, update
 from opd_jax.training.objective import Terms
+from opd_jax.training.optimizer import make_optimizer, make_schedule
 from opd_jax.types import Frozen, GoldenRows, Rollout, RolloutRows, Scores, TeacherRows, TrainState
 
 
@@ -261,11 +262,11 @@ def make_step_functions(spec: StepSpec) -> StepFunctions:
         microbatch_tokens=optim.microbatch_tokens, dtype=spec.dtype, mesh=spec.mesh,
     )  # fmt: skip
     updates = spec.config.steps * optim.updates_per_rollout
-    optimizer = update.make_optimizer(optim, updates)
+    optimizer = make_optimizer(optim, updates)
     return StepFunctions(
         spec=spec,
         optimizer=optimizer,
-        schedule=update.make_schedule(optim, updates),
+        schedule=make_schedule(optim, updates),
         accumulate=accumulate,
         update=update.make_update(
             optimizer, accumulate, decay=spec.config.teacher.decay, mesh=spec.mesh

@@ -22,7 +22,7 @@ from opd_jax.config.trees import TREES
 from opd_jax.config.validate import validate_evaluation, validate_sampling
 from opd_jax.errors import ConfigError
 from opd_jax.sharding.partition import ROLES
-from opd_jax.training.update import make_schedule
+from opd_jax.training.optimizer import make_schedule
 from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.short

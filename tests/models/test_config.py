@@ -4,7 +4,7 @@ import pytest
 
 from opd_jax.errors import ModelError
 from opd_jax.models.config import eos_ids, from_hf, to_hf
-from opd_jax.models.rope_scaling import RopeScaling
+from opd_jax.models.rope_config import RopeScaling
 from tests.conftest import tiny_config
 
 SOURCE = "folder/config.json"

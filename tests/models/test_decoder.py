@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from opd_jax.models import decoder, kv_cache, rope
-from opd_jax.models.rope_scaling import RopeScaling
+from opd_jax.models.rope_config import RopeScaling
 from tests.conftest import noisy_params, random_rows, tiny_config
 from tests.support.lanes import slow
 

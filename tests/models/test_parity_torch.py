@@ -8,7 +8,7 @@ import pytest
 from opd_jax import models
 from opd_jax.models import config as architecture
 from opd_jax.models import decoder, hf_load, rope
-from opd_jax.models.rope_scaling import RopeScaling
+from opd_jax.models.rope_config import RopeScaling
 from tests.conftest import noisy_params, random_rows, tiny_config
 
 torch = pytest.importorskip("torch")

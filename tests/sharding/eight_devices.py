@@ -19,7 +19,7 @@ from opd_jax.models.end_tokens import Events
 from opd_jax.rollout import SamplingParams, decode_state
 from opd_jax.sharding import mesh, replica_check
 from opd_jax.sharding.mesh import ONE, Mesh
-from opd_jax.training import objective, update
+from opd_jax.training import objective, optimizer, update
 from opd_jax.training.objective import default_terms
 from opd_jax.types import Ends, Frozen, GoldenRows, RolloutRows
 from tests.conftest import distance, noisy_params, random_rows, tiny_config
@@ -224,7 +224,7 @@ class Learner:
 def adamw():
     section = default().optim
     section.update({"learning_rate": 1e-3, "weight_decay": 0.1})
-    return update.make_optimizer(section, 10)
+    return optimizer.make_optimizer(section, 10)
 
 
 @functools.cache

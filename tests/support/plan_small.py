@@ -4,7 +4,7 @@ from typing import Any
 
 from configs import stable_opd
 from opd_jax.memory_plan.workload import Layout, Workload
-from opd_jax.training.update import make_optimizer
+from opd_jax.training.optimizer import make_optimizer
 from tests.conftest import tiny_config
 
 # D=4, F=6, L=2, N=2, K=1, H=2, V=10, tied: 316 parameters, 280 in matrices (240 layers, 40 head);

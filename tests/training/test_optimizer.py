@@ -8,7 +8,7 @@ import pytest
 
 from opd_jax.config.fields import default
 from opd_jax.models import decoder
-from opd_jax.training import update
+from opd_jax.training import optimizer
 from tests.conftest import tiny_config
 
 pytestmark = pytest.mark.short
@@ -24,7 +24,7 @@ def section(**changes: object):
 def test_weight_decay_is_for_kernels_and_embeddings():
     shapes = decoder.abstract_params(tiny_config(tie_embeddings=False, num_layers=1))
     params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), shapes)
-    tx = update.make_optimizer(section(learning_rate=0.5, weight_decay=0.1), 10)
+    tx = optimizer.make_optimizer(section(learning_rate=0.5, weight_decay=0.1), 10)
     state = jax.jit(tx.init)(params)
     changes, _ = jax.jit(tx.update)(jax.tree.map(jnp.zeros_like, params), state, params)
     decayed = set()
@@ -41,7 +41,7 @@ def test_gradients_are_clipped_by_the_global_norm():
     params = {"kernel": jnp.zeros(2), "bias": jnp.zeros(2)}
     gradient = {"kernel": jnp.array([3.0, 0.0]), "bias": jnp.array([0.0, 4.0])}  # norm 5
     # beta1 = 0: Adam's first moment is the clipped gradient itself, 2/5 of it.
-    tx = update.make_optimizer(section(grad_clip=2.0, beta1=0.0), 10)
+    tx = optimizer.make_optimizer(section(grad_clip=2.0, beta1=0.0), 10)
     _, state = tx.update(gradient, tx.init(params), params)
     first_moment = optax.tree.get(state, "mu")
     np.testing.assert_allclose(first_moment["kernel"], [1.2, 0.0], rtol=1e-6)
@@ -62,7 +62,7 @@ def test_gradients_are_clipped_by_the_global_norm():
     ],
 )
 def test_schedule_by_hand(name, warmup, expected):
-    schedule = update.make_schedule(
+    schedule = optimizer.make_schedule(
         section(learning_rate=0.4, schedule=name, warmup_steps=warmup), steps=110
     )
     got = {step: float(schedule(step)) for step in expected}

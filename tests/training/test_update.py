@@ -11,7 +11,7 @@ import pytest
 from opd_jax import losses
 from opd_jax.config.fields import default
 from opd_jax.models import decoder
-from opd_jax.training import objective, update
+from opd_jax.training import objective, optimizer, update
 from opd_jax.training.objective import default_terms
 from opd_jax.types import Frozen, GoldenRows, RolloutRows
 from tests.conftest import distance, random_params, random_rows, tiny_config
@@ -30,7 +30,7 @@ def section(**changes: object):
     return optim
 
 
-OPTIMIZERS = {"sgd": optax.sgd(0.1), "adamw": update.make_optimizer(section(), 10)}
+OPTIMIZERS = {"sgd": optax.sgd(0.1), "adamw": optimizer.make_optimizer(section(), 10)}
 
 
 def make_rows(seed: int) -> RolloutRows:

@@ -108,13 +108,13 @@ def _update(case: Any) -> Step:
 
     from opd_jax import config as fields
     from opd_jax import models
-    from opd_jax.training import objective, update
+    from opd_jax.training import objective, optimizer, update
     from opd_jax.types import Frozen, GoldenRows
 
     optim = fields.default().unlock().optim
     optim.learning_rate = case.learning_rate
     config, params = models.load(case.model, dtype=jnp.float32)
-    tx = update.make_optimizer(optim, 1000)
+    tx = optimizer.make_optimizer(optim, 1000)
     loss = objective.make_golden_loss(
         config, vocabulary=config.vocab_size, token_chunk=optim.token_chunk, remat=optim.remat
     )

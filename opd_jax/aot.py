@@ -1,6 +1,10 @@
-"""Programs with the shapes of their arguments, to compile ahead of time or to inspect."""
+"""Compiled programs: with the shapes of their arguments, ahead of time, and their cache on the disk."""
 
 import dataclasses
+import os
+import pathlib
+import sys
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,3 +24,38 @@ class Program:
         """Compile and return the program; a call finds the result in the compilation cache."""
         lowered: Any = self.function
         return lowered.lower(*self.args, **self.kwargs).compile()
+
+
+def cache_programs(environment: Mapping[str, str] = os.environ) -> None:
+    """Cache compiled programs for later runs, in JAX_COMPILATION_CACHE_DIR or else in ~/.cache.
+
+    A cache that cannot be read or written costs one line, and the compilation of what it lacks.
+    """
+    folder = jax.config.values["jax_compilation_cache_dir"]
+    if not folder:
+        base = environment.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+        folder = pathlib.Path(base) / "opd_jax" / "programs"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    warnings.showwarning = _one_line_of_cache(str(folder), warnings.showwarning)
+
+
+def _one_line_of_cache(folder: str, show: Callable[..., None]) -> Callable[..., None]:
+    """Return a `warnings.showwarning` that prints the first of JAX's warnings about the cache as a line."""
+    printed = False
+
+    def show_once(message: Any, *args: Any, **kwargs: Any) -> None:
+        nonlocal printed
+        text = str(message)
+        if "persistent compilation cache entry" not in text:
+            show(message, *args, **kwargs)
+        elif not printed:
+            printed = True
+            print(
+                f"note: the cache of compiled programs in {folder!r} has an entry that cannot be read or "
+                f"written, and what it lacks is compiled ({' '.join(text.split(': ', 1)[-1].split())}); "
+                "delete the folder, or set JAX_COMPILATION_CACHE_DIR",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
+
+    return show_once

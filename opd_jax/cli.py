@@ -138,8 +138,10 @@ def _guarded(run: Callable[..., None], *, stops: bool) -> None:
         several = _one_of_several()
         if several:
             _connect()
-        host_memory.configure_jax()  # JAX is imported only after the flags have been checked
-        _keep_programs()
+        from opd_jax import aot  # imports JAX: only after the flags have been checked
+
+        host_memory.configure_jax()
+        aot.cache_programs()
         run()
     except Interrupted as error:
         print(error, flush=True)
@@ -193,17 +195,6 @@ def _fate(error: Exception) -> str:
 
     lost = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error)
     return multihost.LOST if lost else f"{type(error).__name__}, see above"
-
-
-def _keep_programs() -> None:
-    """Cache compiled programs for later runs, in JAX_COMPILATION_CACHE_DIR or else in ~/.cache."""
-    import jax
-
-    if not jax.config.values["jax_compilation_cache_dir"]:
-        base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-        folder = pathlib.Path(base) / "opd_jax" / "programs"
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def _fail(text: str, status: int) -> None:

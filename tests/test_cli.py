@@ -71,22 +71,51 @@ def test_a_wrong_field_of_the_default_config_is_one_line():
     )
 
 
+PROGRAM = (
+    "from opd_jax import aot; aot.cache_programs(); import jax; import jax.numpy as jnp; "
+    "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0); "
+    "print(jax.jit(lambda x: jnp.sin(x) @ x)(jnp.ones((64, 64))).sum() > 0)"
+)
+
+
+def compiled(cache: pathlib.Path, **variables: str) -> subprocess.CompletedProcess:
+    """A process that compiles a few programs, with its cache in this folder."""
+    env = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+    env |= {"XDG_CACHE_HOME": str(cache)} | variables
+    return subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        cwd=ROOT, env=env, timeout=120, capture_output=True, text=True,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("told", [None, *slow("elsewhere")])
 def test_compiled_programs_are_kept_between_runs(told, tmp_path):
     """In the user's cache folder, or where JAX's own variable says."""
-    code = (
-        "from opd_jax import cli; cli._keep_programs(); import jax; import jax.numpy as jnp; "
-        "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0); "
-        "jax.jit(lambda x: jnp.sin(x) @ x)(jnp.ones((64, 64))).block_until_ready()"
-    )
-    env = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
-    env |= {"XDG_CACHE_HOME": str(tmp_path)}
-    if told:
-        env |= {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / told)}
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=env, timeout=120)
+    variables = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / told)} if told else {}
+    assert compiled(tmp_path, **variables).stdout == "True\n"
     folder = tmp_path / (told or "opd_jax/programs")
     assert any(folder.iterdir())
     assert [x.name for x in tmp_path.iterdir()] == [told or "opd_jax"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["damaged", "a file in its place"])
+def test_a_broken_cache_of_programs_costs_one_line(fault, tmp_path):
+    """Of several programs, none of which can be read or written."""
+    cache = tmp_path / "cache"
+    if fault == "damaged":
+        compiled(cache)
+        entries = list((cache / "opd_jax" / "programs").glob("*-cache"))
+        assert len(entries) > 1
+        for entry in entries:
+            entry.write_bytes(entry.read_bytes()[:40])
+    else:
+        cache.write_text("")
+    done = compiled(cache)
+    assert done.stdout == "True\n"
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("note: the cache of compiled programs in ")
+    assert str(cache / "opd_jax" / "programs") in line
 
 
 ENTRY = """

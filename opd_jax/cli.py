@@ -1,7 +1,6 @@
 """Common parts of every entry point in launch/: flags, exit statuses, one-line errors."""
 
 import functools
-import os
 import pathlib
 import sys
 import traceback

@@ -16,7 +16,9 @@ from opd_jax.sharding.partition import over_heads
 # The backend that programs are compiled for, where this process runs on another (memory_plan/programs.py).
 # jit retraces where it changes: it is part of the key of JAX's caches.
 BACKEND = jax.make_user_context(None)
-BLOCK = 48  # least number of positions in a block of queries
+BLOCK = (
+    48  # positions in a block of queries, or more; only the last block and short rows have fewer
+)
 MOST_BLOCKS = 8  # blocks per row; each adds code to every layer
 _MASKED = -1e30
 
@@ -56,9 +58,9 @@ def blocked(query_BTNH: jax.Array, key_BTKH: jax.Array, value_BTKH: jax.Array) -
     """Return causal grouped-query attention, a block of queries at a time; [B, T, N, H].
 
     A block of queries is multiplied only with the keys up to its last position, which saves almost half
-    of the products, and its weights fit into a cache. The backward pass recomputes them from the
-    saved logsumexp, so no array [B, N, T, T] is kept (arXiv 2205.14135, Algorithms 1 and 4, without the
-    blocks of keys). Softmax and sums are float32.
+    of the products, and in short rows its weights fit into a cache. The backward pass recomputes them from
+    the saved logsumexp, so no array [B, N, T, T] is kept (arXiv 2205.14135, Algorithms 1 and 4, without
+    the blocks of keys). Softmax and sums are float32.
     """
     return _forward(query_BTNH, key_BTKH, value_BTKH)[0]
 

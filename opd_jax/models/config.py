@@ -5,7 +5,7 @@ import difflib
 from typing import Any
 
 from opd_jax.errors import ModelError
-from opd_jax.models import rope_config as scaling
+from opd_jax.models import rope_config
 from opd_jax.models.json_fields import LARGEST, flag, integer, number, show
 from opd_jax.models.rope_config import RopeScaling
 
@@ -87,7 +87,7 @@ def from_hf(
             f"{source}: head_dim={head_dim} is odd, RoPE needs an even one; correct the file"
         )
     positions = size("max_position_embeddings")
-    theta, rope_scaling = scaling.read(config, positions, source=source)
+    theta, rope_scaling = rope_config.read(config, positions, source=source)
     vocab_size = size("vocab_size")
     return ModelConfig(
         model_type=kind,
@@ -129,7 +129,7 @@ def to_hf(model: ModelConfig) -> dict[str, Any]:
         "tie_word_embeddings": model.tie_embeddings,
         # Written even where there is none: in a Llama config a missing value means 2.
         "eos_token_id": None if not ids else ids[0] if len(ids) == 1 else ids,
-    } | scaling.write(model.rope_theta, model.rope_scaling)
+    } | rope_config.write(model.rope_theta, model.rope_scaling)
 
 
 def eos_ids(value: Any, vocab_size: int, *, source: str) -> tuple[int, ...]:

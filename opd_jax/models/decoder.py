@@ -4,8 +4,9 @@ Parameters are a plain tree:
 
     embed.embedding [V, D]   layers.* [L, ...] (stacked)   norm.scale [D]   head.kernel [V, D] (untied)
 
-Training scans one layer over the stacked weights. Decoding takes the same weights as a tuple of
-layers (`unstack`, once per rollout) and a tuple of caches, so that the token loop copies neither.
+Training scans one layer over the stacked weights (an update unrolls few layers). Decoding takes the same
+weights as a tuple of layers (`unstack`, once per rollout) and a tuple of caches, so that the token loop
+copies neither.
 The compute dtype is that of the parameters (that of norm.scale where the embedding and the head are
 float32 masters); norms, rotations, softmax and logits are float32.
 """
@@ -28,7 +29,7 @@ from opd_jax.sharding.partition import gather, has_slices
 from opd_jax.types import Array
 
 Params = dict[str, Any]
-SHALLOW = 4  # a gradient through so few layers is not a loop, which stacks activations
+SHALLOW = 4  # layers up to which an update without recomputation is not a loop
 EXCLUDED = -1e30  # a finite logit without mass: its exp is exactly 0, and 0 * EXCLUDED is not nan
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
@@ -164,7 +165,7 @@ def hidden_states(
         remat = "slices"
     if sums is not None:
         layers = (jnp.arange(config.num_layers), params["layers"])
-        shallow = config.num_layers <= SHALLOW
+        shallow = config.num_layers <= SHALLOW and remat == "none"
         (x_BTD, carried), _ = jax.lax.scan(
             checkpointed(layer, remat), (x_BTD, sums), layers, unroll=shallow
         )

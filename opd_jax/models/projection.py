@@ -14,8 +14,20 @@ import jax.numpy as jnp
 
 def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Return x @ kernel: [..., D], [D, F] -> [..., F]."""
-    product = jnp.einsum("...D,DF->...F", x, jax.lax.stop_gradient(kernel))
-    return _with_gradient(product, x, kernel)
+    return _with_gradient(jnp.einsum("...D,DF->...F", x, _constant(kernel)), x, kernel)
+
+
+@jax.custom_vjp
+def _constant(kernel: jax.Array) -> jax.Array:
+    """Identity without a gradient.
+
+    Other than the result of `stop_gradient`, a primitive, this one is no new value to save for the backward
+    pass, where a kernel is gathered again (models/remat.py) or read from the stacked weights.
+    """
+    return kernel
+
+
+_constant.defvjp(lambda kernel: (kernel, None), lambda *_: (None,))
 
 
 @jax.custom_vjp

@@ -37,8 +37,9 @@ POLICIES = ("none", "attention", "dots", "full")  # of `optim.remat`
 def checkpointed(layer: Callable, name: str) -> Callable:
     """Wrap `layer`, the body of a scan, to save its inputs and what the policy `name` selects.
 
-    none: every activation; attention: the results of fused attention; dots: those and the results of
-    matrix products with weights; full: nothing; slices: as none, without gathered weights.
+    none: every activation but weights of plain attention; attention: the results of fused attention; dots:
+    those and the results of matrix products with weights; full: nothing; slices: as none, without gathered
+    weights.
     """
     policy = _KEEP[name]
     return layer if policy is None else jax.checkpoint(layer, policy=policy, prevent_cse=False)

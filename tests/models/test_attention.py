@@ -77,11 +77,20 @@ def test_what_follows_a_position_does_not_change_it_by_a_bit():
     np.testing.assert_array_equal(out[:, :60], other[:, :60])
 
 
+def total(*given: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.sin(attention.blocked(*given)))
+
+
 def test_bfloat16_sums_in_float32():
     given = inputs(97, dtype=jnp.bfloat16)
-    out = attention.blocked(*given)
-    assert out.dtype == jnp.bfloat16
-    np.testing.assert_allclose(np.asarray(out, np.float32), defined(*given), rtol=2e-2, atol=2e-2)
+    jaxpr = jax.make_jaxpr(jax.grad(total, (0, 1, 2)))(*given).jaxpr
+    products = [e.outvars[0].aval.dtype for e in jaxpr.eqns if e.primitive.name == "dot_general"]
+    assert products == [jnp.float32] * (2 * 2 + 5 * 2)  # two blocks, forward and backward
+    gradients = jax.grad(total, (0, 1, 2))(*given)
+    exact = jax.grad(total, (0, 1, 2))(*(x.astype(jnp.float32) for x in given))
+    for gradient, wanted in zip(gradients, exact, strict=True):
+        assert gradient.dtype == jnp.bfloat16
+        assert jnp.abs(gradient - wanted).max() < 0.02 * jnp.abs(wanted).max()
 
 
 def test_no_array_of_all_pairs_of_positions():

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from opd_jax import checkpoint, data, losses
@@ -19,6 +20,7 @@ from opd_jax.models.end_tokens import Events
 from opd_jax.rollout import SamplingParams, decode_state
 from opd_jax.sharding import mesh, replica_check
 from opd_jax.sharding.mesh import ONE, Mesh
+from opd_jax.sharding.partition import Slice
 from opd_jax.training import objective, optimizer, update
 from opd_jax.training.objective import default_terms
 from opd_jax.types import Ends, Frozen, GoldenRows, RolloutRows
@@ -284,6 +286,42 @@ def test_slices_are_gathered_a_layer_at_a_time(params):
     whole = {int(np.prod(leaf.shape)) for leaf in matrices if leaf.ndim > 2}
     assert not whole & {size for kind, size in moved if kind == "all-gather"}
     assert {kind for kind, _ in moved} == {"all-gather", "reduce-scatter"}
+
+
+def test_a_layer_gathers_its_slices_again_in_the_backward_pass():
+    """Saved, the gathered weights of all layers would be on every device at once."""
+    config = tiny_config(num_layers=6)  # more than decoder.SHALLOW
+    params = noisy_params(config)
+    tokens, length = random_rows(config, 2, 16)
+    layers = {
+        name: {
+            key: Slice(leaf, -2) if leaf.ndim == 3 else leaf  # [layers, in, out], divided by inputs
+            for key, leaf in arrays.items()
+        }
+        for name, arrays in params["layers"].items()
+    }
+    own = params | {"layers": layers}
+    spec = jax.tree.map(
+        lambda leaf: leaf.replace(value=P(None, "fsdp")) if isinstance(leaf, Slice) else P(),
+        own, is_leaf=lambda leaf: isinstance(leaf, Slice),
+    )  # fmt: skip
+
+    def loss(params, sums):
+        return jnp.sum(decoder.hidden_states(params, config, tokens, length, sums=sums))
+
+    specs = (spec, spec["layers"])
+    auto = (jax.sharding.AxisType.Auto,)
+    gradient = jax.shard_map(
+        jax.grad(loss, (0, 1)),
+        mesh=jax.make_mesh((2,), ("fsdp",), axis_types=auto, devices=jax.devices()[:2]),
+        in_specs=specs, out_specs=specs, check_vma=False,
+    )  # fmt: skip
+    sums = jax.tree.map(jnp.zeros_like, own["layers"])
+    text = jax.jit(gradient).lower(own, sums).compile().as_text()
+    matrices = sum(
+        isinstance(leaf, Slice) for arrays in layers.values() for leaf in arrays.values()
+    )
+    assert len(re.findall(r" all-gather(?:-start)?\(", text)) == 2 * matrices == 14
 
 
 @pytest.mark.parametrize("name", ["8x1x1", pytest.param("2x2x2", marks=pytest.mark.slow)])

@@ -1,8 +1,8 @@
 """Micro-batches by length: rows of similar length are processed together, in few fixed shapes.
 
 Rows are sorted, longest first, and split into micro-batches of at most `tokens` tokens. Each is as wide
-as its longest row, rounded up to a quarter of the full width; to a half in a batch of few micro-batches,
-which narrower ones save less time than the compilation of their programs takes. So at most four shapes
+as its longest row, rounded up to a quarter of the full width; to a half in a small batch, where narrower
+ones save less time than the compilation of their programs takes. So at most four shapes
 are compiled, short rows are not padded to long ones, and the largest shape comes first. Where the teacher
 reads rows of its own, both kinds are split at the same quarter of their widths.
 """
@@ -17,7 +17,7 @@ import numpy as np
 from opd_jax.types import TeacherRows
 
 Tree = TypeVar("Tree")
-_FEW = 4  # so many micro-batches of the full width, or fewer, are of two widths only
+_SMALL = 16_384  # tokens of a batch at its full width up to which two widths are used
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ def split(
     quarters_B = _quarters(length_B, width)
     if teacher is not None:
         quarters_B = np.maximum(quarters_B, _quarters(teacher.length_B, teacher_width))
-    step = _step(len(length_B), max(width, teacher_width), tokens, replicas)
+    step = _step(len(length_B), max(width, teacher_width))
     quarters_B = -(-quarters_B // step) * step
     order = np.lexsort((-length_B, -quarters_B))
     parts = []
@@ -72,16 +72,15 @@ def shapes(
 ) -> list[MicroBatch]:
     """Return every micro-batch, without rows, into which `split` may divide `batch` rows of any lengths."""
     sizes = (batch, width, teacher_width, tokens, replicas)
-    step = _step(batch, max(width, teacher_width), tokens, replicas)
+    step = _step(batch, max(width, teacher_width))
     parts = [_shape(quarters, *sizes) for quarters in range(4, 0, -step)]
     unique = {(part.count, part.width, part.teacher_width): part for part in parts}
     return list(unique.values())
 
 
-def _step(batch: int, width: int, tokens: int, replicas: int) -> int:
+def _step(batch: int, width: int) -> int:
     """Return how many quarters lie between two widths of micro-batches: 1, or 2 in a small batch."""
-    most = max(tokens // width, 1) * replicas
-    return 2 if batch <= _FEW * most else 1
+    return 2 if batch * width <= _SMALL else 1
 
 
 def _shape(
@@ -96,13 +95,10 @@ def _shape(
 
 
 def padded_lengths(length_B: np.ndarray, width: int) -> np.ndarray:
-    """Return the width at which rows of these lengths go through a model: quarters of `width`.
-
-    In a batch of few micro-batches they may be wider.
-    """
-    return np.asarray([_width(quarters, width) for quarters in range(5)])[
-        _quarters(length_B, width)
-    ]
+    """Return the width at which the rows of a batch go through a model: quarters or halves of `width`."""
+    step = _step(len(length_B), width)
+    quarters_B = -(-_quarters(length_B, width) // step) * step
+    return np.asarray([_width(quarters, width) for quarters in range(5)])[quarters_B]
 
 
 def _width(quarters: int, whole: int) -> int:

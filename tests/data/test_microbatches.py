@@ -10,25 +10,36 @@ from opd_jax.types import TeacherRows
 pytestmark = pytest.mark.short
 
 
+@pytest.fixture
+def small_batches():
+    """The limit below which a batch has two widths, as it is."""
+
+
+@pytest.fixture(autouse=True)
+def quarters(request, monkeypatch):
+    """Small shapes stand for large ones: quarters, unless a test is about small batches."""
+    if "small_batches" not in request.fixturenames:
+        monkeypatch.setattr(microbatches, "_SMALL", 0)
+
+
 @pytest.mark.parametrize(
     ("longest", "width", "want"),
     [(1, 200, 50), (50, 200, 50), (51, 200, 100), (200, 200, 200), (10, 10, 10), (7, 10, 9),
      (0, 200, 50), (1, 1, 1)],
 )  # fmt: skip
 def test_a_row_is_as_wide_as_the_least_quarter_that_holds_it(longest, width, want):
-    parts = microbatches.split(np.full(5, longest), width=width, tokens=width)
-    assert {(part.width, part.teacher_width) for part in parts} == {(want, 0)}
+    (part,) = microbatches.split(np.array([longest]), width=width, tokens=1000)
+    assert (part.width, part.teacher_width) == (want, 0)
 
 
-@pytest.mark.parametrize(("rows", "want"), [(1, 100), (4, 100), (5, 50), (8, 50)])
-def test_a_batch_of_at_most_four_full_micro_batches_has_two_widths(rows, want):
-    parts = microbatches.split(np.full(rows, 50), width=200, tokens=200)
+@pytest.mark.parametrize(("rows", "want"), [(1, 100), (81, 100), (82, 50)])
+@pytest.mark.usefixtures("small_batches")
+def test_a_batch_of_at_most_16384_tokens_has_two_widths(rows, want):
+    parts = microbatches.split(np.full(rows, 50), width=200, tokens=800)
     assert {part.width for part in parts} == {want}
-    widths = {part.width for part in microbatches.shapes(rows, width=200, tokens=200)}
+    widths = {part.width for part in microbatches.shapes(rows, width=200, tokens=800)}
     assert widths == set(range(want, 201, want))
-    # The limit holds for each replica: two of them take twice as many rows.
-    parts = microbatches.split(np.full(2 * rows, 50), width=200, tokens=200, replicas=2)
-    assert {part.width for part in parts} == {want}
+    assert set(microbatches.padded_lengths(np.full(rows, 50), 200)) == {want}
 
 
 def test_the_teachers_rows_count_in_the_budget_and_share_the_quarter():
@@ -92,5 +103,5 @@ def test_gather_and_scatter_are_inverse():
 
 def test_padded_lengths_are_the_widths_of_micro_batches():
     length_B = np.arange(0, 12)
-    alone = [microbatches.split(np.full(5, n), width=11, tokens=11)[0].width for n in length_B]
+    alone = [microbatches.split(np.array([n]), width=11, tokens=11)[0].width for n in length_B]
     assert microbatches.padded_lengths(length_B, 11).tolist() == alone

@@ -52,9 +52,9 @@ def _one_line_of_cache(folder: str, show: Callable[..., None]) -> Callable[..., 
         elif not printed:
             printed = True
             print(
-                f"note: the cache of compiled programs in {folder!r} has an entry that cannot be read or "
-                f"written, and what it lacks is compiled ({' '.join(text.split(': ', 1)[-1].split())}); "
-                "delete the folder, or set JAX_COMPILATION_CACHE_DIR",
+                f"note: cannot read or write the cache of compiled programs in {folder!r} "
+                f"({' '.join(text.split(': ', 1)[-1].split())}); programs are compiled again; delete the "
+                "folder, or set JAX_COMPILATION_CACHE_DIR to another one",
                 file=sys.stderr, flush=True,
             )  # fmt: skip
 

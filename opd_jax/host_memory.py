@@ -8,6 +8,7 @@ is needed. The arrays of a GPU are not allocated by malloc, so there the allocat
 glibc keeps freed memory only in the arena of the main thread: in those of other threads it unmaps whole
 heaps whatever the options say. So JAX computes in the thread that calls it. A single arena for all threads
 would do, too, but the threads that compile then wait for each other, which takes two thirds more time.
+With several CPU devices XLA computes in threads of its own, and their memory is not kept.
 
 This module imports JAX only in `configure_jax`: the options must be set before JAX starts threads.
 """

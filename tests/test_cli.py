@@ -114,7 +114,7 @@ def test_a_broken_cache_of_programs_costs_one_line(fault, tmp_path):
     done = compiled(cache)
     assert done.stdout == "True\n"
     (line,) = done.stderr.splitlines()
-    assert line.startswith("note: the cache of compiled programs in ")
+    assert line.startswith("note: cannot read or write the cache of compiled programs in ")
     assert str(cache / "opd_jax" / "programs") in line
 
 

@@ -206,7 +206,8 @@ def kept(workload: Workload, rows: int) -> float:
     """Return the bytes that all layers keep for their backward pass, as `optim.remat` says.
 
     A layer keeps its input; "attention" what the fused kernel returned; "dots" also queries, keys,
-    values, the output projection, gate and up; "none" all, of which norms and rotations are float32.
+    values, the output projection, gate and up; "none" all but the weights of plain
+    attention, of which norms and rotations are float32.
     """
     c, tensor, i = workload.student, workload.layout.tensor, workload.itemsize
     tokens = rows * workload.width

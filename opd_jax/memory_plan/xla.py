@@ -30,9 +30,11 @@ STREAM_FORWARD_PLAIN = Count(2.0, "residual stream of a layer, forward", _CPU)
 STREAM_BACKWARD = Count(5.0, "residual stream of a layer, backward", _BOTH)
 LAYER_BACKWARD = Count(2.0, "a layer's matrices, backward: the weights and their gradients", _BOTH)
 SCORES_FORWARD = Count(
-    4.0, "scores of a block of plain attention, forward: of several blocks", _CPU
+    4.0, "scores of a block of plain attention, forward, where XLA runs blocks side by side", _CPU
 )
-SCORES_BACKWARD = Count(8.5, "scores of a block of plain attention, backward: and cotangents", _CPU)
+SCORES_BACKWARD = Count(
+    8.5, "scores and their cotangents of a block of plain attention, backward", _CPU
+)
 SCORES_DECODE = Count(1.0, "scores of plain attention against one block of the cache", _CPU)
 ROWS_DECODE = Count(1.0, "ids and log-probs of the slots that are not updated in place", _CPU)
 LOGITS_DECODE = Count(1.0, "logits of a decode step", _BOTH)

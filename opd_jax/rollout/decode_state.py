@@ -196,7 +196,7 @@ def _decode_chunk(
 ) -> Slots:
     """`decode_chunk` on one replica."""
     head_VD = decoder.head(model.params)  # all rows: slicing to sampling.vocabulary would copy it
-    noise = _noise(state, sampling.vocabulary or len(head_VD), steps)
+    noise = _noise(state, len(head_VD[: sampling.vocabulary]), steps)
     rows = jnp.arange(len(state.live_B))
     stops = jnp.array(sampling.stop_ids, jnp.int32)
 

@@ -107,6 +107,7 @@ def test_noise_drawn_ahead_is_that_of_each_step(params, plain, monkeypatch):
     assert_same_rows(roll(params, chunk=63), plain)  # another chunk, so that it is compiled anew
 
 
+@pytest.mark.slow
 def test_wider_prompts_change_only_the_padding(params, plain):
     wider = roll(params, max_prompt_tokens=WIDTH + 3)
     assert wider.tokens_BT.shape == (7, WIDTH + 3 + BUDGET)

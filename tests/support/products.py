@@ -3,7 +3,7 @@
     python -m tests.support.products [ROWS WIDTH]...      # 32 100 and 16 200, the micro-batches of tiny
 
 Every product is timed by itself, the least of seven calls, with operands of the shapes that the step
-has; those of attention over the pairs that a causal mask leaves, in rows of half the width.
+has; those of attention with half of the keys, which is what a causal mask leaves.
 """
 
 import sys

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from opd_jax import host_memory
+from opd_jax import aot, host_memory
 from tests.support.lanes import slow
 from tests.support.paths import ROOT
 
@@ -118,6 +118,31 @@ def test_a_broken_cache_of_programs_costs_one_line(fault, tmp_path):
     assert str(cache / "opd_jax" / "programs") in line
 
 
+def test_the_first_warning_about_the_cache_is_one_line_and_others_are_shown(capsys):
+    shown: list[str] = []
+    show = aot._one_line_of_cache("a/cache", lambda message, *_: shown.append(str(message)))
+    for text in (
+        "Error writing persistent compilation cache entry for 'jit_f': OSError: no\nspace",
+        "Error writing persistent compilation cache entry for 'jit_g': OSError: no space",
+        "something else",
+    ):
+        show(text, UserWarning, "file.py", 1)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        "note: cannot read or write the cache of compiled programs in 'a/cache' (OSError: no space); "
+        "programs are compiled again; delete the folder, or set JAX_COMPILATION_CACHE_DIR to another one"
+    )
+    assert shown == ["something else"]
+
+
+@pytest.mark.parametrize(("kept", "wanted"), [("keep", [False]), ("system", []), (None, [])])
+def test_jax_computes_in_the_calling_thread_where_memory_is_kept(kept, wanted, monkeypatch):
+    updates = []
+    monkeypatch.setattr(aot.jax.config, "update", lambda name, value: updates.append((name, value)))
+    host_memory.configure_jax({"OPD_JAX_MALLOC": kept} if kept else {})
+    assert updates == [("jax_cpu_enable_async_dispatch", value) for value in wanted]
+
+
 ENTRY = """
 import os, sys
 from opd_jax import cli
@@ -130,10 +155,12 @@ def run():
     jax.config.update("jax_platforms", "cpu")
     double = jax.jit(lambda x: x + x)
     x = double(jax.numpy.ones(25_000_000))
-    before = faults()
-    for _ in range(12):  # a round takes what the one before gave back; the first few may not find it
+    counts = []
+    for _ in range(12):  # a round takes what an earlier one gave back, if no small block is in its midst
+        before = faults()
         double(x).block_until_ready()
-    kept = faults() - before < 6 * 24_414  # pages of 4 KiB in a result
+        counts.append(faults() - before)
+    kept = min(counts) < 1000  # a result has 24,414 pages of 4 KiB
     print(os.environ["OPD_JAX_MALLOC"], kept, os.environ.get("GLIBC_TUNABLES"), *sys.argv[1:])
 
 cli.main(run)

@@ -163,7 +163,8 @@ def test_a_teacher_equal_to_the_student_teaches_nothing(rows):
 def test_a_reference_equal_to_the_student_does_not_pull(rows, estimator):
     rows = rows.replace(advantage_BT=jnp.zeros_like(rows.advantage_BT))
     (_, parts), gradient = rollout_loss(estimator)(STUDENT, STUDENT, rows)
-    np.testing.assert_array_equal(parts["reference_kl"], 0.0)
+    # The compiler may round the two passes differently: only one of them is differentiated.
+    np.testing.assert_allclose(parts["reference_kl"], 0.0, atol=1e-6)
     if estimator == "k1":  # only its expectation has no gradient: k1 measures, it does not pull
         assert largest(gradient) > 1e-2
     else:

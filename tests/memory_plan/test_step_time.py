@@ -43,9 +43,9 @@ def test_score_is_a_pass_of_each_model_over_padded_rows():
     assert found.compute_s == pytest.approx(2 * (2 * 280 * 32 + 32 * 4 * 36) / 1000)
     # Micro-batches of 16 tokens: two, each reads all weights.
     assert found.memory_s == pytest.approx(2 * 2 * 280 * 2 / 100)
-    # Rows of 3 + 2 are as wide as a quarter of 8 times 3: 6 tokens each.
-    short = step_time.score(workload(), DEVICE, np.full(4, 2))
-    assert short.compute_s == pytest.approx(2 * (2 * 280 * 24 + 32 * 4 * 15) / 1000)
+    # Rows of 3 + 1 are as wide as half of 8 (a small batch has two widths): 4 tokens each, 10 pairs.
+    short = step_time.score(workload(), DEVICE, np.full(4, 1))
+    assert short.compute_s == pytest.approx(2 * (2 * 280 * 16 + 32 * 4 * 10) / 1000)
 
 
 @pytest.mark.parametrize(

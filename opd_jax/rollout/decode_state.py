@@ -14,7 +14,7 @@ import numpy as np
 
 from opd_jax.models import decoder, kv_cache
 from opd_jax.models.decoder import Model
-from opd_jax.rollout.sampling import Noise, SamplingParams, draw_noise, sample
+from opd_jax.rollout.sampling import Noise, SamplingParams, block_shape, draw_noise, sample
 from opd_jax.sharding.mesh import ONE, ROWS, WHOLE, Mesh
 from opd_jax.sharding.partition import unwrapped
 from opd_jax.types import Array, Outcome
@@ -246,16 +246,12 @@ def _noise(state: Slots, vocabulary: int, steps: int) -> Callable[[jax.Array, Sl
     number in a loop costs more than a layer of a small model.
     """
 
-    def draw(step: jax.Array, length_B: jax.Array) -> Noise:
-        return draw_noise(jax.vmap(jax.random.fold_in)(state.key_B, length_B + step), vocabulary)
+    def draw(position_B: jax.Array) -> Noise:
+        return draw_noise(jax.vmap(jax.random.fold_in)(state.key_B, position_B), vocabulary)
 
-    first = jnp.zeros((), jnp.int32)
-    numbers = steps * sum(
-        x.size for x in jax.tree.leaves(jax.eval_shape(draw, first, state.length_B))
-    )
-    if numbers > _NOISE_AHEAD:
-        return lambda _, state: draw(first, state.length_B)
-    ahead = jax.vmap(draw, in_axes=(0, None))(jnp.arange(steps), state.length_B)
+    if steps * len(state.key_B) * sum(block_shape(vocabulary)) > _NOISE_AHEAD:
+        return lambda _, state: draw(state.length_B)
+    ahead = jax.vmap(draw)(state.length_B[None] + jnp.arange(steps)[:, None])
     return lambda step, _: jax.tree.map(lambda x: x[step], ahead)
 
 

@@ -95,7 +95,7 @@ def sample(
 
 def draw_noise(key_B: jax.Array, vocabulary: int) -> Noise:
     """Draw the noise of one token per row, from the key of that row and position."""
-    blocks, size = _block_shape(vocabulary)
+    blocks, size = block_shape(vocabulary)
     keys_B2 = jax.vmap(jax.random.split)(key_B)
     gumbel = jax.vmap(jax.random.gumbel, in_axes=(0, None))
     return Noise(gumbel(keys_B2[:, 0], (blocks,)), gumbel(keys_B2[:, 1], (size,)))
@@ -117,13 +117,13 @@ def draw(logits_BV: jax.Array, noise: Noise) -> jax.Array:
 
 def _blocks(logits_BV: jax.Array) -> jax.Array:
     """Reshape to blocks of ids, padded with -inf. [B, M, X]."""
-    blocks, size = _block_shape(logits_BV.shape[-1])
+    blocks, size = block_shape(logits_BV.shape[-1])
     padding = blocks * size - logits_BV.shape[-1]
     logits_BV = jnp.pad(logits_BV, ((0, 0), (0, padding)), constant_values=-jnp.inf)
     return logits_BV.reshape(-1, blocks, size)
 
 
-def _block_shape(vocabulary: int) -> tuple[int, int]:
+def block_shape(vocabulary: int) -> tuple[int, int]:
     """Return how many blocks the ids are divided into, about sqrt(V), and the ids of each, a power of 2."""
     size = 1 << (vocabulary.bit_length() // 2)
     return -(-vocabulary // size), size

@@ -16,11 +16,9 @@ from opd_jax.sharding.partition import over_heads
 # The backend that programs are compiled for, where this process runs on another (memory_plan/programs.py).
 # jit retraces where it changes: it is part of the key of JAX's caches.
 BACKEND = jax.make_user_context(None)
-BLOCK = (
-    48  # positions in a block of queries, or more; only the last block and short rows have fewer
-)
+BLOCK = 48  # positions in a block of queries, or more; the last block and short rows may have fewer
 MOST_BLOCKS = 8  # blocks per row; each adds code to every layer
-_MASKED = -1e30
+MASKED = -1e30  # logit of an unseen position; finite, so that the difference of two is not nan
 
 
 def attend_causal(
@@ -145,7 +143,7 @@ def _logits(query_BKRH: jax.Array, key_BKSH: jax.Array, rows: slice) -> jax.Arra
     position_R = jnp.arange(rows.start, rows.stop) // (rows.stop // length)
     seen_RS = position_R[:, None] >= jnp.arange(length)[None]
     logit_BKRS = _dot("BKRH,BKSH->BKRS", query_BKRH, key_BKSH) * query_BKRH.shape[-1] ** -0.5
-    return jnp.where(seen_RS[None, None], logit_BKRS, _MASKED)
+    return jnp.where(seen_RS[None, None], logit_BKRS, MASKED)
 
 
 def _by_key_head(x_BTNH: jax.Array, kv_heads: int) -> jax.Array:

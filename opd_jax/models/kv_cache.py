@@ -17,7 +17,6 @@ from opd_jax.sharding.partition import over_heads
 Cache = tuple[tuple[jax.Array, jax.Array], ...]  # blocks of keys and values
 BLOCK = 128  # least number of positions in a block of the plain layout
 MOST_BLOCKS = 4  # blocks per row; each adds code to every layer
-_MASKED = -1e30  # finite, so that the difference of two is not nan
 
 
 def init(config: ModelConfig, batch: int, slots: int, dtype: jnp.dtype) -> tuple[Cache, ...]:
@@ -128,7 +127,7 @@ def _attend_blocks(query_BNH: jax.Array, cache: Cache, length_B: jax.Array) -> j
     query_BKGH = query_BNH.reshape(batch, kv_heads, -1, size)
     heads = query_BKGH.shape[:3]
     state = (
-        jnp.full(heads, _MASKED, jnp.float32),
+        jnp.full(heads, attention.MASKED, jnp.float32),
         jnp.zeros(heads, jnp.float32),
         jnp.zeros(query_BKGH.shape, jnp.float32),
     )
@@ -158,7 +157,7 @@ def _add_block(
     score_BKGS = query_BKGH.shape[-1] ** -0.5 * jnp.einsum(
         "BKGH,BKHS->BKGS", query_BKGH, key_BKHS, preferred_element_type=jnp.float32
     )
-    score_BKGS = jnp.where(valid_BS[:, None, None], score_BKGS, _MASKED)
+    score_BKGS = jnp.where(valid_BS[:, None, None], score_BKGS, attention.MASKED)
     new_BKG = jnp.maximum(top_BKG, jnp.max(score_BKGS, axis=-1))
     weight_BKGS = jnp.exp(score_BKGS - new_BKG[..., None])
     kept_BKG = jnp.exp(top_BKG - new_BKG)

@@ -21,8 +21,9 @@ def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
 def _constant(kernel: jax.Array) -> jax.Array:
     """Identity without a gradient.
 
-    Other than the result of `stop_gradient`, a primitive, this one is no new value to save for the backward
-    pass, where a kernel is gathered again (models/remat.py) or read from the stacked weights.
+    Unlike `stop_gradient`, a primitive, it makes no new value that would be saved for the backward pass,
+    where a kernel is gathered again (models/remat.py) or read from the stacked weights. The gradient that
+    JAX computes for its argument is unused, so the compiler removes it.
     """
     return kernel
 

@@ -58,13 +58,20 @@ def read_config(draw: random.Random, folder: pathlib.Path) -> None:
     validate(config)
 
 
-def read_model_config(draw: random.Random, folder: pathlib.Path) -> None:
-    """Read config.json and generation_config.json of a model folder."""
-    for name in ("config.json", "generation_config.json"):
+def _copy_mutated(
+    draw: random.Random, folder: pathlib.Path, names: tuple[str, ...], *, share: float
+) -> None:
+    """Copy JSON files of the embedded student, and mutate a share of them."""
+    for name in names:
         content = (STUDENT / name).read_bytes()
-        if draw.random() < 0.8:
+        if draw.random() < share:
             content = mutated_json(draw, json.loads(content))
         (folder / name).write_bytes(content)
+
+
+def read_model_config(draw: random.Random, folder: pathlib.Path) -> None:
+    """Read config.json and generation_config.json of a model folder."""
+    _copy_mutated(draw, folder, ("config.json", "generation_config.json"), share=0.8)
     models.load_config(str(folder))
 
 
@@ -122,11 +129,7 @@ def _read_tensors(folder: pathlib.Path) -> set[float]:
 
 def read_tokenizer(draw: random.Random, folder: pathlib.Path) -> None:
     """Read tokenizer.json, its config and its chat template."""
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        content = (STUDENT / name).read_bytes()
-        if draw.random() < 0.6:
-            content = mutated_json(draw, json.loads(content))
-        (folder / name).write_bytes(content)
+    _copy_mutated(draw, folder, ("tokenizer.json", "tokenizer_config.json"), share=0.6)
     template = (STUDENT / "chat_template.jinja").read_bytes()
     if draw.random() < 0.3:
         template = draw.choice(

@@ -63,9 +63,9 @@ def stages(workload: Workload) -> list[Stage]:
     given = {"rows": busiest.arguments["rows"]}
     update = _sum(base, trained, gradients, beside, given, busiest.temporaries)
     found.append(Stage("update", update))
-    if workload.apart:  # the finished ones of the other terms lie beside
+    if workload.term_gradients:  # with those of the other terms in memory
         finished = {"gradients": (len(workload.terms) - 1) * _finished(workload)}
-        found.append(Stage("gradients apart", _sum(update, finished)))
+        found.append(Stage("term gradients", _sum(update, finished)))
     summed = {"gradients": resident.gradients(workload)}
     if workload.layout.devices > 1:  # summed over the devices, and the new compute weights
         summed["gradients"] += resident.masters(workload)
@@ -251,8 +251,8 @@ def _changes(workload: Workload) -> list[tuple[dict[str, Any], Workload]]:
         before, changed = found[-1]
         found.append((before | fields, dataclasses.replace(changed, **changes)))
 
-    if workload.apart:
-        also({"log.gradients": 0}, apart=False)
+    if workload.term_gradients:
+        also({"log.gradients": 0}, term_gradients=False)
     if workload.remat in ("none", "dots"):
         also({"optim.remat": "attention"}, remat="attention")
     if max(workload.token_chunk, workload.score_chunk) > 512:

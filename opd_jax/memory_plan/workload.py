@@ -79,7 +79,7 @@ class Workload:
       slots, microbatch_tokens, token_chunk, score_chunk, remat: as in the config, slots resolved.
         `microbatch_tokens` is the limit of one replica.
       over_vocabulary: whether the update reads the teacher's output matrix and hidden states.
-      terms: names of the loss terms. apart: whether the gradient of each is measured by itself.
+      terms: names of the loss terms. term_gradients: whether the gradient of each is measured by itself.
       rollouts: whether the loss needs any.
       evaluated: rows that an evaluation decodes at one time.
       steps: of the run.
@@ -116,7 +116,7 @@ class Workload:
     remat: str
     over_vocabulary: bool
     terms: tuple[str, ...]
-    apart: bool
+    term_gradients: bool
     rollouts: bool
     evaluated: int
     steps: int
@@ -281,7 +281,7 @@ def _workload(
         microbatch_tokens=optim.microbatch_tokens,
         token_chunk=optim.token_chunk, score_chunk=config.scoring.token_chunk, remat=optim.remat,
         over_vocabulary=terms.over_vocabulary,
-        terms=terms.names, apart=bool(config.log.gradients) and len(terms.names) > 1,
+        terms=terms.names, term_gradients=bool(config.log.gradients) and len(terms.names) > 1,
         rollouts=terms.needs_rollouts, evaluated=min(config.eval.slots or rollout.slots or 256, answers),
         answer=config.eval.max_response_tokens or rollout.max_response_tokens,
         asks_teacher=teacher is not None and config.eval.teacher,

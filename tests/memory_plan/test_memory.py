@@ -99,13 +99,13 @@ def test_scoring_keeps_the_teachers_states_for_the_update():
 
 
 def test_gradients_of_each_term_lie_beside_one_another():
-    three = workload(terms=("opd", "reference_kl", "sft"), apart=True)
-    assert held("gradients apart", three)["gradients"] == 3 * 4 * P
+    three = workload(terms=("opd", "reference_kl", "sft"), term_gradients=True)
+    assert held("term gradients", three)["gradients"] == 3 * 4 * P
     four = dataclasses.replace(three, layout=Layout(data=4))
-    assert held("gradients apart", four)["gradients"] == 4 * P + 2 * (
+    assert held("term gradients", four)["gradients"] == 4 * P + 2 * (
         P + 3 * 8
     )  # finished ones are divided
-    assert "gradients apart" not in [stage.name for stage in memory.stages(workload())]
+    assert "term gradients" not in [stage.name for stage in memory.stages(workload())]
 
 
 def test_micro_batches_are_those_of_scoring_and_of_the_update():

@@ -77,7 +77,7 @@ def test_a_run_writes_its_plan(folders, tmp_path, capsys):
     assert written["fits"]
     assert written["device"]["kind"] == "cpu"
     assert set(written["stages"]) == {
-        "rollout", "score", "update", "gradients apart", "optimizer", "checkpoint"
+        "rollout", "score", "update", "term gradients", "optimizer", "checkpoint"
     }  # fmt: skip
     settings = json.loads((folder / "run.json").read_text())["settings"]
     assert set(settings) == {"set", "recommended_but_not_set"}

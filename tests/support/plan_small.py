@@ -24,7 +24,8 @@ def workload(**changes: Any) -> Workload:
         "teacher_follows": "frozen", "same_reference": False, "renumbered": False,
         "vocabulary": 10, "batch": 4, "golden": 0, "updates": 1, "prompt": 3, "response": 5,
         "teacher_width": 0, "slots": 4, "microbatch_tokens": 16, "token_chunk": 8,
-        "score_chunk": 8, "remat": "attention", "over_vocabulary": False, "terms": ("opd",), "apart": False,
+        "score_chunk": 8, "remat": "attention", "over_vocabulary": False, "terms": ("opd",),
+        "term_gradients": False,
         "rollouts": True, "evaluated": 0, "steps": 10, "layout": Layout(), "optimizer": OPTIMIZER,
     }  # fmt: skip
     return Workload(**(fields | changes))

@@ -38,12 +38,11 @@ def test_value_and_gradients_are_those_of_the_product(inputs, outputs, dtype, rt
 
 
 def saved_by_scans(jaxpr) -> set[tuple[int, ...]]:
-    """Shapes of the arrays that forward scans stack for the backward pass."""
+    """Shapes of the arrays that forward scans return: a carry, and what they stack for the backward pass."""
     shapes = set()
     for equation in jaxpr.eqns:
         if equation.primitive.name == "scan" and not equation.params["reverse"]:
-            stacked = equation.outvars[equation.params["num_carry"] :]
-            shapes |= {variable.aval.shape for variable in stacked}
+            shapes |= {variable.aval.shape for variable in equation.outvars}
         for value in equation.params.values():
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):

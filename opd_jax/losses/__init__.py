@@ -9,11 +9,15 @@ arXiv 2604.08527 (Stable-OPD).
 from opd_jax.losses.advantage import (
     SUPPORT_WEIGHTS,
     discounted,
+    evidence_weight,
+    extrapolated,
     group_advantage,
     opd_advantage,
+    share_at,
     support_advantage,
     truncated_importance,
 )
+from opd_jax.losses.advantage_shape import ADVANTAGE_SHAPES, shaped
 from opd_jax.losses.divergence import (
     DIRECTIONS,
     FORMS,
@@ -33,6 +37,7 @@ from opd_jax.losses.supervised import sft_nll
 from opd_jax.losses.token_weights import AGGREGATIONS, token_weights
 
 __all__ = [
+    "ADVANTAGE_SHAPES",
     "AGGREGATIONS",
     "DIRECTIONS",
     "ESTIMATORS",
@@ -42,7 +47,9 @@ __all__ = [
     "discounted",
     "divergence",
     "entropy",
+    "evidence_weight",
     "exact_kl",
+    "extrapolated",
     "forward_kl",
     "generalised_jsd",
     "group_advantage",
@@ -52,6 +59,8 @@ __all__ = [
     "opd_advantage",
     "renormalised",
     "sft_nll",
+    "shaped",
+    "share_at",
     "skewed_forward_kl",
     "skewed_reverse_kl",
     "stop_gradient_reverse_kl",

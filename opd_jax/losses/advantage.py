@@ -60,6 +60,65 @@ def group_advantage(
     return jax.lax.stop_gradient(centred_PG.reshape(-1))
 
 
+def extrapolated(
+    *, teacher_logprob_BT: jax.Array, reference_logprob_BT: jax.Array, extrapolation: float
+) -> jax.Array:
+    """log q'(y_t) = log ref(y_t) + lambda (log q(y_t) - log ref(y_t)): the teacher moved along its change.
+
+    lambda = `extrapolation`. G-OPD and ExOPD, 2602.12125 (second-hand, three sources agree): the advantage
+    lambda (log q - log ref) - (log p - log ref) = l_t + (lambda - 1) (log q - log ref) is the log-ratio of q'
+    and p. lambda = 1 is OPD, lambda in (0, 1) interpolates between reference and teacher, lambda > 1 goes
+    past the teacher (1.25 in ExOPD). Fixed point per prefix (inferred): the maximiser of
+    lambda E_p[log q / ref] - KL(p || ref), that is pi*(v) proportional to ref(v)^(1 - lambda) q(v)^lambda.
+    q' is not normalised, so only shapes of the log-ratio alone fit it. A constant; [B, T].
+
+    Far above 1 the fixed point can leave the teacher's format ("extrapolation cliff", 2605.08737). The
+    formula of its threshold is not known, so nothing here computes it.
+    """
+    check_shapes(teacher_logprob_BT=teacher_logprob_BT, reference_logprob_BT=reference_logprob_BT)
+    gain_BT = teacher_logprob_BT - reference_logprob_BT
+    return jax.lax.stop_gradient(teacher_logprob_BT + (extrapolation - 1.0) * gain_BT)
+
+
+def evidence_weight(
+    *,
+    teacher_logprob_BT: jax.Array,
+    student_logprob_BT: jax.Array,
+    group_B: jax.Array,
+    clip: float,
+    share: float,
+    away: bool = False,
+    correct_only: bool = False,
+) -> jax.Array:
+    """(1 - share) + share clip(exp(sign(A) l_t), 1 - clip, 1 + clip): multiplies the group's advantage A.
+
+    RLSD, 2604.03128 (found in its README; equations second-hand, four sources agree): the reward of the
+    group gives the direction of each token's update, and the teacher, which is the student shown the
+    solution, only moves its size, by `clip` at most. In a correct rollout a token that the teacher likes
+    better gets more, in an incorrect one less. share = 0 is the group's advantage itself, bit for bit.
+
+    `away` turns the ratio round: exp(-sign(A) l_t), RLRT, 2605.10781 (second-hand), which gives more to what
+    the student found without the solution; `correct_only` limits the weight to rollouts with A > 0, where
+    that paper uses it. The clip acts on logarithms: nothing can overflow. A constant; [B, T].
+    """
+    check_shapes(teacher_logprob_BT=teacher_logprob_BT, student_logprob_BT=student_logprob_BT)
+    sign_B1 = jnp.sign(group_B)[:, None] * (-1.0 if away else 1.0)
+    low, high = jnp.log1p(-clip), jnp.log1p(clip)
+    ratio_BT = jnp.exp(jnp.clip(sign_B1 * (teacher_logprob_BT - student_logprob_BT), low, high))
+    weight_BT = (1.0 - share) + share * ratio_BT
+    if correct_only:
+        weight_BT = jnp.where(group_B[:, None] > 0, weight_BT, 1.0)
+    return jax.lax.stop_gradient(weight_BT)
+
+
+def share_at(step: int, *, share: float, steps: int) -> float:
+    """Return the share of `evidence_weight` at step 1, 2, ...: `share` at first, 0 from step `steps` + 1.
+
+    It falls linearly, as in RLSD (.5 over 50 steps); `steps` = 0 keeps it constant.
+    """
+    return share * max(0.0, 1.0 - (step - 1) / steps) if steps else share
+
+
 def truncated_importance(
     *, logprob_BT: jax.Array, sampler_logprob_BT: jax.Array, cap: float
 ) -> jax.Array:

@@ -116,6 +116,7 @@ class Scores(flax.struct.PyTreeNode):
       support: inputs of a loss over a support; None where no term has one.
       teacher_hidden_BTD: the teacher's final hidden states, in its compute dtype, laid out as the
         student's rows, for losses over the full vocabulary; None where no term needs them.
+      reference_logprob_BT: of the sampled token; None where nothing is extrapolated.
 
     All but the student's two are None where there is no teacher.
     """
@@ -131,6 +132,7 @@ class Scores(flax.struct.PyTreeNode):
     teacher_overlap_mass_BT: Array = None
     support: Support | None = None
     teacher_hidden_BTD: Array = None
+    reference_logprob_BT: Array = None
 
 
 class TeacherRows(flax.struct.PyTreeNode):
@@ -197,7 +199,8 @@ class TrainState(flax.struct.PyTreeNode):
         This is not the run's step, which counts batches of rollouts.
       params: float32 master weights.
       opt_state: Optax's.
-      average: float32 moving average of `params` where it is the teacher, else None.
+      average: float32 moving average of `params`, or a copy made every so many updates, where that is the
+        teacher, else None.
     """
 
     step: jax.Array

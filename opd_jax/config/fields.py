@@ -45,6 +45,11 @@ TEACHES_NOTHING = (
     "its expected gradient is 0; set --config.loss.advantage=support, or --config.loss.pg_weight=0 "
     "--config.loss.divergence_weight=1 for the divergence's own gradient"
 )
+# The number of an advantage's shape; shapes that are not here have none (validate.py, no_effect.py).
+SHAPE_NUMBERS = {
+    "power": ABOVE_ZERO, "floor": Range(above=0, below=0.5), "skew": Range(above=0, below=1),
+    "unlikely": Range(above=0, below=1),
+}
 ADVANTAGES = Choices(("sampled", "support"), refused=dict.fromkeys(CONSTANT, TEACHES_NOTHING))
 
 
@@ -110,10 +115,11 @@ SECTIONS = (
     _model("teacher", Field("path", "", None, "Hugging Face folder or hub name; `student` = the student "
                             "itself, shown a prompt of its own."),
            "The model that teaches.",
-           Field("follow", "frozen", Choices(("frozen", "average", "live")),
+           Field("follow", "frozen", Choices(("frozen", "average", "live", "every")),
                  "Weights of a teacher that is the student: those of step 0 (frozen), their moving "
-                 "average, or the student's own at every step (live)."),
-           Field("decay", 0.99, SHARE, "Decay of that moving average, per update.")),
+                 "average, the student's own at every step (live), or a copy made now and then (every)."),
+           Field("decay", 0.99, SHARE, "Decay of that moving average, per update."),
+           Field("every", 10, COUNT, "Updates of the optimizer between two such copies.")),
     _model("reference", Field("path", "", None,
                               "Hugging Face folder or hub name; empty = the student at step 0."),
            "The model that KL(student || reference) is measured against."),
@@ -181,6 +187,24 @@ SECTIONS = (
               "Bound of the teacher's log-ratio, on both sides; 0 = none (2603.25562: 5)."),
         Field("discount", 0.0, SHARE,
               "Discount of the teacher's later log-ratios; 0 = a token's own alone, 1 = the whole return."),
+        Field("advantage_shape", "log_ratio", Choices("opd_jax.losses:ADVANTAGE_SHAPES"),
+              "Function of the two log-probs that is the teacher's advantage; log_ratio is log q - log p "
+              "(docs/objectives.md)."),
+        Field("advantage_shape_value", 0.0, FROM_ZERO,
+              "Number of that shape: exponent of power, share of floor, a of skew, probability of unlikely."),
+        Field("extrapolation", 1.0, ABOVE_ZERO,
+              "The teacher's log-prob is moved away from the reference by this factor: 1 = not at all, "
+              "above 1 past the teacher (2602.12125: 1.25), below 1 between the two."),
+        Field("evidence_share", 0.0, SHARE,
+              "Share of the teacher's log-ratio in the size of the group-relative advantage (RLSD); "
+              "0 = none."),
+        Field("evidence_steps", 0, FROM_ZERO, "Steps over which that share falls to 0; 0 = it stays."),
+        Field("evidence_clip", 0.2, Range(above=0, below=1),
+              "The probability ratio of teacher and student is clipped to 1 - this and 1 + this there."),
+        Field("evidence_away", False, None,
+              "Whether the ratio is turned round, so that a token counts more if the teacher likes it less."),
+        Field("evidence_correct_only", False, None,
+              "Whether only rollouts with a positive group advantage are weighted so."),
         Field("support_weight", "student", Choices("opd_jax.losses:SUPPORT_WEIGHTS"),
               "Distribution that weights the ids of the support in the advantage."),
         Field("clip_low", 0.2, SHARE, "The ratio is clipped at 1 - clip_low."),

@@ -3,6 +3,7 @@
 from typing import Any
 
 from opd_jax.config import guard_limits
+from opd_jax.config.fields import SHAPE_NUMBERS
 
 
 def unused(config: Any) -> dict[str, tuple[str, str]]:
@@ -41,6 +42,7 @@ def unused(config: Any) -> dict[str, tuple[str, str]]:
         "--config.loss.pg_weight=1 --config.loss.teacher_coef=1",
     )
     no_reference = "loss.beta_kl=0", "--config.loss.beta_kl=0.01"
+    evidence = "--config.loss.evidence_share=0.5 --config.loss.group_coef=1"
     table = [
         (("clip_low", "clip_high", "dual_clip", "group_coef"), surrogate, no_surrogate),
         # A coefficient of 0 asks for nothing, so nothing is lost.
@@ -52,6 +54,34 @@ def unused(config: Any) -> dict[str, tuple[str, str]]:
         (("advantage",), by_teacher, no_teacher),
         (("advantage_clamp", "discount"), by_teacher, no_teacher),
         (("advantage_clamp", "discount"), not on_support, ids_alone),
+        (("advantage_shape", "extrapolation"), by_teacher, no_teacher),
+        (("advantage_shape", "extrapolation"), not on_support, ids_alone),
+        (
+            ("advantage_shape_value",), loss.advantage_shape in SHAPE_NUMBERS,
+            (
+                f"loss.advantage_shape={loss.advantage_shape} has no number",
+                "--config.loss.advantage_shape=" + " or ".join(SHAPE_NUMBERS),
+            ),
+        ),
+        (
+            ("extrapolation",), loss.advantage_shape != "unlikely",
+            (
+                "loss.advantage_shape=unlikely does not read the teacher",
+                "--config.loss.advantage_shape=log_ratio",
+            ),
+        ),
+        (
+            ("evidence_share",), by_group,
+            (
+                "there is no group-relative reward whose size it could change",
+                "--config.loss.group_coef=1",
+            ),
+        ),
+        (
+            ("evidence_steps", "evidence_clip", "evidence_away", "evidence_correct_only"),
+            by_group and bool(loss.evidence_share),
+            ("loss.evidence_share=0, or there is no group-relative advantage", evidence),
+        ),
         (("importance_cap",), surrogate, no_surrogate),
         (("importance_cap",), of_sampled or not surrogate, ids_alone),
         (

@@ -7,7 +7,7 @@ every `validate` here begins with. They are called once, before anything is load
 from ml_collections import ConfigDict
 
 from opd_jax.config import guard_limits
-from opd_jax.config.fields import FIELDS
+from opd_jax.config.fields import FIELDS, SHAPE_NUMBERS
 from opd_jax.config.no_effect import unused
 from opd_jax.config.schema import check, wrong
 from opd_jax.config.trees import EVALUATION, SAMPLING, TRAINING
@@ -88,6 +88,13 @@ def _check_problems(config: ConfigDict) -> None:
             f"teacher.follow={config.teacher.follow} is for a teacher that is the student, got "
             f"teacher.path={config.teacher.path!r}; set --config.teacher.path=student"
         )
+    usual = FIELDS["teacher.every"].default
+    copies = config.teacher.get("follow", "frozen") == "every"
+    if not copies and (every := config.teacher.get("every", usual)) != usual:
+        raise ConfigError(
+            f"teacher.every={every} has no effect: teacher.follow={config.teacher.follow}; "
+            f"leave it at {usual}, or set --config.teacher.follow=every"
+        )
     if config.data.prompt_template == "same" or config.data.system_prompt == "same":
         raise ConfigError(
             "data.prompt_template and data.system_prompt are the student's own texts, got 'same'; "
@@ -99,10 +106,12 @@ def _check_loss(config: ConfigDict) -> None:
     """Rules between the fields of the loss: what would be ignored, or could not teach, is refused."""
     loss = config.loss
     by_teacher = loss.pg_weight and loss.teacher_coef
-    if (by_teacher or loss.divergence_weight) and not config.teacher.path:
+    by_evidence = loss.pg_weight and loss.group_coef and loss.evidence_share
+    if (by_teacher or by_evidence or loss.divergence_weight) and not config.teacher.path:
         raise wrong(
             "teacher.path", "''",
-            "a Hugging Face folder (loss.teacher_coef or loss.divergence_weight is above 0)",
+            "a Hugging Face folder (loss.teacher_coef, loss.divergence_weight or loss.evidence_share "
+            "is above 0)",
         )  # fmt: skip
     if loss.pg_weight and not (loss.teacher_coef or loss.group_coef):
         raise ConfigError(
@@ -126,6 +135,7 @@ def _check_loss(config: ConfigDict) -> None:
             raise ConfigError(
                 f"loss.{field}={loss[field]} has no effect: {why}; leave it at {usual}, or set {change}"
             )
+    _check_shape(loss)
     if loss.form == "stop_gradient" and loss.direction != "reverse":
         raise ConfigError(
             f"loss.form=stop_gradient with loss.direction={loss.direction}, wanted reverse: elsewhere "
@@ -136,6 +146,30 @@ def _check_loss(config: ConfigDict) -> None:
         raise ConfigError(
             "loss.top_k=1 with loss.form=renormalised: over one id every renormalised distribution is "
             "1, so the divergence is 0 and teaches nothing; set --config.loss.top_k=16"
+        )
+
+
+def _check_shape(loss: ConfigDict) -> None:
+    """Rules about the shape of the teacher's advantage."""
+    shape, value = loss.advantage_shape, loss.advantage_shape_value
+    numbers = SHAPE_NUMBERS.get(shape)
+    if numbers is not None and not numbers.holds(value):
+        example = {"power": 1, "floor": 0.2, "skew": 0.1, "unlikely": 0.1}[shape]
+        raise ConfigError(
+            f"loss.advantage_shape_value={value} with loss.advantage_shape={shape}, wanted "
+            f"{numbers.wanted(0.0)}; set --config.loss.advantage_shape_value={example}"
+        )
+    if shape == "baseline" and loss.discount:
+        raise ConfigError(
+            f"loss.advantage_shape=baseline with loss.discount={loss.discount}: after the baseline every "
+            "later log-ratio has mean 0 at its own prefix, so a return of them adds only noise; set "
+            "--config.loss.discount=0, or --config.loss.advantage_shape=log_ratio"
+        )
+    if loss.extrapolation != 1 and shape in ("baseline", "power", "skew"):
+        raise ConfigError(
+            f"loss.extrapolation={loss.extrapolation} with loss.advantage_shape={shape}, wanted a shape "
+            "of the log-ratio alone: an extrapolated teacher is not a normalised distribution; set "
+            "--config.loss.advantage_shape=log_ratio, or --config.loss.extrapolation=1"
         )
 
 

@@ -95,6 +95,9 @@ def score(workload: Workload) -> Footprint:
     if workload.teacher is not None:
         given["teacher"] = resident.weight_bytes(workload, "teacher")
         roles.append("teacher")
+    if workload.reference_scores:
+        given["reference"] = resident.weight_bytes(workload, "reference")
+        roles.append("reference")
     given["rows"] = 4.0 * rows * (workload.width + workload.teacher_width)
     moments = _passes(workload, roles, rows)
     chunks = len(roles) * xla.LOGITS_SCORE_PLAIN.count
@@ -136,7 +139,8 @@ def gradient(workload: Workload, *, golden: bool = False) -> Footprint:
     given = {"master" if one else "student": trained,
              "gradients": resident.gradients(workload),
              "rows": 4.0 * arrays * tokens}  # fmt: skip
-    others = ("reference",) * (workload.reference is not None and not golden)
+    beside = workload.reference is not None and workload.reference_in_update
+    others = ("reference",) * (beside and not golden)
     for role in others:
         given[role] = resident.weight_bytes(workload, role)
     hidden = xla.HIDDEN_UPDATE.count * _hidden(workload, "student", rows)

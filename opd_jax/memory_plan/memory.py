@@ -46,6 +46,7 @@ def stages(workload: Workload) -> list[Stage]:
     if workload.rollouts:
         decoding = _decoding(workload, workload.device_slots)
         kept = 1 + footprint.arrays_per_token(Scores) + 3 * workload.support  # an id, and scores
+        kept -= not workload.reference_scores  # reference_logprob_BT
         rows = min(IN_FLIGHT * workload.score_rows, workload.device_batch)
         scored = {"rows": 4.0 * kept * rows * workload.width}
         if workload.over_vocabulary:

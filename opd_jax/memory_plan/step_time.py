@@ -151,6 +151,13 @@ def score(workload: Workload, device: Device, length_B: np.ndarray) -> StageTime
             device,
         )
     models = [workload.student] + [workload.teacher] * (workload.teacher is not None)
+    if workload.reference_scores and workload.reference is not None:
+        other, parts = workload.reference, _parts(workload, length_B)
+        works.append(_pass(other, workload, length_B, workload.reference_itemsize))
+        gathered += _gathers(
+            workload, "reference", other, parts, workload.reference_itemsize, device
+        )
+        models.append(other)
     sent = sum(_layer_traffic(workload, model, length_B, 2) for model in models if model)
     return _stage("score", works, device, _reduced(sent, workload.layout.tensor, device) + gathered)
 
@@ -179,7 +186,8 @@ def update(workload: Workload, device: Device, length_B: np.ndarray) -> StageTim
                 workload.itemsize * once * _parts(workload, length_B),
             )
         )
-    if workload.rollouts and workload.reference is not None:
+    reads_reference = workload.rollouts and workload.reference_in_update
+    if reads_reference and workload.reference is not None:
         other = workload.reference
         works.append(_pass(other, workload, length_B, workload.itemsize, heads=2))
         sent += _layer_traffic(workload, other, length_B, 2)

@@ -89,6 +89,8 @@ class Workload:
       nucleus: whether sampling is cut to a nucleus (`rollout.top_p` < 1).
       support: ids of a token that scoring records for the loss (0 = none).
       support_arrays: arrays of as many numbers each that the update reads.
+      reference_scores: whether rollouts are scored with the reference.
+      reference_in_update: whether the update reads the reference, where there is one.
     """
 
     student: ModelConfig
@@ -127,6 +129,8 @@ class Workload:
     nucleus: bool = False
     support: int = 0
     support_arrays: int = 0
+    reference_scores: bool = False
+    reference_in_update: bool = True
 
     @property
     def width(self) -> int:
@@ -270,7 +274,8 @@ def _workload(
         reference_itemsize=_itemsize(config.reference.dtype, device),
         fused=device.gpu and itemsize == 2,
         own_copy=itemsize != 4 or layout.devices > 1,
-        teacher_follows=config.teacher.follow,
+        # Weights copied now and then are kept where a moving average is.
+        teacher_follows="average" if config.teacher.follow == "every" else config.teacher.follow,
         same_reference=frozen and roles.reference is not None and same,
         renumbered=teacher is not None and roles.renumbered,
         vocabulary=roles.vocabulary, batch=batch,
@@ -290,6 +295,8 @@ def _workload(
         support=_places(terms),
         # ids, and of a divergence the teacher's log-probs, of a surrogate the sampler's and advantages
         support_arrays=1 + (terms.divergence_weight != 0) + 2 * terms.on_support,
+        reference_scores=terms.scores_reference,
+        reference_in_update="reference_kl" in terms.names,
     )  # fmt: skip
 
 

@@ -94,11 +94,13 @@ def score(
     *,
     microbatch_tokens: int,
     teacher_rows: TeacherRows | None = None,
+    reference: Model | None = None,
     mesh: Mesh = ONE,
 ) -> Scores:
-    """Score the same responses with student and teacher, in one pass over chunks of tokens; see `Scores`.
+    """Score the same responses with all models, in one pass over chunks of tokens; see `Scores`.
 
-    `teacher_rows` holds the responses behind the teacher's own prompts, where those differ. Rows go
+    Nine parameters, because three models read one set of rows. `teacher_rows` holds the responses behind the
+    teacher's own prompts, where those differ; a `reference` reads the student's rows. Rows go
     through the models in micro-batches of at most `microbatch_tokens` tokens, which bounds the
     activations as `spec.token_chunk` bounds the logits; both apply to one replica of the `mesh`.
     Returns host arrays of the shape of `tokens_BT`.
@@ -122,7 +124,7 @@ def score(
         tokens, length = microbatches.gather((tokens_BT, length_B), part)
         other = None if teacher_rows is None else microbatches.gather_teacher(teacher_rows, part)
         rows = mesh.rows((tokens, length, other))
-        scores = score_part(student, teacher, *rows, spec, mesh=mesh)
+        scores = score_part(student, teacher, *rows, spec, reference, mesh=mesh)
         in_flight.append((part, scores))
         if len(in_flight) == IN_FLIGHT:  # two keep the device busy while one is fetched
             put(*in_flight.pop(0))
@@ -140,12 +142,13 @@ def programs(
     *,
     microbatch_tokens: int,
     teacher_width: int = 0,
+    reference: Model | None = None,
     mesh: Mesh = ONE,
 ) -> list[Program]:
     """Return every program that `score` compiles for `batch` rows of `width`, whatever their lengths.
 
-    `teacher_width` is that of the teacher's own rows, 0 where it has none; the parameters may be
-    shapes and dtypes alone.
+    Nine parameters, those of `score`. `teacher_width` is that of the teacher's own rows, 0 where it has
+    none; the parameters may be shapes and dtypes alone.
     """
     out = []
     for part in microbatches.shapes(
@@ -158,7 +161,7 @@ def programs(
         if teacher_width:
             theirs_BT = np.zeros((part.count, part.teacher_width), np.int32)
             other = TeacherRows(tokens_BT=theirs_BT, length_B=length_B, offset_B=length_B)
-        given = (student, teacher, *mesh.row_structs((tokens_BT, length_B, other)), spec)
+        given = (student, teacher, *mesh.row_structs((tokens_BT, length_B, other)), spec, reference)
         name = f"score {part.count} x {part.width}"
         out.append(Program(name, score_part, given, {"mesh": mesh}))
     return out
@@ -172,12 +175,13 @@ def score_part(
     length_B: jax.Array,
     other: TeacherRows | None,
     spec: ScoreSpec,
+    reference: Model | None = None,
     *,
     mesh: Mesh = ONE,
 ) -> Scores:
     """`score` of one micro-batch, traced once for each of its shapes."""
-    each = mesh.per_replica(_score_rows, (WHOLE, WHOLE, ROWS, ROWS, ROWS, WHOLE), ROWS)
-    return each(student, teacher, tokens_BT, length_B, other, spec)
+    each = mesh.per_replica(_score_rows, (WHOLE, WHOLE, ROWS, ROWS, ROWS, WHOLE, WHOLE), ROWS)
+    return each(student, teacher, tokens_BT, length_B, other, spec, reference)
 
 
 def _score_rows(
@@ -187,6 +191,7 @@ def _score_rows(
     length_B: jax.Array,
     other: TeacherRows | None,
     spec: ScoreSpec,
+    reference: Model | None,
 ) -> Scores:
     """`score_part` on one replica."""
     hidden_BTD = decoder.hidden_states(student.params, student.config, tokens_BT, length_B)
@@ -197,6 +202,10 @@ def _score_rows(
         hidden_BTD = teacher_states(teacher, tokens_BT, length_B, other)
         readouts.append(Readout(head_VD, hidden_BTD, "teacher"))
         fn = partial(_pair_statistics, top_k=spec.top_k, support=spec.support)
+    if reference is not None:
+        assert teacher is not None, "reference: it extrapolates from a teacher"
+        states_BTD = decoder.hidden_states(reference.params, reference.config, tokens_BT, length_B)
+        readouts.append(Readout(decoder.head(reference.params), states_BTD, "reference"))
     scores = map_tokens(
         fn, readouts, tokens_BT,
         token_chunk=spec.token_chunk, vocabulary=spec.vocabulary, events=spec.events,
@@ -218,12 +227,13 @@ def _student_statistics(student_CV: jax.Array, *, token_C: jax.Array) -> Scores:
 def _pair_statistics(
     student_CV: jax.Array,
     teacher_CV: jax.Array,
+    reference_CV: jax.Array | None = None,
     *,
     token_C: jax.Array,
     top_k: int,
     support: tuple[str, int] | None,
 ) -> Scores:
-    """Return all fields of `Scores` for one chunk of tokens, from both log-softmaxes."""
+    """Return all fields of `Scores` for one chunk of tokens, from the models' log-softmaxes."""
     most = max(top_k, support[1] if support else 0)
     student_CX, student_ids_CX = topk.top_k(student_CV, most)
     _, teacher_ids_CX = topk.top_k(teacher_CV, most)
@@ -249,6 +259,7 @@ def _pair_statistics(
             p_logprob_BTV=student_CV[None], q_logprob_BTV=teacher_CV[None]
         )[0],
         support=chosen,
+        reference_logprob_BT=None if reference_CV is None else take(reference_CV, token_C),
         **overlap,
     )
 

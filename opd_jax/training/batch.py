@@ -75,28 +75,18 @@ def advantages(
     reward_B: np.ndarray | None,
     group: int,
     graded_B: np.ndarray | None = None,
+    step: int = 1,
 ) -> np.ndarray:
     """Return the advantage of each sampled token; float32 [B, T], 0 on tokens that are not scored.
 
-    w (teacher_coef * A_teacher + group_coef * A_group). A_teacher is the teacher's log-ratio, clamped and
-    discounted where the config says so (over a support it is `losses.support_advantage`, not here). A_group
-    is the advantage of `reward_B` [B] relative to those of its group that are in `graded_B` (None = all).
-    w is the truncated importance weight.
+    w (teacher_coef * A_teacher + group_coef * A_group). A_teacher is that of `_teacher_advantage` (over a
+    support it is `losses.support_advantage`, not here). A_group is the advantage of `reward_B` [B] relative
+    to those of its group that are in `graded_B` (None = all), times the teacher's evidence where that has a
+    share; the share may fall with the run's `step`. w is the truncated importance weight.
     """
     total_BT = np.zeros(mask_BT.shape, np.float32)
     if terms.pg_weight and terms.teacher_coef and not terms.on_support:
-        ratio_BT = losses.opd_advantage(
-            teacher_logprob_BT=jnp.asarray(scores.teacher_logprob_BT),
-            student_logprob_BT=jnp.asarray(scores.student_logprob_BT),
-        )
-        teacher_BT = np.where(mask_BT, ratio_BT, 0.0)
-        if terms.advantage_clamp:
-            teacher_BT = np.clip(teacher_BT, -terms.advantage_clamp, terms.advantage_clamp)
-        if terms.discount:
-            teacher_BT = losses.discounted(
-                reward_BT=jnp.asarray(teacher_BT), discount=terms.discount
-            )
-        total_BT += terms.teacher_coef * np.asarray(teacher_BT)
+        total_BT += terms.teacher_coef * _teacher_advantage(scores, mask_BT, terms)
     if terms.needs_reward:
         assert reward_B is not None
         group_B = losses.group_advantage(
@@ -105,7 +95,18 @@ def advantages(
             normalise=terms.group_normalise,
             counted_B=None if graded_B is None else jnp.asarray(graded_B),
         )
-        total_BT += terms.group_coef * np.asarray(group_B)[:, None]
+        group_BT = np.asarray(group_B)[:, None]
+        if terms.evidence_share:
+            group_BT = group_BT * losses.evidence_weight(
+                teacher_logprob_BT=jnp.asarray(scores.teacher_logprob_BT),
+                student_logprob_BT=jnp.asarray(scores.student_logprob_BT),
+                group_B=group_B,
+                clip=terms.evidence_clip,
+                share=losses.share_at(step, share=terms.evidence_share, steps=terms.evidence_steps),
+                away=terms.evidence_away,
+                correct_only=terms.evidence_correct_only,
+            )
+        total_BT += terms.group_coef * np.asarray(group_BT)
     if terms.importance_cap:
         total_BT *= np.asarray(
             losses.truncated_importance(
@@ -115,6 +116,36 @@ def advantages(
             )
         )
     return np.where(mask_BT, total_BT, 0.0).astype(np.float32)
+
+
+def _teacher_advantage(scores: Scores, mask_BT: np.ndarray, terms: Terms) -> np.ndarray:
+    """Return the teacher's advantage of each sampled token: extrapolated, shaped, clamped, discounted.
+
+    In this order: the shape is a function of one token's log-probs, the clamp bounds what the shape returns,
+    and the discount sums what the clamp returns. Each step is left out at its default.
+    """
+    teacher_BT = jnp.asarray(scores.teacher_logprob_BT)
+    if terms.scores_reference:
+        teacher_BT = losses.extrapolated(
+            teacher_logprob_BT=teacher_BT,
+            reference_logprob_BT=jnp.asarray(scores.reference_logprob_BT),
+            extrapolation=terms.extrapolation,
+        )
+    shaped_BT = losses.shaped(
+        teacher_logprob_BT=teacher_BT,
+        student_logprob_BT=jnp.asarray(scores.student_logprob_BT),
+        shape=terms.advantage_shape,
+        value=terms.advantage_shape_value,
+        reverse_kl_BT=scores.reverse_kl_BT,
+    )
+    advantage_BT = np.where(mask_BT, shaped_BT, 0.0)
+    if terms.advantage_clamp:
+        advantage_BT = np.clip(advantage_BT, -terms.advantage_clamp, terms.advantage_clamp)
+    if terms.discount:
+        advantage_BT = losses.discounted(
+            reward_BT=jnp.asarray(advantage_BT), discount=terms.discount
+        )
+    return np.asarray(advantage_BT)
 
 
 def rollout_rows(

@@ -67,8 +67,9 @@ class Collector:
         *,
         key: jax.Array,
         clock: Clock,
+        reference: models.Params | None = None,
     ) -> Experience:
-        """Roll out, score, grade. `student` and `teacher` are in their compute dtypes."""
+        """Roll out, score, grade. All weights are in their compute dtypes."""
         group = self.config.rollout.samples_per_prompt
         with stage("rollout"):
             grouped = [prompt for prompt in batch.prompts for _ in range(group)]
@@ -78,7 +79,7 @@ class Collector:
         answers = [problem.answer for problem in batch.problems for _ in range(group)]
         reading = self._background.submit(self._read, rollout, answers)  # while the models score
         with stage("score"):
-            scores = self.functions.score(student, teacher, rollout, teacher_rows)
+            scores = self.functions.score(student, teacher, rollout, teacher_rows, reference)
         clock.lap("score", rollout.response_length_B.sum())
         with stage("read"):
             read = reading.result()

@@ -44,6 +44,14 @@ class Terms:
     advantage: str
     advantage_clamp: float
     discount: float
+    advantage_shape: str
+    advantage_shape_value: float
+    extrapolation: float
+    evidence_share: float
+    evidence_steps: int
+    evidence_clip: float
+    evidence_away: bool
+    evidence_correct_only: bool
     support_weight: str
     clip_low: float
     clip_high: float
@@ -89,13 +97,20 @@ class Terms:
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the reference is needed."""
-        return "reference_kl" in self.names
+        """Whether the reference is needed, to score rollouts or in the update."""
+        return self.scores_reference or "reference_kl" in self.names
+
+    @property
+    def scores_reference(self) -> bool:
+        """Whether rollouts are scored with the reference: the advantage is extrapolated from it."""
+        by_sampled = self.pg_weight and self.teacher_coef and not self.on_support
+        return bool(by_sampled) and self.extrapolation != 1.0
 
     @property
     def needs_teacher(self) -> bool:
         """Whether any term needs the teacher."""
-        return bool(self.pg_weight and self.teacher_coef) or self.divergence_weight != 0
+        by_teacher = self.teacher_coef or (self.group_coef and self.evidence_share)
+        return bool(self.pg_weight and by_teacher) or self.divergence_weight != 0
 
     @property
     def needs_reward(self) -> bool:

@@ -105,9 +105,8 @@ class Step:
             golden = data.golden_rows(batch.prompts, batch.golden, width=self.setup.width)
             golden_rows = rows.golden_rows(*golden, weigh=self.functions.weigh_golden)
             tokens += sum(map(len, batch.golden))
-        inputs = update.Inputs(
-            Frozen(self.weights.reference, head), rollout_rows, golden_rows, weights
-        )
+        reference = self.weights.reference if "reference_kl" in terms.names else None
+        inputs = update.Inputs(Frozen(reference, head), rollout_rows, golden_rows, weights)
         unusable = False
         if experience is not None:
             state, news, unusable = self._check_scores(number, state, experience)
@@ -143,7 +142,9 @@ class Step:
         student = self.functions.compute_weights(state.params)
         teacher = self.functions.teacher_weights(self.weights.scorer, state, student)
         key = key_for(self.config.seed, number, Stream.ROLLOUT)
-        experience = self.collector.collect(student, teacher, batch, key=key, clock=clock)
+        experience = self.collector.collect(
+            student, teacher, batch, key=key, clock=clock, reference=self.weights.reference
+        )
         head = None
         if teacher is not None and self.setup.terms.over_vocabulary:
             head = decoder.head_alone(teacher)
@@ -161,7 +162,7 @@ class Step:
         advantage_BT = rows.advantages(
             rollout, scores, experience.mask_BT, terms,
             reward_B=experience.correct_B, graded_B=experience.graded_B,
-            group=self.config.rollout.samples_per_prompt,
+            group=self.config.rollout.samples_per_prompt, step=number,
         )  # fmt: skip
         counted_BT = rows.counted(
             rollout, experience.mask_BT, truncated=loss.truncated, tail=loss.truncated_tail

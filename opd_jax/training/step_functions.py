@@ -121,6 +121,13 @@ class StepSpec:
             other = Model(self.teacher, teacher)
         return Model(self.student, student), other
 
+    def scored_reference(self, reference: Params | None) -> Model | None:
+        """The reference with its architecture, where rollouts are scored with it; None elsewhere."""
+        if not self.terms.scores_reference:
+            return None
+        assert self.reference is not None
+        return Model(self.reference, reference)
+
 
 @dataclasses.dataclass(frozen=True)
 class StepFunctions:
@@ -154,7 +161,7 @@ class StepFunctions:
     def teacher_weights(
         self, scorer: Params | None, state: TrainState, student: Params | None = None
     ) -> Params | None:
-        """The weights that score: the frozen `scorer`, the student's average, or the student's own.
+        """The weights that score: the frozen `scorer`, the student's average or copy, or the student's own.
 
         `student`: the student's compute weights, where they exist already. None without a teacher.
         """
@@ -180,12 +187,13 @@ class StepFunctions:
         teacher: Params | None,
         rollout: Rollout,
         teacher_rows: TeacherRows | None = None,
+        reference: Params | None = None,
     ) -> Scores:
-        """Score rollouts with the student and, where a term needs it, the teacher."""
+        """Score rollouts with the student and, where a term needs them, teacher and reference."""
         spec = self.spec
         return scoring.score(
             *spec.models(student, teacher), rollout.tokens_BT, rollout.length_B, spec.scoring,
-            teacher_rows=teacher_rows,
+            teacher_rows=teacher_rows, reference=spec.scored_reference(reference),
             microbatch_tokens=spec.config.optim.microbatch_tokens, mesh=spec.mesh,
         )  # fmt: skip
 
@@ -218,18 +226,18 @@ class StepFunctions:
         out = mesh.weight_programs(state.params, spec.dtype)
         rollout_rows = golden_rows = None
         if terms.needs_rollouts:
-            rollout_rows = _blank_rollout_rows(spec, student, teacher)
+            rollout_rows = _blank_rollout_rows(spec, student, teacher, reference)
             own, other = spec.models(student, teacher)
             out += rollout_programs(own, spec.rollouts, spec.sampling, batching=spec.batching)
             out += scoring.programs(
                 own, other, spec.rollouts, spec.width, spec.scoring,
-                teacher_width=spec.teacher_width,
+                teacher_width=spec.teacher_width, reference=spec.scored_reference(reference),
                 microbatch_tokens=spec.config.optim.microbatch_tokens, mesh=mesh,
             )  # fmt: skip
         if terms.needs_golden:
             golden_rows = _blank_golden_rows(spec)
         head = decoder.head_alone(teacher) if teacher and terms.over_vocabulary else None
-        frozen = Frozen(reference, head)
+        frozen = Frozen(reference if "reference_kl" in terms.names else None, head)
         frozen = mesh.structs(frozen, mesh.weights(frozen))
         params = state.params if mesh.devices is None else student
         out += self.accumulate.programs(params, frozen, rollout_rows, golden_rows, weights)
@@ -238,7 +246,7 @@ class StepFunctions:
 
     @property
     def _begin(self) -> Any:
-        average = self.spec.config.teacher.follow == "average"
+        average = self.spec.config.teacher.follow in ("average", "every")
         return partial(update.init_state, tx=self.optimizer, average=average)
 
 
@@ -263,18 +271,23 @@ def make_step_functions(spec: StepSpec) -> StepFunctions:
     )  # fmt: skip
     updates = spec.config.steps * optim.updates_per_rollout
     optimizer = make_optimizer(optim, updates)
+    teacher = spec.config.teacher
     return StepFunctions(
         spec=spec,
         optimizer=optimizer,
         schedule=make_schedule(optim, updates),
         accumulate=accumulate,
         update=update.make_update(
-            optimizer, accumulate, decay=spec.config.teacher.decay, mesh=spec.mesh
+            optimizer,
+            accumulate,
+            decay=teacher.decay,
+            mesh=spec.mesh,
+            every=teacher.every if teacher.follow == "every" else 0,
         ),
     )
 
 
-def _blank_rollout_rows(spec: StepSpec, student: Any, teacher: Any) -> RolloutRows:
+def _blank_rollout_rows(spec: StepSpec, student: Any, teacher: Any, reference: Any) -> RolloutRows:
     """Return zeros with the shapes and dtypes of one update's minibatch of rollouts."""
     count = spec.rollouts // spec.config.optim.updates_per_rollout
     shape = (count, spec.width)
@@ -285,8 +298,9 @@ def _blank_rollout_rows(spec: StepSpec, student: Any, teacher: Any) -> RolloutRo
         teacher_rows = TeacherRows(teacher_BT, length_B, length_B)
     pair = spec.models(unwrapped(student), unwrapped(teacher))
     scores = jax.eval_shape(
-        scoring.score_part, *pair, tokens_BT, length_B, teacher_rows, spec.scoring
-    )
+        scoring.score_part, *pair, tokens_BT, length_B, teacher_rows, spec.scoring,
+        spec.scored_reference(unwrapped(reference)),
+    )  # fmt: skip
     zeros_BT = np.zeros(shape, np.float32)
     return batch.rollout_rows(
         Rollout(tokens_BT, length_B, length_B, zeros_BT, length_B),

@@ -198,12 +198,14 @@ def make_update(
     accumulate: Accumulate,
     *,
     decay: float = 0.0,
+    every: int = 0,
     mesh: Mesh = ONE,
 ) -> Update:
     """Make the step of the optimizer `tx` on the gradient of `accumulate`.
 
-    `decay` is that of the moving average, where the state has one. On a mesh each device updates
-    its shard of the masters, the optimizer's state and the average.
+    `decay` is that of the moving average, where the state has one. With `every` above 0 the state's
+    `average` is a copy of the weights instead, made after each so many applied updates. On a mesh each
+    device updates its shard of the masters, the optimizer's state and the average.
     """
 
     @partial(jax.jit, donate_argnums=(0,))
@@ -215,7 +217,10 @@ def make_update(
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         average = state.average
-        if average is not None:
+        if average is not None and every:
+            due = (state.step + 1) % every == 0
+            average = jax.tree.map(lambda a, w: jnp.where(due, w, a), average, params)
+        elif average is not None:
             average = jax.tree.map(lambda a, w: decay * a + (1.0 - decay) * w, average, params)
         new = TrainState(state.step + 1, params, opt_state, average)
         applied = jnp.isfinite(norm) & jnp.isfinite(total)

@@ -28,6 +28,9 @@ CONFIG = tiny_config(num_layers=1)
 OTHER = {
     "pg_weight": 0.5, "teacher_coef": 0.5, "group_coef": 0.5, "group_normalise": False,
     "advantage": "support", "advantage_clamp": 0.1, "discount": 0.5, "support_weight": "uniform",
+    "advantage_shape": "soft_log", "advantage_shape_value": 0.3, "extrapolation": 1.5,
+    "evidence_share": 0.25, "evidence_steps": 7, "evidence_clip": 0.05, "evidence_away": True,
+    "evidence_correct_only": True,
     "clip_low": 0.1, "clip_high": 0.1, "dual_clip": 3.0, "importance_cap": 2.0,
     "divergence_weight": 0.5, "support": "student", "top_k": 3, "direction": "forward",
     "form": "renormalised", "jsd_beta": 0.1, "skew": 0.3, "lambda_gold": 0.5, "beta_kl": 0.5,
@@ -42,6 +45,9 @@ METHODS = {
     "surrogate over a support": {"advantage": "support", "support": "union"},
     "with rewards": {"advantage": "support", "support": "union", "group_coef": 1.0},
     "GRPO": {"teacher_coef": 0.0, "group_coef": 1.0},
+    "RLSD": {"teacher_coef": 0.0, "group_coef": 1.0, "evidence_share": 0.5},
+    "power": {"advantage_shape": "power", "advantage_shape_value": 2.0},
+    "the student's unlikely tokens": {"advantage_shape": "unlikely", "advantage_shape_value": 0.1},
     "divergence": DIVERGENCE | {"direction": "jsd"},
     "skewed over a support": DIVERGENCE
     | {"direction": "skewed_reverse", "form": "tail", "support": "teacher"},
@@ -73,7 +79,8 @@ def experience() -> Experience:
     )  # fmt: skip
     scores = Scores(
         student_logprob_BT=logprobs(), student_entropy_BT=logprobs(), teacher_logprob_BT=logprobs(),
-        support=support, teacher_hidden_BTD=logprobs(CONFIG.hidden_size),
+        reference_logprob_BT=logprobs(), reverse_kl_BT=-logprobs(), support=support,
+        teacher_hidden_BTD=logprobs(CONFIG.hidden_size),
     )  # fmt: skip
     repeated_BT = generator.uniform(size=shape) < 0.3
     grades = [Grade.CORRECT, Grade.WRONG, Grade.CORRECT, Grade.CORRECT]
@@ -95,7 +102,8 @@ def computed(config) -> tuple:
     batch = SimpleNamespace(problems=[SimpleNamespace(id="a"), SimpleNamespace(id="b")])
     programs, rows = "", ()
     if terms.needs_rollouts:
-        rows, _ = Step._rollout_rows(step, 1, given, batch, masking=False)
+        # At step 1 a share that falls over steps has not fallen yet.
+        rows, _ = Step._rollout_rows(step, 2, given, batch, masking=False)
         if terms.scored_support is None:
             rows = rows.replace(support=None)
         params = decoder.abstract_params(CONFIG)

@@ -90,9 +90,10 @@ def make_plan(
         for field in ("path", "rope_theta", "max_position", "chat_template", "enable_thinking"):
             config.student[field] = student.get(field, config.student[field])
         config.data.date = config.data.date or workdir.date_of(pathlib.Path(folder))
-        if config.teacher.follow == "average":
+        if config.teacher.follow in ("average", "every"):
             raise ConfigError(
-                "teacher.follow=average: the moving average of a checkpoint cannot be probed; set "
+                f"teacher.follow={config.teacher.follow}: the moving average, or the copy, of a "
+                "checkpoint's weights cannot be probed; set "
                 "--config.teacher.follow=frozen or live"
             )
     if not (config.teacher.path or teachers):

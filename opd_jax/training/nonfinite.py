@@ -108,7 +108,7 @@ def bad_scores(rollout: Rollout, scores: Scores, mask_BT: np.ndarray) -> list[Ba
     """Return the rollouts in which the log-prob of a counted token is not finite."""
     logprobs = {
         "sampler": rollout.sampler_logprob_BT, "student": scores.student_logprob_BT,
-        "teacher": scores.teacher_logprob_BT,
+        "teacher": scores.teacher_logprob_BT, "reference": scores.reference_logprob_BT,
     }  # fmt: skip
     bad: dict[int, list[str]] = {}
     for name, logprob_BT in logprobs.items():

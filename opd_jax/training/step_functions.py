@@ -126,6 +126,7 @@ class StepSpec:
         if not self.terms.scores_reference:
             return None
         assert self.reference is not None
+        assert reference is not None
         return Model(self.reference, reference)
 
 

@@ -287,3 +287,14 @@ def test_no_array_of_batch_time_vocabulary(student):
         largest = max(sizes(jax.make_jaxpr(fn)(params).jaxpr))
         assert 8 * 1000 <= largest < full  # sees the chunk's logits, and nothing larger than that
     assert max(sizes(jax.make_jaxpr(everything)(params).jaxpr)) == full  # the walk would notice
+
+
+def test_the_reference_scores_the_sampled_token_and_changes_nothing_else(student, teacher):
+    plain = scores(student, teacher)
+    assert plain.reference_logprob_BT is None
+    reference = noisy_params(STUDENT, seed=2)
+    got = scores(student, teacher, reference=decoder.Model(STUDENT, reference))
+    want = of_tokens(full_logprob(reference, STUDENT, VOCAB))
+    np.testing.assert_allclose(got.reference_logprob_BT[SCORED], want[SCORED], atol=2e-6)
+    for name in ("student_logprob_BT", "teacher_logprob_BT", "reverse_kl_BT"):
+        np.testing.assert_array_equal(getattr(got, name), getattr(plain, name))

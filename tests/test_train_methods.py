@@ -44,6 +44,11 @@ def test_teacher_equal_to_student_leaves_the_student_where_it_is(folders, tmp_pa
     jax.tree.map(np.testing.assert_array_equal, result.state.params, before)
 
 
+def equal(one, other) -> bool:
+    """Whether two trees hold the same numbers."""
+    return jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), one, other))
+
+
 def self_distillation(folders, tmp_path, follow: str):
     config = small(folders, "opd")
     config.teacher.path = "student"
@@ -58,9 +63,10 @@ def self_distillation(folders, tmp_path, follow: str):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("follow", ["frozen", "average", "live"])
+@pytest.mark.parametrize("follow", ["frozen", "average", "live", "every"])
 def test_self_distillation_on_a_file_of_questions(folders, tmp_path, follow, capsys):
     config = self_distillation(folders, tmp_path, follow)
+    config.teacher.every = 3 if follow == "every" else 10
     result = train.run(config, str(tmp_path / "run"), command=[])
     rows = lines(tmp_path / "run", "metrics.jsonl")
     assert rows[1]["score/advantage_mean"] != 0.0  # another prompt, another distribution
@@ -70,12 +76,16 @@ def test_self_distillation_on_a_file_of_questions(folders, tmp_path, follow, cap
     said = capsys.readouterr().out
     assert "12 problems of 12 rows" in said
     assert "answers that match" in said
-    if follow == "average":
+    if follow in ("average", "every"):
         assert result.state.average is not None
         config.steps = 4
         resumed = train.run(config, str(tmp_path / "run"), command=[])
         straight = train.run(config, str(tmp_path / "straight"), command=[])
         jax.tree.map(np.testing.assert_array_equal, resumed.state, straight.state)
+        assert not equal(
+            resumed.state.average, result.state.average
+        )  # that of step 3, or another mean
+        assert not equal(resumed.state.average, resumed.state.params)
     else:
         assert result.state.average is None
 
@@ -145,6 +155,52 @@ def test_grpo_has_no_teacher_and_learns_from_grades(folders, tmp_path, monkeypat
     np.testing.assert_allclose(row["loss/opd"], 0.0, atol=1e-5)
     signs = [np.sign(line["advantage"][0]) for line in lines(tmp_path / "half", "rollouts.jsonl")]
     assert signs == [1.0, 1.0]
+
+
+@pytest.mark.slow
+def test_extrapolation_scores_with_the_student_at_step_0(folders, tmp_path):
+    config = small(folders, "opd")
+    config.steps, config.eval.data, config.loss.extrapolation = 2, "", 1.5
+    train.run(config, str(tmp_path / "run"), command=[])
+    first, later = (
+        [line for line in lines(tmp_path / "run", "rollouts.jsonl") if line["step"] == step]
+        for step in (1, 2)
+    )
+    for line in first:  # the reference is the student: 1.5 (log q - log p)
+        ratio = np.subtract(line["teacher_logprob"], line["student_logprob"])
+        np.testing.assert_allclose(line["advantage"], 1.5 * ratio, atol=1e-4)
+    for line in later:  # and then the student has moved
+        ratio = np.subtract(line["teacher_logprob"], line["student_logprob"])
+        assert np.abs(line["advantage"] - 1.5 * ratio).max() > 1e-4
+    config.loss.extrapolation = 1.0
+    train.run(config, str(tmp_path / "plain"), command=[])
+    rows = [lines(tmp_path / name, "metrics.jsonl")[1] for name in ("run", "plain")]
+    assert rows[0]["optim/grad_norm"] != rows[1]["optim/grad_norm"]
+    assert rows[0]["score/reverse_kl"] == rows[1]["score/reverse_kl"]
+
+
+@pytest.mark.slow
+def test_evidence_of_the_student_shown_the_solution(folders, tmp_path, monkeypatch):
+    """RLSD: the reward gives every sign, the teacher moves the size by a tenth at most, then not at all."""
+    config = small(folders, "opd")
+    config.steps, config.eval.data, config.log.rollouts = 2, "", 8
+    config.teacher.path, config.data.teacher_prompt_template = "student", "{problem}{answer}"
+    config.loss.update({"teacher_coef": 0.0, "group_coef": 1.0, "group_normalise": False})
+    config.loss.update({"evidence_share": 0.5, "evidence_steps": 1})
+    every_other = [Grade.CORRECT, Grade.WRONG] * 4
+    monkeypatch.setattr(Grader, "grade", lambda self, pairs, **how: every_other)
+    train.run(config, str(tmp_path / "run"), command=[])
+    found = lines(tmp_path / "run", "rollouts.jsonl")
+    for line in found:
+        size = np.array(line["advantage"]) * (2 if line["correct"] else -2)
+        if line["step"] == 2:  # the share has fallen to 0
+            np.testing.assert_array_equal(size, 1.0)
+            continue
+        ratio = np.subtract(line["teacher_logprob"], line["student_logprob"])
+        ratio *= 1 if line["correct"] else -1
+        expected = 0.5 + 0.5 * np.clip(np.exp(ratio), 0.8, 1.2)
+        np.testing.assert_allclose(size, expected, atol=1e-4)
+        assert np.abs(size - 1.0).max() > 1e-3
 
 
 @pytest.mark.slow

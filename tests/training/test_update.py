@@ -1,6 +1,7 @@
 """One step: micro-batches, order and donation change nothing; methods are limits of each other."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -332,6 +333,30 @@ def test_the_moving_average_by_hand():
         expected = 0.9 * expected + 0.1 * np.asarray(state.params["dense"]["bias"])
     np.testing.assert_allclose(state.average["dense"]["bias"], expected, rtol=1e-6)
     assert np.abs(expected - np.asarray(state.params["dense"]["bias"])).max() > 1e-4
+
+
+def test_a_copy_every_so_many_applied_updates():
+    """Weights 0 0 2 2 4 at updates 1 to 4; an update that is skipped neither counts nor copies."""
+    tx = optax.sgd(0.1)
+    accumulate = update.make_accumulate(
+        toy_rollout_loss, None, microbatch_tokens=B * T, dtype=jnp.float32
+    )
+    step = update.make_update(tx, accumulate, every=2)
+    state = update.init_state(fresh(TOY_PARAMS), tx, average=True)
+    copies = [np.asarray(TOY_PARAMS["dense"]["bias"])]
+    spoilt = ROWS.replace(advantage_BT=np.full_like(ROWS.advantage_BT, np.nan))
+    for number in range(1, 5):
+        if number == 2:
+            state, metrics = step(state, Frozen(), spoilt, None, ONES)
+            assert not np.isfinite(metrics["loss/total"])
+            np.testing.assert_array_equal(state.average["dense"]["bias"], copies[-1])
+        state, _ = step(state, Frozen(), ROWS, None, ONES)
+        if number % 2 == 0:
+            copies.append(np.asarray(state.params["dense"]["bias"]))
+        np.testing.assert_array_equal(state.average["dense"]["bias"], copies[-1])
+    assert int(state.step) == 4
+    assert len(copies) == 3
+    assert all(np.abs(a - b).max() > 1e-4 for a, b in itertools.pairwise(copies))
 
 
 def test_bfloat16_compute_keeps_float32_masters():

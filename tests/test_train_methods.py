@@ -200,7 +200,7 @@ def test_evidence_of_the_student_shown_the_solution(folders, tmp_path, monkeypat
         ratio *= 1 if line["correct"] else -1
         expected = 0.5 + 0.5 * np.clip(np.exp(ratio), 0.8, 1.2)
         np.testing.assert_allclose(size, expected, atol=1e-4)
-        assert np.abs(size - 1.0).max() > 1e-3
+        assert np.abs(size - 1.0).max() > 1e-5
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ published values rest on is quoted in configs/recipes.py.
 
 # fmt: off
 import datetime
+import importlib
 import re
 from typing import Any
 
@@ -77,13 +78,18 @@ def _counts(numbers: Any) -> bool:
     return whole and len(set(numbers)) == len(numbers)
 
 
+def _shows_problem(text: str) -> bool:
+    templates = importlib.import_module("opd_jax.data.templates")  # its package loads JAX
+    return text == "same" or templates.shows_problem(text)
+
+
 def _words(words: Any) -> bool:
     return all(isinstance(word, str) and re.fullmatch(r"[^\W\d_]+", word) for word in words)
 
 
 DAY = Rule("a day as YYYY-MM-DD, such as 2026-01-31, or none", _is_day)
 PATTERN = Rule("a regular expression", _is_pattern)
-TEMPLATE = Rule("a text that holds {problem}", lambda text: text == "same" or "{problem}" in text)
+TEMPLATE = Rule("a text that holds {problem} or a {column} of its row", _shows_problem)
 TEXTS = Rule('texts, such as ("<","think")', lambda texts: all(isinstance(x, str) and x for x in texts))
 POSITIONS = Rule("whole numbers above 0, each above the one before, such as (256,512)", _rising)
 WORDS = Rule('words of letters, such as ("wait","but")', _words)
@@ -135,7 +141,7 @@ SECTIONS = (
         Field("bad_rows", "refuse", Choices("opd_jax.data.dataset:BAD_ROWS"),
               "What is done about a row that cannot be used: refuse the file, or skip the row and count it."),
         Field("prompt_template", "{problem}", TEMPLATE,
-              "The user's turn. {problem}, {answer} and {solution} are filled in."),
+              "The user's turn. {problem}, {answer}, {solution} and any {column} of the row are filled in."),
         Field("system_prompt", "", None,
               "The system's turn; empty = the row's own, if any; none = no such turn."),
         Field("teacher_prompt_template", "same", TEMPLATE,

@@ -7,10 +7,11 @@ several columns (question.py).
 
 import collections
 import dataclasses
+import difflib
 import functools
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from opd_jax.data import cells
@@ -18,6 +19,7 @@ from opd_jax.data.cells import THOUGHTS, Unusable
 from opd_jax.data.files import Row, RowError, place
 from opd_jax.data.problem import Problem
 from opd_jax.data.question import read_question
+from opd_jax.data.templates import PARTS
 
 # In order of precedence; the first column that holds a value is used.
 PROBLEM = ("problem", "question", "prompt", "query", "instruction", "messages", "conversations")
@@ -58,12 +60,13 @@ def read_problem(
     need_solution: bool = False,
     need_answer: bool = False,
     field: str = "data.columns",
+    shown: Sequence[str] = (),
 ) -> tuple[Problem, Columns]:
     """Return the problem of a row, and the columns of its parts.
 
-    `columns` has the fields of `Columns`; `field` is the config section it comes from. Raises
-    RowError (file, line, the missing part, the available columns, the option that names the
-    right one) where the row lacks the problem, or a part that is needed.
+    `columns` has the fields of `Columns`; `field` is the config section it comes from; `shown` are further
+    columns that a prompt template names. Raises RowError (file, line, the missing part, the available
+    columns, the option that names the right one) where the row lacks the problem, or a part that is needed.
     """
     where = place(path, number)
 
@@ -122,8 +125,31 @@ def read_problem(
         answer=answer or "",
         system=question.system,
         history=question.history,
+        columns=tuple((name, _shown_text(row, name, where)) for name in shown),
     )
     return problem, Columns(taken_problem, taken_solution, taken_answer, taken_id)
+
+
+def _shown_text(row: Row, name: str, where: str) -> str:
+    """Return the text of a column that a prompt template names. Raises RowError where there is none."""
+    value = reach(row, name)
+    if value is _MISSING:
+        match = difflib.get_close_matches(name, [*row, *PARTS], n=1, cutoff=0.5)
+        hint = f"did you mean {{{match[0]}}}? " if match else ""
+        raise RowError(
+            f"{where}: the prompt template shows {{{name}}}, and there is no such column; {hint}it has "
+            f"{_names(row)}; correct --config.data.prompt_template or teacher_prompt_template (braces "
+            "that are text have a space inside: { x })",
+            f"no column {name!r}",
+        )
+    try:
+        return cells.scalar(value)
+    except Unusable as error:
+        raise RowError(
+            f"{where}: the prompt template shows {{{name}}}, but this column {error}; correct the row, or "
+            "show another column in --config.data.prompt_template or teacher_prompt_template",
+            f"no {name}",
+        ) from None
 
 
 def reach(row: Row, column: str) -> Any:
@@ -149,7 +175,8 @@ def count(counts: Counts, row: Row, problem: Problem, taken: Columns) -> None:
     Not read may be columns, and keys of the turns of a chat: `messages[].tool_calls`.
     """
     paths = {path for part in dataclasses.astuple(taken) for path in part.split(" + ")}
-    known = paths | {path.split(".")[0] for path in paths}
+    paths_shown = paths | {name for name, _ in problem.columns}
+    known = paths_shown | {path.split(".")[0] for path in paths_shown}
     known |= set(_MARKS) if "generations" in known else set()
     entries = {part: [column] for part, column in dataclasses.asdict(taken).items()} | {
         "not read": [name for name in row if name not in known and cells.holds(row[name])]

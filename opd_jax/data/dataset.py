@@ -91,16 +91,24 @@ def open_problems(
     need_solution: bool = False,
     need_answer: bool = False,
     bad_rows: str = "refuse",
+    shown: Sequence[str] = (),
 ) -> Problems:
     """Open the problems named `name`, the value of the config field `field`.
 
     `tiny:SPLIT` is the generated data set, with `size` problems; any other name is a file (.jsonl,
     .json, .parquet), all of whose rows are read once, here. A row that cannot be used, or that lacks
     a part that is needed, raises DataError (`bad_rows` "refuse") or is skipped and counted ("skip").
-    `columns` names columns (`data.columns`). Raises ConfigError for a name that is neither.
+    `columns` names columns (`data.columns`), and `shown` those that prompt templates show beside the parts
+    of a problem. Raises ConfigError for a name that is neither.
     """
     if not _is_file(name):
         split = split_of(name, field=field)
+        if shown:
+            raise ConfigError(
+                f"{field}={name}: the prompt template shows {{{shown[0]}}}, but generated problems have only "
+                "{problem}, {answer} and {solution}; "
+                f"correct the template, or name a file with this column: --config.{field}=FILE"
+            )
         return Problems(
             name,
             lambda index: arithmetic.problem(split, index),
@@ -113,7 +121,8 @@ def open_problems(
             f"bad_rows={bad_rows!r}, wanted one of {', '.join(BAD_ROWS)}; "
             "set --config.data.bad_rows=refuse"
         )
-    needs = {"columns": columns, "need_solution": need_solution, "need_answer": need_answer}
+    needs = {"columns": columns, "need_solution": need_solution, "need_answer": need_answer,
+             "shown": shown}  # fmt: skip
     rows = open_rows(name)
     kept = np.zeros(len(rows), bool)
     skipped: collections.Counter[str] = collections.Counter()

@@ -12,7 +12,8 @@ class Problem:
 
     `solution` and `answer` are "" where the source has none; `system` is the text of a system turn
     that the source prescribes for this problem, "" for none. `history` holds (role, text) of the turns
-    between the two: user's and assistant's.
+    between the two: user's and assistant's. `columns` holds (name, text) of further columns of the row,
+    those that a prompt template shows.
     """
 
     id: str
@@ -21,6 +22,7 @@ class Problem:
     answer: str
     system: str = ""
     history: History = ()
+    columns: tuple[tuple[str, str], ...] = ()
 
     @property
     def question(self) -> str:
@@ -29,7 +31,7 @@ class Problem:
 
     def row(self) -> dict[str, Any]:
         """Return the row of a file that `data.open_problems` reads as this problem."""
-        row: dict[str, Any] = {
+        row: dict[str, Any] = dict(self.columns) | {
             "id": self.id, "problem": self.prompt, "solution": self.solution, "answer": self.answer,
         }  # fmt: skip
         if self.system:

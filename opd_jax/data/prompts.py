@@ -1,11 +1,11 @@
 """Prompts and golden rows: problems as token ids."""
 
 import dataclasses
-import re
 from collections.abc import Sequence
 
 import numpy as np
 
+from opd_jax.data import templates
 from opd_jax.data.problem import History, Problem
 from opd_jax.data.template_boundary import golden_ids
 from opd_jax.data.tokenizer import Tokenizer
@@ -17,7 +17,7 @@ class PromptStyle:
     """How a problem is presented to a model.
 
     Attributes:
-      template: text of the last user turn; {problem}, {answer} and {solution} are replaced.
+      template: text of the last user turn, filled in by `templates.fill`.
       system: text of the system turn; "" for the problem's own, if it has one, "none" for none.
     """
 
@@ -26,12 +26,17 @@ class PromptStyle:
 
     def turns(self, problem: Problem) -> tuple[str, str, History]:
         """Return the texts of the last user turn and of the system turn, and the turns between them."""
-        fields = {
+        parts = {
             "problem": problem.prompt, "answer": problem.answer, "solution": problem.solution,
         }  # fmt: skip
-        text = re.sub(r"\{(problem|answer|solution)\}", lambda m: fields[m[1]], self.template)
+        text = templates.fill(self.template, dict(problem.columns) | parts)
         system = "" if self.system == "none" else self.system or problem.system
         return text, system, problem.history
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns of a row that the template shows beside problem, answer and solution."""
+        return templates.columns_of(self.template)
 
     def texts(self, problems: Sequence[Problem], tokenizer: Tokenizer) -> list[str]:
         """Render the prompt of each problem with the tokenizer's chat template."""

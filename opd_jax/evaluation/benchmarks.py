@@ -8,6 +8,7 @@ sets are small, we report avg@32. For Minerva, OlympiadBench, and MATH500, we re
 import dataclasses
 import pathlib
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from opd_jax import data
@@ -132,8 +133,9 @@ def load(
     columns: Any = Columns(),  # noqa: B008 (frozen)
     bad_rows: str = "refuse",
     any_size: bool = False,
+    shown: Sequence[str] = (),
 ) -> Loaded:
-    """Load the problems of a benchmark, each with a gold answer.
+    """Load the problems of a benchmark, each with a gold answer, and with the columns in `shown`.
 
     A file may hold several benchmarks (LUFFY's valid.all.parquet: its column data_source has more than
     one value). A benchmark with a `label` then takes the problems of that label, each once. `columns`
@@ -148,7 +150,7 @@ def load(
     chosen = Columns(*(getattr(columns, f) or getattr(known, f) for f in fields))
     opened = data.open_problems(
         file, field="eval.benchmarks", columns=chosen, size=benchmark.size or data.TEST_SIZE,
-        need_answer=True, bad_rows=bad_rows,
+        need_answer=True, bad_rows=bad_rows, shown=shown,
     )  # fmt: skip
     skipped = dict(opened.skipped)
     if mixed:

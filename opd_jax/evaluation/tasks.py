@@ -68,7 +68,7 @@ def make_tasks(config: ConfigDict, subject: Subject) -> list[Task]:
     for benchmark, file in parse(config.eval.benchmarks):
         loaded = load(
             benchmark, file, columns=config.data.columns, bad_rows=config.data.bad_rows,
-            any_size=config.eval.any_size,
+            any_size=config.eval.any_size, shown=style.columns,
         )  # fmt: skip
         problems = loaded.problems[: config.eval.problems or None]
         samples = config.eval.samples or benchmark.samples

@@ -194,15 +194,17 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
     train = data.open_problems(
         config.data.train, field="data.train", columns=config.data.columns, size=config.data.size,
         need_solution=needs_solution, need_answer=shows_answer or terms.needs_reward,
-        bad_rows=config.data.bad_rows,
+        bad_rows=config.data.bad_rows, shown=tuple(dict.fromkeys(styles[0].columns + styles[1].columns)),
     )  # fmt: skip
     held_out = None
     if config.eval.data:
         privileged = "{solution}" in styles[1].template
+        asked = styles if config.eval.teacher else styles[:1]
         held_out = data.open_problems(
             config.eval.data, field="eval.data", columns=config.data.columns,
             size=config.eval.problems or data.TEST_SIZE, need_solution=privileged and config.eval.teacher,
             need_answer=shows_answer or not config.eval.match, bad_rows=config.data.bad_rows,
+            shown=tuple(dict.fromkeys(name for style in asked for name in style.columns)),
         )  # fmt: skip
     setup = Setup(
         config=config,

@@ -123,7 +123,7 @@ def make_plan(config: ConfigDict) -> Plan:
     problems = data.open_problems(
         config.data.train, field="data.train", columns=config.data.columns, size=config.data.size,
         need_solution="{solution}" in style.template, need_answer="{answer}" in style.template,
-        bad_rows=config.data.bad_rows,
+        bad_rows=config.data.bad_rows, shown=style.columns,
     )  # fmt: skip
     limit = config.rollout.max_prompt_tokens
 

@@ -1,0 +1,246 @@
+"""Published methods by name: each is a set of numbers, with the source of every number beside it.
+
+python launch/train.py --config=configs/methods.py:vopd
+python launch/train.py --config=configs/methods.py:exopd,qwen3-1.7b,data=FILE
+
+`configs/methods.py:NAME[,RECIPE[,key=value...]]`; recipes and options are those of configs/recipes.py, and
+the recipe is `tiny` where none is named. docs/objectives.md has the equation of every method. How well a
+number is known stands beside it:
+
+    found         read in the paper's text or in its authors' code
+    second-hand   in independent notes or re-implementations
+    unknown       no source was found; the number is a choice of this project
+
+Numbers under `run` (learning rate, batch, lengths) are those of the paper's own training. They replace the
+recipe's, except in the recipes `tiny` and `smollm2-135m`, which are far smaller than any paper's run.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs import recipes
+from opd_jax.config.schema import near
+from opd_jax.errors import ConfigError
+
+_SMALL = ("tiny", "smollm2-135m")
+_DIVERGENCE = {"loss.pg_weight": 0.0, "loss.divergence_weight": 1.0}
+_REWARD = {
+    "loss.teacher_coef": 0.0,
+    "loss.group_coef": 1.0,
+    "rollout.samples_per_prompt": 8,  # LUFFY's on-policy RL: n = 8
+}
+_LUFFY = {"rollout.prompts_per_step": 128}  # LUFFY: batch 128
+ITSELF, NOBODY = "itself", "nobody"
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A published method.
+
+    Attributes:
+      source: arXiv id, and what was read.
+      numbers: fields and their values. run: likewise, of the paper's own training.
+      teacher: "" = the recipe's; ITSELF = the student, shown the golden solution; NOBODY = none.
+    """
+
+    source: str
+    numbers: Mapping[str, Any]
+    run: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    teacher: str = ""
+
+
+METHODS: dict[str, Method] = {
+    # Sums over the sampled token, over the vocabulary, over a support.
+    "opd": Method("2604.08527, section 2", {}),
+    "stable_opd": Method(
+        "2604.08527, Eq. 6",
+        {
+            "loss.lambda_gold": 0.1,  # unknown in the paper; 0.1 in two re-implementations
+            "loss.beta_kl": 0.01,  # unknown in the paper; 0.01 in two re-implementations
+        },
+    ),
+    "full_opd": Method("2604.08527, Eq. 2: reverse KL over the whole vocabulary", _DIVERGENCE),
+    "topk_opd": Method(
+        "2603.25562, local support matching",
+        _DIVERGENCE
+        | {
+            "loss.support": "teacher",  # found
+            "loss.form": "renormalised",  # found
+            "loss.aggregation": "token",  # found
+            "loss.top_k": 32,  # found; of tiny's 308 ids a few hold nearly all of the mass
+        },
+        run={"rollout.top_p": 0.9},  # found
+    ),
+    "support_opd": Method(
+        "2604.13016 and its code",
+        {
+            "loss.advantage": "support",  # found
+            "loss.support": "student",  # found
+            "loss.top_k": 16,  # found
+        },
+    ),
+    "gkd": Method(
+        "2306.13649, on-policy, and TRL's trainer",
+        _DIVERGENCE | {"loss.direction": "jsd", "loss.jsd_beta": 0.5},  # TRL's default
+    ),
+    "distillm": Method(
+        "2402.03898, skewed reverse KL",
+        _DIVERGENCE | {"loss.direction": "skewed_reverse", "loss.skew": 0.1},  # found
+    ),
+    # Shapes of the teacher's advantage.
+    "clamped_opd": Method("2603.25562", {"loss.advantage_clamp": 5.0}),  # found
+    "vopd": Method("2605.07865, Eq. 9", {"loss.advantage_shape": "baseline"}),  # second-hand
+    "power_opd": Method(
+        "2606.17199",
+        {
+            "loss.advantage_shape": "power",  # second-hand
+            "loss.advantage_shape_value": 2.0,  # unknown; "larger is better", 2 in a test of a code
+        },
+    ),
+    "soft_log_opd": Method("2607.13399", {"loss.advantage_shape": "soft_log"}),  # second-hand
+    "reopold": Method(
+        "2603.11137, Eq. 7; without its entropy mask and stages, whose thresholds are unknown",
+        {
+            "loss.advantage_shape": "floor",  # second-hand
+            "loss.advantage_shape_value": 0.2,  # unknown; the paper wants it below 1/2
+        },
+    ),
+    "skewed_opd": Method(
+        "2402.03898, one sample of its skewed reverse KL",
+        {"loss.advantage_shape": "skew", "loss.advantage_shape_value": 0.1},  # found
+    ),
+    "opd_plus_reverse": Method("2606.01039", {"loss.advantage_shape": "f_reverse"}),  # second-hand
+    "opd_plus_forward": Method("2606.01039", {"loss.advantage_shape": "f_forward"}),  # second-hand
+    "opd_plus_jsd": Method("2606.01039", {"loss.advantage_shape": "f_jsd"}),  # second-hand
+    "tv_opd": Method(
+        "total variation, in two notes on 2606.01039",
+        {"loss.advantage_shape": "f_total_variation"},  # second-hand; its factor 1/2 inferred
+    ),
+    "unlikely_control": Method(
+        "2608.31046: a control that does not read the teacher",
+        {
+            "loss.advantage_shape": "unlikely",  # second-hand
+            "loss.advantage_shape_value": 0.1,  # unknown
+        },
+    ),
+    # Past the teacher, or between it and the reference.
+    "exopd": Method(
+        "2602.12125; the authors' code is RUCBM/G-OPD, read in EasyOPD's version",
+        {"loss.extrapolation": 1.25},  # second-hand
+        run={
+            "optim.learning_rate": 1e-5,  # second-hand
+            "rollout.prompts_per_step": 1024,  # second-hand
+            "rollout.samples_per_prompt": 1,  # second-hand
+            "rollout.max_response_tokens": 16_384,  # second-hand
+            "loss.importance_cap": 5.0,  # second-hand
+        },
+    ),
+    "g_opd_interpolated": Method("2602.12125", {"loss.extrapolation": 0.5}),  # second-hand
+    # Verifiable rewards, alone and with a teacher that is the student shown the solution.
+    "grpo": Method("2402.03300", _REWARD, run=_LUFFY, teacher=NOBODY),
+    "dr_grpo": Method(
+        "2503.20783",
+        _REWARD | {"loss.group_normalise": False, "loss.aggregation": "constant"},  # found
+        run=_LUFFY,
+        teacher=NOBODY,
+    ),
+    "rlsd": Method(
+        "2604.03128, its README; Eqs. 13 to 16",
+        _REWARD
+        | {
+            "loss.evidence_share": 0.5,  # found
+            "loss.evidence_steps": 50,  # found; other configs of the authors have 30
+            "loss.evidence_clip": 0.2,  # found
+            "teacher.follow": "every",  # found: "synchronised every 10 steps"
+            "teacher.every": 10,  # found
+        },
+        teacher=ITSELF,
+    ),
+    "rlrt": Method(
+        "2605.10781: the ratio turned round, on correct rollouts",
+        _REWARD
+        | {
+            "loss.evidence_away": True,  # second-hand
+            "loss.evidence_correct_only": True,  # second-hand
+            "loss.evidence_share": 0.5,  # unknown; that of RLSD
+            "loss.evidence_clip": 0.2,  # unknown; that of RLSD
+        },
+        teacher=ITSELF,
+    ),
+    # A teacher that is the student with another prompt.
+    "opsd": Method("2605.11182", {}, teacher=ITSELF),
+    "opct": Method(
+        "2605.21834; its code and a test",
+        {
+            # The student reads {problem}, the teacher another column of the same row; name yours by
+            # --config.data.teacher_prompt_template={COLUMN}
+            "data.teacher_prompt_template": "{clean}",
+            "teacher.path": "student",  # second-hand
+            "teacher.follow": "frozen",  # second-hand
+            "loss.teacher_coef": 2.0,  # second-hand
+            "loss.discount": 0.9,  # second-hand
+        },
+        run={
+            "optim.learning_rate": 5e-6,  # second-hand; of a LoRA
+            "rollout.temperature": 0.7,  # second-hand
+            "rollout.samples_per_prompt": 4,  # second-hand
+            "rollout.max_response_tokens": 2048,  # second-hand
+        },
+    ),
+}
+
+
+def get_config(text: str | None = None) -> ConfigDict:
+    """The config of `NAME[,RECIPE[,key=value...]]`."""
+    name, *rest = (text or "").split(",")
+    if name not in METHODS:
+        raise ConfigError(
+            f"method {name!r} is not known; {near(name, list(METHODS))}; give one such as "
+            "--config=configs/methods.py:vopd"
+        )
+    method = METHODS[name]
+    if not rest or "=" in rest[0]:
+        rest = ["tiny", *rest]
+    own_teacher = method.teacher in (ITSELF, NOBODY) or "teacher.path" in method.numbers
+    config = recipes.recipe(",".join(rest), without=("teacher",) if own_teacher else ())
+    small = rest[0] in _SMALL
+    if method.teacher == ITSELF:
+        config.teacher.path = "student"
+        tiny = rest[0] == "tiny"  # its models have 512 positions, and a letter is a token to them
+        shown = "{problem}\n{solution}" if tiny else recipes.PRIVILEGED
+        config.data.teacher_prompt_template = shown
+    elif method.teacher == NOBODY:
+        config.teacher.path = ""
+        config.data.teacher_prompt_template = config.data.teacher_system_prompt = "same"
+        config.eval.teacher = False
+    for field, value in {**method.numbers, **({} if small else method.run)}.items():
+        section, _, last = field.rpartition(".")
+        config[section][last] = value
+    if rest[0] == "tiny":
+        _fit_tiny(config, name)
+    _fit_memory(config)
+    return config
+
+
+def _fit_tiny(config: ConfigDict, name: str) -> None:
+    """What the generated problems and the small vocabulary of `tiny` need."""
+    if config.loss.support != "full":
+        config.loss.top_k = 4  # of 308 ids, 8 of which hold 99.99 % of the mass
+    if config.rollout.samples_per_prompt == 8:
+        config.rollout.prompts_per_step = 8  # as many rollouts a step as the other methods
+    if name == "opct" and config.data.train == "tiny:train":
+        # Generated problems have no other column: the student reads a hint that may be wrong.
+        config.data.prompt_template = "I think 7. {problem}"
+        config.data.teacher_prompt_template = "{problem}"
+        config.rollout.max_prompt_tokens = 56
+
+
+def _fit_memory(config: ConfigDict) -> None:
+    """A micro-batch that holds the longest row, and not all rollouts of a large step at one time."""
+    row = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+    config.optim.microbatch_tokens = max(config.optim.microbatch_tokens, row)
+    if config.rollout.prompts_per_step * config.rollout.samples_per_prompt > 512:
+        config.rollout.slots = 512

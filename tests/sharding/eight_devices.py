@@ -163,6 +163,18 @@ def test_scores_are_the_same_on_any_mesh(devices, params):
         np.testing.assert_allclose(a[inside_BT], b[inside_BT], atol=2e-5)
 
 
+def test_the_reference_scores_alike_on_a_mesh(params):
+    teacher, reference = noisy_params(TEACHER, seed=1), noisy_params(CONFIG, seed=2)
+    results = [
+        score(devices, own, teacher, reference=decoder.Model(CONFIG, on(devices, reference)))
+        for devices, own in ((ONE, noisy_params(CONFIG)), (make("2x2x2"), params))
+    ]
+    inside_BT = np.arange(T)[None] < random_rows(CONFIG, B, T)[1][:, None]
+    want, got = (scores.reference_logprob_BT[inside_BT] for scores in results)
+    np.testing.assert_allclose(got, want, atol=2e-5)
+    assert np.abs(want).max() > 1.0
+
+
 # The update.
 
 

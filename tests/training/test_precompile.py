@@ -58,13 +58,20 @@ def own_cache(tmp_path):
             marks=pytest.mark.slow,
         ),
         pytest.param(
+            {"loss.extrapolation": 1.25, "loss.beta_kl": 0.0, "teacher.path": "student",
+             "teacher.follow": "every", "teacher.every": 2, "loss.group_coef": 1.0,
+             "loss.evidence_share": 0.5, "loss.evidence_steps": 2},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
             {"loss.support": "student", "loss.advantage": "support",
              "rollout.stop_on_repetition": 20, "data.teacher_prompt_template": "{problem}?",
              "data.bad_rows": "skip"},
             marks=pytest.mark.slow,
         ),
     ],
-    ids=["stable_opd", "full, slots, two updates", "support, other prompts"],
+    ids=["stable_opd", "full, slots, two updates", "extrapolation, evidence, copies",
+         "support, other prompts"],
 )  # fmt: skip
 def test_a_run_meets_no_program_that_was_not_compiled_ahead(
     folders, tmp_path, own_cache, changes, monkeypatch, caplog

@@ -27,7 +27,18 @@ CASES = {
         ("q_logprob_BTV", "q_rest_BT"),
     ),
     "entropy": ({"logprob_BTV": P}, ()),
+    "evidence_weight": (
+        {
+            "teacher_logprob_BT": TOKEN_Q, "student_logprob_BT": TOKEN_P,
+            "group_B": np.ones(len(TOKEN_P), np.float32), "clip": 0.9, "share": 0.5,
+        },
+        ("teacher_logprob_BT", "student_logprob_BT", "group_B"),
+    ),
     "exact_kl": (PAIR, ("q_logprob_BTV",)),
+    "extrapolated": (
+        {"teacher_logprob_BT": TOKEN_Q, "reference_logprob_BT": TOKEN_P, "extrapolation": 1.5},
+        ("teacher_logprob_BT", "reference_logprob_BT"),
+    ),
     "forward_kl": (PAIR, ("q_logprob_BTV",)),
     "generalised_jsd": (PAIR | {"beta": 0.5}, ("q_logprob_BTV",)),
     "group_advantage": (
@@ -43,6 +54,13 @@ CASES = {
     ),
     "renormalised": ({"logprob_BTX": P}, ()),
     "sft_nll": ({"logprob_BT": TOKEN_P}, ()),
+    "shaped": (
+        {
+            "teacher_logprob_BT": TOKEN_Q, "student_logprob_BT": TOKEN_P, "reverse_kl_BT": TOKEN_P,
+            "shape": "baseline",
+        },
+        ("teacher_logprob_BT", "student_logprob_BT", "reverse_kl_BT"),
+    ),
     "skewed_forward_kl": (PAIR | {"skew": 0.1}, ("q_logprob_BTV",)),
     "skewed_reverse_kl": (PAIR | {"skew": 0.1}, ("q_logprob_BTV",)),
     "stop_gradient_reverse_kl": (PAIR, ("q_logprob_BTV",)),
@@ -73,4 +91,5 @@ def test_constants_have_no_gradient_and_all_else_has(name):
 
 def test_every_function_of_the_package_is_here():
     functions = {name for name in losses.__all__ if name.islower()}
-    assert functions - {"token_weights"} == CASES.keys()  # whose mask is of booleans
+    # The mask of the first is of booleans, and the second is about a step's number.
+    assert functions - {"token_weights", "share_at"} == CASES.keys()

@@ -69,6 +69,18 @@ def test_scoring_may_be_busiest_in_a_layer():
 
 
 @pytest.mark.short
+def test_a_reference_that_only_scores_is_read_there_and_not_in_the_update():
+    given = workload(reference=MODEL, reference_scores=True, reference_in_update=False)
+    alone, beside = (footprint.score(one) for one in (workload(), given))
+    assert beside.arguments == alone.arguments | {"reference": 2 * P}
+    # One more model's states of 16 tokens, and its chunk of logits.
+    more = {"activations": 16 * 8, "logits": alone.temporaries["logits"] / 2}
+    for kind, size in more.items():
+        assert beside.temporaries[kind] - alone.temporaries[kind] == size
+    assert footprint.gradient(given) == footprint.gradient(workload())
+
+
+@pytest.mark.short
 def test_the_update():
     given = workload(reference=MODEL, token_chunk=16, remat="full")
     found = footprint.gradient(given)

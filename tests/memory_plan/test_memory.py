@@ -29,6 +29,8 @@ def test_what_stays_on_one_device():
     beside = workload(reference=MODEL, renumbered=True)
     assert memory.always(beside)["reference"] == 2 * P
     assert memory.always(beside)["teacher"] == 2 * P + 2 * 10 * 4  # a second output matrix
+    scoring = workload(reference=MODEL, reference_scores=True, reference_in_update=False)
+    assert memory.always(scoring)["reference"] == 2 * P
     shared = workload(reference=MODEL, same_reference=True)
     assert "reference" not in memory.always(shared)
 

@@ -66,6 +66,15 @@ def test_a_reference_is_one_more_pass_with_its_logits_twice():
     assert more[1] - more[0] == pytest.approx((2 * 32 * (240 + 80) + 32 * 4 * 36) / 1000)
 
 
+def test_a_reference_that_scores_is_one_more_pass_there():
+    beside = workload(
+        reference=workload().student, reference_scores=True, reference_in_update=False
+    )
+    score = [step_time.score(one, DEVICE, FOUR).compute_s for one in (workload(), beside)]
+    assert score[1] == pytest.approx(1.5 * score[0])  # three equal models instead of two
+    assert step_time.update(beside, DEVICE, FOUR) == step_time.update(workload(), DEVICE, FOUR)
+
+
 def test_a_loss_over_the_vocabulary_is_the_teachers_logits_twice():
     alone, beside = workload(), workload(over_vocabulary=True)
     more = [step_time.update(one, DEVICE, FOUR).compute_s for one in (alone, beside)]

@@ -12,6 +12,7 @@ import pytest
 from configs import opsd
 from launch.make_tiny import make_tokenizer
 from opd_jax import models, train
+from opd_jax.errors import ConfigError, DataError
 from opd_jax.grading import Grade
 from opd_jax.grading.grader import Grader
 from opd_jax.training.setup import make_setup
@@ -155,6 +156,58 @@ def test_grpo_has_no_teacher_and_learns_from_grades(folders, tmp_path, monkeypat
     np.testing.assert_allclose(row["loss/opd"], 0.0, atol=1e-5)
     signs = [np.sign(line["advantage"][0]) for line in lines(tmp_path / "half", "rollouts.jsonl")]
     assert signs == [1.0, 1.0]
+
+
+def two_prompts(folders, tmp_path):
+    """OPCT: the student reads a perturbed prompt, and itself at step 0, as its teacher, the clean one."""
+    config = small(folders, "opd")
+    rows = [
+        {"problem": f"I say 9. {i}+1", "clean": f"{i}+1", "answer": str(i + 1)} for i in range(8)
+    ]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config.data.train, config.data.teacher_prompt_template = str(file), "{clean}"
+    config.teacher.path = "student"
+    config.loss.teacher_coef, config.loss.discount = 2.0, 0.9
+    config.eval.data, config.eval.teacher, config.steps = "", False, 1
+    return config
+
+
+def test_student_and_teacher_read_two_columns_of_a_row(folders, tmp_path):
+    config = two_prompts(folders, tmp_path)
+    setup = make_setup(config)
+    batch = setup.read([setup.train[3]])
+    student, teacher = (
+        setup.tokenizer.decode(ids[0]) for ids in (batch.prompts, batch.teacher_prompts)
+    )
+    assert "I say 9. 3+1" in student
+    assert "3+1" in teacher
+    assert "I say 9" not in teacher
+    config.eval.data = (
+        "tiny:test"  # whose problems have no such column: only a teacher would read it
+    )
+    make_setup(config)
+    config.eval.teacher = True
+    with pytest.raises(
+        ConfigError, match=r"eval.data=tiny:test: the prompt template shows \{clean"
+    ):
+        make_setup(config)
+    config.data.teacher_prompt_template = "{claen}"
+    with pytest.raises(DataError, match=r"shows \{claen\}, and .* did you mean \{clean\}\?"):
+        make_setup(config)
+
+
+@pytest.mark.slow
+def test_consistency_training_with_two_prompts(folders, tmp_path):
+    train.run(two_prompts(folders, tmp_path), str(tmp_path / "run"), command=[])
+    row = lines(tmp_path / "run", "metrics.jsonl")[1]
+    assert row["score/advantage_mean"] != 0.0
+    line = lines(tmp_path / "run", "rollouts.jsonl")[0]
+    ratio = np.subtract(line["teacher_logprob"], line["student_logprob"])
+    expected = 0.0
+    for t in reversed(range(len(ratio))):
+        expected = ratio[t] + 0.9 * expected
+    np.testing.assert_allclose(line["advantage"][0], 2 * expected, atol=1e-3)
 
 
 @pytest.mark.slow

@@ -9,7 +9,9 @@ LOGITS = CHUNK * VOCABULARY * 4  # of one chunk and one model
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("case", "chunks"), [("score", 8), ("update", 5)])
+@pytest.mark.parametrize(
+    ("case", "chunks"), [("score", 8), ("score with a reference", 8), ("update", 5)]
+)
 def test_a_token_costs_less_than_25_kB_beyond_activations(case, chunks):
     few, many = (reserved(case, VOCABULARY, tokens) for tokens in (FEW, MANY))
     activations = reserved(case, SMALL, MANY) - reserved(case, SMALL, FEW)

@@ -100,11 +100,11 @@ def score(workload: Workload) -> Footprint:
         roles.append("reference")
     given["rows"] = 4.0 * rows * (workload.width + workload.teacher_width)
     moments = _passes(workload, roles, rows)
-    # Of the reference only the sampled token is read: its chunk is gone before the pair's are made.
-    pair = len(roles) - workload.reference_scores
-    chunks = pair * xla.LOGITS_SCORE_PLAIN.count
+    # Of the reference only the sampled token is read: one chunk (tests/support/memory_152k.py).
+    alone = int(workload.reference_scores)
+    chunks = (len(roles) - alone) * xla.LOGITS_SCORE_PLAIN.count + alone
     if workload.fused:
-        chunks = pair * xla.LOGITS_SCORE.count
+        chunks = (len(roles) - alone) * xla.LOGITS_SCORE.count + alone
         chunks += xla.LOGITS_SUPPORT.count * (workload.support > 0)
     # Hidden states that the update will read are results of the program: no temporary.
     returned = hidden_for_update(workload, rows) if workload.over_vocabulary else 0.0

@@ -59,6 +59,16 @@ def score(vocabulary: int, tokens: int) -> Case:
     return one, (model_of, model_of, given.tokens_BT, given.length_B)
 
 
+def score_with_reference(vocabulary: int, tokens: int) -> Case:
+    """The same with the log-prob of a third model, from which an advantage is extrapolated."""
+    _, (pair, _, tokens_BT, length_B) = score(vocabulary, tokens)
+    spec = scoring.ScoreSpec(vocabulary, 16, CHUNK)
+    one = jax.jit(lambda s, t, tokens_BT, length_B, reference: scoring.score_part(
+        s, t, tokens_BT, length_B, None, spec, reference
+    ))  # fmt: skip
+    return one, (pair, pair, tokens_BT, length_B, pair)
+
+
 def naive_score(vocabulary: int, tokens: int) -> Case:
     """The same statistics but the overlap, from whole arrays of log-probs."""
     config = model(vocabulary)
@@ -104,7 +114,10 @@ def naive_update(vocabulary: int, tokens: int) -> Case:
     return make_add(loss, jnp.float32), (params, Frozen(), rows(tokens), weights, params)
 
 
-CASES = {"score": score, "naive score": naive_score, "update": update, "naive update": naive_update}
+CASES = {
+    "score": score, "score with a reference": score_with_reference, "naive score": naive_score,
+    "update": update, "naive update": naive_update,
+}  # fmt: skip
 
 
 def reserved(case: str, vocabulary: int, tokens: int) -> int:

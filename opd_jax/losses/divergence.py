@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 from opd_jax.shapes import check_shapes
 
-DIRECTIONS = ("reverse", "forward", "jsd", "skewed_reverse", "skewed_forward")
-FORMS = ("raw", "renormalised", "tail", "stop_gradient")
+DIRECTIONS = ("reverse", "forward", "jsd", "skewed_reverse", "skewed_forward", "mixture")
+FORMS = ("raw", "renormalised", "tail", "stop_gradient", "teacher_renormalised")
 _NEVER = -1e30  # a finite log-prob without mass: its product with 0 is 0
 
 
@@ -94,6 +94,20 @@ def skewed_forward_kl(
     return jnp.sum(jnp.exp(log_q) * (log_q - _mixture(log_q, log_p, skew)), axis=-1)
 
 
+def mixed_kl(*, p_logprob_BTV: jax.Array, q_logprob_BTV: jax.Array, share: float) -> jax.Array:
+    """share KL(p || q) + (1 - share) KL(q || p), 0 <= share <= 1. [B, T]; gradient through p only.
+
+    2605.16826 (second-hand), on the student's prefixes; the paper's best share is not known. A direction
+    whose weight is 0 is not computed, so that the ends are exactly `exact_kl` and `forward_kl`.
+    """
+    pair = {"p_logprob_BTV": p_logprob_BTV, "q_logprob_BTV": q_logprob_BTV}
+    if share == 1:
+        return exact_kl(**pair)
+    if share == 0:
+        return forward_kl(**pair)
+    return share * exact_kl(**pair) + (1.0 - share) * forward_kl(**pair)
+
+
 def renormalised(logprob_BTX: jax.Array) -> jax.Array:
     """log p^(v) = log p(v) - log sum_{u in S} p(u): the distribution restricted to the support. [B, T, X].
 
@@ -124,17 +138,25 @@ def divergence(
     q_rest_BT: jax.Array | None = None,
     jsd_beta: float | None = None,
     skew: float | None = None,
+    reverse_share: float | None = None,
 ) -> jax.Array:
     """D(student, teacher) over the last axis, by the named direction and form. [B, T].
 
     form "raw": sums over the support without correction. "renormalised": of `renormalised` distributions.
     "tail": of those `with_rest`, whose log-masses are `p_rest_BT`, `q_rest_BT`. "stop_gradient":
-    `stop_gradient_reverse_kl`, for direction "reverse". Over the full vocabulary all four agree.
-    Direction "jsd" needs `jsd_beta`, the skewed ones need `skew`.
+    `stop_gradient_reverse_kl`, for direction "reverse". "teacher_renormalised": q alone is divided by its
+    mass on the support, and p stays that of the full vocabulary (EOPD's code, 2603.07079); the forward KL
+    is then the renormalised one minus log p(S), which also pulls the student's mass onto the support.
+    Over the full vocabulary all five agree.
+
+    Direction "jsd" needs `jsd_beta`, the skewed ones `skew`, and "mixture" `reverse_share`: three
+    parameters of which one is read, which is why there are nine.
     """
     q_logprob_BTV = jax.lax.stop_gradient(q_logprob_BTV)
     if form == "renormalised":
         p_logprob_BTV, q_logprob_BTV = renormalised(p_logprob_BTV), renormalised(q_logprob_BTV)
+    elif form == "teacher_renormalised":
+        q_logprob_BTV = renormalised(q_logprob_BTV)
     elif form == "tail":
         assert p_rest_BT is not None
         assert q_rest_BT is not None
@@ -150,6 +172,9 @@ def divergence(
         assert skew is not None
         skewed = {"skewed_reverse": skewed_reverse_kl, "skewed_forward": skewed_forward_kl}
         return skewed[direction](**pair, skew=skew)
+    if direction == "mixture":
+        assert reverse_share is not None
+        return mixed_kl(**pair, share=reverse_share)
     return {"reverse": exact_kl, "forward": forward_kl}[direction](**pair)
 
 

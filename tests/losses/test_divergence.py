@@ -91,6 +91,7 @@ def directed(x_TV, y_TV, direction: str, beta: float = 0.5):
         form="raw",
         jsd_beta=beta,
         skew=0.1,
+        reverse_share=0.25,
     )[0]
 
 
@@ -108,6 +109,7 @@ def directed(x_TV, y_TV, direction: str, beta: float = 0.5):
         ("skewed_reverse", 0.5, 0.176791),
         # m = 0.9 p + 0.1 q = (0.475, 0.295, 0.23): -0.160463 - 0.041379 + 0.388264
         ("skewed_forward", 0.5, 0.186422),
+        ("mixture", 0.5, 0.233961),  # 0.25 * 0.218012 + 0.75 * 0.239278
     ],
 )
 def test_divergences_by_hand(direction, beta, value):
@@ -182,6 +184,46 @@ def test_jsd_tends_to_the_two_kls_at_its_ends(logits):
         )
 
 
+@pytest.mark.parametrize(("share", "value"), [(0.25, 0.20034), (1.0, 0.22314), (0.0, 0.19274)])
+def test_mixed_kl_by_hand(share, value):
+    """p = (.5, .5), q = (.8, .2): KL(p||q) = .22314, KL(q||p) = .19274, mixed .25 to .75: .20034."""
+    got = losses.mixed_kl(
+        p_logprob_BTV=row(np.log([[0.5, 0.5]])), q_logprob_BTV=row(np.log([[0.8, 0.2]])), share=share
+    )
+    np.testing.assert_allclose(got, [[value]], atol=5e-6)
+
+
+def test_the_ends_of_the_mixture_are_the_two_directions_to_the_bit(logits):
+    """At 1 it is the reverse KL even where the forward KL is infinite."""
+    student, other = (jnp.asarray(x, jnp.float32) for x in logits)
+    certain = jnp.where(jnp.arange(7) == 2, 0.0, -jnp.inf) + jnp.zeros_like(student)
+    pair = {"form": "raw", "q_logprob_BTV": jax.nn.log_softmax(other)[None]}
+    for p, share, direction in [
+        (student, 1.0, "reverse"), (student, 0.0, "forward"), (certain, 1.0, "reverse"),
+    ]:  # fmt: skip
+
+        def value(p, pair=pair, **kind):
+            return jnp.sum(losses.divergence(p_logprob_BTV=p, **pair, **kind))
+
+        p = jax.nn.log_softmax(p)[None]
+        got = jax.value_and_grad(value)(p, direction="mixture", reverse_share=share)
+        want = jax.value_and_grad(value)(p, direction=direction)
+        np.testing.assert_array_equal(got[0], want[0])
+        np.testing.assert_array_equal(got[1], want[1])
+        assert np.isfinite(got[0])
+
+
+def test_mixture_gradient_in_closed_form(logits):
+    """share p (log p - log q - KL) + (1 - share) (p - q), in the student's logits."""
+    with jax.enable_x64(True):
+        x, y = map(jnp.asarray, logits)
+        log_p, log_q = log_softmax(logits[0]), log_softmax(logits[1])
+        kl = np.sum(np.exp(log_p) * (log_p - log_q), axis=-1, keepdims=True)
+        wanted = 0.25 * np.exp(log_p) * (log_p - log_q - kl) + 0.75 * (np.exp(log_p) - np.exp(log_q))
+        got = jax.grad(lambda x: jnp.sum(directed(x, y, "mixture")))(x)
+        np.testing.assert_allclose(got, wanted, atol=1e-12)
+
+
 # supports and forms: the first two of three ids, a third place holds none
 
 LOG_P, LOG_Q = jnp.log(jnp.asarray(P, jnp.float32)), jnp.log(jnp.asarray(Q, jnp.float32))
@@ -200,6 +242,7 @@ def on_first_two(x, y, direction: str, form: str):
         form=form,
         jsd_beta=0.5,
         skew=0.1,
+        reverse_share=0.25,
     )[0, 0]
 
 
@@ -217,6 +260,10 @@ def on_first_two(x, y, direction: str, form: str):
         ("jsd", "tail", 0.055582),
         ("skewed_reverse", "tail", 0.176791),
         ("skewed_forward", "tail", 0.186422),
+        ("mixture", "raw", -0.063833),  # 0.25 * 0.401270 - 0.75 * 0.218867
+        ("mixture", "tail", 0.233963),  # 0.25 * 0.218012 + 0.75 * 0.239278
+        # 1/2 log(1/2 / 0.5) + 1/2 log(1/2 / 0.3): q is renormalised, p is not
+        ("forward", "teacher_renormalised", 0.255413),
     ],
 )
 def test_forms_by_hand(direction, form, value):
@@ -239,7 +286,7 @@ def test_gradients_of_forms_by_hand(form, gradient):
     np.testing.assert_allclose(got, gradient, atol=2e-6)
 
 
-@pytest.mark.parametrize("form", losses.FORMS[:3])
+@pytest.mark.parametrize("form", [*losses.FORMS[:3], losses.FORMS[4]])
 @pytest.mark.parametrize("direction", SOME_DIRECTIONS)
 def test_gradients_of_forms_by_finite_differences(logits, direction, form):
     with jax.enable_x64(True):
@@ -279,7 +326,7 @@ def test_over_the_whole_vocabulary_all_forms_agree(logits, direction, form):
                 p_logprob_BTV=jax.nn.log_softmax(x)[None],
                 q_logprob_BTV=jax.nn.log_softmax(y)[None],
                 p_rest_BT=empty, q_rest_BT=empty, direction=direction, form=form,
-                jsd_beta=0.5, skew=0.1,
+                jsd_beta=0.5, skew=0.1, reverse_share=0.25,
             )
         )  # fmt: skip
 
@@ -299,12 +346,31 @@ def test_an_empty_support_is_zero_without_a_gradient(direction, form):
         return losses.divergence(
             p_logprob_BTV=p, q_logprob_BTV=nothing, p_rest_BT=jnp.zeros((1, 1)),
             q_rest_BT=jnp.zeros((1, 1)), direction=direction, form=form, jsd_beta=0.5,
-            skew=0.1,
+            skew=0.1, reverse_share=0.25,
         )[0, 0]  # fmt: skip
 
     got, gradient = jax.value_and_grad(value)(nothing)
     np.testing.assert_allclose(got, 0.0, atol=1e-7)
     np.testing.assert_array_equal(gradient, 0.0)
+
+
+def test_the_teacher_alone_renormalised_by_hand():
+    """EOPD: q^ of (.6, .3), p (.5, .4) of the full vocabulary; what is more than `renormalised` is -log p(S)."""
+    p, q = row(np.log([[0.5, 0.4]])), row(np.log([[0.6, 0.3]]))
+    got = {
+        form: float(
+            losses.divergence(p_logprob_BTV=p, q_logprob_BTV=q, direction="forward", form=form)[0, 0]
+        )
+        for form in ("teacher_renormalised", "renormalised", "raw")
+    }
+    np.testing.assert_allclose(list(got.values()), [0.13101, 0.02566, 0.02309], atol=5e-6)
+    np.testing.assert_allclose(got["teacher_renormalised"] - got["renormalised"], 0.10536, atol=5e-6)
+
+
+def test_the_teacher_alone_renormalised_has_the_gradient_p_minus_q():
+    """In the student's logits p - q^ within the support and p outside: -sum q^ grad log p."""
+    got = jax.grad(lambda x: on_first_two(x, LOG_Q, "forward", "teacher_renormalised"))(LOG_P)
+    np.testing.assert_allclose(got, P - np.array([0.5, 0.5, 0.0]), atol=1e-6)
 
 
 def test_renormalised_intersection_with_a_stop_gradient_is_the_same_thing(logits):

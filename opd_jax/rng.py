@@ -13,6 +13,7 @@ class Stream(IntEnum):
     SAMPLE = 3  # cold-start solutions of the teacher; the step is the batch of problems
     PROBE = 4  # a probe; the step is the length of the prefix, then model and batch are folded in
     BENCHMARK = 5  # answers of launch/evaluate.py; the step is 0, then the answer is folded in
+    GATE = 6  # draws of a gate, one a token; the rollout's place in the batch is folded in
 
 
 def key_for(seed: int, step: int, stream: Stream) -> jax.Array:

@@ -113,6 +113,7 @@ class Scores(flax.struct.PyTreeNode):
       overlap_ratio_BT: share of the student's top-k that is in the teacher's top-k.
       overlap_advantage_BT: mean over the shared ids of p (log q - log p), renormalised over them.
       student_overlap_mass_BT, teacher_overlap_mass_BT: probability that each puts on the shared ids.
+      statistic_BT: one more number, which a token weight asks for (see scoring.ScoreSpec); None without.
       support: inputs of a loss over a support; None where no term has one.
       teacher_hidden_BTD: the teacher's final hidden states, in its compute dtype, laid out as the
         student's rows, for losses over the full vocabulary; None where no term needs them.
@@ -130,6 +131,7 @@ class Scores(flax.struct.PyTreeNode):
     overlap_advantage_BT: Array = None
     student_overlap_mass_BT: Array = None
     teacher_overlap_mass_BT: Array = None
+    statistic_BT: Array = None
     support: Support | None = None
     teacher_hidden_BTD: Array = None
     reference_logprob_BT: Array = None
@@ -171,6 +173,9 @@ class RolloutRows(flax.struct.PyTreeNode):
       teacher_hidden_BTD: as in `Scores`.
       support: of each token's prefix, for losses over a support; None where no term has one.
       support_advantage_BTX: float32, constant, of each id of the support.
+      divergence_gate_BT: float32, factor of each token's divergence; None without a gate.
+      token_factor_BT: float32, factor of each token's weight in every term; None without. On the host only:
+        `training.batch.share` multiplies it into `weight_BT`.
     """
 
     tokens_BT: Array
@@ -181,6 +186,8 @@ class RolloutRows(flax.struct.PyTreeNode):
     teacher_hidden_BTD: Array = None
     support: Support | None = None
     support_advantage_BTX: Array = None
+    divergence_gate_BT: Array = None
+    token_factor_BT: Array = None
 
 
 class GoldenRows(flax.struct.PyTreeNode):

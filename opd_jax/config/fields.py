@@ -231,6 +231,44 @@ SECTIONS = (
               "What is done about the mass outside the support (docs/objectives.md)."),
         Field("jsd_beta", 0.5, Range(above=0, below=1), "b of the generalised Jensen-Shannon divergence."),
         Field("skew", 0.1, Range(above=0, below=1), "a of the skewed divergences (2402.03898)."),
+        Field("reverse_share", 0.5, SHARE, "Share of KL(student || teacher) in the mixture; the rest is "
+              "KL(teacher || student)."),
+        Field("gate", "none", Choices("opd_jax.losses:GATES"),
+              "Tokens that have the divergence: all, those whose teacher is unsure (entropy, beside the "
+              "surrogate), or, instead of the surrogate, those that the teacher likes less (advantage) or "
+              "would not accept (acceptance)."),
+        Field("gate_threshold", 0.0, Range(-1),
+              "Least entropy of the teacher in nats (2603.07079: 0.8), or the largest q - p in probability "
+              "of a token that has the divergence (2605.06387: 0)."),
+        Field("token_weight", "none", Choices("opd_jax.losses:TOKEN_WEIGHTS"),
+              "Rule by which tokens weigh more or less, rescaled to keep the sum (docs/objectives.md)."),
+        Field("token_weight_on", "all", Choices("opd_jax.losses:WEIGHTED"),
+              "What token_weight and rollout_gate multiply: the teacher's advantage, or the weight of the "
+              "token in all terms."),
+        Field("token_weight_strength", 0.5, FROM_ZERO,
+              "Strength of iw (2606.22600: 0.5), step (2605.07725: 0.2) and fire (2606.02684: 1)."),
+        Field("token_weight_threshold", 0.9, SHARE,
+              "prune: an overlap of the top-k sets below this is a bad token (2605.07804: 0.9)."),
+        Field("token_weight_drop", 0.02, SHARE,
+              "prune: what each bad token takes from the weight of all later ones (2605.07804: 0.02)."),
+        Field("token_weight_least", 0.0, FROM_ZERO,
+              "prune: added to every weight; selectkd: weight of other tokens (2510.24021: 0.01)."),
+        Field("token_weight_keep", 0.5, Range(above=0, high=1),
+              "Share of tokens that tip (2604.14084: 0.5) and ta (2605.26844: 0.05) keep, or of rollouts "
+              "that fire keeps (2606.02684: 0.8)."),
+        Field("token_weight_quantile", 1.0, Range(above=0.5, high=1),
+              "Quantile that counts as the largest: of the entropy for tip (0.98, or 1 = no clip), of "
+              "both scores for ta (2605.26844: 0.95)."),
+        Field("token_weight_top_k", 16, COUNT,
+              "k of the student's ids for ta (2605.26844: 16), of the teacher's for selectkd "
+              "(2510.24021: 5)."),
+        Field("token_weight_window", 0, FROM_ZERO,
+              "step: tokens of a step; 0 = a step is a paragraph, up to a blank line."),
+        Field("rollout_gate", "none", Choices("opd_jax.losses:ROLLOUT_GATES"),
+              "Rollouts that count: all, the correct ones, or those on which teacher and reward agree "
+              "(2607.04037)."),
+        Field("rollout_gate_margin", 0.0, FROM_ZERO,
+              "Least difference of the rollout's log-likelihoods for agreement, in nats (2607.04037: 0)."),
         Field("lambda_gold", 0.0, FROM_ZERO, "Weight of the supervised loss on golden solutions."),
         Field("beta_kl", 0.0, FROM_ZERO, "Weight of KL(student || reference) on visited prefixes."),
         Field("kl_estimator", "full", Choices("opd_jax.losses:ESTIMATORS"),

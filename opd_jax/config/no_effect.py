@@ -5,6 +5,13 @@ from typing import Any
 from opd_jax.config import guard_limits
 from opd_jax.config.fields import SHAPE_NUMBERS
 
+# Numbers of a token weight: the rules that read them.
+_READ_BY = {
+    "strength": ("iw", "step", "fire"), "threshold": ("prune",), "drop": ("prune",),
+    "least": ("prune", "selectkd"), "keep": ("tip", "ta", "fire"), "quantile": ("tip", "ta"),
+    "top_k": ("ta", "selectkd"), "window": ("step",),
+}  # fmt: skip
+
 
 def unused(config: Any) -> dict[str, tuple[str, str]]:
     """Return {field of the section `loss`: (why nothing reads it, the option that would change that)}.
@@ -43,6 +50,16 @@ def unused(config: Any) -> dict[str, tuple[str, str]]:
     )
     no_reference = "loss.beta_kl=0", "--config.loss.beta_kl=0.01"
     evidence = "--config.loss.evidence_share=0.5 --config.loss.group_coef=1"
+    on_teacher = loss.token_weight_on == "teacher"
+    weighted, gated = loss.token_weight != "none", loss.rollout_gate != "none"
+    by_evidence = by_group and bool(loss.evidence_share)
+    factors = by_teacher or ((divergence or by_evidence) and not on_teacher)
+    no_factors = (
+        f"loss.pg_weight={loss.pg_weight:g}, loss.teacher_coef={loss.teacher_coef:g} and "
+        f"loss.divergence_weight={loss.divergence_weight:g} have no term of the teacher that "
+        f"loss.token_weight_on={loss.token_weight_on} would weigh",
+        "--config.loss.pg_weight=1 --config.loss.teacher_coef=1",
+    )
     table = [
         (("clip_low", "clip_high", "dual_clip", "group_coef"), surrogate, no_surrogate),
         # A coefficient of 0 asks for nothing, so nothing is lost.
@@ -79,7 +96,7 @@ def unused(config: Any) -> dict[str, tuple[str, str]]:
         ),
         (
             ("evidence_steps", "evidence_clip", "evidence_away", "evidence_correct_only"),
-            by_group and bool(loss.evidence_share),
+            by_evidence,
             ("loss.evidence_share=0, or there is no group-relative advantage", evidence),
         ),
         (("importance_cap",), surrogate, no_surrogate),
@@ -90,7 +107,36 @@ def unused(config: Any) -> dict[str, tuple[str, str]]:
         ),
         (("support", "top_k"), on_support or divergence, no_support),
         (("top_k",), loss.support != "full", whole),
-        (("direction", "form", "jsd_beta", "skew"), divergence, no_divergence),
+        (
+            ("direction", "form", "jsd_beta", "skew", "reverse_share", "gate", "gate_threshold"),
+            divergence, no_divergence,
+        ),
+        (
+            ("reverse_share",), loss.direction == "mixture",
+            (f"loss.direction={loss.direction}", "--config.loss.direction=mixture"),
+        ),
+        (
+            ("gate_threshold",), loss.gate in ("entropy", "advantage"),
+            (f"loss.gate={loss.gate} has no threshold", "--config.loss.gate=entropy"),
+        ),
+        (("token_weight",), factors, no_factors),
+        (("rollout_gate",), by_teacher if on_teacher else rollouts, no_factors),
+        (
+            ("token_weight_on",), weighted or gated,
+            ("loss.token_weight=none and loss.rollout_gate=none", "--config.loss.token_weight=iw"),
+        ),
+        *(
+            (
+                (f"token_weight_{number}",), loss.token_weight in rules,
+                (f"loss.token_weight={loss.token_weight} does not read it",
+                 f"--config.loss.token_weight={rules[0]}"),
+            )
+            for number, rules in _READ_BY.items()
+        ),
+        (
+            ("rollout_gate_margin",), loss.rollout_gate == "agreement",
+            (f"loss.rollout_gate={loss.rollout_gate}", "--config.loss.rollout_gate=agreement"),
+        ),
         (("form",), loss.support != "full", whole),
         (
             ("jsd_beta",), loss.direction == "jsd",

@@ -35,6 +35,7 @@ def validate(config: ConfigDict) -> None:
             "trained; set --config.loss.pg_weight=1"
         )
     _check_loss(config)
+    _check_gates(config)
     if config.loss.pg_weight and config.rollout.temperature == 0:
         raise wrong("rollout.temperature", 0, "a number above 0: greedy rollouts do not explore")
     prompts, updates = config.rollout.prompts_per_step, config.optim.updates_per_rollout
@@ -136,6 +137,12 @@ def _check_loss(config: ConfigDict) -> None:
                 f"loss.{field}={loss[field]} has no effect: {why}; leave it at {usual}, or set {change}"
             )
     _check_shape(loss)
+    if loss.form == "teacher_renormalised" and loss.direction != "forward":
+        raise ConfigError(
+            f"loss.form=teacher_renormalised with loss.direction={loss.direction}, wanted forward: only "
+            "there it is known (2603.07079); set --config.loss.direction=forward, or "
+            "--config.loss.form=renormalised for another direction"
+        )
     if loss.form == "stop_gradient" and loss.direction != "reverse":
         raise ConfigError(
             f"loss.form=stop_gradient with loss.direction={loss.direction}, wanted reverse: elsewhere "
@@ -170,6 +177,51 @@ def _check_shape(loss: ConfigDict) -> None:
             f"loss.extrapolation={loss.extrapolation} with loss.advantage_shape={shape}, wanted a shape "
             "of the log-ratio alone: an extrapolated teacher is not a normalised distribution; set "
             "--config.loss.advantage_shape=log_ratio, or --config.loss.extrapolation=1"
+        )
+
+
+def _check_gates(config: ConfigDict) -> None:
+    """Rules about gates of tokens and of rollouts."""
+    loss = config.loss
+    if loss.gate != "none" and loss.direction in ("reverse", "skewed_reverse"):
+        raise ConfigError(
+            f"loss.gate={loss.gate} with loss.direction={loss.direction}, which has no forward term; a "
+            "gate selects the tokens that have one; set --config.loss.direction=forward"
+        )
+    without = ("student", "intersection", "symmetric_difference")
+    if loss.gate != "none" and loss.support in without:
+        raise ConfigError(
+            f"loss.gate={loss.gate} with loss.support={loss.support}, which leaves out ids that the teacher "
+            "prefers, so it has no forward term; set --config.loss.support=teacher, union or full"
+        )
+    if loss.gate == "entropy" and loss.gate_threshold <= 0:
+        raise ConfigError(
+            f"loss.gate_threshold={loss.gate_threshold:g} with loss.gate=entropy, wanted nats above 0: no "
+            "entropy is below it; set --config.loss.gate_threshold=0.8, or --config.loss.gate=none"
+        )
+    if loss.gate == "advantage" and loss.gate_threshold >= 1:
+        raise ConfigError(
+            f"loss.gate_threshold={loss.gate_threshold:g} with loss.gate=advantage, wanted a difference of "
+            "probabilities below 1: at 1 the gate is open everywhere; set --config.loss.gate_threshold=0, "
+            "or --config.loss.gate=none --config.loss.pg_weight=0 for the divergence alone"
+        )
+    if loss.gate == "advantage" and loss.gate_threshold == -1:
+        raise ConfigError(
+            "loss.gate_threshold=-1 with loss.gate=advantage closes the gate everywhere; set "
+            "--config.loss.gate_threshold=0, or --config.loss.divergence_weight=0 --config.loss.gate=none"
+        )
+    if loss.rollout_gate != "agreement":
+        return
+    by_evidence = loss.group_coef and loss.evidence_share
+    if not (loss.pg_weight and (loss.teacher_coef or by_evidence)) and not loss.divergence_weight:
+        raise ConfigError(
+            "loss.rollout_gate=agreement compares the teacher with the reward, and no term of this loss "
+            "asks a teacher; set --config.loss.teacher_coef=1, or --config.loss.rollout_gate=correct"
+        )
+    if config.rollout.samples_per_prompt < 2:
+        raise ConfigError(
+            "rollout.samples_per_prompt=1 with loss.rollout_gate=agreement, wanted 2 or more: a rollout "
+            "is compared with others of its prompt; set --config.rollout.samples_per_prompt=4"
         )
 
 

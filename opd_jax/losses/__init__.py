@@ -32,9 +32,11 @@ from opd_jax.losses.divergence import (
     stop_gradient_reverse_kl,
     with_rest,
 )
+from opd_jax.losses.gates import GATES, ROLLOUT_GATES
 from opd_jax.losses.kl import ESTIMATORS, entropy, kl_k1, kl_k2, kl_k3
 from opd_jax.losses.policy_gradient import clipped_surrogate
 from opd_jax.losses.supervised import sft_nll
+from opd_jax.losses.token_factors import TOKEN_WEIGHTS, WEIGHTED
 from opd_jax.losses.token_weights import AGGREGATIONS, token_weights
 
 __all__ = [
@@ -43,7 +45,11 @@ __all__ = [
     "DIRECTIONS",
     "ESTIMATORS",
     "FORMS",
+    "GATES",
+    "ROLLOUT_GATES",
     "SUPPORT_WEIGHTS",
+    "TOKEN_WEIGHTS",
+    "WEIGHTED",
     "clipped_surrogate",
     "discounted",
     "divergence",

@@ -13,7 +13,9 @@ REPLACING = ("advantage", "acceptance")  # the others add
 ROLLOUT_GATES = ("none", "correct", "agreement")
 
 
-def entropy_gate(*, teacher_entropy_BT: np.ndarray, mask_BT: np.ndarray, threshold: float) -> np.ndarray:
+def entropy_gate(
+    *, teacher_entropy_BT: np.ndarray, mask_BT: np.ndarray, threshold: float
+) -> np.ndarray:
     """g_t = [H(q_t) >= threshold], H in nats over the full vocabulary. [B, T].
 
     EOPD (2603.07079, threshold .8), found in its code: a forward KL is added where the teacher is unsure.

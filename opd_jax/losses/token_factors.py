@@ -7,8 +7,6 @@ not all rescale. Marks: "found" in the paper or its code; "second-hand (n)" in n
 re-implementations; "inferred" here.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 
 # The name in the config: the function below.
@@ -79,7 +77,9 @@ def step_weights(
     return out_BT
 
 
-def likeliest_rows(*, teacher_logprob_BT: np.ndarray, mask_BT: np.ndarray, keep: float) -> np.ndarray:
+def likeliest_rows(
+    *, teacher_logprob_BT: np.ndarray, mask_BT: np.ndarray, keep: float
+) -> np.ndarray:
     """Return the rollouts without the share 1 - keep whose mean log q is least; bool [B].
 
     FiRe (2606.02684, keep .8), second-hand (2, exact). Of n rollouts with a token in the mask
@@ -190,6 +190,3 @@ def _between(values_BT: np.ndarray, mask_BT: np.ndarray, low: float, high: float
     if not last > first:
         return np.zeros(values_BT.shape)
     return np.clip((values_BT - first) / (last - first), 0.0, 1.0)
-
-
-Rule = Callable[..., np.ndarray]

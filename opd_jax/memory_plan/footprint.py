@@ -117,8 +117,11 @@ def score(workload: Workload) -> Footprint:
 
 
 def arrays_per_token(rows: Any) -> int:
-    """Return how many arrays [B, T], of 4 bytes a number, a record of rows has."""
-    return sum(field.name.endswith("_BT") for field in dataclasses.fields(rows))
+    """Return how many arrays [B, T], of 4 bytes a number, every record of rows has; others may be None."""
+    return sum(
+        field.name.endswith("_BT") and field.default is dataclasses.MISSING
+        for field in dataclasses.fields(rows)
+    )
 
 
 def hidden_for_update(workload: Workload, rows: int) -> float:
@@ -138,6 +141,7 @@ def gradient(workload: Workload, *, golden: bool = False) -> Footprint:
     one = workload.layout.devices == 1
     trained = resident.masters(workload) if one else resident.weight_bytes(workload, "student")
     arrays = arrays_per_token(GoldenRows if golden else RolloutRows)
+    arrays += workload.gated and not golden
     given = {"master" if one else "student": trained,
              "gradients": resident.gradients(workload),
              "rows": 4.0 * arrays * tokens}  # fmt: skip

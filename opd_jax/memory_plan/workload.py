@@ -91,6 +91,7 @@ class Workload:
       support_arrays: arrays of as many numbers each that the update reads.
       reference_scores: whether rollouts are scored with the reference.
       reference_in_update: whether the update reads the reference, where there is one.
+      gated: whether the divergence has a gate, one more number a token.
     """
 
     student: ModelConfig
@@ -131,6 +132,7 @@ class Workload:
     support_arrays: int = 0
     reference_scores: bool = False
     reference_in_update: bool = True
+    gated: bool = False
 
     @property
     def width(self) -> int:
@@ -297,6 +299,7 @@ def _workload(
         support_arrays=1 + (terms.divergence_weight != 0) + 2 * terms.on_support,
         reference_scores=terms.scores_reference,
         reference_in_update="reference_kl" in terms.names,
+        gated=terms.gated,
     )  # fmt: skip
 
 

@@ -28,6 +28,8 @@ from opd_jax.sharding.mesh import ONE, ROWS, WHOLE, Mesh
 from opd_jax.types import Scores, Support, TeacherRows
 
 IN_FLIGHT = 3  # micro-batches whose scores are on the device at one time, at most
+# The teacher's mass on the student's top k; whether the student's likeliest id is in the teacher's top k.
+STATISTICS = ("teacher_mass", "student_accepted")
 
 
 class ScoreSpec(flax.struct.PyTreeNode):
@@ -39,6 +41,7 @@ class ScoreSpec(flax.struct.PyTreeNode):
       token_chunk: most tokens whose logits exist at one time, on one replica.
       events: what log-probs are normalised over (see data.vocabulary).
       support: the name of a support (topk.SUPPORTS) and its own k, for losses over one; None without.
+      statistic: a name of `STATISTICS` and its k, for token weights; None without.
       keep_hidden: keep the teacher's hidden states, for losses over the whole vocabulary.
     """
 
@@ -47,6 +50,7 @@ class ScoreSpec(flax.struct.PyTreeNode):
     token_chunk: int = flax.struct.field(pytree_node=False)
     events: Events = EVERY_ID
     support: tuple[str, int] | None = flax.struct.field(pytree_node=False, default=None)
+    statistic: tuple[str, int] | None = flax.struct.field(pytree_node=False, default=None)
     keep_hidden: bool = flax.struct.field(pytree_node=False, default=False)
 
 
@@ -201,7 +205,9 @@ def _score_rows(
         head_VD = decoder.head(teacher.params)
         hidden_BTD = teacher_states(teacher, tokens_BT, length_B, other)
         readouts.append(Readout(head_VD, hidden_BTD, "teacher"))
-        fn = partial(_pair_statistics, top_k=spec.top_k, support=spec.support)
+        fn = partial(
+            _pair_statistics, top_k=spec.top_k, support=spec.support, statistic=spec.statistic
+        )
     if reference is not None:
         assert teacher is not None, "reference: it extrapolates from a teacher"
         states_BTD = decoder.hidden_states(reference.params, reference.config, tokens_BT, length_B)
@@ -232,9 +238,10 @@ def _pair_statistics(
     token_C: jax.Array,
     top_k: int,
     support: tuple[str, int] | None,
+    statistic: tuple[str, int] | None = None,
 ) -> Scores:
     """Return all fields of `Scores` for one chunk of tokens, from the models' log-softmaxes."""
-    most = max(top_k, support[1] if support else 0)
+    most = max([top_k, *(asked[1] for asked in (support, statistic) if asked)])
     student_CX, student_ids_CX = topk.top_k(student_CV, most)
     _, teacher_ids_CX = topk.top_k(teacher_CV, most)
     overlap = _overlap(
@@ -242,7 +249,14 @@ def _pair_statistics(
         topk.gather(teacher_CV, student_ids_CX[:, :top_k]),
         topk.shared(student_ids_CX[:, :top_k], teacher_ids_CX[:, :top_k]),
     )
-    chosen = None
+    chosen = number_C = None
+    if statistic is not None:
+        name, k = statistic
+        if name == "teacher_mass":
+            number_C = jnp.sum(jnp.exp(topk.gather(teacher_CV, student_ids_CX[:, :k])), axis=-1)
+        else:
+            first_C1 = student_ids_CX[:, :1]
+            number_C = topk.shared(first_C1, teacher_ids_CX[:, :k])[:, 0].astype(jnp.float32)
     if support is not None:
         name, k = support
         ids_CX = topk.combine(student_ids_CX[:, :k], teacher_ids_CX[:, :k], name)
@@ -258,6 +272,7 @@ def _pair_statistics(
         reverse_kl_BT=losses.exact_kl(
             p_logprob_BTV=student_CV[None], q_logprob_BTV=teacher_CV[None]
         )[0],
+        statistic_BT=number_C,
         support=chosen,
         reference_logprob_BT=None if reference_CV is None else take(reference_CV, token_C),
         **overlap,

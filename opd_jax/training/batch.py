@@ -10,6 +10,7 @@ import numpy as np
 from opd_jax import losses, metrics
 from opd_jax.errors import ShapeError
 from opd_jax.grading.grader import Grade, decided
+from opd_jax.losses.gates import REPLACING
 from opd_jax.models import decoder
 from opd_jax.training.objective import Terms
 from opd_jax.types import GoldenRows, Outcome, Rollout, RolloutRows, Scores, TeacherRows
@@ -76,18 +77,23 @@ def advantages(
     group: int,
     graded_B: np.ndarray | None = None,
     step: int = 1,
+    factor_BT: np.ndarray | None = None,
 ) -> np.ndarray:
     """Return the advantage of each sampled token; float32 [B, T], 0 on tokens that are not scored.
 
     w (teacher_coef * A_teacher + group_coef * A_group). A_teacher is that of `_teacher_advantage` (over a
     support it is `losses.support_advantage`, not here). A_group is the advantage of `reward_B` [B] relative
     to those of its group that are in `graded_B` (None = all), times the teacher's evidence where that has a
-    share; the share may fall with the run's `step`. w is the truncated importance weight.
+    share; the share may fall with the run's `step`. `factor_BT` multiplies A_teacher. w is the truncated
+    importance weight. Nine parameters: what the config cannot know of a step.
     """
     total_BT = np.zeros(mask_BT.shape, np.float32)
     if terms.pg_weight and terms.teacher_coef and not terms.on_support:
-        total_BT += terms.teacher_coef * _teacher_advantage(scores, mask_BT, terms)
-    if terms.needs_reward:
+        teacher_BT = _teacher_advantage(scores, mask_BT, terms)
+        if factor_BT is not None:
+            teacher_BT = teacher_BT * factor_BT
+        total_BT += terms.teacher_coef * teacher_BT
+    if terms.pg_weight and terms.group_coef:
         assert reward_B is not None
         group_B = losses.group_advantage(
             reward_B=jnp.asarray(reward_B, jnp.float32),
@@ -156,6 +162,8 @@ def rollout_rows(
     terms: Terms,
     *,
     weigh: Weigh,
+    factor_BT: np.ndarray | None = None,
+    gate_BT: np.ndarray | None = None,
 ) -> RolloutRows:
     """Return rollouts as rows for the update: token weights, advantages, log-probs of the sampling weights.
 
@@ -163,7 +171,15 @@ def rollout_rows(
     denominator of the PPO ratio is the scorer's log-prob under the weights that sampled, not the sampler's
     record: the ratio is then 1 at the first update, whatever kernels decoding uses. The difference between
     the two is logged as `rollout/sampler_logprob_gap_*`.
+
+    `factor_BT` multiplies the weights, or the teacher's advantage over a support (`loss.token_weight_on`);
+    `advantage_BT` has it already. `gate_BT` multiplies the divergence; a gate that replaces the surrogate
+    multiplies the advantages by 1 - gate.
     """
+    kept_BT = None
+    if gate_BT is not None and terms.gate in REPLACING:
+        kept_BT = 1.0 - gate_BT
+        advantage_BT = advantage_BT * kept_BT
     on_support = None
     if terms.on_support:
         assert scores.support is not None
@@ -173,6 +189,9 @@ def rollout_rows(
             weight=terms.support_weight,
             normalise=terms.support != "symmetric_difference",
         )
+        for more_BT in (kept_BT, factor_BT if terms.token_weight_on == "teacher" else None):
+            if more_BT is not None:
+                on_support = on_support * more_BT[..., None]
     return RolloutRows(
         tokens_BT=rollout.tokens_BT,
         length_B=rollout.length_B,
@@ -182,6 +201,8 @@ def rollout_rows(
         teacher_hidden_BTD=scores.teacher_hidden_BTD,
         support=scores.support,
         support_advantage_BTX=None if on_support is None else np.asarray(on_support),
+        divergence_gate_BT=gate_BT,
+        token_factor_BT=factor_BT if terms.token_weight_on == "all" else None,
     )
 
 
@@ -195,10 +216,12 @@ def golden_rows(
 def share(rows: Rows, index: int, parts: int, *, weigh: Weigh) -> Rows:
     """Return minibatch `index` of `parts` equal ones, with token weights normalised within it.
 
+    Factors of the weights are those of the whole batch; here they are multiplied into the weights, the only
+    part of them that the update reads.
     Raises ShapeError where `parts` does not divide the rows, because some rows would be dropped.
     """
     if parts == 1:
-        return rows
+        return _folded(rows)
     size, rest = divmod(len(rows.length_B), parts)
     if rest:
         raise ShapeError(
@@ -210,7 +233,14 @@ def share(rows: Rows, index: int, parts: int, *, weigh: Weigh) -> Rows:
         return x[index * size : (index + 1) * size]
 
     rows = jax.tree.map(one, rows)
-    return rows.replace(weight_BT=np.asarray(weigh(rows.weight_BT > 0)))
+    return _folded(rows.replace(weight_BT=np.asarray(weigh(rows.weight_BT > 0))))
+
+
+def _folded(rows: Rows) -> Rows:
+    """Multiply the factors of the weights, if any, into the weights."""
+    if not isinstance(rows, RolloutRows) or rows.token_factor_BT is None:
+        return rows
+    return rows.replace(weight_BT=rows.weight_BT * rows.token_factor_BT, token_factor_BT=None)
 
 
 def as_lines(

@@ -64,6 +64,21 @@ class Terms:
     form: str
     jsd_beta: float
     skew: float
+    reverse_share: float
+    gate: str
+    gate_threshold: float
+    token_weight: str
+    token_weight_on: str
+    token_weight_strength: float
+    token_weight_threshold: float
+    token_weight_drop: float
+    token_weight_least: float
+    token_weight_keep: float
+    token_weight_quantile: float
+    token_weight_top_k: int
+    token_weight_window: int
+    rollout_gate: str
+    rollout_gate_margin: float
     lambda_gold: float
     beta_kl: float
     kl_estimator: str
@@ -114,8 +129,8 @@ class Terms:
 
     @property
     def needs_reward(self) -> bool:
-        """Whether any term needs to know which rollouts are correct."""
-        return bool(self.pg_weight and self.group_coef)
+        """Whether it must be known which rollouts are correct, by any term or by the rollouts' gate."""
+        return bool(self.pg_weight and self.group_coef) or self.rollout_gate != "none"
 
     @property
     def on_support(self) -> bool:
@@ -128,6 +143,24 @@ class Terms:
         if self.support == "full" or not (self.on_support or self.divergence_weight):
             return None
         return self.support, self.top_k
+
+    @property
+    def gated(self) -> bool:
+        """Whether the divergence has a gate."""
+        return self.divergence_weight != 0 and self.gate != "none"
+
+    @property
+    def token_rule(self) -> str:
+        """The rule of the tokens' weights; none where no term of the teacher has them."""
+        by_teacher = bool(self.pg_weight and self.teacher_coef)
+        weighed = by_teacher if self.token_weight_on == "teacher" else self.needs_teacher
+        return self.token_weight if weighed else "none"
+
+    @property
+    def scored_statistic(self) -> tuple[str, int] | None:
+        """The statistic that the scorer must record for the tokens' weights; None where they need none."""
+        name = {"ta": "teacher_mass", "selectkd": "student_accepted"}.get(self.token_rule)
+        return None if name is None else (name, self.token_weight_top_k)
 
     @property
     def over_vocabulary(self) -> bool:
@@ -189,6 +222,8 @@ def make_rollout_loss(
             out["opd"] = _surrogate(terms, student_CV, logprob_C, per_token)
         if "divergence" in names:
             out["divergence"] = _divergence(terms, student_CV, other.get("teacher"), per_token)
+            if "gate" in per_token:
+                out["divergence"] *= per_token["gate"]
         if "reference_kl" in names:
             out["reference_kl"] = _reference_kl(
                 terms, student_CV, other["reference"], logprob_C, token_C, counts
@@ -272,6 +307,8 @@ def _per_token(terms: Terms, rows: RolloutRows) -> dict[str, jax.Array]:
             "support_sampler": jnp.where(counts_BT[..., None], support.student_BTX, 0.0),
             "teacher_rest": jnp.where(counts_BT, support.teacher_rest_BT, 0.0),
         }
+    if rows.divergence_gate_BT is not None:
+        inputs["gate"] = jnp.where(counts_BT, rows.divergence_gate_BT, 0.0)
     if terms.on_support:
         inputs["support_advantage"] = jnp.where(
             counts_BT[..., None], rows.support_advantage_BTX, 0.0
@@ -319,6 +356,7 @@ def _divergence(
         "direction": terms.direction,
         "jsd_beta": terms.jsd_beta,
         "skew": terms.skew,
+        "reverse_share": terms.reverse_share,
     }
     if teacher_CV is not None:
         return losses.divergence(

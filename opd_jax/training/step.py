@@ -22,6 +22,7 @@ from opd_jax.training import nonfinite, update
 from opd_jax.training.experience import Collector, Experience
 from opd_jax.training.setup import Setup
 from opd_jax.training.step_functions import StepFunctions
+from opd_jax.training.token_factor import divergence_gate, measured, token_factor
 from opd_jax.training.weights import Weights
 from opd_jax.types import Frozen, RolloutRows, TrainState
 
@@ -101,6 +102,7 @@ class Step:
             experience, student, head = self._collect(number, state.train, batch, clock)
             with stage("rows"):
                 rollout_rows, lines = self._rollout_rows(number, experience, batch, masking)
+                metrics |= measured(rollout_rows)
         if batch.golden and weights["sft"]:
             golden = data.golden_rows(batch.prompts, batch.golden, width=self.setup.width)
             golden_rows = rows.golden_rows(*golden, weigh=self.functions.weigh_golden)
@@ -159,19 +161,26 @@ class Step:
         """Return rows for the update, and lines for rollouts.jsonl."""
         terms, loss = self.setup.terms, self.config.loss
         rollout, scores = experience.rollout, experience.scores
-        advantage_BT = rows.advantages(
-            rollout, scores, experience.mask_BT, terms,
-            reward_B=experience.correct_B, graded_B=experience.graded_B,
-            group=self.config.rollout.samples_per_prompt, step=number,
-        )  # fmt: skip
+        group, decode = self.config.rollout.samples_per_prompt, self.setup.tokenizer.decode
         counted_BT = rows.counted(
             rollout, experience.mask_BT, truncated=loss.truncated, tail=loss.truncated_tail
         )
         if loss.repeated == "mask" or masking:
             counted_BT = counted_BT & ~experience.repeated_BT
-        rollout_rows = rows.rollout_rows(
-            rollout, scores, counted_BT, advantage_BT, terms, weigh=self.functions.weigh
+        factor_BT = token_factor(
+            experience, counted_BT, terms, weigh=self.functions.weigh, group=group, decode=decode
         )
+        key = key_for(self.config.seed, number, Stream.GATE)
+        gate_BT = divergence_gate(scores, counted_BT, terms, key=key)
+        advantage_BT = rows.advantages(
+            rollout, scores, experience.mask_BT, terms,
+            reward_B=experience.correct_B, graded_B=experience.graded_B, group=group, step=number,
+            factor_BT=factor_BT if terms.token_weight_on == "teacher" else None,
+        )  # fmt: skip
+        rollout_rows = rows.rollout_rows(
+            rollout, scores, counted_BT, advantage_BT, terms, weigh=self.functions.weigh,
+            factor_BT=factor_BT, gate_BT=gate_BT,
+        )  # fmt: skip
         logged_BT = advantage_BT
         if terms.needs_teacher and (terms.on_support or not terms.pg_weight):
             logged_BT = scores.teacher_logprob_BT - scores.student_logprob_BT
@@ -179,7 +188,7 @@ class Step:
             number, rollout, scores, logged_BT,
             ids=[problem.id for problem in batch.problems], grades=experience.grades,
             count=min(self.config.log.rollouts, len(experience.texts)),
-            decode=self.setup.tokenizer.decode,
+            decode=decode,
         )  # fmt: skip
         return rollout_rows, lines
 

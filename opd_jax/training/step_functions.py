@@ -110,6 +110,7 @@ class StepSpec:
             token_chunk=self.config.scoring.token_chunk,
             events=self.events,
             support=self.terms.scored_support,
+            statistic=self.terms.scored_statistic,
             keep_hidden=self.terms.over_vocabulary,
         )
 
@@ -310,6 +311,7 @@ def _blank_rollout_rows(spec: StepSpec, student: Any, teacher: Any, reference: A
         zeros_BT,
         spec.terms,
         weigh=partial(losses.token_weights, aggregation="token", length=1),
+        gate_BT=zeros_BT if spec.terms.gated else None,
     )
 
 

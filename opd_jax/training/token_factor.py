@@ -19,6 +19,7 @@ from opd_jax.training.objective import Terms
 from opd_jax.types import Rollout, RolloutRows, Scores
 
 Decode = Callable[[list[int]], str]
+_BLANK_LINE = re.compile(r"\n\s*\n")
 
 
 def token_factor(
@@ -35,17 +36,17 @@ def token_factor(
     `weigh` gives the weights without it, `group` is the number of rollouts of a prompt, and `decode` is
     used for steps that are paragraphs. Rollouts that a gate closes have 0.
     """
-    if terms.token_weight == "none" and terms.rollout_gate == "none":
+    if terms.token_rule == "none" and terms.rollout_gate == "none":
         return None
-    factor_BT = counted_BT.astype(np.float32)
+    open_BT = counted_BT
     with np.errstate(invalid="ignore", over="ignore"):  # scores that are not finite skip the update
         if terms.rollout_gate != "none":
             open_B = _open_rollouts(experience, counted_BT, terms, group)
-            counted_BT = counted_BT & open_B[:, None]
-            factor_BT = counted_BT.astype(np.float32)
-        if terms.token_weight != "none":
-            factor_BT = _by_token(experience, counted_BT, terms, decode)
-        return token_factors.rescaled(factor_BT, np.asarray(weigh(counted_BT | (factor_BT > 0))))
+            open_BT = counted_BT & open_B[:, None]
+        factor_BT = open_BT.astype(np.float32)
+        if terms.token_rule != "none":
+            factor_BT = _by_token(experience, open_BT, terms, decode)
+        return token_factors.rescaled(factor_BT, np.asarray(weigh(counted_BT)))
 
 
 def divergence_gate(
@@ -55,7 +56,7 @@ def divergence_gate(
 
     `key` is that of the step's draws, for a gate that draws.
     """
-    if terms.gate == "none":
+    if not terms.gated:
         return None
     pair = {
         "teacher_logprob_BT": scores.teacher_logprob_BT,
@@ -88,14 +89,21 @@ def step_ids(rollout: Rollout, *, window: int, decode: Decode) -> np.ndarray:
         if window:
             out_BT[row, start : start + len(ids)] = np.arange(len(ids)) // window
             continue
-        step, space = 0, ""
+        step, before = 0, ""  # `before`: white space since the last text, none before the first
         for place, token in enumerate(ids, start):
-            piece = pieces.setdefault(token, "") or decode([token])
-            pieces[token] = piece
-            if (text := piece.lstrip()) and re.search(r"\n[^\S\n]*\n", space + piece[: -len(text)]):
-                step += place > start  # a response may begin with a blank line
-            space = space + piece if not text else piece[len(piece.rstrip()) :]
+            if token not in pieces:
+                pieces[token] = decode([token])
+            piece, text = pieces[token], pieces[token].strip()
+            if text:
+                step += bool(_BLANK_LINE.search(before + piece[: piece.index(text)]))
             out_BT[row, place] = step
+            if text:
+                step += len(
+                    _BLANK_LINE.findall(text)
+                )  # within a token: it belongs to its first step
+                before = "." + piece[piece.index(text) + len(text) :]
+            elif before:
+                before += piece
     return out_BT
 
 
@@ -187,4 +195,4 @@ def _by_token(
         "iw": early, "prune": pruned, "step": steps, "fire": entropies, "tip": uncertain,
         "ta": compatible, "selectkd": accepted,
     }  # fmt: skip
-    return rules[terms.token_weight]()
+    return rules[terms.token_rule]()

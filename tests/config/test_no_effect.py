@@ -35,7 +35,12 @@ OTHER = {
     "divergence_weight": 0.5, "support": "student", "top_k": 3, "direction": "forward",
     "form": "renormalised", "jsd_beta": 0.1, "skew": 0.3, "lambda_gold": 0.5, "beta_kl": 0.5,
     "kl_estimator": "k2", "kl_clamp": 5.0, "aggregation": "token", "gold_aggregation": "sequence",
-    "truncated": "mask", "truncated_tail": 2, "repeated": "mask",
+    "truncated": "mask", "truncated_tail": 2, "repeated": "mask", "reverse_share": 0.3,
+    "gate": "acceptance", "gate_threshold": 0.25, "token_weight": "iw", "token_weight_on": "teacher",
+    "token_weight_strength": 1.5, "token_weight_threshold": 0.5, "token_weight_drop": 0.3,
+    "token_weight_least": 0.3, "token_weight_keep": 0.3, "token_weight_quantile": 0.7,
+    "token_weight_top_k": 3, "token_weight_window": 2, "rollout_gate": "correct",
+    "rollout_gate_margin": 3.0,
 }  # fmt: skip
 NO_SURROGATE = {"pg_weight": 0.0}
 DIVERGENCE = NO_SURROGATE | {"divergence_weight": 1.0}
@@ -52,6 +57,33 @@ METHODS = {
     "skewed over a support": DIVERGENCE
     | {"direction": "skewed_reverse", "form": "tail", "support": "teacher"},
     "reference alone": NO_SURROGATE | {"beta_kl": 1.0, "kl_estimator": "k3"},
+    "EOPD": {
+        "divergence_weight": 1.0,
+        "direction": "forward",
+        "support": "teacher",
+        "form": "teacher_renormalised",
+        "gate": "entropy",
+        "gate_threshold": 1.0,
+    },
+    "AOPD": {
+        "divergence_weight": 1.0,
+        "direction": "forward",
+        "support": "teacher",
+        "gate": "advantage",
+    },
+    "mixture": DIVERGENCE
+    | {"direction": "mixture", "token_weight": "tip", "token_weight_quantile": 0.98},
+    "RG-OPD": {"group_coef": 1.0, "rollout_gate": "agreement", "token_weight_on": "teacher"},
+    "Prune-OPD": {"token_weight": "prune"},
+    "SOD": {"token_weight": "step", "token_weight_window": 3, "token_weight_on": "teacher"},
+    "FiRe": {
+        "token_weight": "fire",
+        "token_weight_keep": 0.9,
+        "advantage": "support",
+        "support": "student",
+    },
+    "TA-OPD": {"token_weight": "ta"},
+    "SelecTKD": {"token_weight": "selectkd", "token_weight_least": 0.1},
     "SFT": NO_SURROGATE | {"lambda_gold": 1.0},
 }
 
@@ -79,8 +111,10 @@ def experience() -> Experience:
     )  # fmt: skip
     scores = Scores(
         student_logprob_BT=logprobs(), student_entropy_BT=logprobs(), teacher_logprob_BT=logprobs(),
-        reference_logprob_BT=logprobs(), reverse_kl_BT=-logprobs(), support=support,
-        teacher_hidden_BTD=logprobs(CONFIG.hidden_size),
+        reference_logprob_BT=logprobs(), teacher_entropy_BT=-logprobs(), reverse_kl_BT=-logprobs(),
+        overlap_ratio_BT=generator.uniform(size=shape).astype(np.float32),
+        statistic_BT=generator.integers(0, 2, shape).astype(np.float32),
+        support=support, teacher_hidden_BTD=logprobs(CONFIG.hidden_size),
     )  # fmt: skip
     repeated_BT = generator.uniform(size=shape) < 0.3
     grades = [Grade.CORRECT, Grade.WRONG, Grade.CORRECT, Grade.CORRECT]
@@ -114,7 +148,13 @@ def computed(config) -> tuple:
         programs = re.sub(r"0x[0-9a-f]+", "", str(jax.make_jaxpr(made)(params, frozen, rows)))
     golden = losses.token_weights(MASK, loss.gold_aggregation) if terms.needs_golden else None
     arrays = [(x.shape, np.asarray(x).tobytes()) for x in jax.tree.leaves((rows, golden))]
-    return programs, arrays, terms.scored_support, tuple(terms.weights.items())
+    return (
+        programs,
+        arrays,
+        terms.scored_support,
+        terms.scored_statistic,
+        tuple(terms.weights.items()),
+    )
 
 
 @pytest.mark.parametrize("method", [*FAST, *slow(*(name for name in METHODS if name not in FAST))])

@@ -48,6 +48,7 @@ CASES = {
     "kl_k1": ({"logprob_BT": TOKEN_P, "reference_logprob_BT": TOKEN_Q}, ("reference_logprob_BT",)),
     "kl_k2": ({"logprob_BT": TOKEN_P, "reference_logprob_BT": TOKEN_Q}, ("reference_logprob_BT",)),
     "kl_k3": ({"logprob_BT": TOKEN_P, "reference_logprob_BT": TOKEN_Q}, ("reference_logprob_BT",)),
+    "mixed_kl": (PAIR | {"share": 0.3}, ("q_logprob_BTV",)),
     "opd_advantage": (
         {"teacher_logprob_BT": TOKEN_Q, "student_logprob_BT": TOKEN_P},
         ("teacher_logprob_BT", "student_logprob_BT"),

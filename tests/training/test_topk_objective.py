@@ -67,7 +67,7 @@ def members(support: str, p: np.ndarray, q: np.ndarray, k: int = K) -> list[int]
 
 
 def direct(direction: str, form: str, p: np.ndarray, q: np.ndarray, ids: list[int]) -> float:
-    """D of one prefix, term by term in float64; b = 0.25, a = 0.1."""
+    """D of one prefix, term by term in float64; b = 0.25, a = 0.1, a quarter reverse."""
     if not ids and form != "tail":
         return 0.0
     outside = np.setdiff1d(np.arange(VOCABULARY), ids)
@@ -75,6 +75,9 @@ def direct(direction: str, form: str, p: np.ndarray, q: np.ndarray, ids: list[in
     if form == "renormalised":
         mass_p, mass_q = sum(x for x, _ in pairs), sum(y for _, y in pairs)
         pairs = [(x / mass_p, y / mass_q) for x, y in pairs]
+    if form == "teacher_renormalised":
+        mass_q = sum(y for _, y in pairs)
+        pairs = [(x, y / mass_q) for x, y in pairs]
     if form == "tail" and len(outside):
         pairs.append((np.exp(p[outside]).sum(), np.exp(q[outside]).sum()))
     total = 0.0
@@ -86,6 +89,7 @@ def direct(direction: str, form: str, p: np.ndarray, q: np.ndarray, ids: list[in
             "jsd": 0.25 * y * np.log(y / m) + 0.75 * x * np.log(x / m),
             "skewed_reverse": x * np.log(x / (0.9 * y + 0.1 * x)),
             "skewed_forward": y * np.log(y / (0.9 * x + 0.1 * y)),
+            "mixture": 0.25 * x * np.log(x / y) + 0.75 * y * np.log(y / x),
         }[direction]
     return total
 
@@ -142,9 +146,9 @@ def every_divergence(support: str):
     kinds = [
         (d, f)
         for d in losses.DIRECTIONS
-        for f in (losses.FORMS[:3] if support != "full" else ["raw"])
+        for f in ([*losses.FORMS[:3], losses.FORMS[4]] if support != "full" else ["raw"])
     ]
-    base = dataclasses.replace(TERMS, support=support, jsd_beta=0.25)
+    base = dataclasses.replace(TERMS, support=support, jsd_beta=0.25, reverse_share=0.25)
     made = [
         objective.make_rollout_loss(
             dataclasses.replace(base, direction=d, form=f), CONFIG,

@@ -298,3 +298,18 @@ def test_the_reference_scores_the_sampled_token_and_changes_nothing_else(student
     np.testing.assert_allclose(got.reference_logprob_BT[SCORED], want[SCORED], atol=2e-6)
     for name in ("student_logprob_BT", "teacher_logprob_BT", "reverse_kl_BT"):
         np.testing.assert_array_equal(getattr(got, name), getattr(plain, name))
+
+
+@pytest.mark.parametrize("k", [1, 5, 20])
+def test_statistics_of_token_weights(student, teacher, k):
+    """The teacher's mass on the student's top k, and whether it accepts the student's likeliest id."""
+    p, q = full_logprob(student, STUDENT, VOCAB), full_logprob(teacher, TEACHER, VOCAB)
+    own = np.argsort(-p, axis=-1)[..., :k]
+    mass = np.take_along_axis(np.exp(q), own, axis=-1).sum(axis=-1)
+    theirs = np.argsort(-q, axis=-1)[..., :k]
+    accepted = np.any(theirs == own[..., :1], axis=-1)
+    got = scores(student, teacher, statistic=("teacher_mass", k)).statistic_BT
+    np.testing.assert_allclose(got[SCORED], mass[SCORED], atol=2e-6)
+    got = scores(student, teacher, statistic=("student_accepted", k)).statistic_BT
+    np.testing.assert_array_equal(got[SCORED], accepted[SCORED])
+    assert scores(student, teacher).statistic_BT is None

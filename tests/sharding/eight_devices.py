@@ -23,7 +23,7 @@ from opd_jax.sharding.mesh import ONE, Mesh
 from opd_jax.sharding.partition import Slice
 from opd_jax.training import objective, optimizer, update
 from opd_jax.training.objective import default_terms
-from opd_jax.types import Ends, Frozen, GoldenRows, RolloutRows
+from opd_jax.types import Ends, Frozen, GoldenRows, RolloutRows, Support
 from tests.conftest import distance, noisy_params, random_rows, tiny_config
 from tests.support import calls
 
@@ -248,6 +248,34 @@ def learned_alone():
     gradient = learner.gradient()
     learner.step()
     return gradient, learner.step()
+
+
+def test_a_gated_divergence_is_the_same_on_a_mesh(params):
+    """Over a support: the gate is one more array of the rows, the support a tree of them."""
+    generator = np.random.default_rng(5)
+    ids_BTX = np.tile(np.arange(4, dtype=np.int32) * 7, (B, T, 1))
+    logprob_BTX = -generator.uniform(2, 5, (B, T, 4)).astype(np.float32)
+    support = Support(ids_BTX, logprob_BTX, logprob_BTX, logprob_BTX[..., 0])
+    gate_BT = (generator.uniform(size=(B, T)) < 0.5).astype(np.float32)
+    given = ROWS.replace(support=support, divergence_gate_BT=gate_BT)
+    terms = default_terms(
+        pg_weight=1.0, divergence_weight=1.0, direction="forward", support="teacher", top_k=4,
+        form="teacher_renormalised", gate="acceptance",
+    )  # fmt: skip
+    loss = objective.make_rollout_loss(
+        terms, CONFIG, vocabulary=90, token_chunk=7, remat="none", events=EVENTS
+    )
+    results = []
+    for devices in (ONE, make("2x2x2")):
+        accumulate = update.make_accumulate(
+            loss, None, microbatch_tokens=2 * T, dtype=jnp.float32, mesh=devices
+        )
+        own = params if devices is ONE else on(devices, params)
+        results.append(accumulate(own, Frozen(), given, None, terms.weights))
+    (want, wanted), (got, sums) = results
+    assert distance(got, want) < 1e-5
+    assert distance(sums, wanted) < 1e-5
+    assert abs(float(wanted["divergence"])) > 1e-3
 
 
 def test_updates_are_the_same_on_any_mesh(devices, params):

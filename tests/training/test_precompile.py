@@ -69,9 +69,14 @@ def own_cache(tmp_path):
              "data.bad_rows": "skip"},
             marks=pytest.mark.slow,
         ),
+        pytest.param(
+            {"loss.divergence_weight": 1.0, "loss.direction": "forward", "loss.support": "teacher",
+             "loss.gate": "acceptance", "loss.token_weight": "ta", "optim.updates_per_rollout": 2},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["stable_opd", "full, slots, two updates", "extrapolation, evidence, copies",
-         "support, other prompts"],
+         "support, other prompts", "gate, token weight"],
 )  # fmt: skip
 def test_a_run_meets_no_program_that_was_not_compiled_ahead(
     folders, tmp_path, own_cache, changes, monkeypatch, caplog

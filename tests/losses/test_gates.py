@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from opd_jax import losses
 from opd_jax.losses import gates
 from opd_jax.rng import Stream, key_for
 
@@ -96,3 +97,12 @@ def test_agreement_gate_by_hand():
     np.testing.assert_array_equal(got, False)  # strictly above
     none = gates.agreement_gate(**kind | {"mask_BT": mask & False}, group_B=group, margin=0.0)
     np.testing.assert_array_equal(none, False)
+
+
+def test_the_published_means_by_hand():
+    """Two tokens, one of them open. EOPD: .13101 / 2 = .06551; AOPD without its factor 1/K: .02309 / 2."""
+    p, q = np.tile(logs(0.5, 0.4), (1, 2, 1)), np.tile(logs(0.6, 0.3), (1, 2, 1))
+    gate = np.array([[0.0, 1.0]])
+    for form, mean in (("teacher_renormalised", 0.06551), ("raw", 0.011544)):
+        each = losses.divergence(p_logprob_BTV=p, q_logprob_BTV=q, direction="forward", form=form)
+        np.testing.assert_allclose(np.mean(gate * each), mean, atol=5e-6)

@@ -27,6 +27,16 @@ from opd_jax.errors import ConfigError
 
 _SMALL = ("tiny", "smollm2-135m")
 _DIVERGENCE = {"loss.pg_weight": 0.0, "loss.divergence_weight": 1.0}
+_FORWARD = {  # beside the surrogate
+    "loss.divergence_weight": 1.0,
+    "loss.direction": "forward",
+    "loss.support": "teacher",
+}
+_AOPD = _FORWARD | {
+    "loss.top_k": 10,  # second-hand, one source
+    "loss.gate": "advantage",  # second-hand
+    "loss.gate_threshold": 0.0,  # second-hand
+}
 _REWARD = {
     "loss.teacher_coef": 0.0,
     "loss.group_coef": 1.0,
@@ -139,6 +149,142 @@ METHODS: dict[str, Method] = {
         },
     ),
     "g_opd_interpolated": Method("2602.12125", {"loss.extrapolation": 0.5}),  # second-hand
+    # Two directions: mixed at every token, or chosen token by token by a gate.
+    "mixed_kl": Method(
+        "2605.16826; its best share is not known",
+        _DIVERGENCE
+        | {
+            "loss.direction": "mixture",  # second-hand
+            "loss.reverse_share": 0.25,  # unknown; second-hand that more forward than reverse is best
+        },
+    ),
+    "eopd": Method(
+        "2603.07079, a fork of its code (dp_actor), scripts and README",
+        _FORWARD
+        | {
+            "loss.form": "teacher_renormalised",  # found; an audit reads the code as raw
+            "loss.top_k": 16,  # found in the code; 32 in the README
+            "loss.gate": "entropy",  # found
+            "loss.gate_threshold": 0.8,  # found
+            "loss.aggregation": "token",  # found: the mean over all counted tokens
+        },
+        run={
+            "optim.learning_rate": 3e-6,  # found
+            "optim.schedule": "cosine",  # found
+            "rollout.prompts_per_step": 128,  # found
+            "rollout.samples_per_prompt": 1,  # found
+            "optim.updates_per_rollout": 4,  # found: minibatches of 32
+            "rollout.max_response_tokens": 4096,  # found
+        },
+    ),
+    "aopd": Method("2605.06387, in four notes and re-implementations", _AOPD),
+    "aopd_mean": Method(
+        "2605.06387, the reading of one source that divides the forward KL by K",
+        _AOPD | {"loss.divergence_weight": 0.1},  # second-hand, one source: 1 / K
+    ),
+    "aopd_margin": Method(
+        "2605.06387, the reading of one source whose gate opens where p - q > .1",
+        _AOPD | {"loss.gate_threshold": -0.1},  # second-hand, one source
+    ),
+    "tropd": Method(
+        "2606.01249; without its term on the teacher's own prefixes (weight .001), which is not built",
+        _FORWARD
+        | {
+            "loss.top_k": 64,  # second-hand
+            "loss.gate": "acceptance",  # second-hand
+        },
+        run={
+            "optim.learning_rate": 5e-6,  # second-hand
+            "rollout.prompts_per_step": 128,  # second-hand
+            "rollout.samples_per_prompt": 4,  # second-hand
+            "rollout.max_response_tokens": 8096,  # second-hand
+        },
+    ),
+    # Weights of tokens. What each multiplies is that of the source where it says so.
+    "iw_opd": Method(
+        "2606.22600, as in TRL's experimental trainer",
+        {
+            "loss.token_weight": "iw",  # second-hand
+            "loss.token_weight_on": "teacher",  # second-hand
+            "loss.token_weight_strength": 0.5,  # second-hand
+            "loss.aggregation": "token",  # second-hand
+        },
+        run={
+            "optim.learning_rate": 1e-6,  # TRL's
+            "rollout.top_p": 0.95,  # TRL's
+        },
+    ),
+    "prune_opd": Method(
+        "2605.07804, in two re-implementations; it also shortens later rollouts, by a rule not known here",
+        {
+            "loss.token_weight": "prune",  # second-hand
+            "loss.token_weight_threshold": 0.9,  # second-hand; .7 in another config
+            "loss.token_weight_drop": 0.02,  # second-hand; .01 in another config
+            "loss.token_weight_least": 0.0,  # second-hand; .5 in another config
+        },
+    ),
+    "sod": Method(
+        "2605.07725, its code; that a step is a paragraph, or in `tiny` a window of tokens, is ours",
+        {
+            "loss.token_weight": "step",  # found
+            "loss.token_weight_on": "teacher",  # found
+            "loss.token_weight_strength": 0.2,  # found in the script; .5 in the code's defaults
+            "loss.group_coef": 1.0,  # found
+            "loss.clip_high": 0.28,  # found
+        },
+        run={
+            "optim.learning_rate": 1e-6,  # found
+            "rollout.prompts_per_step": 64,  # found
+            "rollout.samples_per_prompt": 16,  # found
+            "optim.updates_per_rollout": 4,  # found: minibatches of 16 prompts
+        },
+    ),
+    "fire_opd": Method(
+        "2606.02684, as an audit and a test describe its code",
+        {
+            "loss.token_weight": "fire",  # second-hand
+            "loss.token_weight_strength": 1.0,  # second-hand
+            "loss.token_weight_keep": 0.8,  # second-hand
+        },
+    ),
+    "tip": Method(
+        "2604.14084, in five notes",
+        {
+            "loss.token_weight": "tip",  # second-hand
+            "loss.token_weight_keep": 0.5,  # second-hand
+            "loss.token_weight_quantile": 1.0,  # second-hand: no clip; .98 in three notes
+            "loss.aggregation": "token",  # second-hand: the mean over the tokens that are kept
+        },
+    ),
+    "ta_opd": Method(
+        "2605.26844, as an audit describes its code",
+        {
+            "loss.token_weight": "ta",  # second-hand
+            "loss.token_weight_keep": 0.05,  # second-hand
+            "loss.token_weight_quantile": 0.95,  # second-hand
+            "loss.token_weight_top_k": 16,  # second-hand
+        },
+    ),
+    "selectkd": Method(
+        "2510.24021: its weights alone, on sampled OPD, as in an audit",
+        {
+            "loss.token_weight": "selectkd",  # second-hand
+            "loss.token_weight_top_k": 5,  # second-hand
+            "loss.token_weight_least": 0.01,  # second-hand
+        },
+    ),
+    # Gates of rollouts.
+    "rg_opd": Method(
+        "2607.04037, Eq. 2, as an audit describes it",
+        {
+            "loss.rollout_gate": "agreement",  # second-hand
+            "loss.rollout_gate_margin": 0.0,  # second-hand
+        },
+    ),
+    "correct_opd": Method(
+        "a control: the correct rollouts alone, an arm of the audit that read 2607.04037",
+        {"loss.rollout_gate": "correct"},  # second-hand
+    ),
     # Verifiable rewards, alone and with a teacher that is the student shown the solution.
     "grpo": Method("2402.03300", _REWARD, run=_LUFFY, teacher=NOBODY),
     "dr_grpo": Method(
@@ -229,6 +375,8 @@ def _fit_tiny(config: ConfigDict, name: str) -> None:
     """What the generated problems and the small vocabulary of `tiny` need."""
     if config.loss.support != "full":
         config.loss.top_k = 4  # of 308 ids, 8 of which hold 99.99 % of the mass
+    if config.loss.token_weight == "step":
+        config.loss.token_weight_window = 8  # its solutions are one paragraph
     if config.rollout.samples_per_prompt == 8:
         config.rollout.prompts_per_step = 8  # as many rollouts a step as the other methods
     if name == "opct" and config.data.train == "tiny:train":

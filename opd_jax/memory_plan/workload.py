@@ -16,9 +16,9 @@ from opd_jax.models import ModelConfig, catalog
 from opd_jax.rollout.generate import Shapes
 from opd_jax.sharding import partition
 from opd_jax.sharding.mesh import Mesh, make_abstract_mesh
-from opd_jax.training.objective import Terms, make_terms
 from opd_jax.training.optimizer import make_optimizer
 from opd_jax.training.setup import Setup
+from opd_jax.training.terms import Terms, make_terms
 
 _ALL = 10**9  # held-out problems where all are measured: the plan opens no file
 

@@ -12,7 +12,7 @@ from opd_jax.errors import ShapeError
 from opd_jax.grading.grader import Grade, decided
 from opd_jax.losses.gates import REPLACING
 from opd_jax.models import decoder
-from opd_jax.training.objective import Terms
+from opd_jax.training.terms import Terms
 from opd_jax.types import GoldenRows, Outcome, Rollout, RolloutRows, Scores, TeacherRows
 
 Rows = TypeVar("Rows", RolloutRows, GoldenRows)

@@ -4,12 +4,12 @@ from ml_collections import ConfigDict
 
 from opd_jax import data, models
 from opd_jax.errors import ConfigError
-from opd_jax.training import objective
+from opd_jax.training.terms import Terms
 
 
 def check_rollouts(
     config: ConfigDict,
-    terms: objective.Terms,
+    terms: Terms,
     student: models.ModelConfig,
     teacher: models.ModelConfig | None,
     reference: models.ModelConfig,

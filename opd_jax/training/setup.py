@@ -20,8 +20,7 @@ from opd_jax.data.length_filter import (
 )
 from opd_jax.errors import ConfigError, ModelError
 from opd_jax.sharding.mesh import Mesh, make_mesh
-from opd_jax.training import model_limits, objective
-from opd_jax.training.objective import make_terms
+from opd_jax.training import model_limits
 from opd_jax.training.roles import (
     architecture,
     compute_dtype,
@@ -33,6 +32,7 @@ from opd_jax.training.roles import (
     same_prompts,
 )
 from opd_jax.training.step_functions import StepSpec
+from opd_jax.training.terms import Terms, make_terms, warnings
 
 _GENERATED_CHECKED = 2048  # of generated problems: their prompts are all alike
 
@@ -58,7 +58,7 @@ class Setup:
 
     config: ConfigDict
     mesh: Mesh
-    terms: objective.Terms
+    terms: Terms
     student: models.ModelConfig
     teacher: models.ModelConfig | None
     reference: models.ModelConfig
@@ -165,7 +165,7 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
         folders.setdefault(reference_section.path, ("reference", reference))
     for path, (role, model_config) in folders.items():
         notes += [f"{role}: {line}" for line in models.check_weights(path, model_config)]
-    notes += [*objective.warnings(terms), *_temperatures(config, terms)]
+    notes += [*warnings(terms), *_temperatures(config, terms)]
     notes += [
         f"{role}: {config[role].path} is not read, because no term of this loss needs it"
         for role, needed in (("teacher", terms.needs_teacher), ("reference", terms.needs_reference))
@@ -242,7 +242,7 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
     return setup
 
 
-def _temperatures(config: ConfigDict, terms: objective.Terms) -> list[str]:
+def _temperatures(config: ConfigDict, terms: Terms) -> list[str]:
     """Return a note where rollouts are scored at another temperature than they are sampled at."""
     sampled_at, scored_at = config.rollout.temperature, config.scoring.temperature
     if not terms.needs_rollouts or sampled_at in (0, scored_at):

@@ -25,8 +25,8 @@ from opd_jax.scoring import ScoreSpec
 from opd_jax.sharding.mesh import ONE, Mesh
 from opd_jax.sharding.partition import unwrapped
 from opd_jax.training import batch, objective, update
-from opd_jax.training.objective import Terms
 from opd_jax.training.optimizer import make_optimizer, make_schedule
+from opd_jax.training.terms import Terms
 from opd_jax.types import Frozen, GoldenRows, Rollout, RolloutRows, Scores, TeacherRows, TrainState
 
 

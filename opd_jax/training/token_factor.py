@@ -15,7 +15,7 @@ from opd_jax import losses
 from opd_jax.losses import gates, token_factors
 from opd_jax.training.batch import Weigh
 from opd_jax.training.experience import Experience
-from opd_jax.training.objective import Terms
+from opd_jax.training.terms import Terms
 from opd_jax.types import Rollout, RolloutRows, Scores
 
 Decode = Callable[[list[int]], str]

@@ -15,7 +15,8 @@ from opd_jax.aot import Program
 from opd_jax.data import microbatches
 from opd_jax.models import decoder
 from opd_jax.sharding.mesh import ONE, ROWS, SUMS, UNREDUCED, WHOLE, Mesh
-from opd_jax.training.objective import ON_GOLDEN, ON_ROLLOUTS, GoldenLoss, Parts, RolloutLoss
+from opd_jax.training.objective import GoldenLoss, Parts, RolloutLoss
+from opd_jax.training.terms import ON_GOLDEN, ON_ROLLOUTS
 from opd_jax.types import Frozen, GoldenRows, RolloutRows, TrainState
 
 Weights = Mapping[str, float]

@@ -12,7 +12,7 @@ from opd_jax.config import aliases, fields
 from opd_jax.config.trees import EVALUATION, MODEL, PROBING, SAMPLING, TRAINING, TREES
 from opd_jax.config.validate import validate
 from opd_jax.errors import ConfigError
-from opd_jax.training.objective import make_terms
+from opd_jax.training.terms import make_terms
 from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.short

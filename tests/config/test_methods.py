@@ -8,7 +8,7 @@ from configs import grpo, methods, opd, opsd, recipes, stable_opd
 from opd_jax import config as configuration
 from opd_jax.config.validate import validate
 from opd_jax.errors import ConfigError
-from opd_jax.training.objective import make_terms
+from opd_jax.training.terms import make_terms
 from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.short

@@ -17,8 +17,8 @@ from opd_jax.grading.grader import Grade
 from opd_jax.models import decoder
 from opd_jax.training import objective
 from opd_jax.training.experience import Experience
-from opd_jax.training.objective import make_terms
 from opd_jax.training.step import Step
+from opd_jax.training.terms import make_terms
 from opd_jax.types import Frozen, Scores, Support
 from tests.conftest import tiny_config
 from tests.support.lanes import slow

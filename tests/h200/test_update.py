@@ -7,7 +7,7 @@ import pytest
 
 from opd_jax.models import decoder
 from opd_jax.training import objective, update
-from opd_jax.training.objective import default_terms
+from opd_jax.training.terms import ON_ROLLOUTS, default_terms
 from opd_jax.types import Frozen, RolloutRows
 from tests.h200.conftest import QWEN_1_5B
 
@@ -28,7 +28,7 @@ def compile_gradient(on_h200, remat: str, token_chunk: int = 1024):
         weight_BT=array_BT, advantage_BT=array_BT, sampler_logprob_BT=array_BT,
     )  # fmt: skip
     params = on_h200(decoder.abstract_params(QWEN_1_5B))
-    weights = {name: np.float32(1) for name in objective.ON_ROLLOUTS}
+    weights = {name: np.float32(1) for name in ON_ROLLOUTS}
     add = update.make_add(loss, jnp.bfloat16)
     arguments = (params, Frozen(), on_h200(rows), on_h200(weights), params)
     return add.lower(*arguments).compile()

@@ -22,7 +22,7 @@ from opd_jax.sharding import mesh, replica_check
 from opd_jax.sharding.mesh import ONE, Mesh
 from opd_jax.sharding.partition import Slice
 from opd_jax.training import objective, optimizer, update
-from opd_jax.training.objective import default_terms
+from opd_jax.training.terms import ON_ROLLOUTS, default_terms
 from opd_jax.types import Ends, Frozen, GoldenRows, RolloutRows, Support
 from tests.conftest import distance, noisy_params, random_rows, tiny_config
 from tests.support import calls
@@ -317,7 +317,7 @@ def test_slices_are_gathered_a_layer_at_a_time(params):
     for leaf in matrices:
         assert leaf.addressable_shards[0].data.nbytes * 8 == leaf.nbytes
     rows = devices.rows(jax.tree.map(np.zeros_like, microbatches.gather(ROWS, PART)))
-    weights = {term: 1.0 for term in objective.ON_ROLLOUTS}
+    weights = {term: 1.0 for term in ON_ROLLOUTS}
     add = learner.accumulate.on_rollouts.lower(
         own, learner.frozen, rows, weights, devices.zeros(own)
     ).compile()
@@ -371,7 +371,7 @@ def test_programs_of_the_update_gather_no_masters(params, name):
     state, own = learner.state, learner.own
     (part,) = microbatches.shapes(B, width=T, tokens=99, replicas=devices.replicas)[:1]
     rows = jax.tree.map(np.zeros_like, microbatches.gather(ROWS, part))
-    weights = {term: 1.0 for term in objective.ON_ROLLOUTS}
+    weights = {term: 1.0 for term in ON_ROLLOUTS}
     grads = devices.zeros(own)
     add = learner.accumulate.on_rollouts.lower(
         own, learner.frozen, devices.rows(rows), weights, grads

@@ -19,7 +19,7 @@ import numpy as np
 from opd_jax import scoring
 from opd_jax.models import decoder
 from opd_jax.training import objective
-from opd_jax.training.objective import default_terms
+from opd_jax.training.terms import ON_ROLLOUTS, default_terms
 from opd_jax.training.update import make_add
 from opd_jax.types import Frozen, RolloutRows
 from tests.conftest import tiny_config
@@ -94,7 +94,7 @@ def update(vocabulary: int, tokens: int) -> Case:
         default_terms(pg_weight=1.0), config,
         vocabulary=vocabulary, token_chunk=CHUNK, remat="none",
     )  # fmt: skip
-    params, weights = decoder.abstract_params(config), {n: shape() for n in objective.ON_ROLLOUTS}
+    params, weights = decoder.abstract_params(config), {n: shape() for n in ON_ROLLOUTS}
     return make_add(loss, jnp.float32), (params, Frozen(), rows(tokens), weights, params)
 
 

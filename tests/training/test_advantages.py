@@ -5,7 +5,7 @@ import pytest
 
 from opd_jax import losses
 from opd_jax.training import batch
-from opd_jax.training.objective import default_terms
+from opd_jax.training.terms import default_terms
 from opd_jax.types import Outcome, Rollout, Scores
 
 pytestmark = pytest.mark.short

@@ -9,7 +9,7 @@ from opd_jax import losses
 from opd_jax.errors import ShapeError
 from opd_jax.grading.grader import Grade
 from opd_jax.training import batch
-from opd_jax.training.objective import default_terms
+from opd_jax.training.terms import default_terms
 from opd_jax.types import GoldenRows, Outcome, Rollout, Scores
 
 pytestmark = pytest.mark.short

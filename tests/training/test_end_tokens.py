@@ -19,7 +19,7 @@ from opd_jax.models import decoder
 from opd_jax.models.end_tokens import Events
 from opd_jax.scoring.topk import SUPPORTS
 from opd_jax.training import batch, objective
-from opd_jax.training.objective import Terms, default_terms
+from opd_jax.training.terms import Terms, default_terms
 from opd_jax.types import Ends, Frozen, Outcome, Rollout
 from tests.conftest import noisy_params, random_rows, tiny_config
 from tests.support import calls

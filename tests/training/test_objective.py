@@ -11,7 +11,7 @@ import pytest
 from opd_jax import losses, scoring
 from opd_jax.models import decoder
 from opd_jax.training import objective
-from opd_jax.training.objective import default_terms
+from opd_jax.training.terms import default_terms
 from opd_jax.types import Frozen, GoldenRows, RolloutRows, TeacherRows
 from tests.conftest import distance, random_params, random_rows, tiny_config
 from tests.support import calls

@@ -16,7 +16,7 @@ from opd_jax.models import decoder
 from opd_jax.rng import Stream, key_for
 from opd_jax.training import batch
 from opd_jax.training.experience import Experience
-from opd_jax.training.objective import Terms, default_terms
+from opd_jax.training.terms import Terms, default_terms
 from opd_jax.training.token_factor import divergence_gate, measured, step_ids, token_factor
 from opd_jax.types import Frozen, Outcome, Rollout, Scores
 from tests.conftest import distance

@@ -12,7 +12,7 @@ from opd_jax import losses
 from opd_jax.models import decoder
 from opd_jax.scoring.topk import SUPPORTS
 from opd_jax.training import batch, objective
-from opd_jax.training.objective import Terms, default_terms
+from opd_jax.training.terms import Terms, default_terms
 from opd_jax.types import Frozen, Outcome, Rollout, RolloutRows, Scores
 from tests.conftest import distance, random_params, random_rows, tiny_config
 from tests.scoring.test_score import sizes

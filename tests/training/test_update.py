@@ -13,7 +13,7 @@ from opd_jax import losses
 from opd_jax.config.fields import default
 from opd_jax.models import decoder
 from opd_jax.training import objective, optimizer, update
-from opd_jax.training.objective import default_terms
+from opd_jax.training.terms import default_terms
 from opd_jax.types import Frozen, GoldenRows, RolloutRows
 from tests.conftest import distance, random_params, random_rows, tiny_config
 

@@ -13,7 +13,7 @@ from opd_jax.rollout import Batching, SamplingParams, row_keys, sample_responses
 from opd_jax.tools.bench import reference
 from opd_jax.tools.bench.measure import Row, make_check
 from opd_jax.training import objective, update
-from opd_jax.training.objective import default_terms
+from opd_jax.training.terms import default_terms
 from opd_jax.types import Frozen, GoldenRows
 
 # Head size and width that cuDNN's fused attention supports.

@@ -19,8 +19,8 @@ from opd_jax.config import default
 from opd_jax.models import Model, ModelConfig, Params, decoder, load, with_head_rows
 from opd_jax.rollout import generate
 from opd_jax.training import batch
-from opd_jax.training.objective import default_terms
 from opd_jax.training.step_functions import StepSpec, make_step_functions
+from opd_jax.training.terms import default_terms
 from opd_jax.types import Frozen, Rollout, RolloutRows, Scores
 
 TERMS = default_terms(pg_weight=1.0)  # OPD: the sampled token's log-ratio as advantage

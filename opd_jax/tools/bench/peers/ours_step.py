@@ -22,8 +22,8 @@ def main() -> None:
     from opd_jax.config import default
     from opd_jax.models import decoder
     from opd_jax.training import batch
-    from opd_jax.training.objective import default_terms
     from opd_jax.training.step_functions import StepSpec, make_step_functions
+    from opd_jax.training.terms import default_terms
     from opd_jax.types import Frozen
 
     config = default().unlock()

@@ -109,6 +109,7 @@ def _update(case: Any) -> Step:
     from opd_jax import config as fields
     from opd_jax import models
     from opd_jax.training import objective, optimizer, update
+    from opd_jax.training.terms import default_terms
     from opd_jax.types import Frozen, GoldenRows
 
     optim = fields.default().unlock().optim
@@ -126,7 +127,7 @@ def _update(case: Any) -> Step:
     weight_BT = np.full(tokens_BT.shape, 1 / (case.batch * (case.prompt - 1)), np.float32)
     weight_BT[:, 0] = 0.0  # the first token is not predicted
     rows = GoldenRows(tokens_BT=tokens_BT, length_B=length_B, weight_BT=weight_BT)
-    weights = objective.default_terms(pg_weight=0.0, lambda_gold=1.0).weights
+    weights = default_terms(pg_weight=0.0, lambda_gold=1.0).weights
     states = [update.init_state(params, tx)]
     del params
 

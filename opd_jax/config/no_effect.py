@@ -3,7 +3,7 @@
 from typing import Any
 
 from opd_jax.config import guard_limits
-from opd_jax.config.fields import SHAPE_NUMBERS
+from opd_jax.config.loss_fields import SHAPE_NUMBERS
 
 # Numbers of a token weight: the rules that read them.
 _READ_BY = {

@@ -48,6 +48,12 @@ class Range:
         return f"{kind}{end}{also}"
 
 
+COUNT = Range(1)
+FROM_ZERO = Range(0)
+SHARE = Range(0, 1)
+ABOVE_ZERO = Range(above=0)
+
+
 @dataclasses.dataclass(frozen=True)
 class Choices:
     """One of several names.

@@ -7,7 +7,8 @@ every `validate` here begins with. They are called once, before anything is load
 from ml_collections import ConfigDict
 
 from opd_jax.config import guard_limits
-from opd_jax.config.fields import FIELDS, SHAPE_NUMBERS
+from opd_jax.config.fields import FIELDS
+from opd_jax.config.loss_fields import SHAPE_NUMBERS
 from opd_jax.config.no_effect import unused
 from opd_jax.config.schema import check, wrong
 from opd_jax.config.trees import EVALUATION, SAMPLING, TRAINING

@@ -3,7 +3,7 @@
 import pytest
 
 from configs import grpo, opd
-from opd_jax.config.fields import SHAPE_NUMBERS
+from opd_jax.config.loss_fields import SHAPE_NUMBERS
 from opd_jax.config.validate import validate
 from opd_jax.errors import ConfigError
 from opd_jax.losses import ADVANTAGE_SHAPES

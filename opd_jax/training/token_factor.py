@@ -6,6 +6,7 @@ Both results are None where the config asks for neither, and then nothing is com
 
 import re
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -82,28 +83,11 @@ def step_ids(rollout: Rollout, *, window: int, decode: Decode) -> np.ndarray:
     belongs to it. SOD (2605.07725) has steps between tool calls; these two definitions are ours.
     """
     out_BT = np.full(rollout.tokens_BT.shape, -1, np.int32)
-    pieces: dict[int, str] = {}
+    pieces: dict[int, _Piece] = {}
     for row in range(len(rollout.length_B)):
-        ids = rollout.response(row)
-        start = int(rollout.prompt_length_B[row])
-        if window:
-            out_BT[row, start : start + len(ids)] = np.arange(len(ids)) // window
-            continue
-        step, before = 0, ""  # `before`: white space since the last text, none before the first
-        for place, token in enumerate(ids, start):
-            if token not in pieces:
-                pieces[token] = decode([token])
-            piece, text = pieces[token], pieces[token].strip()
-            if text:
-                step += bool(_BLANK_LINE.search(before + piece[: piece.index(text)]))
-            out_BT[row, place] = step
-            if text:
-                step += len(
-                    _BLANK_LINE.findall(text)
-                )  # within a token: it belongs to its first step
-                before = "." + piece[piece.index(text) + len(text) :]
-            elif before:
-                before += piece
+        ids, start = rollout.response(row), int(rollout.prompt_length_B[row])
+        steps = _paragraphs(ids, pieces, decode) if not window else np.arange(len(ids)) // window
+        out_BT[row, start : start + len(ids)] = steps
     return out_BT
 
 
@@ -117,6 +101,41 @@ def measured(rows: RolloutRows) -> dict[str, float]:
     if rows.token_factor_BT is not None:
         out["loss/unweighted_tokens"] = float(np.mean(rows.token_factor_BT[counted_BT] == 0))
     return out
+
+
+class _Piece(NamedTuple):
+    """White space before and after the text of an id, and blank lines within; without text all is `before`."""
+
+    before: str
+    blank: bool
+    within: int
+    after: str
+
+
+def _piece(text: str) -> _Piece:
+    body = text.strip()
+    if not body:
+        return _Piece(text, True, 0, "")
+    start = text.index(body)
+    return _Piece(text[:start], False, len(_BLANK_LINE.findall(body)), text[start + len(body) :])
+
+
+def _paragraphs(ids: list[int], pieces: dict[int, _Piece], decode: Decode) -> list[int]:
+    """Return the paragraph of each token; a token with a blank line within belongs to the first one."""
+    steps, step, space, begun = [], 0, "", False
+    for token in ids:
+        if token not in pieces:
+            pieces[token] = _piece(decode([token]))
+        piece = pieces[token]
+        space += piece.before
+        if piece.blank:
+            steps.append(step)
+            continue
+        if begun and "\n" in space:  # a response may begin with blank lines
+            step += bool(_BLANK_LINE.search(space))
+        steps.append(step)
+        step, space, begun = step + piece.within, piece.after, True
+    return steps
 
 
 def _open_rollouts(

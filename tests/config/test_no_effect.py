@@ -113,7 +113,7 @@ def experience() -> Experience:
         student_logprob_BT=logprobs(), student_entropy_BT=logprobs(), teacher_logprob_BT=logprobs(),
         reference_logprob_BT=logprobs(), teacher_entropy_BT=-logprobs(), reverse_kl_BT=-logprobs(),
         overlap_ratio_BT=generator.uniform(size=shape).astype(np.float32),
-        statistic_BT=generator.integers(0, 2, shape).astype(np.float32),
+        statistic_BT=(generator.integers(0, 2, shape) * generator.uniform(size=shape)).astype(np.float32),
         support=support, teacher_hidden_BTD=logprobs(CONFIG.hidden_size),
     )  # fmt: skip
     repeated_BT = generator.uniform(size=shape) < 0.3

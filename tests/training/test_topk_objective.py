@@ -341,11 +341,26 @@ def test_what_terms_need():
     assert not default_terms(pg_weight=1.0).needs_reference
 
 
-def test_no_array_of_batch_time_vocabulary_with_supports():
-    terms = dataclasses.replace(TERMS, support="union", form="tail")
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        {"support": "union", "form": "tail"},
+        {
+            "support": "union",
+            "form": "teacher_renormalised",
+            "direction": "forward",
+            "gate": "entropy",
+        },
+    ],
+    ids=["tail", "gate"],
+)
+def test_no_array_of_batch_time_vocabulary_with_supports(numbers):
+    terms = dataclasses.replace(TERMS, **numbers)
     config = tiny_config(num_layers=1, vocab_size=2000)
     loss = objective.make_rollout_loss(terms, config, vocabulary=2000, token_chunk=8, remat="none")
     given = make_rows(dataclasses.replace(TERMS, support="union"), "union")
+    if terms.gated:
+        given = given.replace(divergence_gate_BT=np.ones(MASK.shape, np.float32))
 
     def total(params):
         return loss(params, Frozen(), given)["divergence"]

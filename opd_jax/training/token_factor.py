@@ -104,7 +104,7 @@ def measured(rows: RolloutRows) -> dict[str, float]:
 
 
 class _Piece(NamedTuple):
-    """White space before and after the text of an id, and blank lines within; without text all is `before`."""
+    """White space around the text of an id, and blank lines within; a blank id is all `before`."""
 
     before: str
     blank: bool

@@ -82,7 +82,7 @@ METHODS = {
         "advantage": "support",
         "support": "student",
     },
-    "TA-OPD": {"token_weight": "ta"},
+    "TA-OPD": {"token_weight": "ta", "token_weight_keep": 0.1},
     "SelecTKD": {"token_weight": "selectkd", "token_weight_least": 0.1},
     "SFT": NO_SURROGATE | {"lambda_gold": 1.0},
 }

@@ -97,6 +97,11 @@ def test_the_update():
     # Three places a token, of ids and the teacher's log-probs.
     on_ids = footprint.gradient(workload(support=3, support_arrays=2))
     assert on_ids.arguments["rows"] == 16 * 16 + 16 * 3 * 8
+    # A gate is one more number a token, of rollouts alone.
+    gated = workload(support=3, support_arrays=2, gated=True, golden=2)
+    assert footprint.gradient(gated).arguments["rows"] == 16 * 16 + 16 * 3 * 8 + 16 * 4
+    golden = footprint.gradient(gated, golden=True).arguments["rows"]
+    assert golden == footprint.gradient(workload(golden=2), golden=True).arguments["rows"] > 0
     two = footprint.gradient(
         workload(layout=Layout(data=2), batch=8, student=MODEL, token_chunk=16)
     )

@@ -93,17 +93,21 @@ def score(
     spec: ScoreSpec,
     *,
     microbatch_tokens: int,
+    first_B: np.ndarray | None = None,
     teacher_rows: TeacherRows | None = None,
     mesh: Mesh = ONE,
 ) -> Scores:
     """Score the same responses with student and teacher, in one pass over chunks of tokens; see `Scores`.
 
+    The tokens of row b that are scored are those from `first_B[b]` on (None: all but the first, which
+    nothing predicts); the statistics of all others are 0.
     `teacher_rows` holds the responses behind the teacher's own prompts, where those differ. Rows go
     through the models in micro-batches of at most `microbatch_tokens` tokens, which bounds the
     activations as `spec.token_chunk` bounds the logits; both apply to one replica of the `mesh`.
     Returns host arrays of the shape of `tokens_BT`.
     """
     tokens_BT, length_B = np.asarray(tokens_BT), np.asarray(length_B)
+    first_B = np.ones_like(length_B) if first_B is None else np.asarray(first_B)
     out: Any = None
 
     def put(part: microbatches.MicroBatch, scores: Scores) -> None:
@@ -119,9 +123,9 @@ def score(
         length_B, width=tokens_BT.shape[1], tokens=microbatch_tokens, teacher=teacher_rows,
         replicas=mesh.replicas,
     ):  # fmt: skip
-        tokens, length = microbatches.gather((tokens_BT, length_B), part)
+        tokens, length, first = microbatches.gather((tokens_BT, length_B, first_B), part)
         other = None if teacher_rows is None else microbatches.gather_teacher(teacher_rows, part)
-        rows = mesh.rows((tokens, length, other))
+        rows = mesh.rows((tokens, length, first, other))
         scores = score_part(student, teacher, *rows, spec, mesh=mesh)
         in_flight.append((part, scores))
         if len(in_flight) == IN_FLIGHT:  # two keep the device busy while one is fetched
@@ -158,7 +162,7 @@ def programs(
         if teacher_width:
             theirs_BT = np.zeros((part.count, part.teacher_width), np.int32)
             other = TeacherRows(tokens_BT=theirs_BT, length_B=length_B, offset_B=length_B)
-        given = (student, teacher, *mesh.row_structs((tokens_BT, length_B, other)), spec)
+        given = (student, teacher, *mesh.row_structs((tokens_BT, length_B, length_B, other)), spec)
         name = f"score {part.count} x {part.width}"
         out.append(Program(name, score_part, given, {"mesh": mesh}))
     return out
@@ -170,14 +174,15 @@ def score_part(
     teacher: Model | None,
     tokens_BT: jax.Array,
     length_B: jax.Array,
+    first_B: jax.Array,
     other: TeacherRows | None,
     spec: ScoreSpec,
     *,
     mesh: Mesh = ONE,
 ) -> Scores:
     """`score` of one micro-batch, traced once for each of its shapes."""
-    each = mesh.per_replica(_score_rows, (WHOLE, WHOLE, ROWS, ROWS, ROWS, WHOLE), ROWS)
-    return each(student, teacher, tokens_BT, length_B, other, spec)
+    each = mesh.per_replica(_score_rows, (WHOLE, WHOLE, ROWS, ROWS, ROWS, ROWS, WHOLE), ROWS)
+    return each(student, teacher, tokens_BT, length_B, first_B, other, spec)
 
 
 def _score_rows(
@@ -185,10 +190,13 @@ def _score_rows(
     teacher: Model | None,
     tokens_BT: jax.Array,
     length_B: jax.Array,
+    first_B: jax.Array,
     other: TeacherRows | None,
     spec: ScoreSpec,
 ) -> Scores:
     """`score_part` on one replica."""
+    position_1T = jnp.arange(tokens_BT.shape[1])[None]
+    counts_BT = (position_1T >= first_B[:, None]) & (position_1T < length_B[:, None])
     hidden_BTD = decoder.hidden_states(student.params, student.config, tokens_BT, length_B)
     readouts = [Readout(decoder.head(student.params), hidden_BTD)]
     fn: TokenFn = _student_statistics
@@ -198,7 +206,7 @@ def _score_rows(
         readouts.append(Readout(head_VD, hidden_BTD, "teacher"))
         fn = partial(_pair_statistics, top_k=spec.top_k, support=spec.support)
     scores = map_tokens(
-        fn, readouts, tokens_BT,
+        fn, readouts, tokens_BT, counts_BT=counts_BT,
         token_chunk=spec.token_chunk, vocabulary=spec.vocabulary, events=spec.events,
     )  # fmt: skip
     if not spec.keep_hidden:

@@ -185,7 +185,7 @@ class StepFunctions:
         spec = self.spec
         return scoring.score(
             *spec.models(student, teacher), rollout.tokens_BT, rollout.length_B, spec.scoring,
-            teacher_rows=teacher_rows,
+            first_B=rollout.prompt_length_B, teacher_rows=teacher_rows,
             microbatch_tokens=spec.config.optim.microbatch_tokens, mesh=spec.mesh,
         )  # fmt: skip
 
@@ -285,7 +285,7 @@ def _blank_rollout_rows(spec: StepSpec, student: Any, teacher: Any) -> RolloutRo
         teacher_rows = TeacherRows(teacher_BT, length_B, length_B)
     pair = spec.models(unwrapped(student), unwrapped(teacher))
     scores = jax.eval_shape(
-        scoring.score_part, *pair, tokens_BT, length_B, teacher_rows, spec.scoring
+        scoring.score_part, *pair, tokens_BT, length_B, length_B, teacher_rows, spec.scoring
     )
     zeros_BT = np.zeros(shape, np.float32)
     return batch.rollout_rows(

@@ -143,6 +143,36 @@ def test_jax_computes_in_the_calling_thread_where_memory_is_kept(kept, wanted, m
     assert updates == [("jax_cpu_enable_async_dispatch", value) for value in wanted]
 
 
+THREADS = """
+import threading
+import numpy as np
+from opd_jax import host_memory
+host_memory.keep_freed({"OPD_JAX_MALLOC": "keep"})
+host_memory.configure_jax({"OPD_JAX_MALLOC": "keep"})
+import jax
+from opd_jax.sharding.mesh import ONE
+
+def here(x):
+    print(threading.current_thread() is threading.main_thread())
+    return x
+
+call = jax.jit(lambda x: jax.pure_callback(here, jax.ShapeDtypeStruct((), np.float32), x[0]))
+bytes_ = np.zeros(4 * 25_000_000 + 4, np.uint8)
+rows = bytes_[4:].view(np.float32)  # not aligned, so JAX has to copy it
+for _ in range(3):
+    call(ONE.rows(rows)).block_until_ready()
+"""
+
+
+def test_a_micro_batch_from_the_host_is_computed_in_the_calling_thread():
+    """While its input is copied, JAX leaves a program to another thread, whose memory is not kept."""
+    done = subprocess.run(
+        [sys.executable, "-c", THREADS], capture_output=True, text=True, timeout=120,
+        cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    assert done.stdout.split() == ["True"] * 3, done.stderr
+
+
 ENTRY = """
 import os, sys
 from opd_jax import cli

@@ -1,6 +1,6 @@
 """Scoring of given rows by student and teacher: log-probs, entropies, divergences, top-k sets."""
 
-from opd_jax.scoring.chunked import Readout, align, map_tokens, take
+from opd_jax.scoring.chunked import Readout, align, map_tokens, sum_tokens, take
 from opd_jax.scoring.score import (
     ScoreSpec,
     programs,
@@ -18,6 +18,7 @@ __all__ = [
     "programs",
     "score",
     "score_part",
+    "sum_tokens",
     "take",
     "teacher_states",
     "token_logprob",

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import flax.struct
@@ -13,6 +14,7 @@ from opd_jax.models.end_tokens import EVERY_ID, Events
 from opd_jax.types import Array
 
 TokenFn = Callable[..., Any]
+PerToken = Mapping[str, jax.Array]
 
 
 def chunk_shape(tokens: int, token_chunk: int) -> tuple[int, int]:
@@ -43,9 +45,10 @@ def map_tokens(
     fn: TokenFn,
     readouts: Sequence[Readout],
     tokens_BT: jax.Array,
-    per_token: Mapping[str, jax.Array] | None = None,
+    per_token: PerToken = MappingProxyType({}),
     *,
     token_chunk: int,
+    counts_BT: jax.Array | None = None,
     vocabulary: int | None = None,
     events: Events = EVERY_ID,
 ) -> Any:
@@ -58,44 +61,212 @@ def map_tokens(
       tokens_BT: the student's ids; ids of V or more are clamped (callers mask them).
       per_token: more [B, T, ...] arrays, aligned with `tokens_BT`.
       token_chunk: most tokens whose logits exist at one time.
+      counts_BT: bool, the tokens to apply it to; None for all. Chunks without such tokens cost nothing.
       vocabulary: V, the first ids that all models have, over which alone log-probs are normalised
         (None: all of the heads; no slice of a head is copied).
       events: which of them are scored, and which end a response and count as one.
 
-    Returns: a tree of [B, T, ...], aligned with `tokens_BT`; position 0, which nothing predicts, is 0.
+    Returns: a tree of [B, T, ...], aligned with `tokens_BT`, 0 where no token counts and at position 0, which
+    nothing predicts.
     """
-    batch, time = tokens_BT.shape
-    chunks, token_chunk = chunk_shape(batch * time, token_chunk)
-    padding = chunks * token_chunk - batch * time
-
-    def cut(array: jax.Array) -> jax.Array:
-        flat = array.reshape(batch * time, *array.shape[2:])
-        flat = jnp.pad(flat, [(0, padding)] + [(0, 0)] * (flat.ndim - 1))
-        return flat.reshape(chunks, token_chunk, *flat.shape[1:])
-
-    def shifted(array_BT: jax.Array) -> jax.Array:  # the hidden state at t predicts token t + 1
-        return cut(jnp.roll(array_BT, -1, axis=1))
+    index_NC, chunks = _packed(tokens_BT, counts_BT, token_chunk)
 
     @partial(jax.checkpoint, prevent_cse=False)
     @jax.named_scope("token_loss")
-    def one_chunk(_: None, chunk: tuple) -> tuple[None, dict[str, jax.Array]]:
-        hidden_CDs, token_C, extras = chunk
-        logprobs = []
-        for of, hidden_CD in zip(readouts, hidden_CDs, strict=True):
-            logit_CV = decoder.logits(of.head_VD.astype(hidden_CD.dtype), hidden_CD)
-            logit_CV = events.restrict(logit_CV, vocabulary=vocabulary, model=of.role)
-            logprobs.append(jax.nn.log_softmax(logit_CV, axis=-1))
-        return None, fn(*logprobs, token_C=events.of_tokens(token_C), **extras)
+    def values_of(index_C: jax.Array) -> Any:
+        logprobs = [
+            _log_softmax(_logits(of, index_C), of.role, vocabulary, events) for of in readouts
+        ]
+        extras = {name: _at(x_BT, index_C) for name, x_BT in per_token.items()}
+        return fn(*logprobs, token_C=events.of_tokens(_at(tokens_BT, index_C)), **extras)
 
-    extras = {name: shifted(array) for name, array in (per_token or {}).items()}
-    chunked = (tuple(cut(of.hidden_BTD) for of in readouts), shifted(tokens_BT), extras)
-    _, out = jax.lax.scan(one_chunk, None, chunked)
+    def blank(index_C: jax.Array) -> Any:
+        like = jax.eval_shape(values_of, index_C)
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
 
-    def aligned(values: jax.Array) -> jax.Array:
-        flat = values.reshape(-1, *values.shape[2:])[: batch * time]
-        return jnp.roll(flat.reshape(batch, time, *flat.shape[1:]), 1, axis=1).at[:, 0].set(0)
+    def one_chunk(number: int, index_C: jax.Array) -> tuple[Any, Any]:
+        if counts_BT is None:
+            return number, values_of(index_C)
+        return number + 1, jax.lax.cond(number < chunks, values_of, blank, index_C)
 
-    return jax.tree.map(aligned, out)
+    _, out = jax.lax.scan(one_chunk, 0, index_NC)
+    return jax.tree.map(partial(_unpacked, index_NC, tokens_BT), out)
+
+
+def sum_tokens(
+    fn: TokenFn,
+    readouts: Sequence[Readout],
+    tokens_BT: jax.Array,
+    per_token: PerToken,
+    weight_BT: jax.Array,
+    scale: Mapping[str, Any],
+    *,
+    token_chunk: int,
+    vocabulary: int | None = None,
+    events: Events = EVERY_ID,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Return (sum_k scale_k S_k, S), S_k = sum_t weight_t fn_k(t): a loss and its parts, float32 scalars.
+
+    `fn` returns a dict of [C], one for each k; the other arguments are those of `map_tokens`. Logits of
+    tokens without weight are not computed, and what `fn` returns for them may be anything.
+
+    Only the first result has a gradient, through the first readout. It is computed in the forward pass,
+    while the logits of a chunk are there, so that they are computed once. The gradient of the output
+    matrix is summed over chunks in float32.
+    """
+    index_NC, chunks = _packed(tokens_BT, weight_BT > 0, token_chunk)
+    student, *others = readouts
+    role = student.role
+    inputs = _Inputs(
+        index_NC, chunks, others, tokens_BT, dict(per_token), weight_BT, dict(scale), events
+    )
+
+    def loss_of(
+        logit_CV: jax.Array, inputs: _Inputs, index_C: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        log_softmax = partial(_log_softmax, vocabulary=vocabulary, events=inputs.events)
+        logprobs = [log_softmax(logit_CV, role)]
+        logprobs += [log_softmax(_logits(of, index_C), of.role) for of in inputs.others]
+        extras = {name: _at(x_BT, index_C) for name, x_BT in inputs.per_token.items()}
+        token_C = inputs.events.of_tokens(_at(inputs.tokens_BT, index_C))
+        values = fn(*logprobs, token_C=token_C, **extras)
+        weight_C = _at(inputs.weight_BT, index_C)
+        sums = {name: _weighted_sum(x_C, weight_C) for name, x_C in values.items()}
+        total = sum((inputs.scale[name] * x for name, x in sums.items()), jnp.zeros(()))
+        return total, sums
+
+    total, sums = _sum(loss_of, student.head_VD, student.hidden_BTD, inputs)
+    return total, jax.lax.stop_gradient(sums)
+
+
+class _Inputs(flax.struct.PyTreeNode):
+    """Constants of `sum_tokens`; see there. `index_NC`, `chunks`: see `_packed`."""
+
+    index_NC: jax.Array
+    chunks: jax.Array
+    others: Sequence[Readout]
+    tokens_BT: jax.Array
+    per_token: dict[str, jax.Array]
+    weight_BT: jax.Array
+    scale: dict[str, Any]
+    events: Events
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sum(loss_of: Callable, head_VD: jax.Array, hidden_BTD: jax.Array, inputs: _Inputs) -> Any:
+    """Sum loss_of(logits, inputs, index) -> (loss, parts) over chunks."""
+    student = Readout(head_VD, hidden_BTD)
+
+    @jax.named_scope("token_loss")
+    def add(i: jax.Array, sums: Any) -> Any:
+        index_C = inputs.index_NC[i]
+        return jax.tree.map(jnp.add, sums, loss_of(_logits(student, index_C), inputs, index_C))
+
+    return jax.lax.fori_loop(0, inputs.chunks, add, _zero_sums(loss_of, student, inputs))
+
+
+def _sum_forward(
+    loss_of: Callable, head_VD: jax.Array, hidden_BTD: jax.Array, inputs: _Inputs
+) -> Any:
+    student, dtype = Readout(head_VD, hidden_BTD), hidden_BTD.dtype
+
+    @jax.named_scope("token_loss")
+    def add(i: jax.Array, carry: Any) -> Any:
+        sums, d_head_VD, d_hidden_ND = carry
+        index_C = inputs.index_NC[i]
+        logit_CV = _logits(student, index_C)
+        loss, vjp, parts = jax.vjp(lambda x: loss_of(x, inputs, index_C), logit_CV, has_aux=True)
+        d_logit_CV = vjp(jnp.ones_like(loss))[0].astype(dtype)
+        d_head_VD += jnp.einsum(
+            "CV,CD->VD", d_logit_CV, _hidden(student, index_C), preferred_element_type=jnp.float32
+        )
+        d_hidden_CD = jnp.einsum("CV,VD->CD", d_logit_CV, head_VD.astype(dtype))
+        d_hidden_ND = _put(d_hidden_ND, index_C - 1, d_hidden_CD)
+        return jax.tree.map(jnp.add, sums, (loss, parts)), d_head_VD, d_hidden_ND
+
+    first = (
+        _zero_sums(loss_of, student, inputs),
+        jnp.zeros(head_VD.shape, jnp.float32),
+        jnp.zeros((inputs.tokens_BT.size, hidden_BTD.shape[-1]), dtype),
+    )
+    sums, d_head_VD, d_hidden_ND = jax.lax.fori_loop(0, inputs.chunks, add, first)
+    return sums, (d_head_VD.astype(head_VD.dtype), d_hidden_ND.reshape(hidden_BTD.shape))
+
+
+def _sum_backward(
+    _: Callable, gradients: tuple[jax.Array, jax.Array], cotangents: tuple[jax.Array, Any]
+) -> tuple[jax.Array, jax.Array, None]:
+    d_head_VD, d_hidden_BTD = (cotangents[0].astype(x.dtype) * x for x in gradients)
+    return d_head_VD, d_hidden_BTD, None
+
+
+_sum.defvjp(_sum_forward, _sum_backward)
+
+
+def _zero_sums(loss_of: Callable, student: Readout, inputs: _Inputs) -> Any:
+    like = jax.eval_shape(
+        lambda index_C: loss_of(_logits(student, index_C), inputs, index_C), inputs.index_NC[0]
+    )
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+
+
+def _packed(
+    tokens_BT: jax.Array, counts_BT: jax.Array | None, token_chunk: int
+) -> tuple[jax.Array, jax.Array]:
+    """Return where the tokens that count stand in the flattened batch, and how many chunks they fill.
+
+    int32 [N, C]: N chunks of C tokens hold the whole batch. Tokens that count come first, in order; the
+    places after them are filled with numbers beyond the batch, each once.
+    """
+    chunks, size = chunk_shape(tokens_BT.size, token_chunk)
+    predicted_BT = jnp.arange(tokens_BT.shape[1])[None] > jnp.zeros(tokens_BT.shape, jnp.int32)
+    counts_BT = predicted_BT if counts_BT is None else counts_BT & predicted_BT
+    counts_N = counts_BT.reshape(-1)
+    count = jnp.sum(counts_N, dtype=jnp.int32)
+    place = jnp.arange(chunks * size, dtype=jnp.int32)
+    found = jnp.nonzero(counts_N, size=chunks * size, fill_value=0)[0].astype(jnp.int32)
+    index = jnp.where(place < count, found, tokens_BT.size + place)
+    return index.reshape(chunks, size), -(-count // size)
+
+
+def _unpacked(index_NC: jax.Array, like_BT: jax.Array, values: jax.Array) -> jax.Array:
+    """Return values [N, C, ...] at their places in the batch, [B, T, ...], and 0 elsewhere."""
+    values = values.reshape(-1, *values.shape[2:])
+    flat = jnp.zeros((like_BT.size, *values.shape[1:]), values.dtype)
+    return _put(flat, index_NC.reshape(-1), values).reshape(*like_BT.shape, *values.shape[1:])
+
+
+def _put(flat: jax.Array, index: jax.Array, values: jax.Array) -> jax.Array:
+    return flat.at[index].set(values, mode="drop", unique_indices=True, indices_are_sorted=True)
+
+
+def _at(x_BT: jax.Array, index_C: jax.Array) -> jax.Array:
+    """Return x [B, T, ...] at places of the flattened batch; 0 beyond it. [C, ...]."""
+    flat = x_BT.reshape(-1, *x_BT.shape[2:])
+    return jnp.take(flat, index_C, axis=0, mode="fill", fill_value=0)
+
+
+def _hidden(of: Readout, index_C: jax.Array) -> jax.Array:
+    """Return the hidden states that predict these tokens: those of the position before. [C, D]."""
+    return _at(of.hidden_BTD, index_C - 1)
+
+
+def _logits(of: Readout, index_C: jax.Array) -> jax.Array:
+    hidden_CD = _hidden(of, index_C)
+    return decoder.logits(of.head_VD.astype(hidden_CD.dtype), hidden_CD)
+
+
+def _log_softmax(
+    logit_CV: jax.Array, role: str, vocabulary: int | None, events: Events
+) -> jax.Array:
+    logit_CV = events.restrict(logit_CV, vocabulary=vocabulary, model=role)
+    return jax.nn.log_softmax(logit_CV, axis=-1)
+
+
+def _weighted_sum(values_C: jax.Array, weight_C: jax.Array) -> jax.Array:
+    """Sum weight * value over tokens with weight; the values of others may be anything, inf included."""
+    counts_C = weight_C > 0
+    return jnp.sum(jnp.where(counts_C, weight_C * jnp.where(counts_C, values_C, 0.0), 0.0))
 
 
 def align(hidden_BTD: jax.Array, offset_B: jax.Array, width: int) -> jax.Array:

@@ -97,19 +97,23 @@ def score(
     spec: ScoreSpec,
     *,
     microbatch_tokens: int,
+    first_B: np.ndarray | None = None,
     teacher_rows: TeacherRows | None = None,
     reference: Model | None = None,
     mesh: Mesh = ONE,
 ) -> Scores:
     """Score the same responses with all models, in one pass over chunks of tokens; see `Scores`.
 
-    Nine parameters, because three models read one set of rows. `teacher_rows` holds the responses behind the
-    teacher's own prompts, where those differ; a `reference` reads the student's rows. Rows go
+    Ten parameters, because three models read one set of rows. The tokens of row b that are scored are those
+    from `first_B[b]` on (None: all but the first, which nothing predicts); the statistics of others are 0.
+    `teacher_rows` holds the responses behind the teacher's own prompts, where those differ; a `reference`
+    reads the student's rows. Rows go
     through the models in micro-batches of at most `microbatch_tokens` tokens, which bounds the
     activations as `spec.token_chunk` bounds the logits; both apply to one replica of the `mesh`.
     Returns host arrays of the shape of `tokens_BT`.
     """
     tokens_BT, length_B = np.asarray(tokens_BT), np.asarray(length_B)
+    first_B = np.ones_like(length_B) if first_B is None else np.asarray(first_B)
     out: Any = None
 
     def put(part: microbatches.MicroBatch, scores: Scores) -> None:
@@ -125,9 +129,9 @@ def score(
         length_B, width=tokens_BT.shape[1], tokens=microbatch_tokens, teacher=teacher_rows,
         replicas=mesh.replicas,
     ):  # fmt: skip
-        tokens, length = microbatches.gather((tokens_BT, length_B), part)
+        tokens, length, first = microbatches.gather((tokens_BT, length_B, first_B), part)
         other = None if teacher_rows is None else microbatches.gather_teacher(teacher_rows, part)
-        rows = mesh.rows((tokens, length, other))
+        rows = mesh.rows((tokens, length, first, other))
         scores = score_part(student, teacher, *rows, spec, reference, mesh=mesh)
         in_flight.append((part, scores))
         if len(in_flight) == IN_FLIGHT:  # two keep the device busy while one is fetched
@@ -165,7 +169,8 @@ def programs(
         if teacher_width:
             theirs_BT = np.zeros((part.count, part.teacher_width), np.int32)
             other = TeacherRows(tokens_BT=theirs_BT, length_B=length_B, offset_B=length_B)
-        given = (student, teacher, *mesh.row_structs((tokens_BT, length_B, other)), spec, reference)
+        rows = mesh.row_structs((tokens_BT, length_B, length_B, other))
+        given = (student, teacher, *rows, spec, reference)
         name = f"score {part.count} x {part.width}"
         out.append(Program(name, score_part, given, {"mesh": mesh}))
     return out
@@ -177,6 +182,7 @@ def score_part(
     teacher: Model | None,
     tokens_BT: jax.Array,
     length_B: jax.Array,
+    first_B: jax.Array,
     other: TeacherRows | None,
     spec: ScoreSpec,
     reference: Model | None = None,
@@ -184,8 +190,8 @@ def score_part(
     mesh: Mesh = ONE,
 ) -> Scores:
     """`score` of one micro-batch, traced once for each of its shapes."""
-    each = mesh.per_replica(_score_rows, (WHOLE, WHOLE, ROWS, ROWS, ROWS, WHOLE, WHOLE), ROWS)
-    return each(student, teacher, tokens_BT, length_B, other, spec, reference)
+    each = mesh.per_replica(_score_rows, (WHOLE, WHOLE, ROWS, ROWS, ROWS, ROWS, WHOLE, WHOLE), ROWS)
+    return each(student, teacher, tokens_BT, length_B, first_B, other, spec, reference)
 
 
 def _score_rows(
@@ -193,11 +199,14 @@ def _score_rows(
     teacher: Model | None,
     tokens_BT: jax.Array,
     length_B: jax.Array,
+    first_B: jax.Array,
     other: TeacherRows | None,
     spec: ScoreSpec,
     reference: Model | None,
 ) -> Scores:
     """`score_part` on one replica."""
+    position_1T = jnp.arange(tokens_BT.shape[1])[None]
+    counts_BT = (position_1T >= first_B[:, None]) & (position_1T < length_B[:, None])
     hidden_BTD = decoder.hidden_states(student.params, student.config, tokens_BT, length_B)
     readouts = [Readout(decoder.head(student.params), hidden_BTD)]
     fn: TokenFn = _student_statistics
@@ -213,7 +222,7 @@ def _score_rows(
         states_BTD = decoder.hidden_states(reference.params, reference.config, tokens_BT, length_B)
         readouts.append(Readout(decoder.head(reference.params), states_BTD, "reference"))
     scores = map_tokens(
-        fn, readouts, tokens_BT,
+        fn, readouts, tokens_BT, counts_BT=counts_BT,
         token_chunk=spec.token_chunk, vocabulary=spec.vocabulary, events=spec.events,
     )  # fmt: skip
     if not spec.keep_hidden:

@@ -67,9 +67,13 @@ class Mesh:
         return self._sizes[DATA] * self._sizes[FSDP]
 
     def rows(self, rows: Tree) -> Tree:
-        """Place host arrays [B, ...] on the devices, sharded along B; the replicas must divide B."""
+        """Place host arrays [B, ...] on the devices, sharded along B; the replicas must divide B.
+
+        On one device it returns when they are there: a program whose inputs are still being copied runs in
+        a thread of JAX's own on a CPU, where its memory is not kept (host_memory.py).
+        """
         if self.devices is None:
-            return rows
+            return jax.block_until_ready(jax.device_put(rows))
         place = partial(_place, sharding=NamedSharding(self.devices, P(REPLICAS)))
         return jax.tree.map(lambda x: place(np.asarray(x)), rows)
 

@@ -6,7 +6,7 @@
 A method is a set of numbers. A term whose weight is 0 is not traced: no forward pass, no memory.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -22,8 +22,9 @@ from opd_jax.training.terms import ON_ROLLOUTS, Terms
 from opd_jax.types import Frozen, GoldenRows, RolloutRows
 
 Parts = dict[str, jax.Array]  # by the name of the term: its mean over the tokens that count
-RolloutLoss = Callable[..., Parts]  # (params, frozen, rows, sums=None), see decoder.hidden_states
-GoldenLoss = Callable[..., Parts]  # (params, rows, sums=None)
+Loss = tuple[jax.Array, Parts]  # the weighted sum of the terms, which has a gradient, and the terms
+RolloutLoss = Callable[..., Loss]  # (params, frozen, rows, weights, sums=None)
+GoldenLoss = Callable[..., Loss]  # (params, rows, weights, sums=None)
 
 
 def make_rollout_loss(
@@ -36,8 +37,9 @@ def make_rollout_loss(
     remat: str,
     events: Events = EVERY_ID,
 ) -> RolloutLoss:
-    """Make loss(params, frozen, rows, sums=None) -> unweighted terms on rollouts, weighted sums over tokens.
+    """Make loss(params, frozen, rows, weights, sums=None) -> loss on rollouts, and its unweighted terms.
 
+    `weights` are those of the terms; a term is a sum over tokens by their weights in the rows.
     `frozen` holds the reference where its term is present (`reference_config` is its architecture), and the
     teacher's output matrix where `terms.over_vocabulary`; the rows then hold the teacher's hidden states.
     Log-probs are normalised over `events`.
@@ -71,8 +73,9 @@ def make_rollout_loss(
         params: decoder.Params,
         frozen: Frozen,
         rows: RolloutRows,
+        weights: Mapping[str, Any],
         sums: decoder.Params | None = None,
-    ) -> Parts:
+    ) -> Loss:
         head_VD = decoder.head(params)
         hidden_BTD = decoder.hidden_states(
             params, config, rows.tokens_BT, rows.length_B, remat=remat, sums=sums
@@ -88,16 +91,17 @@ def make_rollout_loss(
                 frozen.reference, reference_config, rows.tokens_BT, rows.length_B
             )
             readouts.append(scoring.Readout(head_VD, hidden_BTD, "reference"))
-        parts = scoring.map_tokens(
+        return scoring.sum_tokens(
             token_terms,
-            [student, *jax.lax.stop_gradient(readouts)],
+            [student, *readouts],
             rows.tokens_BT,
             _per_token(terms, rows),
+            rows.weight_BT,
+            weights,
             token_chunk=token_chunk,
             vocabulary=vocabulary,
             events=events,
         )
-        return {name: _weighted_sum(x_BT, rows.weight_BT) for name, x_BT in parts.items()}
 
     return loss
 
@@ -105,26 +109,33 @@ def make_rollout_loss(
 def make_golden_loss(
     config: ModelConfig, *, vocabulary: int, token_chunk: int, remat: str
 ) -> GoldenLoss:
-    """Make loss(params, rows, sums=None) -> L_SFT, unweighted, a weighted sum over tokens.
+    """Make loss(params, rows, weights, sums=None) -> (weighted L_SFT, {"sft": L_SFT}).
 
     Every id is an event of its own here, end tokens too: a golden solution teaches its own end token.
     """
 
-    def loss(params: decoder.Params, rows: GoldenRows, sums: decoder.Params | None = None) -> Parts:
+    def loss(
+        params: decoder.Params,
+        rows: GoldenRows,
+        weights: Mapping[str, Any],
+        sums: decoder.Params | None = None,
+    ) -> Loss:
         head_VD = decoder.head(params)
         hidden_BTD = decoder.hidden_states(
             params, config, rows.tokens_BT, rows.length_B, remat=remat, sums=sums
         )
-        parts = scoring.map_tokens(
+        return scoring.sum_tokens(
             lambda student_CV, token_C: {
                 "sft": losses.sft_nll(logprob_BT=scoring.take(student_CV, token_C))
             },
             [scoring.Readout(head_VD, hidden_BTD)],
             rows.tokens_BT,
+            {},
+            rows.weight_BT,
+            weights,
             token_chunk=token_chunk,
             vocabulary=vocabulary,
         )
-        return {"sft": _weighted_sum(parts["sft"], rows.weight_BT)}
 
     return loss
 
@@ -229,10 +240,3 @@ def _reference_kl(
     sampled = estimators[terms.kl_estimator]
     reference_C = jnp.where(counts_C, scoring.take(reference_CV, token_C), 0.0)
     return sampled(logprob_BT=logprob_C, reference_logprob_BT=reference_C)
-
-
-def _weighted_sum(values_BT: jax.Array, weight_BT: jax.Array) -> jax.Array:
-    """Sum weight * value over tokens with weight; the values of others may be anything, inf included."""
-    return jnp.sum(
-        jnp.where(weight_BT > 0, weight_BT * jnp.where(weight_BT > 0, values_BT, 0.0), 0.0)
-    )

@@ -195,7 +195,8 @@ class StepFunctions:
         spec = self.spec
         return scoring.score(
             *spec.models(student, teacher), rollout.tokens_BT, rollout.length_B, spec.scoring,
-            teacher_rows=teacher_rows, reference=spec.scored_reference(reference),
+            first_B=rollout.prompt_length_B, teacher_rows=teacher_rows,
+            reference=spec.scored_reference(reference),
             microbatch_tokens=spec.config.optim.microbatch_tokens, mesh=spec.mesh,
         )  # fmt: skip
 
@@ -300,7 +301,7 @@ def _blank_rollout_rows(spec: StepSpec, student: Any, teacher: Any, reference: A
         teacher_rows = TeacherRows(teacher_BT, length_B, length_B)
     pair = spec.models(unwrapped(student), unwrapped(teacher))
     scores = jax.eval_shape(
-        scoring.score_part, *pair, tokens_BT, length_B, teacher_rows, spec.scoring,
+        scoring.score_part, *pair, tokens_BT, length_B, length_B, teacher_rows, spec.scoring,
         spec.scored_reference(unwrapped(reference)),
     )  # fmt: skip
     zeros_BT = np.zeros(shape, np.float32)

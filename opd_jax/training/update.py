@@ -282,10 +282,8 @@ def make_add(loss: Callable, dtype: jnp.dtype, mesh: Mesh = ONE) -> Callable:
         layers, frozen, rows, weights = rest
         params = _in(dtype, own) | {name: own[name] for name in _OF_MANY_TOKENS if name in own}
         if layers:
-            parts = loss(params | {"layers": layers}, frozen, rows, sums)
-        else:
-            parts = loss(params, frozen, rows)
-        return sum((weights[name] * x for name, x in parts.items()), jnp.zeros(())), parts
+            return loss(params | {"layers": layers}, frozen, rows, weights, sums)
+        return loss(params, frozen, rows, weights)
 
     def own_gradient(params: Any, frozen: Frozen, rows: Any, weights: Any, grads: Any) -> tuple:
         # The decoder adds the gradients of the layers (models/layer_gradients.py), this the others.
@@ -314,4 +312,4 @@ def _in(dtype: Any, params: Any) -> Any:
 
 
 def _without_frozen(loss: GoldenLoss) -> Callable:
-    return lambda params, _, rows, *sums: loss(params, rows, *sums)
+    return lambda params, _, rows, weights, *sums: loss(params, rows, weights, *sums)

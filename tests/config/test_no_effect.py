@@ -145,7 +145,8 @@ def computed(config) -> tuple:
         made = objective.make_rollout_loss(
             terms, CONFIG, CONFIG, vocabulary=CONFIG.vocab_size, token_chunk=7, remat="none"
         )
-        programs = re.sub(r"0x[0-9a-f]+", "", str(jax.make_jaxpr(made)(params, frozen, rows)))
+        jaxpr = jax.make_jaxpr(jax.grad(made, has_aux=True))(params, frozen, rows, terms.weights)
+        programs = re.sub(r"0x[0-9a-f]+", "", str(jaxpr))
     golden = losses.token_weights(MASK, loss.gold_aggregation) if terms.needs_golden else None
     arrays = [(x.shape, np.asarray(x).tobytes()) for x in jax.tree.leaves((rows, golden))]
     return (

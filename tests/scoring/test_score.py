@@ -278,7 +278,7 @@ def test_no_array_of_batch_time_vocabulary(student):
 
     def pair(params):
         model, spec = decoder.Model(config, params), scoring.ScoreSpec(1000, 4, 8)
-        return scoring.score_part(model, model, TOKENS, LENGTH, None, spec)
+        return scoring.score_part(model, model, TOKENS, LENGTH, LENGTH, None, spec)
 
     def everything(params):
         return decoder.forward(params, config, TOKENS, LENGTH)

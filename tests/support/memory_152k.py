@@ -54,7 +54,7 @@ def score(vocabulary: int, tokens: int) -> Case:
     params, given = decoder.abstract_params(config), rows(tokens)
     model_of, spec = decoder.Model(config, params), scoring.ScoreSpec(vocabulary, 16, CHUNK)
     one = jax.jit(lambda s, t, tokens_BT, length_B: scoring.score_part(
-        s, t, tokens_BT, length_B, None, spec
+        s, t, tokens_BT, length_B, jnp.ones_like(length_B), None, spec
     ))  # fmt: skip
     return one, (model_of, model_of, given.tokens_BT, given.length_B)
 
@@ -64,7 +64,7 @@ def score_with_reference(vocabulary: int, tokens: int) -> Case:
     _, (pair, _, tokens_BT, length_B) = score(vocabulary, tokens)
     spec = scoring.ScoreSpec(vocabulary, 16, CHUNK)
     one = jax.jit(lambda s, t, tokens_BT, length_B, reference: scoring.score_part(
-        s, t, tokens_BT, length_B, None, spec, reference
+        s, t, tokens_BT, length_B, jnp.ones_like(length_B), None, spec, reference
     ))  # fmt: skip
     return one, (pair, pair, tokens_BT, length_B, pair)
 

@@ -49,8 +49,8 @@ MUTATIONS = {
     ),
     "shift": Mutation(
         "scoring/chunked.py",
-        "cut(jnp.roll(array_BT, -1, axis=1))",
-        "cut(array_BT)",
+        "_at(of.hidden_BTD, index_C - 1)",
+        "_at(of.hidden_BTD, index_C)",
         ("scoring/test_score.py",),
     ),
     "clip side": Mutation(

@@ -128,8 +128,7 @@ def loss_of(terms: Terms):
     )
 
     def total(params, frozen, given):
-        parts = loss(params, frozen, given)
-        return sum(parts.values()), parts
+        return loss(params, frozen, given, dict.fromkeys(terms.weights, 1.0))
 
     return jax.jit(jax.value_and_grad(total, has_aux=True))
 
@@ -159,7 +158,7 @@ def every_divergence(support: str):
 
     @jax.jit
     def values(params, frozen, given):
-        return [loss(params, frozen, given)["divergence"] for loss in made]
+        return [loss(params, frozen, given, base.weights)[1]["divergence"] for loss in made]
 
     got = values(STUDENT, BESIDE, make_rows(base, support))
     return dict(zip(kinds, got, strict=True))
@@ -363,7 +362,7 @@ def test_no_array_of_batch_time_vocabulary_with_supports(numbers):
         given = given.replace(divergence_gate_BT=np.ones(MASK.shape, np.float32))
 
     def total(params):
-        return loss(params, Frozen(), given)["divergence"]
+        return loss(params, Frozen(), given, terms.weights)[0]
 
     largest = max(sizes(jax.make_jaxpr(jax.grad(total))(decoder.abstract_params(config)).jaxpr))
     # the chunk's logits, or the embedding: nothing grows with tokens times vocabulary

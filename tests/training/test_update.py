@@ -69,16 +69,21 @@ TOY_PARAMS = {
 }
 
 
-def toy_rollout_loss(params, reference, rows):
+def weighted(parts, weights):
+    """What a loss returns: the weighted sum of its terms, and the terms."""
+    return sum((weights[name] * x for name, x in parts.items()), jnp.zeros(())), parts
+
+
+def toy_rollout_loss(params, reference, rows, weights):
     width = rows.advantage_BT.shape[1]
     kernel, bias = params["dense"]["kernel"][:width, :width], params["dense"]["bias"][None, :width]
     y_BT = jnp.tanh(jnp.where(rows.weight_BT > 0, rows.advantage_BT, 0.0) @ kernel + bias)
-    return {"opd": jnp.sum(rows.weight_BT * y_BT**2)}
+    return weighted({"opd": jnp.sum(rows.weight_BT * y_BT**2)}, weights)
 
 
-def toy_golden_loss(params, rows):
+def toy_golden_loss(params, rows, weights):
     bias = params["dense"]["bias"][None, : rows.tokens_BT.shape[1]]
-    return {"sft": jnp.sum(rows.weight_BT * rows.tokens_BT * bias**2)}
+    return weighted({"sft": jnp.sum(rows.weight_BT * rows.tokens_BT * bias**2)}, weights)
 
 
 ONES = {"opd": 1.0, "divergence": 0.0, "reference_kl": 0.0, "sft": 1.0}
@@ -232,9 +237,9 @@ def test_a_nan_advantage_reaches_the_gradient_norm_of_the_model():
 def test_three_updates_trace_once():
     traces = []
 
-    def counted(params, reference, rows):
+    def counted(params, reference, rows, weights):
         traces.append(rows)
-        return toy_rollout_loss(params, reference, rows)
+        return toy_rollout_loss(params, reference, rows, weights)
 
     step = make_step(optax.sgd(0.1), counted, None, tokens=2 * T)
     state, counts = update.init_state(fresh(TOY_PARAMS), optax.sgd(0.1)), []
@@ -249,10 +254,10 @@ def test_three_updates_trace_once():
 def test_other_weights_trace_nothing_anew_and_weigh_the_terms():
     traces = []
 
-    def two_terms(params, reference, rows):
+    def two_terms(params, reference, rows, weights):
         traces.append(rows)
-        (opd,) = toy_rollout_loss(params, reference, rows).values()
-        return {"opd": opd, "reference_kl": jnp.sum(params["dense"]["bias"] ** 2)}
+        _, parts = toy_rollout_loss(params, reference, rows, weights)
+        return weighted(parts | {"reference_kl": jnp.sum(params["dense"]["bias"] ** 2)}, weights)
 
     accumulate = update.make_accumulate(
         two_terms, toy_golden_loss, microbatch_tokens=B * T, dtype=jnp.float32
@@ -283,12 +288,14 @@ def test_term_gradients_by_hand():
     )
     golden = GoldenRows(rows.tokens_BT, rows.length_B, rows.weight_BT)
 
-    def on_rollouts(params, frozen, rows):
+    def on_rollouts(params, frozen, rows, weights):
         x, y = params["w"][0]
-        return {"opd": 3.0 * x + 4.0 * y, "reference_kl": 4.0 * x - 3.0 * y}
+        parts = {"opd": 3.0 * x + 4.0 * y, "reference_kl": 4.0 * x - 3.0 * y}
+        return weighted(parts, weights)
 
-    def on_golden(params, rows):
-        return {"sft": 6.0 * params["w"][0, 0] + 8.0 * params["w"][0, 1]}
+    def on_golden(params, rows, weights):
+        x, y = params["w"][0]
+        return weighted({"sft": 6.0 * x + 8.0 * y}, weights)
 
     accumulate = update.make_accumulate(
         on_rollouts, on_golden, microbatch_tokens=2, dtype=jnp.float32
@@ -362,9 +369,9 @@ def test_a_copy_every_so_many_applied_updates():
 def test_bfloat16_compute_keeps_float32_masters():
     seen = set()
 
-    def watched(params, reference, rows):
+    def watched(params, reference, rows, weights):
         seen.update(w.dtype for w in jax.tree.leaves(params))
-        return toy_rollout_loss(params, reference, rows)
+        return toy_rollout_loss(params, reference, rows, weights)
 
     tx = optax.sgd(1e-4)
     step = make_step(tx, watched, None, tokens=2 * T, dtype=jnp.bfloat16)
@@ -394,7 +401,7 @@ def test_in_bfloat16_the_gradients_of_embedding_and_head_add_up_in_float32():
     )
     gradients = {}
     for dtype in (jnp.bfloat16, jnp.float32):
-        add = update.make_add(lambda params, _, rows, sums: loss(params, rows, sums), dtype)
+        add = update.make_add(lambda params, _, rows, *rest: loss(params, rows, *rest), dtype)
         zeros = jax.tree.map(jnp.zeros_like, params)
         _, _, gradients[dtype] = add(params, Frozen(), rows, {"sft": 1.0}, zeros)
     rough, exact = gradients[jnp.bfloat16], gradients[jnp.float32]

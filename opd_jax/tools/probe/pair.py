@@ -228,6 +228,7 @@ def _score(
         rollout.length_B,
         setup.spec.scoring.replace(support=None, keep_hidden=False),
         microbatch_tokens=config.optim.microbatch_tokens,
+        first_B=rollout.prompt_length_B,
         teacher_rows=teacher_rows,
     )
     return scores, batch.scored_mask(rollout, alignment.counted, setup.first_pieces)

@@ -36,7 +36,7 @@ def cache_programs(environment: Mapping[str, str] = os.environ) -> None:
         base = environment.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
         folder = pathlib.Path(base) / "opd_jax" / "programs"
         jax.config.update("jax_compilation_cache_dir", str(folder))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     warnings.showwarning = _one_line_of_cache(str(folder), warnings.showwarning)
 
 

@@ -135,7 +135,7 @@ def rollout(workload: Workload, device: Device, length_B: np.ndarray) -> StageTi
 
 
 def score(workload: Workload, device: Device, length_B: np.ndarray) -> StageTime:
-    """A pass of the student and one of the teacher over whole rows, with the logits of every token."""
+    """A pass of the student and one of the teacher over whole rows, with the logits of the responses."""
     works = [_pass(workload.student, workload, length_B, workload.itemsize)]
     gathered = _gathers(
         workload, "student", workload.student, _parts(workload, length_B), workload.itemsize, device
@@ -179,17 +179,17 @@ def update(workload: Workload, device: Device, length_B: np.ndarray) -> StageTim
         if workload.layout.student == "sharded":  # gradients of each micro-batch, float32
             gathered += _gathers(workload, "student", model, passes / 2, 4, device)
     if workload.rollouts and workload.over_vocabulary and workload.teacher is not None:
-        once = 2.0 * account.head_parameters(workload.teacher)  # logits, made again backward
+        matrix = 1.0 * account.head_parameters(workload.teacher)
         works.append(
             Work(
-                2 * once * _padded(workload, length_B),
-                workload.itemsize * once * _parts(workload, length_B),
+                2 * matrix * float(length_B.sum()),
+                workload.itemsize * matrix * _parts(workload, length_B),
             )
         )
     reads_reference = workload.rollouts and workload.reference_in_update
     if reads_reference and workload.reference is not None:
         other = workload.reference
-        works.append(_pass(other, workload, length_B, workload.itemsize, heads=2))
+        works.append(_pass(other, workload, length_B, workload.itemsize))
         sent += _layer_traffic(workload, other, length_B, 2)
         gathered += _gathers(
             workload, "reference", other, _parts(workload, length_B), workload.itemsize, device
@@ -206,8 +206,8 @@ def update(workload: Workload, device: Device, length_B: np.ndarray) -> StageTim
 def _learning(workload: Workload, length_B: np.ndarray) -> Work:
     """Forward and backward: three times the forward's products, and what `remat` computes again.
 
-    The logits of a chunk are always made again. Fused attention makes its scores again backward:
-    2.5 times the forward's.
+    Prompts and padding have no logits. Fused attention makes its scores again backward: 2.5 times the
+    forward's.
     """
     model, whole_B = workload.student, length_B + workload.prompt
     tokens = _padded(workload, length_B)
@@ -215,29 +215,29 @@ def _learning(workload: Workload, length_B: np.ndarray) -> Work:
     again = workload.remat in ("attention", "full")
     tensor = workload.layout.tensor
     layers = account.matrix_parameters(model) / tensor
-    products = 2.0 * tokens * (layers * (3 + again) + 4 * account.head_parameters(model))
+    products = 2.0 * tokens * layers * (3 + again)
+    products += 2.0 * 3 * account.head_parameters(model) * float(length_B.sum())
     attention = account.attention_flops(model, pairs) * (3.5 + (workload.remat == "full")) / tensor
     passes = (3 + again) * _parts(workload, length_B)
     return Work(products + attention, passes * workload.itemsize * _read(model, tensor))
 
 
-def _pass(
-    model: ModelConfig, workload: Workload, length_B: np.ndarray, itemsize: int, *, heads: int = 1
-) -> Work:
+def _pass(model: ModelConfig, workload: Workload, length_B: np.ndarray, itemsize: int) -> Work:
+    """Forward over whole rows, with the logits of the responses."""
     whole_B = length_B + workload.prompt
     pairs = float((whole_B * (whole_B + 1) / 2).sum())
     tensor = workload.layout.tensor
-    weights = _read(model, tensor, heads=heads)
+    products = account.matrix_parameters(model) / tensor * _padded(workload, length_B)
+    products += account.head_parameters(model) * float(length_B.sum())
     return Work(
-        2.0 * weights * _padded(workload, length_B)
-        + account.attention_flops(model, pairs) / tensor,
-        itemsize * weights * _parts(workload, length_B),
+        2.0 * products + account.attention_flops(model, pairs) / tensor,
+        itemsize * _read(model, tensor) * _parts(workload, length_B),
     )
 
 
-def _read(model: ModelConfig, tensor: int, *, heads: int = 1) -> float:
+def _read(model: ModelConfig, tensor: int) -> float:
     """Weights in matrices that a device reads in a pass: layers divided over `tensor`, logits whole."""
-    return account.matrix_parameters(model) / tensor + heads * account.head_parameters(model)
+    return account.matrix_parameters(model) / tensor + account.head_parameters(model)
 
 
 def _stage(name: str, works: list[Work], device: Device, communication_s: float) -> StageTime:

@@ -1,9 +1,8 @@
 """Score rows with student and teacher, without an array [batch, time, vocabulary].
 
-`map_tokens` is the only place, besides the sampler, that knows about the shift by one: the hidden
-state at t-1 predicts token t. It iterates over chunks of tokens, computes the logits of one chunk in
-float32, passes them to a function, and keeps only its result; the backward pass recomputes each
-chunk's logits.
+chunked.py is the only place, besides the sampler, that knows about the shift by one: the hidden state at
+t-1 predicts token t. It iterates over chunks of tokens, computes the logits of one chunk in float32,
+passes them to a function, and keeps only its result.
 """
 
 from functools import partial

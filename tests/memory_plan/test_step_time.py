@@ -39,13 +39,13 @@ def test_fewer_slots_take_more_steps():
 
 def test_score_is_a_pass_of_each_model_over_padded_rows():
     found = step_time.score(workload(), DEVICE, FOUR)
-    # Rows of 8, all padded to 8: 32 tokens, 36 pairs a row, twice.
-    assert found.compute_s == pytest.approx(2 * (2 * 280 * 32 + 32 * 4 * 36) / 1000)
+    # Rows of 8, all padded to 8: 32 tokens, 20 of them with logits, 36 pairs a row, twice.
+    assert found.compute_s == pytest.approx(2 * (2 * (240 * 32 + 40 * 20) + 32 * 4 * 36) / 1000)
     # Micro-batches of 16 tokens: two, each reads all weights.
     assert found.memory_s == pytest.approx(2 * 2 * 280 * 2 / 100)
     # Rows of 3 + 1 are as wide as half of 8 (a small batch has two widths): 4 tokens each, 10 pairs.
     short = step_time.score(workload(), DEVICE, np.full(4, 1))
-    assert short.compute_s == pytest.approx(2 * (2 * 280 * 16 + 32 * 4 * 10) / 1000)
+    assert short.compute_s == pytest.approx(2 * (2 * (240 * 16 + 40 * 4) + 32 * 4 * 10) / 1000)
 
 
 @pytest.mark.parametrize(
@@ -54,16 +54,16 @@ def test_score_is_a_pass_of_each_model_over_padded_rows():
 )
 def test_update_counts_what_is_computed_again(remat, layers, attention):
     found = step_time.update(workload(remat=remat), DEVICE, FOUR)
-    products = 2 * 32 * (240 * layers + 40 * 4)  # logits are always made twice
+    products = 2 * (32 * 240 * layers + 20 * 40 * 3)
     assert found.compute_s == pytest.approx((products + attention * 32 * 4 * 36) / 1000)
     adamw = 28 * 316
     assert found.memory_s == pytest.approx((2 * layers * 280 * 2 + adamw) / 100)
 
 
-def test_a_reference_is_one_more_pass_with_its_logits_twice():
+def test_a_reference_is_one_more_pass():
     alone, beside = workload(), workload(reference=workload().student)
     more = [step_time.update(one, DEVICE, FOUR).compute_s for one in (alone, beside)]
-    assert more[1] - more[0] == pytest.approx((2 * 32 * (240 + 80) + 32 * 4 * 36) / 1000)
+    assert more[1] - more[0] == pytest.approx((2 * (32 * 240 + 20 * 40) + 32 * 4 * 36) / 1000)
 
 
 def test_a_reference_that_scores_is_one_more_pass_there():
@@ -75,10 +75,10 @@ def test_a_reference_that_scores_is_one_more_pass_there():
     assert step_time.update(beside, DEVICE, FOUR) == step_time.update(workload(), DEVICE, FOUR)
 
 
-def test_a_loss_over_the_vocabulary_is_the_teachers_logits_twice():
+def test_a_loss_over_the_vocabulary_is_the_teachers_logits_again():
     alone, beside = workload(), workload(over_vocabulary=True)
     more = [step_time.update(one, DEVICE, FOUR).compute_s for one in (alone, beside)]
-    assert more[1] - more[0] == pytest.approx(2 * 32 * 80 / 1000)
+    assert more[1] - more[0] == pytest.approx(2 * 20 * 40 / 1000)
 
 
 def test_gradients_are_reduced_and_weights_gathered_once_a_step():

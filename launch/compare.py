@@ -1,6 +1,7 @@
-"""Compare many objectives on `tiny`, with several seeds each, in one table.
+"""Compare many objectives on `tiny`, or all published methods, with several seeds each, in one table.
 
 python launch/compare.py --out=runs/objectives [--seeds=3] [--steps=60] [--only=NAME --only=NAME]
+python launch/compare.py --out=runs/methods --published [--seeds=3] ...     # all of configs/methods.py
 
 Each run is a `launch/train.py` command with its own folder, one after the other. Finished runs are not
 repeated, so the same command resumes a killed comparison. The table is Markdown: accuracy before and
@@ -12,6 +13,7 @@ import pathlib
 import numpy as np
 from absl import flags
 
+from configs import methods
 from opd_jax import cli
 from opd_jax.tools import sweep
 
@@ -55,7 +57,8 @@ def main() -> None:
     """Run what is missing, and print the table of all finished runs."""
     options = flags.FLAGS
     out = pathlib.Path(options.out)
-    objectives = sweep.chosen(OBJECTIVES, options.only)
+    published = {name: (f"methods.py:{name}", "") for name in methods.METHODS}
+    objectives = sweep.chosen(published if options.published else OBJECTIVES, options.only)
     failed = sweep.run_missing(
         (
             sweep.train(
@@ -93,4 +96,6 @@ def figures(run: pathlib.Path, steps: int) -> sweep.Figures:
 
 if __name__ == "__main__":
     sweep.define_flags("runs/objectives")
+    flags.DEFINE_bool("published", False, "compare the methods of configs/methods.py")
+    cli.show("published")
     cli.main(main)

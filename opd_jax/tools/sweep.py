@@ -54,12 +54,14 @@ def run_folder(out: pathlib.Path, method: str, seed: int) -> pathlib.Path:
 def train_command(
     config: str, folder: pathlib.Path, *, seed: int, steps: int, changes: Sequence[str]
 ) -> list[str]:
-    """Return the command for launch/train.py on configs/CONFIG.py:tiny.
+    """Return the command for launch/train.py on configs/CONFIG.py:tiny, or configs/CONFIG if it names one.
 
-    `changes` are overrides such as "loss.beta_kl=0.1".
+    `config` is such as "opd" or "methods.py:vopd", whose recipe is `tiny` too; `changes` are overrides such
+    as "loss.beta_kl=0.1".
     """
+    file = config if ":" in config else f"{config}.py:tiny"
     return [
-        sys.executable, str(ROOT / "launch" / "train.py"), f"--config={ROOT}/configs/{config}.py:tiny",
+        sys.executable, str(ROOT / "launch" / "train.py"), f"--config={ROOT}/configs/{file}",
         f"--workdir={folder}", f"--config.seed={seed}", f"--config.steps={steps}",
         *(f"--config.{change}" for change in changes),
     ]  # fmt: skip

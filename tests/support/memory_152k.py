@@ -102,13 +102,14 @@ def naive_update(vocabulary: int, tokens: int) -> Case:
     """The same through whole arrays of logits."""
     config = model(vocabulary)
 
-    def loss(params, frozen, given, sums):
+    def loss(params, frozen, given, weights, sums):
         hidden = decoder.hidden_states(params, config, given.tokens_BT, given.length_B, sums=sums)
         logits = decoder.logits(decoder.head(params), hidden)
         logprob = jax.nn.log_softmax(logits, axis=-1)
         taken = jnp.take_along_axis(logprob, given.tokens_BT[..., None], axis=-1)[..., 0]
         ratio = jnp.exp(taken - given.sampler_logprob_BT)
-        return {"opd": -jnp.sum(given.weight_BT * ratio * given.advantage_BT)}
+        opd = -jnp.sum(given.weight_BT * ratio * given.advantage_BT)
+        return weights["opd"] * opd, {"opd": opd}
 
     params, weights = decoder.abstract_params(config), {"opd": shape()}
     return make_add(loss, jnp.float32), (params, Frozen(), rows(tokens), weights, params)

@@ -238,7 +238,7 @@ def direct_divergence(params, teacher, rows, teacher_tokens, offset, direction):
 
 
 def integrand(p, q, direction):
-    """What a divergence sums over ids, from log-probs; b = 0.25, a = 0.1."""
+    """What a divergence sums over ids, from log-probs; b = 0.25, a = 0.1, equal shares of the mixture."""
     m = jnp.log(0.25 * jnp.exp(q) + 0.75 * jnp.exp(p))
     return {
         "reverse": jnp.exp(p) * (p - q),
@@ -246,6 +246,7 @@ def integrand(p, q, direction):
         "jsd": 0.25 * jnp.exp(q) * (q - m) + 0.75 * jnp.exp(p) * (p - m),
         "skewed_reverse": jnp.exp(p) * (p - jnp.log(0.9 * jnp.exp(q) + 0.1 * jnp.exp(p))),
         "skewed_forward": jnp.exp(q) * (q - jnp.log(0.9 * jnp.exp(p) + 0.1 * jnp.exp(q))),
+        "mixture": 0.5 * (jnp.exp(p) - jnp.exp(q)) * (p - q),
     }[direction]
 
 

@@ -285,6 +285,9 @@ SECTIONS = (
         Field("rollouts", 1, FROM_ZERO, "Rollouts that a logged step writes to rollouts.jsonl."),
         Field("gradients", 50, FROM_ZERO,
               "Steps between measurements of each term's own gradient; 0 = never."),
+        Field("variants", 0, FROM_ZERO,
+              "Steps between comparisons of the update with that of every other advantage shape and "
+              "token weight; 0 = never."),
         Field("tensorboard", False, None, "Whether metrics.jsonl also goes to tensorboard/."),
         Field("wandb", "", None,
               "Project of Weights & Biases that gets the same lines, offline unless WANDB_MODE "

@@ -37,6 +37,7 @@ def validate(config: ConfigDict) -> None:
         )
     _check_loss(config)
     _check_gates(config)
+    _check_variants(config)
     if config.loss.pg_weight and config.rollout.temperature == 0:
         raise wrong("rollout.temperature", 0, "a number above 0: greedy rollouts do not explore")
     prompts, updates = config.rollout.prompts_per_step, config.optim.updates_per_rollout
@@ -223,6 +224,17 @@ def _check_gates(config: ConfigDict) -> None:
         raise ConfigError(
             "rollout.samples_per_prompt=1 with loss.rollout_gate=agreement, wanted 2 or more: a rollout "
             "is compared with others of its prompt; set --config.rollout.samples_per_prompt=4"
+        )
+
+
+def _check_variants(config: ConfigDict) -> None:
+    loss, every = config.loss, config.log.variants
+    sampled = loss.pg_weight and loss.teacher_coef and loss.advantage == "sampled"
+    if every and not sampled:
+        raise ConfigError(
+            f"log.variants={every} compares the teacher's advantages of sampled tokens, got loss.pg_weight="
+            f"{loss.pg_weight:g}, loss.teacher_coef={loss.teacher_coef:g} and loss.advantage="
+            f"{loss.advantage}, wanted both numbers above 0 and sampled; set --config.log.variants=0"
         )
 
 

@@ -18,10 +18,11 @@ from opd_jax.models import decoder
 from opd_jax.rng import Stream, key_for
 from opd_jax.sharding import replica_check
 from opd_jax.training import batch as rows
-from opd_jax.training import nonfinite, update
+from opd_jax.training import nonfinite, update, variants
 from opd_jax.training.experience import Collector, Experience
 from opd_jax.training.setup import Setup
 from opd_jax.training.step_functions import StepFunctions
+from opd_jax.training.terms import Terms
 from opd_jax.training.token_factor import divergence_gate, measured, token_factor
 from opd_jax.training.weights import Weights
 from opd_jax.types import Frozen, RolloutRows, TrainState
@@ -101,8 +102,8 @@ class Step:
         if terms.needs_rollouts:
             experience, student, head = self._collect(number, state.train, batch, clock)
             with stage("rows"):
-                rollout_rows, lines = self._rollout_rows(number, experience, batch, masking)
-                metrics |= measured(rollout_rows)
+                rollout_rows, lines, news = self._rollout_rows(number, experience, batch, masking)
+                metrics |= measured(rollout_rows) | news
         if batch.golden and weights["sft"]:
             golden = data.golden_rows(batch.prompts, batch.golden, width=self.setup.width)
             golden_rows = rows.golden_rows(*golden, weigh=self.functions.weigh_golden)
@@ -157,8 +158,8 @@ class Step:
 
     def _rollout_rows(
         self, number: int, experience: Experience, batch: data.Batch, masking: bool
-    ) -> tuple[RolloutRows, list[dict]]:
-        """Return rows for the update, and lines for rollouts.jsonl."""
+    ) -> tuple[RolloutRows, list[dict], Summary]:
+        """Return rows for the update, lines for rollouts.jsonl, and now and then `variant/*`."""
         terms, loss = self.setup.terms, self.config.loss
         rollout, scores = experience.rollout, experience.scores
         group, decode = self.config.rollout.samples_per_prompt, self.setup.tokenizer.decode
@@ -167,20 +168,30 @@ class Step:
         )
         if loss.repeated == "mask" or masking:
             counted_BT = counted_BT & ~experience.repeated_BT
-        factor_BT = token_factor(
-            experience, counted_BT, terms, weigh=self.functions.weigh, group=group, decode=decode
-        )
         key = key_for(self.config.seed, number, Stream.GATE)
         gate_BT = divergence_gate(scores, counted_BT, terms, key=key)
-        advantage_BT = rows.advantages(
-            rollout, scores, experience.mask_BT, terms,
-            reward_B=experience.correct_B, graded_B=experience.graded_B, group=group, step=number,
-            factor_BT=factor_BT if terms.token_weight_on == "teacher" else None,
-        )  # fmt: skip
-        rollout_rows = rows.rollout_rows(
-            rollout, scores, counted_BT, advantage_BT, terms, weigh=self.functions.weigh,
-            factor_BT=factor_BT, gate_BT=gate_BT,
-        )  # fmt: skip
+
+        def build(terms: Terms) -> tuple[RolloutRows, np.ndarray]:
+            """Return the rows with these numbers of the loss, and the advantages before any gate."""
+            factor_BT = token_factor(
+                experience, counted_BT, terms,
+                weigh=self.functions.weigh, group=group, decode=decode,
+            )  # fmt: skip
+            advantage_BT = rows.advantages(
+                rollout, scores, experience.mask_BT, terms,
+                reward_B=experience.correct_B, graded_B=experience.graded_B, group=group, step=number,
+                factor_BT=factor_BT if terms.token_weight_on == "teacher" else None,
+            )  # fmt: skip
+            rollout_rows = rows.rollout_rows(
+                rollout, scores, counted_BT, advantage_BT, terms, weigh=self.functions.weigh,
+                factor_BT=factor_BT, gate_BT=gate_BT,
+            )  # fmt: skip
+            return rollout_rows, advantage_BT
+
+        rollout_rows, advantage_BT = build(terms)
+        news = Summary()
+        if (every := self.config.log.variants) and number % every == 0:
+            news = variants.compare(rollout_rows, terms, scores, lambda other: build(other)[0])
         logged_BT = advantage_BT
         if terms.needs_teacher and (terms.on_support or not terms.pg_weight):
             logged_BT = scores.teacher_logprob_BT - scores.student_logprob_BT
@@ -190,7 +201,7 @@ class Step:
             count=min(self.config.log.rollouts, len(experience.texts)),
             decode=decode,
         )  # fmt: skip
-        return rollout_rows, lines
+        return rollout_rows, lines, news
 
     def _check_scores(
         self, number: int, state: StepState, experience: Experience

@@ -137,7 +137,7 @@ def computed(config) -> tuple:
     programs, rows = "", ()
     if terms.needs_rollouts:
         # At step 1 a share that falls over steps has not fallen yet.
-        rows, _ = Step._rollout_rows(step, 2, given, batch, masking=False)
+        rows, *_ = Step._rollout_rows(step, 2, given, batch, masking=False)
         if terms.scored_support is None:
             rows = rows.replace(support=None)
         params = decoder.abstract_params(CONFIG)

@@ -13,7 +13,6 @@ import pathlib
 import numpy as np
 from absl import flags
 
-from configs import methods
 from opd_jax import cli
 from opd_jax.tools import sweep
 
@@ -57,8 +56,7 @@ def main() -> None:
     """Run what is missing, and print the table of all finished runs."""
     options = flags.FLAGS
     out = pathlib.Path(options.out)
-    published = {name: (f"methods.py:{name}", "") for name in methods.METHODS}
-    objectives = sweep.chosen(published if options.published else OBJECTIVES, options.only)
+    objectives = sweep.chosen(published() if options.published else OBJECTIVES, options.only)
     failed = sweep.run_missing(
         (
             sweep.train(
@@ -76,6 +74,14 @@ def main() -> None:
     )
     print(sweep.table(out, objectives, COLUMNS, figures, seeds=options.seeds, steps=options.steps))
     sweep.require_none(failed, out)
+
+
+def published() -> dict[str, tuple[str, str]]:
+    """Return the methods of configs/methods.py."""
+    cli.find_configs()
+    from configs import methods
+
+    return {name: (f"methods.py:{name}", "") for name in methods.METHODS}
 
 
 def figures(run: pathlib.Path, steps: int) -> sweep.Figures:

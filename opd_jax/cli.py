@@ -25,8 +25,7 @@ def define_config(default: str, *, tree: Tree = TRAINING) -> None:
 
     `--fields` lists them. `main` takes the same `tree`.
     """
-    # Config files import configs.recipes.
-    sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+    find_configs()  # they import configs.recipes
     try:
         config_flags.DEFINE_config_file(
             "config",
@@ -39,6 +38,13 @@ def define_config(default: str, *, tree: Tree = TRAINING) -> None:
         "fields", False, "print every field: what it means, its default, which values it may have"
     )
     show("config", "fields")
+
+
+def find_configs() -> None:
+    """Let `import configs` find the folder beside launch/, from whichever folder a command is started."""
+    root = str(pathlib.Path(__file__).parents[1])
+    if root not in sys.path:
+        sys.path.insert(0, root)
 
 
 def show(*names: str) -> None:

@@ -156,6 +156,13 @@ SECTIONS = (
               "A row ends when its last so many tokens repeat with a short "
               "period; 0 = never, as in the papers."),
         Field("repetition_period", 16, COUNT, "Longest such period, in tokens."),
+        Field("horizon", (), POSITIONS,
+              "Response budgets, in tokens, before max_response_tokens, which is the last one: the horizon "
+              "rises from one to the next (docs/horizon.md). Empty = max_response_tokens at every step."),
+        Field("horizon_steps", 25, COUNT, "Steps of each of these budgets, or between two checks."),
+        Field("horizon_entropy", 0.0, FROM_ZERO,
+              "Least mean entropy of the student's tokens since the last check, in nats, at which the "
+              "horizon rises (2605.16826); 0 = it rises in any case."),
     )),
     Section("scoring", "Log-probs of the models on rollouts.", (
         Field("token_chunk", 2048, COUNT, "Tokens whose logits exist at one time while scoring."),
@@ -187,6 +194,13 @@ SECTIONS = (
         Field("remat", "none", Choices("opd_jax.models.remat:POLICIES"),
               "What a layer recomputes in the backward pass: nothing (none), all but what fused attention "
               "returned (attention), all but that and its matrix products (dots), or everything (full)."),
+    )),
+    Section("jump", "Jumps along the direction of training, tried on problems (docs/horizon.md).", (
+        Field("problems", 0, FROM_ZERO,
+              "Training problems that are held out to try jumps on at the steps 1, 2, 4, 8, ...; 0 = no "
+              "jumps (2605.11739 has 50)."),
+        Field("candidates", 5, COUNT,
+              "Largest k of the weights W + 2 k (W - the weights at the last jump) that are tried."),
     )),
     Section("mesh", "Devices (docs/multi_gpu.md).", (
         Field("data", -1, Range(1, also=(-1,)),

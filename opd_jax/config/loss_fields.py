@@ -131,5 +131,15 @@ LOSS = Section("loss", "The loss: a method is a set of these numbers (docs/objec
     Field("truncated_tail", 256, COUNT, "Tokens of that tail."),
     Field("repeated", "keep", Choices(("keep", "mask")),
           "Tokens that repeat (metrics.repeated_tokens): keep them in the loss, or mask them."),
+    Field("low_kl_window", 0, FROM_ZERO,
+          "Tokens of the windows of the low-KL cut, which leaves out what follows a stretch of low "
+          "KL(student || teacher) (docs/horizon.md; 2606.09471: 64); 0 = no cut."),
+    Field("low_kl_run", 4, COUNT, "Windows in a row that must be low (2606.09471: 4)."),
+    Field("low_kl_share", 0.3, SHARE,
+          "The threshold is the 1 - share quantile of the lowest windows of past rollouts "
+          "(2606.09471: 0.3)."),
+    Field("low_kl_history", 4096, COUNT, "Past rollouts in that quantile, the latest ones."),
+    Field("low_kl_rollouts", 512, COUNT, "Past rollouts before the first cut."),
+    Field("low_kl_steps", 50, FROM_ZERO, "Steps before the first cut."),
 ))
 # fmt: on

@@ -54,6 +54,9 @@ def unused(config: Any) -> dict[str, tuple[str, str]]:
     weighted, gated = loss.token_weight != "none", loss.rollout_gate != "none"
     by_evidence = by_group and bool(loss.evidence_share)
     factors = by_teacher or ((divergence or by_evidence) and not on_teacher)
+    no_scores = (
+        "no term of this loss asks a teacher", "--config.loss.pg_weight=1 --config.loss.teacher_coef=1"
+    )  # fmt: skip
     no_factors = (
         f"loss.pg_weight={loss.pg_weight:g}, loss.teacher_coef={loss.teacher_coef:g} and "
         f"loss.divergence_weight={loss.divergence_weight:g} have no term of the teacher that "
@@ -154,6 +157,14 @@ def unused(config: Any) -> dict[str, tuple[str, str]]:
         (
             ("aggregation", "truncated", "truncated_tail", "repeated"), rollouts,
             ("no term is taken on rollouts", "--config.loss.pg_weight=1"),
+        ),
+        (("low_kl_window",), by_teacher or divergence or by_evidence, no_scores),
+        *(
+            (
+                (f"low_kl_{number}",), bool(loss.low_kl_window),
+                ("loss.low_kl_window=0", "--config.loss.low_kl_window=64"),
+            )
+            for number in ("run", "share", "history", "rollouts", "steps")
         ),
         (
             ("truncated_tail",), loss.truncated == "tail",

@@ -105,7 +105,9 @@ SAMPLING = Tree(
 PROBING = Tree(
     "launch/probe.py",
     _reading("seed", "student.", "teacher.", "data.", "rollout.", "scoring.", "grading.", "metrics.",
-             "optim.microbatch_tokens", "probe.", without=("data.epochs", "teacher.decay")),
+             "optim.microbatch_tokens", "probe.",
+             without=("data.epochs", "teacher.decay", "rollout.horizon", "rollout.horizon_steps",
+                      "rollout.horizon_entropy")),
 )  # fmt: skip
 EVALUATION = Tree(
     "launch/evaluate.py",

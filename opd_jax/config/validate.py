@@ -47,6 +47,12 @@ def validate(config: ConfigDict) -> None:
             f"{updates} equal parts; set --config.rollout.prompts_per_step={-(-prompts // updates) * updates}"
         )
     _check_repetition(config.rollout)
+    _check_horizon(config)
+    if not config.jump.problems and config.jump.candidates != FIELDS["jump.candidates"].default:
+        raise ConfigError(
+            f"jump.candidates={config.jump.candidates} has no effect: jump.problems=0; leave it at "
+            f"{FIELDS['jump.candidates'].default}, or set --config.jump.problems=50"
+        )
     _check_guard(config)
     row = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
     if config.optim.microbatch_tokens < row:
@@ -139,6 +145,12 @@ def _check_loss(config: ConfigDict) -> None:
                 f"loss.{field}={loss[field]} has no effect: {why}; leave it at {usual}, or set {change}"
             )
     _check_shape(loss)
+    if loss.low_kl_window and loss.low_kl_rollouts > loss.low_kl_history:
+        raise ConfigError(
+            f"loss.low_kl_rollouts={loss.low_kl_rollouts} is more than loss.low_kl_history="
+            f"{loss.low_kl_history}, so that the first cut would never come; set "
+            f"--config.loss.low_kl_rollouts={loss.low_kl_history} or less"
+        )
     if loss.form == "teacher_renormalised" and loss.direction != "forward":
         raise ConfigError(
             f"loss.form=teacher_renormalised with loss.direction={loss.direction}, wanted forward: only "
@@ -246,6 +258,37 @@ def _check_repetition(rollout: ConfigDict) -> None:
             f"0, or a number from rollout.repetition_period={period}, so that a cycle came round once, "
             f"to below rollout.max_response_tokens={rollout.max_response_tokens}",
         )  # fmt: skip
+
+
+def _check_horizon(config: ConfigDict) -> None:
+    """Rules about budgets that grow: a horizon needs rollouts, rows that hold it, and tokens that count."""
+    rollout, loss = config.rollout, config.loss
+    if not rollout.horizon:
+        for name in ("horizon_steps", "horizon_entropy"):
+            if rollout[name] != (usual := FIELDS[f"rollout.{name}"].default):
+                raise ConfigError(
+                    f"rollout.{name}={rollout[name]} has no effect: rollout.horizon is empty; leave it at "
+                    f"{usual}, or set --config.rollout.horizon=64,128"
+                )
+        return
+    if (longest := max(rollout.horizon)) > rollout.max_response_tokens:
+        raise ConfigError(
+            f"rollout.horizon={tuple(rollout.horizon)} goes beyond rollout.max_response_tokens="
+            f"{rollout.max_response_tokens}, the budget that it rises to; set "
+            f"--config.rollout.max_response_tokens={longest} or shorten the horizon"
+        )
+    if not (loss.pg_weight or loss.divergence_weight or loss.beta_kl):
+        raise ConfigError(
+            f"rollout.horizon={tuple(rollout.horizon)} bounds rollouts, and this loss makes none "
+            "(loss.pg_weight, loss.divergence_weight and loss.beta_kl are 0); "
+            "set --config.rollout.horizon='()'"
+        )
+    if loss.truncated == "mask":
+        raise ConfigError(
+            f"loss.truncated=mask with rollout.horizon={tuple(rollout.horizon)} leaves out every rollout "
+            "that the horizon cuts, so that its stairs would teach next to nothing; set "
+            "--config.loss.truncated=keep"
+        )
 
 
 def _check_guard(config: ConfigDict) -> None:

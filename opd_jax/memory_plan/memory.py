@@ -110,10 +110,15 @@ def always(workload: Workload) -> dict[str, float]:
 
 
 def host_bytes(workload: Workload) -> dict[str, float]:
-    """Return bytes of the host's memory: a device's share of a checkpoint, and an export of the student."""
+    """Return bytes of the host's memory.
+
+    A device's share of a checkpoint, an export of the student, and with jumps the snapshot of the last one
+    and the weights that wait while a candidate is tried; a checkpoint then has the snapshot too.
+    """
     copies = 4 if workload.teacher_follows == "average" else 3
     whole = 4.0 * resident.parameters(workload.student, ONE)
-    return {"checkpoint": copies * resident.masters(workload), "export": whole}
+    found = {"checkpoint": copies * resident.masters(workload), "export": whole}
+    return found | ({"jump": 2 * whole} if workload.jumps else {})
 
 
 @dataclasses.dataclass(frozen=True)

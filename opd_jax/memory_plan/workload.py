@@ -92,6 +92,7 @@ class Workload:
       reference_scores: whether rollouts are scored with the reference.
       reference_in_update: whether the update reads the reference, where there is one.
       gated: whether the divergence has a gate, one more number a token.
+      jumps: whether the run tries jumps, which keep two copies of the weights in host memory.
     """
 
     student: ModelConfig
@@ -133,6 +134,7 @@ class Workload:
     reference_scores: bool = False
     reference_in_update: bool = True
     gated: bool = False
+    jumps: bool = False
 
     @property
     def width(self) -> int:
@@ -299,7 +301,7 @@ def _workload(
         support_arrays=1 + (terms.divergence_weight != 0) + 2 * terms.on_support,
         reference_scores=terms.scores_reference,
         reference_in_update="reference_kl" in terms.names,
-        gated=terms.gated,
+        gated=terms.gated, jumps=bool(config.jump.problems),
     )  # fmt: skip
 
 

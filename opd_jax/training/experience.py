@@ -68,12 +68,16 @@ class Collector:
         key: jax.Array,
         clock: Clock,
         reference: models.Params | None = None,
+        budget: int | None = None,
     ) -> Experience:
-        """Roll out, score, grade. All weights are in their compute dtypes."""
+        """Roll out, score, grade. All weights are in their compute dtypes.
+
+        `budget`: response tokens of this step; None for rollout.max_response_tokens.
+        """
         group = self.config.rollout.samples_per_prompt
         with stage("rollout"):
             grouped = [prompt for prompt in batch.prompts for _ in range(group)]
-            rollout = self.functions.generate(student, grouped, key)
+            rollout = self.functions.generate(student, grouped, key, budget)
         clock.lap("rollout", rollout.response_length_B.sum())
         teacher_rows = self._teacher_rows(rollout, batch.teacher_prompts)
         answers = [problem.answer for problem in batch.problems for _ in range(group)]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from opd_jax import data, hardware, host_memory, models
@@ -19,8 +20,9 @@ from opd_jax.data.length_filter import (
     without_misfits,
 )
 from opd_jax.errors import ConfigError, ModelError
+from opd_jax.sharding import multihost
 from opd_jax.sharding.mesh import Mesh, make_mesh
-from opd_jax.training import model_limits
+from opd_jax.training import horizon, model_limits
 from opd_jax.training.roles import (
     architecture,
     compute_dtype,
@@ -53,6 +55,7 @@ class Setup:
       golden_end: end token of golden solutions.
       width, teacher_width: tokens of a row, prompt and response together.
       train, held_out: problems. prompts, teacher_prompts: ids of the held-out problems' prompts.
+      jump_problems, jump_prompts: training problems that are held for jumps, and their prompts.
       notes: lines for the start of the run.
     """
 
@@ -77,6 +80,8 @@ class Setup:
     held_out: Sequence[data.Problem]
     prompts: list[list[int]]
     teacher_prompts: list[list[int]]
+    jump_problems: list[data.Problem]
+    jump_prompts: list[list[int]]
     notes: list[str]
 
     @property
@@ -193,7 +198,8 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
     needs_solution = terms.needs_golden or any("{solution}" in s.template for s in styles)
     train = data.open_problems(
         config.data.train, field="data.train", columns=config.data.columns, size=config.data.size,
-        need_solution=needs_solution, need_answer=shows_answer or terms.needs_reward,
+        need_solution=needs_solution,
+        need_answer=shows_answer or terms.needs_reward or bool(config.jump.problems),
         bad_rows=config.data.bad_rows, shown=tuple(dict.fromkeys(styles[0].columns + styles[1].columns)),
     )  # fmt: skip
     held_out = None
@@ -233,6 +239,8 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
         held_out=[],
         prompts=[],
         teacher_prompts=[],
+        jump_problems=[],
+        jump_prompts=[],
         notes=notes,
     )
     setup = _with_data(setup, train, held_out)
@@ -272,6 +280,7 @@ def _with_data(setup: Setup, train: data.Problems, benchmark: data.Problems | No
     """Return the setup with the problems that fit, `steps` resolved, and the held-out prompts."""
     config = setup.config
     train, longest = _fitting(setup, train, "data.train", golden=setup.terms.needs_golden)
+    train, jump_problems = _held_for_jumps(config, train)
     notes = [*setup.notes, f"data: {train.describe()}"]
     held_out: list[data.Problem] = []
     if benchmark is not None:
@@ -287,6 +296,7 @@ def _with_data(setup: Setup, train: data.Problems, benchmark: data.Problems | No
             f"steps: {config.steps}, that is data.epochs={config.data.epochs:g} of "
             f"{len(train)} problems, {config.rollout.prompts_per_step} a step"
         )
+    notes += horizon.describe(horizon.make_rules(config), config.steps)
     if not setup.tokenizer.has_template:
         notes.append("prompts: plain text, because the student's tokenizer has no chat template")
     return dataclasses.replace(
@@ -295,9 +305,33 @@ def _with_data(setup: Setup, train: data.Problems, benchmark: data.Problems | No
         held_out=held_out,
         prompts=setup.student_style.prompts(held_out, setup.tokenizer),
         teacher_prompts=setup.teacher_style.prompts(held_out, setup.teacher_tokenizer),
+        jump_problems=jump_problems,
+        jump_prompts=setup.student_style.prompts(jump_problems, setup.tokenizer),
         teacher_width=longest + config.rollout.max_response_tokens,
         notes=notes,
     )
+
+
+def _held_for_jumps(
+    config: ConfigDict, train: data.Problems
+) -> tuple[data.Problems, list[data.Problem]]:
+    """Return the problems to train on and `jump.problems` others, drawn from the seed."""
+    count = config.jump.problems
+    if not count:
+        return train, []
+    if multihost.several():
+        raise ConfigError(
+            f"jump.problems={count} in a run of several processes, wanted one process: snapshots of weights "
+            "that are divided over processes are not built; set --config.jump.problems=0"
+        )
+    if count >= len(train):
+        raise ConfigError(
+            f"jump.problems={count} leaves none of the {len(train)} problems of data.train; set "
+            f"--config.jump.problems={max(len(train) // 10, 1)} or name a larger file"
+        )
+    indices = np.random.default_rng(config.seed).choice(len(train), count, replace=False)
+    held = [train[int(index)] for index in indices]
+    return train.without({"held for jumps": indices.tolist()}), held
 
 
 def _fitting(

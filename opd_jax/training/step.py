@@ -18,7 +18,7 @@ from opd_jax.models import decoder
 from opd_jax.rng import Stream, key_for
 from opd_jax.sharding import replica_check
 from opd_jax.training import batch as rows
-from opd_jax.training import nonfinite, update, variants
+from opd_jax.training import low_kl, nonfinite, update, variants
 from opd_jax.training.experience import Collector, Experience
 from opd_jax.training.setup import Setup
 from opd_jax.training.step_functions import StepFunctions
@@ -37,10 +37,12 @@ class StepState:
     Attributes:
       train: parameters and optimizer state. The next step donates its buffers.
       numerics: updates skipped so far, and the running mean of gradient norms.
+      past_kl: the past rollouts that decide where the low-KL cut is.
     """
 
     train: TrainState
     numerics: nonfinite.State = dataclasses.field(default_factory=nonfinite.State)
+    past_kl: low_kl.State = dataclasses.field(default_factory=low_kl.State)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +78,7 @@ class Step:
         self.weights, self.folder = weights, folder
         self.collector = Collector(setup, functions, grader)
         self.rules = nonfinite.make_rules(setup.config.guard)
+        self.cut = low_kl.make_rules(setup.config.loss)
 
     def __call__(
         self,
@@ -85,13 +88,15 @@ class Step:
         weights: Mapping[str, float],
         *,
         masking: bool = False,
+        budget: int | None = None,
     ) -> tuple[StepState, Summary, list[dict]]:
         """Train on one batch of prompts.
 
         `number` counts batches of prompts, `state.train.step` the updates that were applied; the learning
         rate follows the latter. A skipped update and a batch whose rollouts cannot be used have the same
         effect: parameters and optimizer do not change. `weights` are those of the terms, `masking` masks
-        repetitive tails in the loss: the collapse guard sets both.
+        repetitive tails in the loss: the collapse guard sets both. `budget` is the number of tokens that a
+        response may have at this step; None for rollout.max_response_tokens.
 
         Raises NonFiniteError where more updates would be skipped than the config allows.
         """
@@ -100,9 +105,12 @@ class Step:
         experience = rollout_rows = golden_rows = student = head = None
         metrics, lines, tokens = Summary(), list[dict](), 0.0
         if terms.needs_rollouts:
-            experience, student, head = self._collect(number, state.train, batch, clock)
+            experience, student, head = self._collect(number, state.train, batch, clock, budget)
             with stage("rows"):
-                rollout_rows, lines, news = self._rollout_rows(number, experience, batch, masking)
+                state, kept_BT, metrics = self._cut_low_kl(state, experience)
+                rollout_rows, lines, news = self._rollout_rows(
+                    number, experience, batch, masking, kept_BT
+                )
                 metrics |= measured(rollout_rows) | news
         if batch.golden and weights["sft"]:
             golden = data.golden_rows(batch.prompts, batch.golden, width=self.setup.width)
@@ -135,7 +143,12 @@ class Step:
         return state, {k: x for k, x in metrics.items() if math.isfinite(x)}, lines
 
     def _collect(
-        self, number: int, state: TrainState, batch: data.Batch, clock: Clock
+        self,
+        number: int,
+        state: TrainState,
+        batch: data.Batch,
+        clock: Clock,
+        budget: int | None,
     ) -> tuple[Experience, models.Params | None, Any]:
         """Roll out, score and grade; also return the weights that the update shares with scoring.
 
@@ -146,8 +159,9 @@ class Step:
         teacher = self.functions.teacher_weights(self.weights.scorer, state, student)
         key = key_for(self.config.seed, number, Stream.ROLLOUT)
         experience = self.collector.collect(
-            student, teacher, batch, key=key, clock=clock, reference=self.weights.reference
-        )
+            student, teacher, batch, key=key, clock=clock, reference=self.weights.reference,
+            budget=budget,
+        )  # fmt: skip
         head = None
         if teacher is not None and self.setup.terms.over_vocabulary:
             head = decoder.head_alone(teacher)
@@ -156,10 +170,29 @@ class Step:
         on_one_device = self.setup.mesh.devices is None  # there the update casts layer by layer
         return experience, None if on_one_device else student, head
 
+    def _cut_low_kl(
+        self, state: StepState, experience: Experience
+    ) -> tuple[StepState, np.ndarray | None, Summary]:
+        """Return the tokens before the low-KL cut, None for all; the state then knows these rollouts too."""
+        if not self.cut.window:
+            return state, None, {}
+        scores, mask_BT = experience.scores, experience.mask_BT
+        kept_BT, news = low_kl.kept(state.past_kl, scores, mask_BT, self.cut)
+        after = low_kl.observe(state.past_kl, experience.rollout, scores, mask_BT, self.cut)
+        return dataclasses.replace(state, past_kl=after), kept_BT, news
+
     def _rollout_rows(
-        self, number: int, experience: Experience, batch: data.Batch, masking: bool
+        self,
+        number: int,
+        experience: Experience,
+        batch: data.Batch,
+        masking: bool,
+        kept_BT: np.ndarray | None = None,
     ) -> tuple[RolloutRows, list[dict], Summary]:
-        """Return rows for the update, lines for rollouts.jsonl, and now and then `variant/*`."""
+        """Return rows for the update, lines for rollouts.jsonl, and now and then `variant/*`.
+
+        `kept_BT`: tokens that may count, where that is not all of them.
+        """
         terms, loss = self.setup.terms, self.config.loss
         rollout, scores = experience.rollout, experience.scores
         group, decode = self.config.rollout.samples_per_prompt, self.setup.tokenizer.decode
@@ -168,6 +201,8 @@ class Step:
         )
         if loss.repeated == "mask" or masking:
             counted_BT = counted_BT & ~experience.repeated_BT
+        if kept_BT is not None:
+            counted_BT = counted_BT & kept_BT
         key = key_for(self.config.seed, number, Stream.GATE)
         gate_BT = divergence_gate(scores, counted_BT, terms, key=key)
 

@@ -98,6 +98,7 @@ class StepSpec:
         return Batching(
             slots=section.slots or None,
             max_prompt_tokens=section.max_prompt_tokens,
+            largest_budget=section.max_response_tokens,
             mesh=self.mesh,
         )
 
@@ -174,12 +175,23 @@ class StepFunctions:
         return self.compute_weights(state.params if state.average is None else state.average)
 
     def generate(
-        self, student: Params, prompts: Sequence[Sequence[int]], key: jax.Array
+        self,
+        student: Params,
+        prompts: Sequence[Sequence[int]],
+        key: jax.Array,
+        budget: int | None = None,
     ) -> Rollout:
-        """Sample one response to each prompt from the student's compute weights."""
+        """Sample one response to each prompt from the student's compute weights.
+
+        `budget`: tokens that a response of this step may have; None for rollout.max_response_tokens, the
+        most. It is an argument of the compiled programs: another one compiles nothing.
+        """
         spec = self.spec
+        sampling = spec.sampling
+        if budget is not None:
+            sampling = sampling.replace(max_response_tokens=budget)
         return sample_responses(
-            Model(spec.student, student), prompts, spec.sampling,
+            Model(spec.student, student), prompts, sampling,
             keys=row_keys(key, len(prompts)), batching=spec.batching,
         )  # fmt: skip
 

@@ -15,7 +15,7 @@ from opd_jax.config.validate import validate
 from opd_jax.errors import ConfigError
 from opd_jax.grading.grader import Grade
 from opd_jax.models import decoder
-from opd_jax.training import objective
+from opd_jax.training import low_kl, objective
 from opd_jax.training.experience import Experience
 from opd_jax.training.step import Step
 from opd_jax.training.terms import make_terms
@@ -41,6 +41,8 @@ OTHER = {
     "token_weight_least": 0.3, "token_weight_keep": 0.3, "token_weight_quantile": 0.7,
     "token_weight_top_k": 3, "token_weight_window": 2, "rollout_gate": "correct",
     "rollout_gate_margin": 3.0,
+    "low_kl_window": 2, "low_kl_run": 2, "low_kl_share": 0.4, "low_kl_history": 99,
+    "low_kl_rollouts": 9, "low_kl_steps": 9,
 }  # fmt: skip
 NO_SURROGATE = {"pg_weight": 0.0}
 DIVERGENCE = NO_SURROGATE | {"divergence_weight": 1.0}
@@ -84,6 +86,7 @@ METHODS = {
     },
     "TA-OPD": {"token_weight": "ta", "token_weight_keep": 0.1},
     "SelecTKD": {"token_weight": "selectkd", "token_weight_least": 0.1},
+    "KAT": {"low_kl_window": 3},
     "SFT": NO_SURROGATE | {"lambda_gold": 1.0},
 }
 
@@ -149,9 +152,11 @@ def computed(config) -> tuple:
         programs = re.sub(r"0x[0-9a-f]+", "", str(jaxpr))
     golden = losses.token_weights(MASK, loss.gold_aggregation) if terms.needs_golden else None
     arrays = [(x.shape, np.asarray(x).tobytes()) for x in jax.tree.leaves((rows, golden))]
+    cut = low_kl.make_rules(loss) if loss.low_kl_window and terms.needs_teacher else None
     return (
         programs,
         arrays,
+        cut,
         terms.scored_support,
         terms.scored_statistic,
         tuple(terms.weights.items()),

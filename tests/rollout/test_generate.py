@@ -185,6 +185,21 @@ def test_other_prompts_of_the_same_count_do_not_compile_again(params, plain):
     assert (decode_chunk._cache_size(), prefill._cache_size()) == compiled
 
 
+def test_a_smaller_budget_in_the_same_rows_compiles_nothing_and_ends_the_same_responses_earlier(
+    params, plain
+):  # fmt: skip
+    compiled = decode_chunk._cache_size(), prefill._cache_size()
+    short = roll(params, max_response_tokens=4, largest_budget=BUDGET)
+    assert (decode_chunk._cache_size(), prefill._cache_size()) == compiled
+    assert short.tokens_BT.shape == plain.tokens_BT.shape
+    for row in range(len(PROMPTS)):
+        assert short.response(row) == plain.response(row)[:4]
+    with pytest.raises(
+        DataError, match=r"max_response_tokens=10 is more than the 9 response tokens"
+    ):
+        roll(params, max_response_tokens=BUDGET + 1, largest_budget=BUDGET)
+
+
 @pytest.mark.slow
 def test_a_budget_for_each_prompt(params, plain):
     """A row with a smaller budget is the beginning of the row with the whole one; slots do not matter."""

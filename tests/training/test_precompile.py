@@ -74,9 +74,15 @@ def own_cache(tmp_path):
              "loss.gate": "acceptance", "loss.token_weight": "ta", "optim.updates_per_rollout": 2},
             marks=pytest.mark.slow,
         ),
+        pytest.param(
+            {"rollout.horizon": (12, 60), "rollout.horizon_steps": 1, "jump.problems": 11,
+             "jump.candidates": 1, "loss.low_kl_window": 3, "loss.low_kl_rollouts": 1,
+             "loss.low_kl_steps": 1},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["stable_opd", "full, slots, two updates", "extrapolation, evidence, copies",
-         "support, other prompts", "gate, token weight"],
+         "support, other prompts", "gate, token weight", "horizon, jumps, cut"],
 )  # fmt: skip
 def test_a_run_meets_no_program_that_was_not_compiled_ahead(
     folders, tmp_path, own_cache, changes, monkeypatch, caplog

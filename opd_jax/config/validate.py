@@ -48,11 +48,7 @@ def validate(config: ConfigDict) -> None:
         )
     _check_repetition(config.rollout)
     _check_horizon(config)
-    if not config.jump.problems and config.jump.candidates != FIELDS["jump.candidates"].default:
-        raise ConfigError(
-            f"jump.candidates={config.jump.candidates} has no effect: jump.problems=0; leave it at "
-            f"{FIELDS['jump.candidates'].default}, or set --config.jump.problems=50"
-        )
+    _check_jump(config)
     _check_guard(config)
     row = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
     if config.optim.microbatch_tokens < row:
@@ -288,6 +284,22 @@ def _check_horizon(config: ConfigDict) -> None:
             f"loss.truncated=mask with rollout.horizon={tuple(rollout.horizon)} leaves out every rollout "
             "that the horizon cuts, so that its stairs would teach next to nothing; set "
             "--config.loss.truncated=keep"
+        )
+
+
+def _check_jump(config: ConfigDict) -> None:
+    """Rules about jumps, whose problems are answered by the programs of rollouts."""
+    loss, section, usual = config.loss, config.jump, FIELDS["jump.candidates"].default
+    if not section.problems and section.candidates != usual:
+        raise ConfigError(
+            f"jump.candidates={section.candidates} has no effect: jump.problems=0; leave it at {usual}, or "
+            "set --config.jump.problems=50"
+        )
+    if section.problems and not (loss.pg_weight or loss.divergence_weight or loss.beta_kl):
+        raise ConfigError(
+            f"jump.problems={section.problems} with a loss that makes no rollouts (loss.pg_weight, "
+            "loss.divergence_weight and loss.beta_kl are 0), wanted one that does: answers to these problems "
+            "are sampled like rollouts; set --config.jump.problems=0"
         )
 
 

@@ -87,6 +87,9 @@ def test_candidates_without_problems_are_refused():
         validate(config)
     config.jump.problems = 10
     validate(config)
+    config.loss.pg_weight, config.loss.lambda_gold = 0.0, 1.0
+    with pytest.raises(ConfigError, match=r"jump.problems=10 with a loss that makes no rollouts"):
+        validate(config)
 
 
 # ---------------------------------------------------------------------------- runs

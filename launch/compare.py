@@ -64,7 +64,7 @@ def main() -> None:
                 sweep.run_folder(out, name, seed),
                 seed=seed,
                 steps=options.steps,
-                changes=["eval.every=0", "eval.teacher=False"]
+                changes=["eval.every=0", "eval.teacher=False", *options.change]
                 + [f"loss.{change}" for change in changes.split()],
             )
             for seed in range(options.seeds)
@@ -104,5 +104,8 @@ def figures(run: pathlib.Path, steps: int) -> sweep.Figures:
 if __name__ == "__main__":
     sweep.define_flags("runs/objectives")
     flags.DEFINE_bool("published", False, "compare the methods of configs/methods.py")
-    cli.show("published")
+    flags.DEFINE_multi_string(
+        "change", [], "FIELD=VALUE that every run sets; give each set its own --out"
+    )
+    cli.show("published", "change")
     cli.main(main)

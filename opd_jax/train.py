@@ -176,7 +176,7 @@ class _Run:
         tracer = Tracer(self.folder, config.profile, memory=used_bytes)
         if precompile.worthwhile():
             programs = self.functions.programs(
-                self.weights.scorer, self.weights.reference, self._weights()
+                self.weights.scorer, self.weights.reference, self._weights(step + 1)
             )
             progress.say(
                 f"{len(programs)} programs compiled in {precompile.compile_all(programs):.1f} s"
@@ -201,7 +201,7 @@ class _Run:
                     step,
                     self.state,
                     next(self.batches),
-                    self._weights(),
+                    self._weights(step),
                     masking=collapse_guard.masking(self.guard, self.rules),
                 )
             if config.guard.copies and step % config.guard.copies == 0:
@@ -323,10 +323,10 @@ class _Run:
             self._keep_best(step, summary)  # a discarded step may have replaced it
         return step
 
-    def _weights(self) -> dict[str, float]:
-        """Return the weight of each term, as configured or as strengthened by the guard."""
+    def _weights(self, step: int) -> dict[str, float]:
+        """Return the weight of each term at a step, as configured or as strengthened by the guard."""
         beta_kl, lambda_gold = collapse_guard.terms(self.guard, self.rules)
-        return self.setup.terms.weights | {"reference_kl": beta_kl, "sft": lambda_gold}
+        return self.setup.terms.weights_at(step) | {"reference_kl": beta_kl, "sft": lambda_gold}
 
 
 def _schedule_moved(folder: pathlib.Path, config: ConfigDict) -> list[str]:

@@ -29,7 +29,7 @@ def validate(config: ConfigDict) -> None:
         )
     if config.eval.best == "matched" and not config.eval.match:
         raise wrong("eval.match", "''", "a regular expression, for eval.best=matched")
-    weights = ("pg_weight", "divergence_weight", "lambda_gold", "beta_kl")
+    weights = ("pg_weight", "divergence_weight", "lambda_gold", "golden_divergence", "beta_kl")
     if not any(config.loss[name] for name in weights):
         raise ConfigError(
             f"loss.{', loss.'.join(weights)} are all 0, wanted one above 0: nothing would be "
@@ -110,11 +110,12 @@ def _check_loss(config: ConfigDict) -> None:
     loss = config.loss
     by_teacher = loss.pg_weight and loss.teacher_coef
     by_evidence = loss.pg_weight and loss.group_coef and loss.evidence_share
-    if (by_teacher or by_evidence or loss.divergence_weight) and not config.teacher.path:
+    divergences = loss.divergence_weight or loss.golden_divergence
+    if (by_teacher or by_evidence or divergences) and not config.teacher.path:
         raise wrong(
             "teacher.path", "''",
-            "a Hugging Face folder (loss.teacher_coef, loss.divergence_weight or loss.evidence_share "
-            "is above 0)",
+            "a Hugging Face folder (loss.teacher_coef, loss.divergence_weight, loss.golden_divergence "
+            "or loss.evidence_share is above 0)",
         )  # fmt: skip
     if loss.pg_weight and not (loss.teacher_coef or loss.group_coef):
         raise ConfigError(
@@ -139,22 +140,32 @@ def _check_loss(config: ConfigDict) -> None:
                 f"loss.{field}={loss[field]} has no effect: {why}; leave it at {usual}, or set {change}"
             )
     _check_shape(loss)
-    if loss.form == "teacher_renormalised" and loss.direction != "forward":
+    _check_divergence(loss, "", present=bool(loss.divergence_weight))
+    _check_divergence(loss, "golden_", present=bool(loss.golden_divergence))
+
+
+def _check_divergence(loss: ConfigDict, prefix: str, *, present: bool) -> None:
+    """Rules between direction, form and support of the divergence whose fields begin with `prefix`."""
+    direction, form, support, k = (
+        loss[f"{prefix}{name}"] for name in ("direction", "form", "support", "top_k")
+    )
+    field = f"loss.{prefix}"
+    if form == "teacher_renormalised" and direction != "forward":
         raise ConfigError(
-            f"loss.form=teacher_renormalised with loss.direction={loss.direction}, wanted forward: only "
-            "there it is known (2603.07079); set --config.loss.direction=forward, or "
-            "--config.loss.form=renormalised for another direction"
+            f"{field}form=teacher_renormalised with {field}direction={direction}, wanted forward: only "
+            f"there it is known (2603.07079); set --config.{field}direction=forward, or "
+            f"--config.{field}form=renormalised for another direction"
         )
-    if loss.form == "stop_gradient" and loss.direction != "reverse":
+    if form == "stop_gradient" and direction != "reverse":
         raise ConfigError(
-            f"loss.form=stop_gradient with loss.direction={loss.direction}, wanted reverse: elsewhere "
-            "it would stop the whole gradient; set --config.loss.direction=reverse"
+            f"{field}form=stop_gradient with {field}direction={direction}, wanted reverse: elsewhere "
+            f"it would stop the whole gradient; set --config.{field}direction=reverse"
         )
-    single = loss.top_k == 1 and loss.support in ("student", "teacher", "intersection")
-    if loss.divergence_weight and single and loss.form == "renormalised":
+    single = k == 1 and support in ("student", "teacher", "intersection")
+    if present and single and form == "renormalised":
         raise ConfigError(
-            "loss.top_k=1 with loss.form=renormalised: over one id every renormalised distribution is "
-            "1, so the divergence is 0 and teaches nothing; set --config.loss.top_k=16"
+            f"{field}top_k=1 with {field}form=renormalised: over one id every renormalised distribution "
+            f"is 1, so the divergence is 0 and teaches nothing; set --config.{field}top_k=16"
         )
 
 

@@ -45,21 +45,16 @@ def stages(workload: Workload) -> list[Stage]:
     found = []
     if workload.rollouts:
         decoding = _decoding(workload, workload.device_slots)
-        kept = 1 + footprint.arrays_per_token(Scores) + 3 * workload.support  # an id, and scores
-        kept -= not workload.reference_scores  # reference_logprob_BT
-        rows = min(IN_FLIGHT * workload.score_rows, workload.device_batch)
-        scored = {"rows": 4.0 * kept * rows * workload.width}
-        if workload.over_vocabulary:
-            scored["rows"] += footprint.hidden_for_update(workload, rows)
         found.append(Stage("rollout", _sum(base, live, decoding)))
-        found.append(
-            Stage("score", _sum(base, live, scored, footprint.score(workload).temporaries))
-        )
+        found.append(Stage("score", _sum(base, live, _scoring(workload))))
+    if workload.golden_divergence:
+        found.append(Stage("score golden", _sum(base, live, _scoring(workload.of_golden))))
     kinds = [False] * workload.rollouts + [True] * (workload.golden > 0)
     learning = [footprint.gradient(workload, golden=golden) for golden in kinds]
     busiest = max(learning, key=lambda one: one.temporary_bytes)
     beside = {}
-    if workload.over_vocabulary and workload.teacher_follows != "frozen":
+    whole = workload.over_vocabulary or workload.golden_over_vocabulary
+    if whole and workload.teacher_follows != "frozen":
         beside["teacher"] = resident.teacher_head(workload)  # a copy: the state's own is donated
     given = {"rows": busiest.arguments["rows"]}
     update = _sum(base, trained, gradients, beside, given, busiest.temporaries)
@@ -166,8 +161,9 @@ def usable_bytes(device: Device, layout: Layout) -> float:
 def largest_microbatch(workload: Workload, usable: float) -> int:
     """Return the largest `optim.microbatch_tokens` with which scoring and update fit; 0 if no row fits."""
     widest = max(workload.width, workload.teacher_width)
+    golden = workload.golden * (workload.updates if workload.golden_divergence else 1)
     most = max(
-        workload.device_batch * workload.rollouts, -(-workload.golden // workload.layout.rows), 1
+        workload.device_batch * workload.rollouts, -(-golden // workload.layout.rows), 1
     )
 
     def fits(rows: int) -> bool:
@@ -281,6 +277,17 @@ def _changes(workload: Workload) -> list[tuple[dict[str, Any], Workload]]:
                 layout=inner,
             )
     return found
+
+
+def _scoring(workload: Workload) -> dict[str, float]:
+    """Scores of the micro-batches in flight, and what scoring one of them takes."""
+    kept = 1 + footprint.arrays_per_token(Scores) + 3 * workload.support  # an id, and scores
+    kept -= not workload.reference_scores  # reference_logprob_BT
+    rows = min(IN_FLIGHT * workload.score_rows, workload.device_batch)
+    scored = {"rows": 4.0 * kept * rows * workload.width}
+    if workload.over_vocabulary:
+        scored["rows"] += footprint.hidden_for_update(workload, rows)
+    return _sum(scored, footprint.score(workload).temporaries)
 
 
 def _decoding(workload: Workload, slots: int) -> dict[str, float]:

@@ -114,6 +114,8 @@ def programs(workload: Workload) -> dict[str, footprint.Footprint]:
         found["decode"] = footprint.decode(workload, workload.device_slots)
         found["score"] = footprint.score(workload)
         found["gradient on rollouts"] = footprint.gradient(workload)
+    if workload.golden_divergence:
+        found["golden score"] = footprint.score(workload.of_golden)
     if workload.golden:
         found["gradient on golden"] = footprint.gradient(workload, golden=True)
     return found

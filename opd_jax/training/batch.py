@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opd_jax import losses, metrics
+from opd_jax import data, losses, metrics
 from opd_jax.errors import ShapeError
 from opd_jax.grading.grader import Grade, decided
 from opd_jax.losses.gates import REPLACING
@@ -206,11 +206,48 @@ def rollout_rows(
     )
 
 
+def as_rollout(
+    prompts: Sequence[Sequence[int]], solutions: Sequence[Sequence[int]], *, width: int
+) -> Rollout:
+    """Return golden solutions, end tokens included, as rollouts, so that they are scored as rollouts are.
+
+    Nothing of this run sampled them: the sampler's log-probs are 0. Raises DataError for a row that does not
+    fit `width`.
+    """
+    tokens_BT, length_B, _ = data.golden_rows(prompts, solutions, width=width)
+    return Rollout(
+        tokens_BT=tokens_BT,
+        length_B=length_B,
+        prompt_length_B=np.array([len(prompt) for prompt in prompts], np.int32),
+        sampler_logprob_BT=np.zeros(tokens_BT.shape, np.float32),
+        outcome_B=np.full(len(length_B), Outcome.EOS, np.int32),
+    )
+
+
 def golden_rows(
-    tokens_BT: np.ndarray, length_B: np.ndarray, mask_BT: np.ndarray, *, weigh: Weigh
+    golden: Rollout,
+    *,
+    weigh: Weigh,
+    scores: Scores | None = None,
+    scored_BT: np.ndarray | None = None,
 ) -> GoldenRows:
-    """Return golden solutions (see data.golden_rows) as rows for the update."""
-    return GoldenRows(tokens_BT=tokens_BT, length_B=length_B, weight_BT=np.asarray(weigh(mask_BT)))
+    """Return golden solutions (see `as_rollout`) as rows for the update.
+
+    `scores` are those of both models on them, for a divergence, which counts the tokens in `scored_BT`.
+    """
+    rows = GoldenRows(
+        tokens_BT=golden.tokens_BT,
+        length_B=golden.length_B,
+        weight_BT=np.asarray(weigh(golden.response_mask_BT)),
+    )
+    if scores is None:
+        return rows
+    assert scored_BT is not None
+    return rows.replace(
+        divergence_weight_BT=np.asarray(weigh(scored_BT)),
+        teacher_hidden_BTD=scores.teacher_hidden_BTD,
+        support=scores.support,
+    )
 
 
 def share(rows: Rows, index: int, parts: int, *, weigh: Weigh) -> Rows:
@@ -233,7 +270,11 @@ def share(rows: Rows, index: int, parts: int, *, weigh: Weigh) -> Rows:
         return x[index * size : (index + 1) * size]
 
     rows = jax.tree.map(one, rows)
-    return _folded(rows.replace(weight_BT=np.asarray(weigh(rows.weight_BT > 0))))
+    rows = rows.replace(weight_BT=np.asarray(weigh(rows.weight_BT > 0)))
+    if isinstance(rows, GoldenRows) and rows.divergence_weight_BT is not None:
+        again_BT = np.asarray(weigh(rows.divergence_weight_BT > 0))
+        rows = rows.replace(divergence_weight_BT=again_BT)
+    return _folded(rows)
 
 
 def _folded(rows: Rows) -> Rows:

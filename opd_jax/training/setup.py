@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from opd_jax import data, hardware, host_memory, models
@@ -16,6 +17,7 @@ from opd_jax.data.length_filter import (
     prompt_misfit,
     teacher_misfit,
     unknown_id,
+    unread_misfit,
     without_misfits,
 )
 from opd_jax.errors import ConfigError, ModelError
@@ -313,6 +315,7 @@ def _fitting(
     alike = problems.generated and not shows_solution and not golden
     count = min(len(problems), _GENERATED_CHECKED) if alike else len(problems)
     longest = setup.config.rollout.max_prompt_tokens
+    unread = _unread_tokens(setup) if golden and setup.terms.golden_divergence else {}
 
     def misfits(block: list[data.Problem]) -> list[Misfit | None]:
         nonlocal longest
@@ -333,12 +336,33 @@ def _fitting(
                 )
                 for i, reason in enumerate(reasons)
             ]  # fmt: skip
+            if setup.terms.golden_divergence:
+                reasons = [
+                    reason or _unread(setup, problem, unread)
+                    for problem, reason in zip(block, reasons, strict=True)
+                ]
         pairs = zip(teacher_prompts, reasons, strict=True)
         longest = max([longest, *(len(ids) for ids, reason in pairs if reason is None)])
         return reasons
 
     skip = setup.config.data.bad_rows == "skip"
     return without_misfits(problems, misfits, field=field, count=count, skip=skip), longest
+
+
+def _unread_tokens(setup: Setup) -> dict[int, str]:
+    """Return the tokens that mean something else to the teacher, and that rollouts therefore never hold."""
+    names = setup.tokenizer.hf.convert_ids_to_tokens
+    return {int(i): names(int(i)) for i in np.flatnonzero(~setup.alignment.drawn)}
+
+
+def _unread(setup: Setup, problem: data.Problem, unread: dict[int, str]) -> Misfit | None:
+    """Return why the teacher cannot read a golden solution as the student does, or None."""
+    return unread_misfit(
+        problem,
+        lambda: setup.student_style.golden([problem], setup.tokenizer)[0],
+        unread=unread,
+        response=setup.config.rollout.max_response_tokens if setup.separate_prompts else None,
+    )
 
 
 def _misfit(setup: Setup, prompt: list[int], teacher_prompt: list[int]) -> Misfit | None:

@@ -151,7 +151,7 @@ def make_accumulate(
     """
     return Gradients(
         on_rollouts=make_add(rollout_loss, dtype, mesh) if rollout_loss else None,
-        on_golden=make_add(_without_frozen(golden_loss), dtype, mesh) if golden_loss else None,
+        on_golden=make_add(golden_loss, dtype, mesh) if golden_loss else None,
         microbatch_tokens=microbatch_tokens,
         mesh=mesh,
     )
@@ -309,7 +309,3 @@ def make_add(loss: Callable, dtype: jnp.dtype, mesh: Mesh = ONE) -> Callable:
 
 def _in(dtype: Any, params: Any) -> Any:
     return jax.tree.map(lambda w: w.astype(dtype), params)
-
-
-def _without_frozen(loss: GoldenLoss) -> Callable:
-    return lambda params, _, rows, weights, *sums: loss(params, rows, weights, *sums)

@@ -209,7 +209,7 @@ METHODS: dict[str, Method] = {
     ),
     # Prefix source x direction (2605.16826): the fourth cell, on the student's prefixes, is `full_opd`.
     "soft_kd": Method(
-        "2605.16826: the teacher's distribution on golden solutions, forward; 1503.02531 token by token",
+        "2605.16826: the teacher's distribution on golden solutions, forward",
         _GOLDEN,
     ),
     "offline_rl": Method(

@@ -178,6 +178,11 @@ class Terms:
         return self.golden_divergence != 0 and self.golden_support == "full"
 
     @property
+    def reads_head(self) -> bool:
+        """Whether the update reads the teacher's output matrix, on rollouts or on golden solutions."""
+        return self.over_vocabulary or self.golden_over_vocabulary
+
+    @property
     def golden_scored_support(self) -> tuple[str, int] | None:
         """The support that the scorer must record on golden solutions; None where no term has one."""
         if self.golden_support == "full" or not self.golden_divergence:

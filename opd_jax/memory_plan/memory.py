@@ -162,9 +162,7 @@ def largest_microbatch(workload: Workload, usable: float) -> int:
     """Return the largest `optim.microbatch_tokens` with which scoring and update fit; 0 if no row fits."""
     widest = max(workload.width, workload.teacher_width)
     golden = workload.golden * (workload.updates if workload.golden_divergence else 1)
-    most = max(
-        workload.device_batch * workload.rollouts, -(-golden // workload.layout.rows), 1
-    )
+    most = max(workload.device_batch * workload.rollouts, -(-golden // workload.layout.rows), 1)
 
     def fits(rows: int) -> bool:
         sized = dataclasses.replace(workload, microbatch_tokens=rows * widest)

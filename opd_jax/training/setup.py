@@ -350,9 +350,11 @@ def _fitting(
 
 
 def _unread_tokens(setup: Setup) -> dict[int, str]:
-    """Return the tokens that mean something else to the teacher, and that rollouts therefore never hold."""
-    names = setup.tokenizer.hf.convert_ids_to_tokens
-    return {int(i): names(int(i)) for i in np.flatnonzero(~setup.alignment.drawn)}
+    """Return the text of each id that means something else to the teacher; rollouts never hold them."""
+    ids = np.flatnonzero(~setup.alignment.drawn).tolist()
+    texts = {i: setup.tokenizer.decode([i], special=True) for i in ids}
+    # A piece of a character has no text of its own: it may be in any solution.
+    return {i: "" if "\ufffd" in text else text for i, text in texts.items()}
 
 
 def _unread(setup: Setup, problem: data.Problem, unread: dict[int, str]) -> Misfit | None:

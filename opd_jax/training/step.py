@@ -102,6 +102,7 @@ class Step:
         if terms.needs_rollouts or terms.golden_divergence:
             student, teacher = self._scorers(state.train)
         if terms.needs_rollouts:
+            assert student is not None
             experience = self._collect(number, student, teacher, batch, clock)
             with stage("rows"):
                 rollout_rows, lines, news = self._rollout_rows(number, experience, batch, masking)
@@ -183,9 +184,10 @@ class Step:
         golden = rows.as_rollout(batch.prompts, batch.golden, width=setup.width)
         if "golden_divergence" not in setup.terms.names:
             return rows.golden_rows(golden, weigh=weigh)
+        assert student is not None
         scored_BT = rows.scored_mask(golden, setup.alignment.counted, setup.first_pieces)
         if not weights["golden_divergence"]:
-            scores = self.functions.blank_golden_scores(len(batch.golden))
+            scores = self.functions.blank_golden_scores(student, teacher, len(batch.golden))
             return rows.golden_rows(
                 golden, weigh=weigh, scores=scores, scored_BT=np.zeros_like(scored_BT)
             )
@@ -195,7 +197,6 @@ class Step:
                 golden, batch.teacher_prompts, setup.alignment.teacher_ids,
                 width=setup.teacher_width,
             )  # fmt: skip
-        assert student is not None
         with stage("score"):
             scores = self.functions.score_golden(student, teacher, golden, teacher_rows)
         clock.lap("score_golden", golden.response_length_B.sum())

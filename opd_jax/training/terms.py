@@ -4,7 +4,7 @@ A method is a set of these numbers; objective.py makes the loss from them.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -13,6 +13,14 @@ from opd_jax.config import default, guard_limits
 
 ON_ROLLOUTS = ("opd", "divergence", "reference_kl")
 ON_GOLDEN = ("sft", "golden_divergence")
+
+
+class Divergence(NamedTuple):
+    """What `losses.divergence` computes: direction and form, and the number of a direction that has one."""
+
+    direction: str
+    form: str
+    share: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,10 +155,20 @@ class Terms:
         return self.support, self.top_k
 
     @property
-    def direction_share(self) -> float | None:
-        """The number that the divergence's direction has, for `losses.divergence`; None where it has none."""
+    def on_rollouts(self) -> "Divergence":
+        """The divergence on rollouts."""
+        return Divergence(self.direction, self.form, self._share_of(self.direction))
+
+    @property
+    def on_golden(self) -> "Divergence":
+        """The divergence on golden solutions."""
+        direction = self.golden_direction
+        return Divergence(direction, self.golden_form, self._share_of(direction))
+
+    def _share_of(self, direction: str) -> float | None:
+        """The number that a direction has; None where it has none."""
         skewed = {"skewed_reverse": self.skew, "skewed_forward": self.skew}
-        return ({"jsd": self.jsd_beta, "mixture": self.reverse_share} | skewed).get(self.direction)
+        return ({"jsd": self.jsd_beta, "mixture": self.reverse_share} | skewed).get(direction)
 
     @property
     def gated(self) -> bool:

@@ -100,6 +100,16 @@ def test_scoring_keeps_the_teachers_states_for_the_update():
     assert live["teacher"] == 40 * 2  # a copy of the output matrix; the weights are the state's
 
 
+def test_golden_solutions_with_soft_labels_have_a_stage_of_their_own():
+    soft = {"golden": 2, "golden_divergence": True, "golden_over_vocabulary": True}
+    kept = held("score golden", workload(**soft))
+    assert kept == held("score", workload(batch=2, over_vocabulary=True))
+    alone = workload(**soft, rollouts=False, teacher_follows="live")
+    assert next(stage.name for stage in memory.stages(alone)) == "score golden"
+    assert held("update", alone)["teacher"] == 40 * 2  # a copy of the output matrix
+    assert "score golden" not in [stage.name for stage in memory.stages(workload(golden=2))]
+
+
 def test_gradients_of_each_term_lie_beside_one_another():
     three = workload(terms=("opd", "reference_kl", "sft"), term_gradients=True)
     assert held("term gradients", three)["gradients"] == 3 * 4 * P

@@ -205,7 +205,7 @@ class Learner:
         self.devices, self.dtype = devices, dtype
         self.accumulate = update.make_accumulate(
             objective.make_rollout_loss(TERMS, CONFIG, CONFIG, events=events, **shared),
-            objective.make_golden_loss(CONFIG, vocabulary=90, **shared),
+            objective.make_golden_loss(TERMS, CONFIG, events=events, **shared),
             microbatch_tokens=2 * T,
             dtype=dtype,
             mesh=devices,
@@ -277,6 +277,35 @@ def test_a_gated_divergence_is_the_same_on_a_mesh(params):
     assert distance(got, want) < 1e-5
     assert distance(sums, wanted) < 1e-5
     assert abs(float(wanted["divergence"])) > 1e-3
+
+
+def test_soft_labels_on_golden_solutions_are_the_same_on_a_mesh(params):
+    """Beside the supervised term; hidden states are rows as well, the teacher's head is sharded."""
+    scored_BT = np.asarray(GOLDEN.weight_BT > 0)
+    scored_BT[0] = False
+    noise = np.random.default_rng(6).normal(size=(B, T, CONFIG.hidden_size)).astype(np.float32)
+    given = GOLDEN.replace(
+        divergence_weight_BT=np.asarray(losses.token_weights(scored_BT, "token")),
+        teacher_hidden_BTD=noise,
+    )
+    terms = default_terms(pg_weight=0.0, lambda_gold=0.3, golden_divergence=1.0)
+    loss = objective.make_golden_loss(
+        terms, CONFIG, token_chunk=7, remat="none", events=EVENTS.replace(vocabulary=90)
+    )
+    results = []
+    for devices in (ONE, make("2x2x2")):
+        accumulate = update.make_accumulate(
+            None, loss, microbatch_tokens=2 * T, dtype=jnp.float32, mesh=devices
+        )
+        own, teacher = params, noisy_params(CONFIG, seed=2)
+        if devices is not ONE:
+            own, teacher = on(devices, own), on(devices, teacher)
+        frozen = Frozen(teacher=decoder.head_alone(teacher))
+        results.append(accumulate(own, frozen, None, given, terms.weights))
+    (want, wanted), (got, sums) = results
+    assert distance(got, want) < 1e-5
+    assert distance(sums, wanted) < 1e-5
+    assert float(wanted["golden_divergence"]) > 1e-3
 
 
 def test_updates_are_the_same_on_any_mesh(devices, params):

@@ -22,6 +22,7 @@ PROGRAMS = {
     "apply",
     "_zeros_like",
 }
+DECODING = {"decode_chunk", "prefill", "unstack", "empty"}
 if jax.device_count() > 1:  # test_mesh.py runs this file on eight
     PROGRAMS |= {"_summed", "_compute"}
 
@@ -74,9 +75,20 @@ def own_cache(tmp_path):
              "loss.gate": "acceptance", "loss.token_weight": "ta", "optim.updates_per_rollout": 2},
             marks=pytest.mark.slow,
         ),
+        pytest.param(
+            {"loss.golden_divergence": 1.0, "loss.golden_support": "teacher",
+             "loss.golden_steps": 1, "optim.updates_per_rollout": 2,
+             "data.teacher_prompt_template": "{problem}?", "data.bad_rows": "skip"},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"loss.golden_divergence": 1.0, "loss.pg_weight": 0.0, "loss.beta_kl": 0.0},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["stable_opd", "full, slots, two updates", "extrapolation, evidence, copies",
-         "support, other prompts", "gate, token weight"],
+         "support, other prompts", "gate, token weight", "soft labels that fall to 0",
+         "soft labels alone"],
 )  # fmt: skip
 def test_a_run_meets_no_program_that_was_not_compiled_ahead(
     folders, tmp_path, own_cache, changes, monkeypatch, caplog
@@ -102,7 +114,7 @@ def test_a_run_meets_no_program_that_was_not_compiled_ahead(
     monkeypatch.setattr(precompile, "compile_all", compile_all)
     train.run(config, str(tmp_path / "run"), command=["test"])
     assert len(listed) == len(set(listed)) == len(compiled)
-    assert set(compiled) == PROGRAMS
+    assert set(compiled) == PROGRAMS - (set() if config.loss.pg_weight else DECODING)
     assert misses(caplog) == []
     jax.clear_caches()  # as in another process, which goes on from the checkpoint
     config.steps = 3

@@ -32,7 +32,11 @@ _FORWARD = {  # beside the surrogate
     "loss.direction": "forward",
     "loss.support": "teacher",
 }
-_GOLDEN = {"loss.pg_weight": 0.0, "loss.golden_divergence": 1.0}
+_GOLDEN = {
+    "loss.pg_weight": 0.0,
+    "loss.golden_divergence": 1.0,
+    "loss.aggregation": "sequence",  # the default: it applies to rollouts, of which there are none
+}
 _AOPD = _FORWARD | {
     "loss.top_k": 10,  # second-hand, one source
     "loss.gate": "advantage",  # second-hand
@@ -221,8 +225,8 @@ METHODS: dict[str, Method] = {
         _DIVERGENCE | {"loss.direction": "forward"},  # second-hand
     ),
     "brts": Method(
-        "2605.09725 and its code (dp_actor.py, teacher_selection.py); its golden solutions are chosen by "
-        "launch/sample.py --config.sample.choose=overlap",
+        "2605.09725 and its code (dp_actor.py, teacher_selection.py); launch/sample.py chooses its golden "
+        "solutions",
         {
             "loss.advantage": "support",  # found in the code: the weighted log-ratios of 2604.13016's code
             "loss.support": "student",  # found
@@ -233,6 +237,9 @@ METHODS: dict[str, Method] = {
             "loss.golden_top_k": 16,  # found
             # Found in the code: q alone is divided by its mass, which gives this form's gradient.
             "loss.golden_form": "teacher_renormalised",
+            "sample.choose": "overlap",  # found
+            "sample.choose_top_k": 16,  # found
+            "sample.samples": 4,  # unknown
         },
         run={"optim.learning_rate": 1e-6},  # found
     ),
@@ -413,6 +420,8 @@ def _fit_tiny(config: ConfigDict, name: str) -> None:
         config.loss.top_k = 4  # of 308 ids, 8 of which hold 99.99 % of the mass
     if config.loss.golden_support != "full":
         config.loss.golden_top_k = 4
+    if config.sample.choose == "overlap":
+        config.sample.choose_top_k = 4
     if config.loss.token_weight == "step":
         config.loss.token_weight_window = 8  # its solutions are one paragraph
     if config.rollout.samples_per_prompt == 8:

@@ -307,6 +307,13 @@ SECTIONS = (
         Field("top_k", 0, FROM_ZERO, "Number of likeliest ids that are sampled among; 0 = all."),
         Field("max_response_tokens", 0, FROM_ZERO,
               "Longest solution, in tokens; 0 = rollout.max_response_tokens."),
+        Field("choose", "all", Choices(("all", "overlap", "likelihood")),
+              "Solutions that stay of several to a problem: all, or one, a correct one first: that whose "
+              "tokens overlap most with the student's likeliest (2605.09725), or the one that is likeliest "
+              "to the student."),
+        Field("choose_top_k", 16, COUNT, "overlap: the student's ids at a position (2605.09725: 16)."),
+        Field("hint", "", None,
+              "Template with {answer} of one more prompt, where no solution is correct; empty = none."),
         Field("keep_wrong", False, None,
               "Whether solutions stay whose answer is wrong or cannot be read."),
         Field("keep_repetitive", False, None, "Whether solutions stay that metrics.repetition_* flag."),

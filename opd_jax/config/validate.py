@@ -66,6 +66,29 @@ def validate_sampling(config: ConfigDict) -> None:
             f"sample.samples={config.sample.samples} with sample.temperature=0 gives the same "
             "solution every time; set --config.sample.samples=1 or a temperature above 0"
         )
+    _check_choice(config.sample)
+
+
+def _check_choice(section: ConfigDict) -> None:
+    """Rules about the choice of one solution of several."""
+    if section.choose == "all" and (section.hint or section.choose_top_k != 16):
+        field, usual = ("hint", "''") if section.hint else ("choose_top_k", 16)
+        raise ConfigError(
+            f"sample.{field}={section[field]} has no effect: sample.choose=all; leave it at {usual}, or "
+            "set --config.sample.choose=overlap"
+        )
+    if section.choose == "likelihood" and section.choose_top_k != 16:
+        raise ConfigError(
+            f"sample.choose_top_k={section.choose_top_k} has no effect: sample.choose=likelihood; leave it "
+            "at 16, or set --config.sample.choose=overlap"
+        )
+    if section.choose != "all" and section.samples < 2 and not section.hint:
+        raise ConfigError(
+            f"sample.samples={section.samples} with sample.choose={section.choose}, wanted 2 or more: there "
+            "is nothing to choose from; set --config.sample.samples=4"
+        )
+    if section.hint and "{answer}" not in section.hint:
+        raise wrong("sample.hint", repr(section.hint), "a template with {answer}, or nothing")
 
 
 def validate_evaluation(config: ConfigDict) -> None:

@@ -162,6 +162,7 @@ def computed(config) -> tuple:
             support=given.scores.support if terms.golden_scored_support else None
         )
         golden = rows_of.golden_rows(SAMPLED, weigh=weigh, scores=scores, scored_BT=MASK)
+    if terms.golden_divergence:  # the supervised term has no number but its weight
         params = decoder.abstract_params(CONFIG)
         made = objective.make_golden_loss(terms, CONFIG, token_chunk=7, remat="none")
         frozen = Frozen(teacher=decoder.head_alone(params))

@@ -40,7 +40,7 @@ OTHER = {
     "token_weight_strength": 1.5, "token_weight_threshold": 0.5, "token_weight_drop": 0.3,
     "token_weight_least": 0.3, "token_weight_keep": 0.3, "token_weight_quantile": 0.7,
     "token_weight_top_k": 3, "token_weight_window": 2, "rollout_gate": "correct",
-    "rollout_gate_margin": 3.0,
+    "rollout_gate_margin": 3.0, "outcome": "margin", "outcome_value": 2.5,
 }  # fmt: skip
 NO_SURROGATE = {"pg_weight": 0.0}
 DIVERGENCE = NO_SURROGATE | {"divergence_weight": 1.0}
@@ -84,6 +84,8 @@ METHODS = {
     },
     "TA-OPD": {"token_weight": "ta", "token_weight_keep": 0.1},
     "SelecTKD": {"token_weight": "selectkd", "token_weight_least": 0.1},
+    "Uni-OPD": {"outcome": "margin", "outcome_value": 0.4, "advantage_clamp": 10.0},
+    "SCOPE": {"outcome": "route", "outcome_value": 1.0},
     "SFT": NO_SURROGATE | {"lambda_gold": 1.0},
 }
 

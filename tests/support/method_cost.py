@@ -189,19 +189,28 @@ def compare(plain: Baseline, config: ConfigDict, method: Method, pairs: int) -> 
     ]  # fmt: skip
 
 
-def differing(config: ConfigDict, options: argparse.Namespace) -> list[str]:
-    """Return the programs of a method's step that plain OPD's step does not have, by their names."""
-    texts = []
-    for one in (baseline_of(config, options), config):
-        setup = make_setup(one)
-        functions = make_step_functions(setup.spec)
-        models = [decoder.abstract_params(m) for m in (setup.teacher, setup.reference) if m]
-        teacher = models[0] if setup.teacher and one.teacher.follow == "frozen" else None
-        reference = models[-1] if setup.terms.needs_reference else None
-        programs = functions.programs(teacher, reference, setup.terms.weights)
-        lowered = {p.name: p.function.lower(*p.args, **p.kwargs).as_text() for p in programs}
-        texts.append(lowered)
-    return [name for name, text in texts[1].items() if text not in texts[0].values()]
+def programs_of(config: ConfigDict) -> dict[str, str]:
+    """Return every program of a step, lowered, by its name."""
+    setup = make_setup(config)
+    functions = make_step_functions(setup.spec)
+    models = [decoder.abstract_params(m) for m in (setup.teacher, setup.reference) if m]
+    teacher = models[0] if setup.teacher and config.teacher.follow == "frozen" else None
+    reference = models[-1] if setup.terms.needs_reference else None
+    programs = functions.programs(teacher, reference, setup.terms.weights)
+    return {p.name: p.function.lower(*p.args, **p.kwargs).as_text() for p in programs}
+
+
+def print_programs(names: Sequence[str], options: argparse.Namespace) -> None:
+    """Print which programs of each method's step plain OPD's step does not have."""
+    known: dict[str, dict[str, str]] = {}
+    for name in names:
+        config = config_of(name, options)
+        base = baseline_of(config, options)
+        if str(base) not in known:
+            known[str(base)] = programs_of(base)
+        texts = known[str(base)].values()
+        other = [name for name, text in programs_of(config).items() if text not in texts]
+        print(f"{name}: {', '.join(other) or 'none'}", flush=True)
 
 
 def main() -> None:
@@ -220,8 +229,7 @@ def main() -> None:
         first = name.removesuffix("..")
         chosen += names[names.index(first) :] if name.endswith("..") else [first]
     if options.programs:
-        for name in chosen:
-            print(f"{name}: {', '.join(differing(config_of(name, options), options)) or 'none'}")
+        print_programs(chosen, options)
         return
     heads = (
         "method", "OPD s", "of which scoring", "step", "scoring", "all but scoring",

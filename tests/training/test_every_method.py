@@ -4,6 +4,7 @@ The rows of a step of every method in configs/methods.py, from scores without a 
 surrogate in closed form.
 """
 
+import argparse
 import dataclasses
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from opd_jax.training.step import Step
 from opd_jax.training.terms import Terms, make_terms
 from opd_jax.types import RolloutRows
 from tests.config.test_no_effect import experience
+from tests.support import method_cost
 from tests.training.test_topk_objective import MASK
 
 pytestmark = pytest.mark.short
@@ -119,3 +121,14 @@ def test_the_gradient_of_the_surrogate_is_the_weighted_advantage_in_float64(name
         direction = jnp.asarray(generator.normal(size=logits.shape))
         along = (loss(logits + 1e-6 * direction) - loss(logits - 1e-6 * direction)) / 2e-6
         np.testing.assert_allclose(jnp.sum(gradient * direction), along, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vopd", "tip", "scope", "eopd"])
+def test_a_function_of_scores_has_the_programs_of_opd(name):
+    """Its step costs what OPD's costs, but for the rows; a divergence over a support has others."""
+    options = argparse.Namespace(recipe="tiny", student=None, teacher=None)
+    config = method_cost.config_of(name, options)
+    texts = [method_cost.programs_of(x) for x in (method_cost.baseline_of(config, options), config)]
+    other = {key for key, text in texts[1].items() if text not in texts[0].values()}
+    assert {key.split()[0] for key in other} == ({"score", "gradient"} if name == "eopd" else set())

@@ -1,5 +1,6 @@
 """Rows for the update, built from rollouts and scores: tokens that count, and constants. Host arrays."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -68,44 +69,59 @@ def counted(rollout: Rollout, mask_BT: np.ndarray, *, truncated: str, tail: int)
     return mask_BT & (np.arange(mask_BT.shape[1])[None] < end_B[:, None])
 
 
+@dataclasses.dataclass(frozen=True)
+class Reward:
+    """The verifiable reward of a step's rollouts.
+
+    Attributes:
+      reward_B: of each rollout, or whether it is correct.
+      group: rollouts of a prompt, which are adjacent.
+      graded_B: bool, the rollouts whose reward is known; None for all.
+    """
+
+    reward_B: np.ndarray
+    group: int
+    graded_B: np.ndarray | None = None
+
+    def advantage(self, *, normalise: bool) -> jax.Array:
+        """Return `losses.group_advantage` of the reward; float32 [B]."""
+        return losses.group_advantage(
+            reward_B=jnp.asarray(self.reward_B, jnp.float32),
+            group=self.group,
+            normalise=normalise,
+            counted_B=None if self.graded_B is None else jnp.asarray(self.graded_B),
+        )
+
+
 def advantages(
     rollout: Rollout,
     scores: Scores,
     mask_BT: np.ndarray,
     terms: Terms,
     *,
-    reward_B: np.ndarray | None,
-    group: int,
-    graded_B: np.ndarray | None = None,
+    reward: Reward | None = None,
     step: int = 1,
     factor_BT: np.ndarray | None = None,
 ) -> np.ndarray:
     """Return the advantage of each sampled token; float32 [B, T], 0 on tokens that are not scored.
 
     w (teacher_coef * A_teacher + group_coef * A_group). A_teacher is that of `_teacher_advantage`, changed by
-    `_by_outcome` (over a support it is `losses.support_advantage`, not here). A_group is the advantage of
-    `reward_B` [B] relative to those of its group that are in `graded_B` (None = all), times the teacher's
-    evidence where that has a share; the share may fall with the run's `step`. `factor_BT` multiplies
-    A_teacher. w is the truncated importance weight. Nine parameters: what the config cannot know of a step.
+    `_by_outcome` (over a support it is `losses.support_advantage`, not here). A_group is that of the `reward`
+    (None where no term or rule needs it), times the teacher's evidence where that has a share; the share may
+    fall with the run's `step`. `factor_BT` multiplies A_teacher. w is the truncated importance weight.
     """
     total_BT = np.zeros(mask_BT.shape, np.float32)
     if terms.pg_weight and terms.teacher_coef and not terms.on_support:
         teacher_BT = _teacher_advantage(scores, mask_BT, terms)
         if terms.outcome != "none":
-            assert reward_B is not None
-            graded_B = np.ones(len(reward_B), bool) if graded_B is None else graded_B
-            teacher_BT = _by_outcome(teacher_BT, scores, mask_BT, terms, reward_B, graded_B, group)
+            assert reward is not None
+            teacher_BT = _by_outcome(teacher_BT, scores, mask_BT, terms, reward)
         if factor_BT is not None:
             teacher_BT = teacher_BT * factor_BT
         total_BT += terms.teacher_coef * teacher_BT
     if terms.pg_weight and terms.group_coef:
-        assert reward_B is not None
-        group_B = losses.group_advantage(
-            reward_B=jnp.asarray(reward_B, jnp.float32),
-            group=group,
-            normalise=terms.group_normalise,
-            counted_B=None if graded_B is None else jnp.asarray(graded_B),
-        )
+        assert reward is not None
+        group_B = reward.advantage(normalise=terms.group_normalise)
         group_BT = np.asarray(group_B)[:, None]
         if terms.evidence_share:
             group_BT = group_BT * losses.evidence_weight(
@@ -164,22 +180,22 @@ def _by_outcome(
     scores: Scores,
     mask_BT: np.ndarray,
     terms: Terms,
-    reward_B: np.ndarray,
-    graded_B: np.ndarray,
-    group: int,
+    reward: Reward,
 ) -> np.ndarray:
     """Return the teacher's advantage of each token as the outcome of its rollout changes it; [B, T].
 
     Means are over the tokens of `mask_BT`, of what the shape, the clamp and the discount return.
     """
     length_B = np.sum(mask_BT, axis=1)
-    correct_B, known_B = np.asarray(reward_B) > 0, graded_B & (length_B > 0)
+    correct_B, known_B = np.asarray(reward.reward_B) > 0, length_B > 0
+    if reward.graded_B is not None:
+        known_B = known_B & reward.graded_B
 
     def mean(values_BT: np.ndarray) -> np.ndarray:
         total_B = np.sum(np.where(mask_BT, values_BT, 0.0), axis=1, dtype=float)
         return total_B / np.maximum(length_B, 1)
 
-    given = {"correct_B": correct_B, "known_B": known_B, "group": group}
+    given = {"correct_B": correct_B, "known_B": known_B, "group": reward.group}
     with np.errstate(invalid="ignore", over="ignore"):  # scores that are not finite skip the update
         if terms.outcome == "margin":
             shift_B = outcome.margin_shift(

@@ -10,7 +10,7 @@ import pytest
 
 from configs import methods
 from opd_jax.models import decoder
-from opd_jax.scoring.score import ScoreSpec, score_part
+from opd_jax.scoring.score import Models, ScoreSpec, score_part
 from opd_jax.training import objective, update
 from opd_jax.training.terms import ON_ROLLOUTS, Terms, default_terms
 from opd_jax.types import Frozen, RolloutRows, Support
@@ -66,9 +66,7 @@ def rows_of(terms: Terms) -> RolloutRows:
 def update_of(name: str, on_h200) -> tuple[int, int, float]:
     """A micro-batch's pass of the update of a method, for 16,384 tokens."""
     terms = terms_of(name)
-    loss = objective.make_rollout_loss(
-        terms, QWEN_1_5B, vocabulary=VOCABULARY, token_chunk=CHUNK, remat="attention"
-    )
+    loss = objective.make_rollout_loss(terms, QWEN_1_5B, token_chunk=CHUNK, remat="attention")
     params = on_h200(decoder.abstract_params(QWEN_1_5B))
     head = None
     if terms.over_vocabulary:
@@ -102,8 +100,8 @@ def scores_of(spec: ScoreSpec, on_h200, *, reference: bool) -> tuple[int, int, f
     params = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, jnp.bfloat16), params)
     model = on_h200(decoder.Model(QWEN_1_5B, params))
     rows = on_h200((ZEROS_BT.astype(np.int32), ZEROS_B, ZEROS_B))
-    other = model if reference else None
-    return figures(score_part.lower(model, model, *rows, None, spec, other).compile())
+    three = Models(model, model, model if reference else None)
+    return figures(score_part.lower(three, *rows, None, spec).compile())
 
 
 @pytest.mark.parametrize(
@@ -117,7 +115,7 @@ def scores_of(spec: ScoreSpec, on_h200, *, reference: bool) -> tuple[int, int, f
     ids=["opd", "reference", "support", "support and statistic"],
 )
 def test_scoring_for_a_method(on_h200, fused_attention, more, reference):
-    spec = ScoreSpec(VOCABULARY, K, CHUNK, **more)
+    spec = ScoreSpec(K, CHUNK, **more)
     forward, backward, temporary = scores_of(spec, on_h200, reference=reference)
     print(f"{more} {reference}: temporaries {temporary:.2f} GiB")
     assert (forward, backward) == (3 if reference else 2, 0)  # one pass of each model

@@ -328,6 +328,33 @@ METHODS: dict[str, Method] = {
         "a control: the correct rollouts alone, an arm of the audit that read 2607.04037",
         {"loss.rollout_gate": "correct"},  # second-hand
     ),
+    # The outcome of a rollout in the teacher's advantage.
+    "uni_opd": Method(
+        "2605.03677, its code (margin_shift.py) and scripts; without its balancing of rollouts",
+        {
+            "loss.outcome": "margin",  # found
+            "loss.outcome_value": 0.4,  # found in the scripts
+            "loss.advantage_clamp": 10.0,  # found in the scripts
+            "loss.clip_high": 0.28,  # found in the scripts
+        },
+        run={
+            "optim.learning_rate": 1e-6,  # found
+            "rollout.prompts_per_step": 64,  # found
+            "rollout.samples_per_prompt": 16,  # found
+            "rollout.max_response_tokens": 16_384,  # found
+        },
+    ),
+    "scope": Method(
+        "2604.10688, Eqs. 2 to 6",
+        {
+            "loss.outcome": "route",  # found
+            "loss.outcome_value": 1.0,  # found
+        },
+        run={
+            "rollout.temperature": 0.6,  # found
+            "rollout.max_response_tokens": 12_288,  # found
+        },
+    ),
     # Verifiable rewards, alone and with a teacher that is the student shown the solution.
     "grpo": Method("2402.03300", _REWARD, run=_LUFFY, teacher=NOBODY),
     "dr_grpo": Method(

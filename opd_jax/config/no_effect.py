@@ -3,7 +3,7 @@
 from typing import Any
 
 from opd_jax.config import guard_limits
-from opd_jax.config.loss_fields import SHAPE_NUMBERS
+from opd_jax.config.loss_fields import OUTCOME_NUMBERS, SHAPE_NUMBERS
 
 # Numbers of a token weight: the rules that read them.
 _READ_BY = {
@@ -103,6 +103,15 @@ def unused(config: Any) -> dict[str, tuple[str, str]]:
             ("evidence_steps", "evidence_clip", "evidence_away", "evidence_correct_only"),
             by_evidence,
             ("loss.evidence_share=0, or there is no group-relative advantage", evidence),
+        ),
+        (("outcome",), by_teacher, no_teacher),
+        (("outcome",), not on_support, ids_alone),
+        (
+            ("outcome_value",), loss.outcome in OUTCOME_NUMBERS,
+            (
+                f"loss.outcome={loss.outcome} has no number",
+                "--config.loss.outcome=" + " or ".join(OUTCOME_NUMBERS),
+            ),
         ),
         (("importance_cap",), surrogate, no_surrogate),
         (("importance_cap",), of_sampled or not surrogate, ids_alone),

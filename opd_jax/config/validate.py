@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from opd_jax.config import guard_limits
 from opd_jax.config.fields import FIELDS
-from opd_jax.config.loss_fields import SHAPE_NUMBERS
+from opd_jax.config.loss_fields import OUTCOME_NUMBERS, SHAPE_NUMBERS
 from opd_jax.config.no_effect import unused
 from opd_jax.config.schema import check, wrong
 from opd_jax.config.trees import EVALUATION, SAMPLING, TRAINING
@@ -163,6 +163,7 @@ def _check_loss(config: ConfigDict) -> None:
                 f"loss.{field}={loss[field]} has no effect: {why}; leave it at {usual}, or set {change}"
             )
     _check_shape(loss)
+    _check_outcome(config)
     _check_divergence(loss, "", present=bool(loss.divergence_weight))
     _check_divergence(loss, "golden_", present=bool(loss.golden_divergence))
 
@@ -213,6 +214,22 @@ def _check_shape(loss: ConfigDict) -> None:
             f"loss.extrapolation={loss.extrapolation} with loss.advantage_shape={shape}, wanted a shape "
             "of the log-ratio alone: an extrapolated teacher is not a normalised distribution; set "
             "--config.loss.advantage_shape=log_ratio, or --config.loss.extrapolation=1"
+        )
+
+
+def _check_outcome(config: ConfigDict) -> None:
+    """Rules about the outcome of rollouts in the teacher's advantage."""
+    rule, value = config.loss.outcome, config.loss.outcome_value
+    numbers = OUTCOME_NUMBERS.get(rule)
+    if numbers is not None and not numbers.holds(value):
+        raise ConfigError(
+            f"loss.outcome_value={value} with loss.outcome={rule}, wanted {numbers.wanted(0.0)}; set "
+            "--config.loss.outcome_value=1"
+        )
+    if rule == "margin" and config.rollout.samples_per_prompt < 2:
+        raise ConfigError(
+            "rollout.samples_per_prompt=1 with loss.outcome=margin, wanted 2 or more: correct rollouts "
+            "are compared with others of their prompt; set --config.rollout.samples_per_prompt=4"
         )
 
 

@@ -34,6 +34,7 @@ from opd_jax.losses.divergence import (
 )
 from opd_jax.losses.gates import GATES, ROLLOUT_GATES
 from opd_jax.losses.kl import ESTIMATORS, entropy, kl_k1, kl_k2, kl_k3
+from opd_jax.losses.outcome import OUTCOMES
 from opd_jax.losses.policy_gradient import clipped_surrogate
 from opd_jax.losses.supervised import annealed, sft_nll
 from opd_jax.losses.token_factors import TOKEN_WEIGHTS, WEIGHTED
@@ -46,6 +47,7 @@ __all__ = [
     "ESTIMATORS",
     "FORMS",
     "GATES",
+    "OUTCOMES",
     "ROLLOUT_GATES",
     "SUPPORT_WEIGHTS",
     "TOKEN_WEIGHTS",

@@ -45,6 +45,8 @@ class Terms:
     evidence_clip: float
     evidence_away: bool
     evidence_correct_only: bool
+    outcome: str
+    outcome_value: float
     support_weight: str
     clip_low: float
     clip_high: float
@@ -139,8 +141,9 @@ class Terms:
 
     @property
     def needs_reward(self) -> bool:
-        """Whether it must be known which rollouts are correct, by any term or by the rollouts' gate."""
-        return bool(self.pg_weight and self.group_coef) or self.rollout_gate != "none"
+        """Whether it must be known which rollouts are correct, by any term or rule."""
+        by_rule = self.rollout_gate != "none" or self.outcome != "none"
+        return bool(self.pg_weight and self.group_coef) or by_rule
 
     @property
     def on_support(self) -> bool:

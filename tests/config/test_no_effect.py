@@ -43,6 +43,7 @@ OTHER = {
     "token_weight_top_k": 3, "token_weight_window": 2, "rollout_gate": "correct",
     "rollout_gate_margin": 3.0, "golden_divergence": 0.5, "golden_direction": "reverse",
     "golden_support": "student", "golden_top_k": 3, "golden_form": "renormalised", "golden_steps": 7,
+    "outcome": "margin", "outcome_value": 2.5,
 }  # fmt: skip
 NO_SURROGATE = {"pg_weight": 0.0}
 DIVERGENCE = NO_SURROGATE | {"divergence_weight": 1.0}
@@ -86,6 +87,8 @@ METHODS = {
     },
     "TA-OPD": {"token_weight": "ta", "token_weight_keep": 0.1},
     "SelecTKD": {"token_weight": "selectkd", "token_weight_least": 0.1},
+    "Uni-OPD": {"outcome": "margin", "outcome_value": 0.4, "advantage_clamp": 10.0},
+    "SCOPE": {"outcome": "route", "outcome_value": 1.0},
     "SFT": NO_SURROGATE | {"lambda_gold": 1.0},
     "soft labels": NO_SURROGATE | {"golden_divergence": 1.0, "golden_direction": "jsd"},
     "BRTS": {

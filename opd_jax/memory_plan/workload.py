@@ -92,6 +92,7 @@ class Workload:
       reference_scores: whether rollouts are scored with the reference.
       reference_in_update: whether the update reads the reference, where there is one.
       gated: whether the divergence has a gate, one more number a token.
+      tile: widths of batches are multiples of it.
     """
 
     student: ModelConfig
@@ -133,6 +134,7 @@ class Workload:
     reference_scores: bool = False
     reference_in_update: bool = True
     gated: bool = False
+    tile: int = 1
 
     @property
     def width(self) -> int:
@@ -187,7 +189,7 @@ class Workload:
         replicas = self.layout.rows
         widest = microbatches.shapes(
             batch, width=self.width, tokens=self.microbatch_tokens, teacher_width=teacher_width,
-            replicas=replicas,
+            replicas=replicas, tile=self.tile,
         )[0]  # fmt: skip
         return widest.count // replicas
 
@@ -299,7 +301,7 @@ def _workload(
         support_arrays=1 + (terms.divergence_weight != 0) + 2 * terms.on_support,
         reference_scores=terms.scores_reference,
         reference_in_update="reference_kl" in terms.names,
-        gated=terms.gated,
+        gated=terms.gated, tile=hardware.tile(gpu=device.gpu),
     )  # fmt: skip
 
 

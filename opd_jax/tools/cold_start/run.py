@@ -101,6 +101,7 @@ def make_plan(config: ConfigDict) -> Plan:
     """Read and check everything except the weights. Writes and compiles nothing. Raises an OpdError."""
     validate_sampling(config)
     hardware.require_supported(jax.default_backend())
+    roles.ask_for_full_products([config.teacher.dtype])
     config = roles.resolved(config, ["teacher"])
     if not config.teacher.path:
         raise ConfigError(
@@ -174,7 +175,11 @@ def sample_batch(
             vocabulary=plan.vocabulary,
         ),
         keys=row_keys(key, len(prompts)),
-        batching=Batching(slots=section.slots or None, max_prompt_tokens=plan.width),
+        batching=Batching(
+            slots=section.slots or None,
+            max_prompt_tokens=plan.width,
+            tile=hardware.tile(gpu=jax.default_backend() == "gpu"),
+        ),
     )
     seconds = time.perf_counter() - began
     # Rollouts that decoding stopped because of repetition count as truncated too.

@@ -174,7 +174,7 @@ def score(
     `weights`: of student, teacher and reference. Rows that are not in `order` are 0.
     """
     spec, mesh = functions.spec, functions.spec.mesh
-    student, teacher = spec.models(weights[0], weights[1])
+    scorers = spec.models(*weights)
     inputs = (rollout.tokens_BT, rollout.length_B, rollout.prompt_length_B)
     out = None
     for start in range(0, len(order), shape.count):
@@ -183,10 +183,9 @@ def score(
         other = None if teacher_rows is None else microbatches.gather_teacher(teacher_rows, part)
         scores = mesh.fetch(
             scoring.score_part(
-                student, teacher, *mesh.rows((tokens, length, first, other)), spec.scoring,
-                spec.scored_reference(weights[2]), mesh=mesh,
+                scorers, *mesh.rows((tokens, length, first, other)), spec.scoring, mesh=mesh
             )
-        )  # fmt: skip
+        )
         if out is None:
             size = rollout.tokens_BT.shape
             out = jax.tree.map(
@@ -204,9 +203,9 @@ def line(found: Found) -> str:
     if found.repeated.largest > 0:
         repeated = f"differs by {_text(found.repeated)} when it is repeated"
     return (
-        f"self-test: over {found.tokens} tokens the scorer {repeated}, by {_text(found.resplit)} in another "
-        f"micro-batch, and by {_text(found.sampled)} from the sampler (mean and largest, in nats; bound "
-        f"{_text(bound)}); {found.seconds:.1f} s"
+        f"self-test: over {found.tokens} tokens the scorer {repeated}, and differs by "
+        f"{_text(found.resplit)} in another micro-batch and by {_text(found.sampled)} from the sampler (mean and "
+        f"largest, in nats; bound {_text(bound)}); {found.seconds:.1f} s"
     )
 
 

@@ -57,8 +57,8 @@ def test_differences_within_the_bound_are_a_line_of_the_start():
     selftest.require(found(sampled=Gap(1e-4, 1e-2)))
     selftest.require(found(sampled=Gap(2e-2, 0.9), dtype="bfloat16"))
     assert selftest.line(found(sampled=Gap(1e-6, 2e-6))) == (
-        "self-test: over 10 tokens the scorer repeats bit for bit, by 0.0e+00 and 0.0e+00 in another "
-        "micro-batch, and by 1.0e-06 and 2.0e-06 from the sampler (mean and largest, in nats; bound "
+        "self-test: over 10 tokens the scorer repeats bit for bit, and differs by 0.0e+00 and 0.0e+00 in "
+        "another micro-batch and by 1.0e-06 and 2.0e-06 from the sampler (mean and largest, in nats; bound "
         "1.0e-04 and 1.0e-02); 1.5 s"
     )
     assert "differs by 1.0e-06 and 1.0e-06 when it is repeated" in selftest.line(

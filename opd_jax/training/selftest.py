@@ -204,8 +204,8 @@ def line(found: Found) -> str:
         repeated = f"differs by {_text(found.repeated)} when it is repeated"
     return (
         f"self-test: over {found.tokens} tokens the scorer {repeated}, and differs by "
-        f"{_text(found.resplit)} in another micro-batch and by {_text(found.sampled)} from the sampler (mean and "
-        f"largest, in nats; bound {_text(bound)}); {found.seconds:.1f} s"
+        f"{_text(found.resplit)} in another micro-batch and by {_text(found.sampled)} from the sampler "
+        f"(mean and largest, in nats; bound {_text(bound)}); {found.seconds:.1f} s"
     )
 
 

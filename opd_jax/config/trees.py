@@ -109,7 +109,7 @@ PROBING = Tree(
 EVALUATION = Tree(
     "launch/evaluate.py",
     _reading(*_ANSWERS, *(f"student.{name}" for name in _MODEL_FIELDS), "rollout.max_response_tokens",
-             "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.student", "eval.",
+             "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.student", "mesh.allocator", "eval.",
              without=("eval.every", "eval.data", "eval.teacher", "eval.match", "eval.best")),
     {
         "student.path": MODEL,

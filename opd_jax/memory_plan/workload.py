@@ -94,6 +94,7 @@ class Workload:
       gated: whether the divergence has a gate, one more number a token.
       golden_divergence: whether golden solutions are scored for a divergence of their own.
       golden_over_vocabulary, golden_support: as those of rollouts.
+      tile: widths of batches are multiples of it.
     """
 
     student: ModelConfig
@@ -138,6 +139,7 @@ class Workload:
     golden_divergence: bool = False
     golden_over_vocabulary: bool = False
     golden_support: int = 0
+    tile: int = 1
 
     @property
     def of_golden(self) -> "Workload":
@@ -204,7 +206,7 @@ class Workload:
         replicas = self.layout.rows
         widest = microbatches.shapes(
             batch, width=self.width, tokens=self.microbatch_tokens, teacher_width=teacher_width,
-            replicas=replicas,
+            replicas=replicas, tile=self.tile,
         )[0]  # fmt: skip
         return widest.count // replicas
 
@@ -316,7 +318,7 @@ def _workload(
         support_arrays=1 + (terms.divergence_weight != 0) + 2 * terms.on_support,
         reference_scores=terms.scores_reference,
         reference_in_update="reference_kl" in terms.names,
-        gated=terms.gated,
+        gated=terms.gated, tile=hardware.tile(gpu=device.gpu),
         golden_divergence=terms.golden_divergence != 0,
         golden_over_vocabulary=terms.golden_over_vocabulary,
         golden_support=_places(terms.golden_scored_support),

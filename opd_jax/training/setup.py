@@ -25,6 +25,7 @@ from opd_jax.sharding.mesh import Mesh, make_mesh
 from opd_jax.training import model_limits
 from opd_jax.training.roles import (
     architecture,
+    ask_for_full_products,
     compute_dtype,
     golden_end,
     open_model,
@@ -94,6 +95,7 @@ class Setup:
             dtype=compute_dtype(self.config.student.dtype),
             teacher_width=self.teacher_width if self.separate_prompts else 0,
             mesh=self.mesh,
+            tile=hardware.tile(gpu=jax.default_backend() == "gpu"),
         )
 
     def read(self, problems: list[data.Problem]) -> data.Batch:
@@ -132,7 +134,9 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
     if has_path:
         reference_ends = reference_end_ids(reference, reference_section.path, tokenizer)
     teacher, teacher_tokenizer = None, tokenizer
-    notes = data.prompt_notes("student", tokenizer)
+    used = ["student"] + terms.needs_teacher * ["teacher"] + terms.needs_reference * ["reference"]
+    notes = ask_for_full_products([config[role].dtype for role in used])
+    notes += data.prompt_notes("student", tokenizer)
     if terms.needs_teacher:
         teacher, teacher_tokenizer = open_model(config.teacher, today)
         notes += data.prompt_notes("teacher", teacher_tokenizer)

@@ -42,6 +42,7 @@ class StepSpec:
       dtype: compute dtype of the student.
       teacher_width: tokens of the teacher's own rows; 0 where it reads the student's.
       mesh: the devices.
+      tile: widths of batches are multiples of it (hardware.tile).
     """
 
     config: ConfigDict
@@ -53,6 +54,7 @@ class StepSpec:
     dtype: Any
     teacher_width: int = 0
     mesh: Mesh = ONE
+    tile: int = 1
 
     @property
     def width(self) -> int:
@@ -100,6 +102,7 @@ class StepSpec:
             slots=section.slots or None,
             max_prompt_tokens=section.max_prompt_tokens,
             mesh=self.mesh,
+            tile=self.tile,
         )
 
     @property
@@ -112,6 +115,7 @@ class StepSpec:
             support=self.terms.scored_support,
             statistic=self.terms.scored_statistic,
             keep_hidden=self.terms.over_vocabulary,
+            tile=self.tile,
         )
 
     @property
@@ -304,7 +308,7 @@ def make_step_functions(spec: StepSpec) -> StepFunctions:
         )
     accumulate = update.make_accumulate(
         rollout_loss, golden_loss,
-        microbatch_tokens=optim.microbatch_tokens, dtype=spec.dtype, mesh=spec.mesh,
+        microbatch_tokens=optim.microbatch_tokens, dtype=spec.dtype, mesh=spec.mesh, tile=spec.tile,
     )  # fmt: skip
     updates = spec.config.steps * optim.updates_per_rollout
     optimizer = make_optimizer(optim, updates)

@@ -33,6 +33,12 @@ def test_every_program_of_a_step_has_a_stage():
     assert {f"jit_{name}" for name in names} <= trace.PROGRAMS.keys()
 
 
+@pytest.mark.short
+def test_a_gpu_compiles_one_program_at_a_time():
+    assert precompile.threads("gpu") == 1
+    assert precompile.threads("cpu") >= 1
+
+
 @pytest.fixture
 def own_cache(tmp_path):
     """A cache of compiled programs for one test alone, which keeps every program."""

@@ -49,8 +49,9 @@ def make_plan(config: ConfigDict) -> Plan:
     """Read and check everything except the weights. Writes and compiles nothing. Raises an OpdError."""
     validate_sampling(config)
     hardware.require_supported(jax.default_backend())
-    chooses = config.sample.choose != "all"
-    config = roles.resolved(config, ["teacher"] + ["student"] * chooses)
+    used = ["teacher"] + ["student"] * (config.sample.choose != "all")
+    roles.ask_for_full_products([config[role].dtype for role in used])
+    config = roles.resolved(config, used)
     if not config.teacher.path:
         raise ConfigError(
             "teacher.path='' names no model to sample from; set --config.teacher.path=DIR, or use a "

@@ -18,7 +18,7 @@ import jax
 from ml_collections import ConfigDict
 
 from opd_jax import config as configuration
-from opd_jax import data, metrics, models, workdir
+from opd_jax import data, hardware, metrics, models, workdir
 from opd_jax.errors import DataError
 from opd_jax.grading.grader import Grade, Grader, make_grader
 from opd_jax.rng import Stream, key_for
@@ -256,7 +256,11 @@ def _solve(
             vocabulary=plan.vocabulary,
         ),
         keys=row_keys(key, len(prompts)),
-        batching=Batching(slots=section.slots or None, max_prompt_tokens=width),
+        batching=Batching(
+            slots=section.slots or None,
+            max_prompt_tokens=width,
+            tile=hardware.tile(gpu=jax.default_backend() == "gpu"),
+        ),
     )
     seconds = time.perf_counter() - began
     # Rollouts that decoding stopped because of repetition count as truncated too.

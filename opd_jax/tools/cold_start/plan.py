@@ -96,7 +96,7 @@ def make_plan(config: ConfigDict) -> Plan:
     return Plan(
         config, teacher, tokenizer, style, problems, count,
         _sha256(problems, count, style, tokenizer), width, vocabulary, stop_ids, hint,
-        _student(config, student_style, problems, count) if chooses else None,
+        _student(config, student_style, problems, count) if "student" in used else None,
     )  # fmt: skip
 
 

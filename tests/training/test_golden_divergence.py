@@ -63,25 +63,31 @@ def golden_rows(terms: Terms, mask_BT: np.ndarray | None = None) -> GoldenRows:
     return batch.golden_rows(GOLDEN, weigh=weigh, scores=scored(False, support), scored_BT=mask_BT)
 
 
-def graded(loss, terms: Terms, rows, weights=None, frozen=FROZEN, params=STUDENT):
+def graded(loss, terms: Terms, rows, weights=None, params=STUDENT):
     """((total, parts), gradient) of a loss; every term has weight 1 unless `weights` are given."""
     weights = weights or dict.fromkeys(terms.weights, 1.0)
+    return gradient_of(loss)(params, FROZEN, rows, weights)
 
-    def total(params):
-        return loss(params, frozen, rows, weights)
 
-    return jax.jit(jax.value_and_grad(total, has_aux=True))(params)
+@functools.cache
+def gradient_of(loss):
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+
+@functools.cache
+def made(make, terms: Terms):
+    return make(terms, CONFIG, **LOSS)
 
 
 def golden(terms: Terms, rows: GoldenRows, **changes):
-    return graded(objective.make_golden_loss(terms, CONFIG, **LOSS), terms, rows, **changes)
+    return graded(made(objective.make_golden_loss, terms), terms, rows, **changes)
 
 
 def rolled(terms: Terms, given: Rollout, scores: Scores):
     mask_BT = given.response_mask_BT
     advantage_BT = np.zeros(mask_BT.shape, np.float32)
     rows = batch.rollout_rows(given, scores, mask_BT, advantage_BT, terms, weigh=weigh)
-    return graded(objective.make_rollout_loss(terms, CONFIG, **LOSS), terms, rows)
+    return graded(made(objective.make_rollout_loss, terms), terms, rows)
 
 
 # Prefix source x direction (2605.16826).
@@ -169,8 +175,7 @@ def certain_rows() -> GoldenRows:
         teacher_BTX=zeros_BT1,
         teacher_rest_BT=np.full(tokens_BT.shape, -np.inf, np.float32),
     )
-    made = golden_rows(SOFT)
-    return made.replace(support=support, teacher_hidden_BTD=None)
+    return golden_rows(SOFT).replace(support=support, teacher_hidden_BTD=None)
 
 
 def test_a_certain_teacher_is_the_supervised_term():
@@ -271,12 +276,12 @@ def test_both_terms_add_up_where_ends_are_events():
     summed = jax.tree.map(jnp.add, results["soft"][1], results["sft"][1])
     assert distance(gradient, summed) < 1e-6
     on_rollouts = default_terms(pg_weight=0.0, divergence_weight=1.0, direction="forward")
-    made = batch.rollout_rows(
+    rows = batch.rollout_rows(
         given, scores, given.response_mask_BT, np.zeros(tokens_BT.shape, np.float32), on_rollouts,
         weigh=weigh,
     )  # fmt: skip
     loss = objective.make_rollout_loss(on_rollouts, CONFIG, events=events, **LOSS)
-    (_, expected), _ = graded(loss, on_rollouts, made)
+    (_, expected), _ = graded(loss, on_rollouts, rows)
     np.testing.assert_allclose(parts["golden_divergence"], expected["divergence"], rtol=1e-6)
 
 

@@ -33,15 +33,15 @@ def terms_of(name: str) -> Terms:
 def figures(compiled) -> tuple[int, int, float]:
     """Calls of attention, forward and backward, and GiB of temporaries; sizes of arrays are checked.
 
-    An array with a vocabulary axis is an output matrix or a chunk's logits, and no array is as large as a
-    quarter of tokens times vocabulary.
+    An array with a vocabulary axis is an output matrix or a chunk's logits, and no array is as large as
+    half of tokens times vocabulary.
     """
     text = compiled.as_text()
     shapes = {tuple(map(int, x.split(","))) for x in SHAPE.findall(text)}
     beside = {int(np.prod(x)) // VOCABULARY for x in shapes if VOCABULARY in x}
     assert max(beside) <= max(CHUNK, QWEN_1_5B.hidden_size)
     assert CHUNK in beside  # it really is the loss
-    assert max(int(np.prod(x)) for x in shapes) < ROWS * WIDTH * VOCABULARY / 4
+    assert max(int(np.prod(x)) for x in shapes) < ROWS * WIDTH * VOCABULARY / 2
     temporary = compiled.memory_analysis().temp_size_in_bytes / 2**30
     return text.count(FORWARD), text.count(BACKWARD), temporary
 
@@ -84,7 +84,7 @@ def plain(on_h200):
     return functools.cache(lambda: update_of("opd", on_h200))
 
 
-@pytest.mark.parametrize("name", ["eopd", "aopd", "tropd", "support_opd", "mixed_kl", "vopd"])
+@pytest.mark.parametrize("name", ["eopd", "tropd", "support_opd", "mixed_kl"])
 def test_the_update_of_a_method(on_h200, fused_attention, plain, name):
     forward, backward, temporary = update_of(name, on_h200)
     usual = plain()[2]

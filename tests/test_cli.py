@@ -4,7 +4,10 @@ import os
 import pathlib
 import subprocess
 import sys
+import warnings
+from types import SimpleNamespace
 
+import jax
 import pytest
 
 from opd_jax import aot, host_memory
@@ -135,6 +138,24 @@ def test_the_first_warning_about_the_cache_is_one_line_and_others_are_shown(caps
     assert shown == ["something else"]
 
 
+@pytest.mark.parametrize("chosen", [None, "elsewhere"])
+def test_the_folder_of_programs_is_the_users_cache_or_the_one_that_is_set(
+    chosen, tmp_path, monkeypatch
+):
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: jax.config.values[name] for name in names}
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    try:
+        jax.config.update("jax_compilation_cache_dir", chosen)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 3.0)
+        aot.cache_programs({"XDG_CACHE_HOME": str(tmp_path)})
+        found = [jax.config.values[name] for name in names]
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+    assert found == ([chosen, 3.0] if chosen else [f"{tmp_path}/opd_jax/programs", 0.0])
+
+
 @pytest.mark.parametrize(("kept", "wanted"), [("keep", [False]), ("system", []), (None, [])])
 def test_jax_computes_in_the_calling_thread_where_memory_is_kept(kept, wanted, monkeypatch):
     updates = []
@@ -245,6 +266,42 @@ def test_a_cpu_is_known_before_jax_starts(environment, files, plugin, wanted, mo
     monkeypatch.setattr(host_memory.pathlib.Path, "exists", lambda path: str(path) in files)
     monkeypatch.setattr(host_memory.importlib.util, "find_spec", lambda name: plugin or None)
     assert host_memory.is_wanted(environment) == wanted
+
+
+def test_plug_ins_that_cannot_be_looked_for_are_none(monkeypatch):
+    def broken(name):
+        raise ValueError(f"{name}.__spec__ is None")
+
+    monkeypatch.setattr(host_memory.pathlib.Path, "exists", lambda path: True)
+    monkeypatch.setattr(host_memory.importlib.util, "find_spec", broken)
+    assert host_memory.is_wanted({})
+
+
+@pytest.mark.parametrize(
+    ("platform", "options", "done"),
+    [
+        ("linux", {-4: 1, -1: 1}, "keep"),
+        ("linux", {-4: 1, -1: 0}, "system"),  # glibc refuses one
+        ("linux", None, "system"),  # another C library has no mallopt
+        ("darwin", {-4: 1, -1: 1}, "system"),
+    ],
+)
+def test_the_environment_records_whether_the_allocator_was_changed(
+    platform, options, done, monkeypatch
+):
+    calls = []
+
+    def mallopt(option, value):
+        calls.append((option, value))
+        return options[option]
+
+    library = SimpleNamespace() if options is None else SimpleNamespace(mallopt=mallopt)
+    monkeypatch.setattr(host_memory.ctypes, "CDLL", lambda _: library)
+    monkeypatch.setattr(host_memory.sys, "platform", platform)
+    environment = {"OPD_JAX_MALLOC": "keep"}
+    host_memory.keep_freed(environment)
+    assert environment == {"OPD_JAX_MALLOC": done}
+    assert calls == ([(-4, 0), (-1, -1)] if options and platform == "linux" else [])
 
 
 def test_it_is_said_in_one_line_where_it_is_done():

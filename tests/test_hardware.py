@@ -1,5 +1,6 @@
 """The table of devices: by name, as JAX calls them, and the settings that are recorded."""
 
+import os
 import tomllib
 
 import jax
@@ -92,6 +93,47 @@ def test_the_share_of_a_gpu_is_what_the_environment_says():
     assert hardware.memory_fraction({}) == hardware.MEMORY_FRACTION
     assert hardware.memory_fraction({"XLA_CLIENT_MEM_FRACTION": "0.8"}) == 0.8
     assert hardware.memory_fraction({"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}) == 0.5
+
+
+def test_without_a_figure_of_what_is_available_all_memory_counts_as_free(monkeypatch):
+    """Outside Linux there is no /proc/meminfo."""
+    monkeypatch.setattr(hardware, "_group_limit", lambda: 2**62)
+    monkeypatch.setattr(hardware, "_group_use", lambda: 0)
+    monkeypatch.setattr(hardware, "_meminfo", dict)
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert hardware.free_host_bytes() == hardware.whole_host_bytes() == total
+    monkeypatch.setattr(hardware, "_meminfo", lambda: {"MemAvailable": 5 * 2**30})
+    assert hardware.free_host_bytes() == 5 * 2**30
+
+
+def test_a_control_group_bounds_the_memory(monkeypatch):
+    """Of a limit of 3 GiB one is used, although the machine has 5 GiB available."""
+    monkeypatch.setattr(hardware, "_meminfo", lambda: {"MemAvailable": 5 * 2**30})
+    monkeypatch.setattr(hardware, "_group_limit", lambda: 3 * 2**30)
+    monkeypatch.setattr(hardware, "_group_use", lambda: 2**30)
+    assert hardware.free_host_bytes() == 2 * 2**30
+
+
+@pytest.mark.parametrize(("text", "number"), [("4096\n", 4096), ("max\n", 7), ("", 7), (None, 7)])
+def test_numbers_of_a_control_group(text, number, tmp_path):
+    """A group without a limit says "max"; where there are no groups there is no file."""
+    file = tmp_path / "memory.max"
+    if text is not None:
+        file.write_text(text)
+    assert hardware._group_number(str(file), 7) == number  # an absolute name is taken as it is
+
+
+@pytest.mark.parametrize("name", ["XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"])
+def test_the_share_of_a_gpu_is_set_unless_the_user_has(name, monkeypatch):
+    for other in hardware._FRACTIONS:
+        monkeypatch.setenv(other, "")  # put back after the test
+        monkeypatch.delenv(other)
+    hardware.set_memory_fraction()
+    assert hardware.memory_fraction() == 0.92
+    monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION")
+    monkeypatch.setenv(name, "0.5")
+    hardware.set_memory_fraction()
+    assert hardware.memory_fraction() == 0.5
 
 
 def test_settings_that_are_recommended_and_not_set():

@@ -21,7 +21,7 @@ from opd_jax.models import Model, ModelConfig, Params, decoder
 from opd_jax.models.end_tokens import Events
 from opd_jax.rollout import Batching, SamplingParams, row_keys, sample_responses
 from opd_jax.rollout import programs as rollout_programs
-from opd_jax.scoring import ScoreSpec
+from opd_jax.scoring import Models, ScoreSpec
 from opd_jax.sharding.mesh import ONE, Mesh
 from opd_jax.sharding.partition import unwrapped
 from opd_jax.training import batch, objective, update
@@ -69,6 +69,7 @@ class StepSpec:
         """The outcomes over which the sampler, the scorer and the losses normalise log-probs."""
         scored, ends = self.alignment.scored, self.alignment.ends
         return Events(
+            vocabulary=self.alignment.vocabulary,
             scored_V=None if scored.all() else scored,
             ends=None if ends is None or ends.one_token else ends,
             temperature=self.config.scoring.temperature,
@@ -105,7 +106,6 @@ class StepSpec:
     def scoring(self) -> ScoreSpec:
         """What is computed of each token of the rollouts."""
         return ScoreSpec(
-            vocabulary=self.alignment.vocabulary,
             top_k=self.config.scoring.overlap_top_k,
             token_chunk=self.config.scoring.token_chunk,
             events=self.events,
@@ -114,21 +114,20 @@ class StepSpec:
             keep_hidden=self.terms.over_vocabulary,
         )
 
-    def models(self, student: Params, teacher: Params | None) -> tuple[Model, Model | None]:
-        """Student and teacher, each with its architecture; weights may be shapes and dtypes alone."""
-        other = None
-        if teacher is not None:
-            assert self.teacher is not None
-            other = Model(self.teacher, teacher)
-        return Model(self.student, student), other
+    def models(
+        self, student: Params, teacher: Params | None, reference: Params | None = None
+    ) -> Models:
+        """The models that score rollouts, with their architectures; weights may be shapes and dtypes alone.
 
-    def scored_reference(self, reference: Params | None) -> Model | None:
-        """The reference with its architecture, where rollouts are scored with it; None elsewhere."""
+        The reference is among them only where a term scores rollouts with it.
+        """
         if not self.terms.scores_reference:
-            return None
-        assert self.reference is not None
-        assert reference is not None
-        return Model(self.reference, reference)
+            reference = None
+        return Models(
+            Model(self.student, student),
+            _model(self.teacher, teacher),
+            _model(self.reference, reference),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,9 +193,8 @@ class StepFunctions:
         """Score rollouts with the student and, where a term needs them, teacher and reference."""
         spec = self.spec
         return scoring.score(
-            *spec.models(student, teacher), rollout.tokens_BT, rollout.length_B, spec.scoring,
+            spec.models(student, teacher, reference), rollout.tokens_BT, rollout.length_B, spec.scoring,
             first_B=rollout.prompt_length_B, teacher_rows=teacher_rows,
-            reference=spec.scored_reference(reference),
             microbatch_tokens=spec.config.optim.microbatch_tokens, mesh=spec.mesh,
         )  # fmt: skip
 
@@ -230,11 +228,12 @@ class StepFunctions:
         rollout_rows = golden_rows = None
         if terms.needs_rollouts:
             rollout_rows = _blank_rollout_rows(spec, student, teacher, reference)
-            own, other = spec.models(student, teacher)
-            out += rollout_programs(own, spec.rollouts, spec.sampling, batching=spec.batching)
+            models = spec.models(student, teacher, reference)
+            out += rollout_programs(
+                models.student, spec.rollouts, spec.sampling, batching=spec.batching
+            )
             out += scoring.programs(
-                own, other, spec.rollouts, spec.width, spec.scoring,
-                teacher_width=spec.teacher_width, reference=spec.scored_reference(reference),
+                models, spec.rollouts, spec.width, spec.scoring, teacher_width=spec.teacher_width,
                 microbatch_tokens=spec.config.optim.microbatch_tokens, mesh=mesh,
             )  # fmt: skip
         if terms.needs_golden:
@@ -256,18 +255,16 @@ class StepFunctions:
 def make_step_functions(spec: StepSpec) -> StepFunctions:
     """Wire sampler, scorer, losses and optimizer. Nothing compiles before its first call."""
     optim = spec.config.optim
-    shared: dict[str, Any] = {
-        "vocabulary": spec.alignment.vocabulary,
-        "token_chunk": optim.token_chunk,
-        "remat": optim.remat,
-    }
+    shared: dict[str, Any] = {"token_chunk": optim.token_chunk, "remat": optim.remat}
     rollout_loss = golden_loss = None
     if spec.terms.needs_rollouts:
         rollout_loss = objective.make_rollout_loss(
             spec.terms, spec.student, spec.reference, events=spec.events, **shared
         )
     if spec.terms.needs_golden:
-        golden_loss = objective.make_golden_loss(spec.student, **shared)
+        golden_loss = objective.make_golden_loss(
+            spec.student, vocabulary=spec.alignment.vocabulary, **shared
+        )
     accumulate = update.make_accumulate(
         rollout_loss, golden_loss,
         microbatch_tokens=optim.microbatch_tokens, dtype=spec.dtype, mesh=spec.mesh,
@@ -290,6 +287,14 @@ def make_step_functions(spec: StepSpec) -> StepFunctions:
     )
 
 
+def _model(config: ModelConfig | None, params: Params | None) -> Model | None:
+    """Join weights to their architecture; None without weights."""
+    if params is None:
+        return None
+    assert config is not None
+    return Model(config, params)
+
+
 def _blank_rollout_rows(spec: StepSpec, student: Any, teacher: Any, reference: Any) -> RolloutRows:
     """Return zeros with the shapes and dtypes of one update's minibatch of rollouts."""
     count = spec.rollouts // spec.config.optim.updates_per_rollout
@@ -299,11 +304,10 @@ def _blank_rollout_rows(spec: StepSpec, student: Any, teacher: Any, reference: A
     if spec.teacher_width:
         teacher_BT = np.zeros((count, spec.teacher_width), np.int32)
         teacher_rows = TeacherRows(teacher_BT, length_B, length_B)
-    pair = spec.models(unwrapped(student), unwrapped(teacher))
+    models = spec.models(unwrapped(student), unwrapped(teacher), unwrapped(reference))
     scores = jax.eval_shape(
-        scoring.score_part, *pair, tokens_BT, length_B, length_B, teacher_rows, spec.scoring,
-        spec.scored_reference(unwrapped(reference)),
-    )  # fmt: skip
+        scoring.score_part, models, tokens_BT, length_B, length_B, teacher_rows, spec.scoring
+    )
     zeros_BT = np.zeros(shape, np.float32)
     return batch.rollout_rows(
         Rollout(tokens_BT, length_B, length_B, zeros_BT, length_B),

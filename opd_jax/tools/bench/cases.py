@@ -253,11 +253,10 @@ def whole_step(
     floor_s = _rollout_floor(bench, teacher, batch=batch, prompt=prompt, new=new)
     if bench.floors and floor_s:
         sizes = {"logits": new, "most_tokens": bench.microbatch_tokens}
-        own, gradient = bench.floors.passes(config, batch, prompt + new, **sizes)
-        other, _ = bench.floors.passes(teacher.config, batch, prompt + new, **sizes)
-        floor_s += (
-            other + 2 * own + gradient
-        )  # the student scores, and computes again in the update
+        floor_s += bench.floors.forward(teacher.config, batch, prompt + new, **sizes)
+        # The student scores its rollouts, and computes them again in the update.
+        floor_s += 2 * bench.floors.forward(config, batch, prompt + new, **sizes)
+        floor_s += bench.floors.backward(config, batch, prompt + new, **sizes)
     return bench.row(
         name, f"{batch} x {prompt}+{new}", timing,
         tokens=batch * new, works=works, peak=peak(), floor_s=floor_s,

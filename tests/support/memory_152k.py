@@ -15,7 +15,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from opd_jax import scoring
 from opd_jax.models import decoder
@@ -160,13 +159,17 @@ def reserved(case: str, vocabulary: int, tokens: int) -> int:
     return memory.temp_size_in_bytes + results
 
 
+def filled(x: jax.ShapeDtypeStruct) -> jax.Array:
+    """An array of small numbers. Rows have their full length: of a shorter one nothing is scored."""
+    is_length = x.dtype == jnp.int32 and len(x.shape) == 1
+    return jnp.full(x.shape, WIDTH if is_length else 1e-3, x.dtype)
+
+
 def grown(case: str, vocabulary: int, tokens: int) -> int:
     """Bytes by which this process's peak grew while it ran the case once."""
     fn, arguments = CASES[case](vocabulary, tokens)
     compiled = fn.lower(*arguments).compile()
-    arguments = jax.tree.map(
-        lambda x: jnp.asarray(np.zeros(x.shape, x.dtype) + 1e-3).astype(x.dtype), arguments
-    )
+    arguments = jax.tree.map(filled, arguments)
     jax.block_until_ready(arguments)
     with open("/proc/self/status") as status:
         before = next(int(line.split()[1]) for line in status if line.startswith("VmRSS")) * 1024

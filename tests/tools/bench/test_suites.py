@@ -78,6 +78,7 @@ def test_cpu_suite_at_toy_shapes(tmp_path):
     assert report.read(tmp_path / "cpu.json") == rows
     timed = [row for row in rows if not row.name.startswith("ceiling")]
     assert all(row.tokens_per_s and row.fraction and row.peak_gib for row in timed)
+    assert all(row.floor_s for row in timed if not row.name.startswith("slots"))
 
 
 @pytest.mark.long

@@ -88,7 +88,8 @@ class Batching:
       slots: number of sequences decoded concurrently (vLLM: max_num_seqs); None for all prompts.
       max_prompt_tokens: longest prompt allowed. It fixes the width of the rows, so that batches of other
         prompts use the same compiled programs; None for the longest prompt of the batch.
-      max_response_tokens: largest budget allowed, likewise; None for the largest of the batch.
+      largest_budget: most response tokens of any call. It fixes the width of the rows likewise, so that
+        other budgets use the same compiled programs; None for the largest budget of the batch.
       chunk: decode steps between two checks by the host; None for 1/16 of the budget, 8 to 128.
       mesh: devices that hold the weights; slots are divided among its replicas.
       tile: widths of prefill batches are multiples of it (hardware.tile).
@@ -96,7 +97,7 @@ class Batching:
 
     slots: int | None = None
     max_prompt_tokens: int | None = None
-    max_response_tokens: int | None = None
+    largest_budget: int | None = None
     chunk: int | None = None
     mesh: Mesh = ONE
     tile: int = 1
@@ -161,7 +162,8 @@ def sample_responses(
       keys: PRNG keys [prompts]; row i samples with keys derived from (keys[i], position).
       on_finished: called with the number of finished responses whenever that number grows.
 
-    Returns: `Rollout` in the order of the prompts, with rows of max_prompt_tokens + the largest budget.
+    Returns: `Rollout` in the order of the prompts, with rows of max_prompt_tokens + the largest budget, or
+    that of `batching`.
 
     Raises DataError if there are no prompts, if a prompt is empty or too long or has token ids that the
     model lacks, if a budget is below 1, if rows need more positions than the model has, or if the
@@ -169,13 +171,8 @@ def sample_responses(
     """
     width = batching.max_prompt_tokens or max(map(len, prompts), default=0)
     budget_P = np.broadcast_to(np.asarray(sampling.max_response_tokens, np.int32), len(prompts))
-    _check(prompts, width, budget_P, model.config)
-    budget = batching.max_response_tokens or int(budget_P.max())
-    if budget_P.max() > budget:
-        raise DataError(
-            f"max_response_tokens={budget_P.max()} is more than the {budget} that the rows have room for; "
-            "lower it, or raise max_response_tokens of the batching"
-        )
+    budget = batching.largest_budget or int(budget_P.max(initial=0))
+    _check(prompts, width, budget_P, budget, model.config)
     stop_on_repetition, mesh = sampling.stop_on_repetition, batching.mesh
     if stop_on_repetition < 0 or (stop_on_repetition and sampling.repetition_period < 1):
         raise DataError(
@@ -311,13 +308,22 @@ def _prefill_counts(shapes: Shapes, prompts: int) -> list[int]:
 
 
 def _check(
-    prompts: Sequence[Sequence[int]], width: int, budget_P: np.ndarray, config: ModelConfig
+    prompts: Sequence[Sequence[int]],
+    width: int,
+    budget_P: np.ndarray,
+    largest: int,
+    config: ModelConfig,
 ) -> None:
     """Raise DataError if a prompt or a budget does not fit the model or the width of the rows."""
     if not prompts:
         raise DataError("generate: there are no prompts; pass at least one")
     if budget_P.min() < 1:
         raise DataError(f"max_response_tokens={budget_P.min()} must be at least 1")
+    if budget_P.max() > largest:
+        raise DataError(
+            f"max_response_tokens={budget_P.max()} is more than the {largest} response tokens of a row; "
+            "lower it, or raise Batching.largest_budget"
+        )
     for i, prompt in enumerate(prompts):
         if not 1 <= len(prompt) <= width:
             raise DataError(
@@ -329,9 +335,9 @@ def _check(
                 f"prompt {i} has token ids {min(prompt)} to {max(prompt)}, but the model's are 0 to "
                 f"{config.vocab_size - 1}; use the model's own tokenizer"
             )
-    if width + budget_P.max() > config.max_position:
+    if width + largest > config.max_position:
         raise DataError(
-            f"prompt ({width}) + response ({budget_P.max()}) tokens exceed the model's "
+            f"prompt ({width}) + response ({largest}) tokens exceed the model's "
             f"{config.max_position} positions; lower the response budget or "
             "--config.rollout.max_prompt_tokens"
         )

@@ -300,7 +300,13 @@ def test_term_gradients_by_hand():
     accumulate = update.make_accumulate(
         on_rollouts, on_golden, microbatch_tokens=2, dtype=jnp.float32
     )
-    weights = {"opd": 1.0, "divergence": 0.0, "reference_kl": 2.0, "sft": 0.5}
+    weights = {
+        "opd": 1.0,
+        "divergence": 0.0,
+        "reference_kl": 2.0,
+        "sft": 0.5,
+        "golden_divergence": 0.0,
+    }
     got = update.term_gradients(accumulate, params, Frozen(), rows, golden, weights)
     expected = {
         "optim/grad_norm_opd": 5.0,

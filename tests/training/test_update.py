@@ -293,7 +293,7 @@ def test_term_gradients_by_hand():
         parts = {"opd": 3.0 * x + 4.0 * y, "reference_kl": 4.0 * x - 3.0 * y}
         return weighted(parts, weights)
 
-    def on_golden(params, rows, weights):
+    def on_golden(params, frozen, rows, weights):
         x, y = params["w"][0]
         return weighted({"sft": 6.0 * x + 8.0 * y}, weights)
 

@@ -175,7 +175,7 @@ def test_a_gated_divergence_is_the_same_on_a_mesh(params):
 
 def test_soft_labels_on_golden_solutions_are_the_same_on_a_mesh(params):
     """Beside the supervised term; hidden states are rows as well, the teacher's head is sharded."""
-    scored_BT = np.asarray(GOLDEN.weight_BT > 0)
+    scored_BT = np.array(GOLDEN.weight_BT > 0)
     scored_BT[0] = False
     noise = np.random.default_rng(6).normal(size=(B, T, CONFIG.hidden_size)).astype(np.float32)
     given = GOLDEN.replace(

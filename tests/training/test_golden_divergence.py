@@ -137,8 +137,8 @@ def test_the_four_cells_have_the_published_gradients(source, direction):
     ("support", "direction", "form"),
     [
         ("full", "forward", "raw"),
-        ("teacher", "reverse", "tail"),
         *slow(
+            ("teacher", "reverse", "tail"),
             ("full", "jsd", "raw"),
             ("student", "reverse", "stop_gradient"),
             ("teacher", "forward", "teacher_renormalised"),
@@ -249,6 +249,7 @@ def test_at_weight_0_the_supervised_update_is_the_same_to_the_bit():
     jax.tree.map(np.testing.assert_array_equal, gradient, same_gradient)
 
 
+@pytest.mark.slow
 def test_both_terms_add_up_where_ends_are_events():
     """The divergence compares the end of a response; the supervised term teaches the very token."""
     ends = Ends(id=50, student=(7, 50), teacher=(3, 50))

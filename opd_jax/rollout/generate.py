@@ -88,7 +88,7 @@ class Batching:
       slots: number of sequences decoded concurrently (vLLM: max_num_seqs); None for all prompts.
       max_prompt_tokens: longest prompt allowed. It fixes the width of the rows, so that batches of other
         prompts use the same compiled programs; None for the longest prompt of the batch.
-      max_response_tokens: largest budget allowed, likewise; None for the largest of the batch.
+      max_budget: largest token budget of a response, likewise; None for the largest of the batch.
       chunk: decode steps between two checks by the host; None for 1/16 of the budget, 8 to 128.
       mesh: devices that hold the weights; slots are divided among its replicas.
       tile: widths of prefill batches are multiples of it (hardware.tile).
@@ -96,7 +96,7 @@ class Batching:
 
     slots: int | None = None
     max_prompt_tokens: int | None = None
-    max_response_tokens: int | None = None
+    max_budget: int | None = None
     chunk: int | None = None
     mesh: Mesh = ONE
     tile: int = 1
@@ -170,11 +170,11 @@ def sample_responses(
     width = batching.max_prompt_tokens or max(map(len, prompts), default=0)
     budget_P = np.broadcast_to(np.asarray(sampling.max_response_tokens, np.int32), len(prompts))
     _check(prompts, width, budget_P, model.config)
-    budget = batching.max_response_tokens or int(budget_P.max())
+    budget = batching.max_budget or int(budget_P.max())
     if budget_P.max() > budget:
         raise DataError(
             f"max_response_tokens={budget_P.max()} is more than the {budget} that the rows have room for; "
-            "lower it, or raise max_response_tokens of the batching"
+            "lower it, or raise max_budget of the batching"
         )
     stop_on_repetition, mesh = sampling.stop_on_repetition, batching.mesh
     if stop_on_repetition < 0 or (stop_on_repetition and sampling.repetition_period < 1):

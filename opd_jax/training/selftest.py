@@ -130,7 +130,7 @@ def sample(
     """Sample a few tokens for each prompt with the programs of the run's rollouts."""
     spec = functions.spec
     longest = spec.config.rollout.max_response_tokens
-    batching = dataclasses.replace(spec.batching, max_response_tokens=longest)
+    batching = dataclasses.replace(spec.batching, max_budget=longest)
     sampling = spec.sampling.replace(max_response_tokens=min(TOKENS, longest))
     key = key_for(spec.config.seed, 0, Stream.ROLLOUT)  # the steps of a run count from 1
     return sample_responses(

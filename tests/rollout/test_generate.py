@@ -258,11 +258,11 @@ def test_a_width_for_larger_budgets_changes_only_the_padding(params, plain):
     with pytest.raises(DataError, match="more than the 4 that the rows have room for"):
         sample_responses(
             Model(QWEN2, params), PROMPTS, SamplingParams(BUDGET), keys=row_keys(KEY, len(PROMPTS)),
-            batching=Batching(max_response_tokens=4),
+            batching=Batching(max_budget=4),
         )  # fmt: skip
     roomy = sample_responses(
         Model(QWEN2, params), PROMPTS, SamplingParams(BUDGET, stop_ids=STOPS),
-        keys=row_keys(KEY, len(PROMPTS)), batching=Batching(max_response_tokens=BUDGET + 3),
+        keys=row_keys(KEY, len(PROMPTS)), batching=Batching(max_budget=BUDGET + 3),
     )  # fmt: skip
     assert roomy.tokens_BT.shape[1] == WIDTH + BUDGET + 3
     assert_same_rows(roomy, plain)

@@ -103,9 +103,13 @@ def test_sound_programs_pass(peaked, dtype):
     assert narrow.width < wide.width == functions.spec.width
 
 
+# Sums in bfloat16 are not among the last ones: a run in bfloat16 rounds by as much itself.
+@pytest.mark.long
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    ("fault", "dtype"),
+    [*((fault, "float32") for fault in FAULTS), *((fault, "bfloat16") for fault in FAULTS[:3])],
+)
 def test_faults_are_found(peaked, dtype, fault):
     result, text = measure(peaked(dtype), fault)
     print(dtype, fault.__name__, text)

@@ -93,6 +93,9 @@ class Workload:
       reference_in_update: whether the update reads the reference, where there is one.
       gated: whether the divergence has a gate, one more number a token.
       jumps: whether the run tries jumps, which keep two copies of the weights in host memory.
+      golden_divergence: whether golden solutions are scored for a divergence of their own.
+      golden_over_vocabulary, golden_support: as those of rollouts.
+      tile: widths of batches are multiples of it.
     """
 
     student: ModelConfig
@@ -135,6 +138,22 @@ class Workload:
     reference_in_update: bool = True
     gated: bool = False
     jumps: bool = False
+    golden_divergence: bool = False
+    golden_over_vocabulary: bool = False
+    golden_support: int = 0
+    tile: int = 1
+
+    @property
+    def of_golden(self) -> "Workload":
+        """The workload whose rollouts are the golden solutions of a step: what scores and learns from them.
+
+        The weight of each token in their divergence is one more number, as a gate is on rollouts.
+        """
+        return dataclasses.replace(
+            self, batch=self.golden * self.updates, over_vocabulary=self.golden_over_vocabulary,
+            support=self.golden_support, support_arrays=2, gated=self.golden_divergence,
+            reference=None, reference_scores=False, reference_in_update=False,
+        )  # fmt: skip
 
     @property
     def width(self) -> int:
@@ -189,7 +208,7 @@ class Workload:
         replicas = self.layout.rows
         widest = microbatches.shapes(
             batch, width=self.width, tokens=self.microbatch_tokens, teacher_width=teacher_width,
-            replicas=replicas,
+            replicas=replicas, tile=self.tile,
         )[0]  # fmt: skip
         return widest.count // replicas
 
@@ -296,20 +315,23 @@ def _workload(
         asks_teacher=teacher is not None and config.eval.teacher,
         steps=config.steps, layout=layout,
         optimizer=make_optimizer(optim, config.steps * optim.updates_per_rollout),
-        support=_places(terms),
+        support=_places(terms.scored_support),
         # ids, and of a divergence the teacher's log-probs, of a surrogate the sampler's and advantages
         support_arrays=1 + (terms.divergence_weight != 0) + 2 * terms.on_support,
         reference_scores=terms.scores_reference,
         reference_in_update="reference_kl" in terms.names,
-        gated=terms.gated, jumps=bool(config.jump.problems),
+        gated=terms.gated, tile=hardware.tile(gpu=device.gpu), jumps=bool(config.jump.problems),
+        golden_divergence=terms.golden_divergence != 0,
+        golden_over_vocabulary=terms.golden_over_vocabulary,
+        golden_support=_places(terms.golden_scored_support),
     )  # fmt: skip
 
 
-def _places(terms: Terms) -> int:
+def _places(support: tuple[str, int] | None) -> int:
     """Ids of a token's support: of one model's, or of both models'."""
-    if terms.scored_support is None:
+    if support is None:
         return 0
-    name, k = terms.scored_support
+    name, k = support
     return k * (2 if name in ("union", "symmetric_difference") else 1)
 
 

@@ -3,7 +3,8 @@
 The decode state (rows, caches, keys) stays on the device and is donated from call to call, so
 caches are updated in place. Between chunks of decode steps the host copies finished rows out and
 prefills waiting prompts into the free slots. A sample depends on its prompt, its settings and its
-key, and not on slots, chunks or the other rows.
+key, and not on slots, chunks or the other rows: exactly on a CPU, and up to the rounding of other kernels on
+a GPU (docs/first_day.md).
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from opd_jax.aot import Program
+from opd_jax.data.microbatches import width_of
 from opd_jax.errors import DataError
 from opd_jax.models import decoder
 from opd_jax.models.config import ModelConfig
@@ -36,7 +38,8 @@ class Shapes:
       replicas: number of replicas of the mesh.
       slots: number of sequences decoded concurrently.
       total: tokens per row, prompt and response together.
-      prompt_widths: possible widths of a prefill batch: quarters of the longest prompt allowed.
+      prompt_widths: possible widths of a prefill batch: quarters of the longest prompt allowed, rounded up
+        to the tile, at most `total`.
       many, few: rows of a prefill batch, when many slots are free (as at the start) and when few are.
       chunk: decode steps between two checks by the host.
     """
@@ -59,16 +62,18 @@ class Shapes:
         response_tokens: int,
         chunk: int | None,
         replicas: int = 1,
+        tile: int = 1,
     ) -> "Shapes":
-        """Return the shapes for `prompts` prompts; see `Batching` for `slots` and `chunk`."""
+        """Return the shapes for `prompts` prompts; see `Batching` for `slots`, `chunk` and `tile`."""
         slots = -(-min(slots or prompts, prompts) // replicas)
-        quarter = -(-prompt_tokens // 4)
+        total = prompt_tokens + response_tokens
+        widths = {min(width_of(i, prompt_tokens, tile), total) for i in (1, 2, 3, 4)}
         few = -(-slots // 16)
         return cls(
             replicas=replicas,
             slots=slots,
-            total=prompt_tokens + response_tokens,
-            prompt_widths=tuple(sorted({min(quarter * i, prompt_tokens) for i in (1, 2, 3, 4)})),
+            total=total,
+            prompt_widths=tuple(sorted(widths)),
             many=max(min(_PREFILL_TOKENS // prompt_tokens, slots), few),
             few=few,
             chunk=chunk or min(max(response_tokens // 16, 8), 128),
@@ -87,6 +92,7 @@ class Batching:
         other budgets use the same compiled programs; None for the largest budget of the batch.
       chunk: decode steps between two checks by the host; None for 1/16 of the budget, 8 to 128.
       mesh: devices that hold the weights; slots are divided among its replicas.
+      tile: widths of prefill batches are multiples of it (hardware.tile).
     """
 
     slots: int | None = None
@@ -94,12 +100,14 @@ class Batching:
     largest_budget: int | None = None
     chunk: int | None = None
     mesh: Mesh = ONE
+    tile: int = 1
 
     def shapes(self, prompts: int, prompt_tokens: int, response_tokens: int) -> Shapes:
         """Return the shapes of a generation of `prompts` prompts."""
         return Shapes.of(
             prompts, slots=self.slots, prompt_tokens=prompt_tokens,
             response_tokens=response_tokens, chunk=self.chunk, replicas=self.mesh.replicas,
+            tile=self.tile,
         )  # fmt: skip
 
 
@@ -267,7 +275,7 @@ def programs(
         Program("unstack", decode_state.unstack, (model, mesh)),
         Program("empty slots", decode_state.empty, (unstacked, *state_shape)),
     ]
-    for count in sorted({shapes.many, shapes.few} if prompts > shapes.slots else {shapes.many}):
+    for count in _prefill_counts(shapes, prompts):
         rows = count * shapes.replicas
         row = jax.ShapeDtypeStruct((rows,), jnp.int32)
         key_B2 = jax.eval_shape(
@@ -285,6 +293,18 @@ def programs(
     name = f"decode {shapes.slots * shapes.replicas} x {shapes.total}"
     out.append(Program(name, decode_state.decode_chunk, decode_arguments, settings))
     return out
+
+
+def _prefill_counts(shapes: Shapes, prompts: int) -> list[int]:
+    """Return the rows of a replica's prefill batches, as `_to_admit` finds them, in ascending order.
+
+    The first prompts fill all slots: `many` rows at a time, then `few` where fewer than `many` are left.
+    Prompts without a slot at the start are admitted `few` at a time, or `many` after many have finished.
+    """
+    share = -(-prompts // shapes.replicas)
+    waits = share > shapes.slots
+    left = min(share, shapes.slots) % shapes.many
+    return sorted({shapes.many, shapes.few} if waits or left else {shapes.many})
 
 
 def _check(

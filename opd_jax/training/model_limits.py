@@ -20,6 +20,7 @@ def check_rollouts(
     for field, k in (
         ("scoring.overlap_top_k", config.scoring.overlap_top_k if teacher else 0),
         ("loss.top_k", config.loss.top_k if terms.scored_support else 0),
+        ("loss.golden_top_k", config.loss.golden_top_k if terms.golden_scored_support else 0),
     ):
         if k > scored:
             raise ConfigError(

@@ -24,10 +24,19 @@ from opd_jax.rollout import programs as rollout_programs
 from opd_jax.scoring import ScoreSpec
 from opd_jax.sharding.mesh import ONE, Mesh
 from opd_jax.sharding.partition import unwrapped
-from opd_jax.training import batch, objective, update
+from opd_jax.training import batch, objective, span_scores, update
 from opd_jax.training.optimizer import make_optimizer, make_schedule
 from opd_jax.training.terms import Terms
-from opd_jax.types import Frozen, GoldenRows, Rollout, RolloutRows, Scores, TeacherRows, TrainState
+from opd_jax.types import (
+    Frozen,
+    GoldenRows,
+    Rollout,
+    RolloutRows,
+    Scores,
+    TeacherRows,
+    TextRows,
+    TrainState,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +123,25 @@ class StepSpec:
             keep_hidden=self.terms.over_vocabulary,
         )
 
+    @property
+    def text_scoring(self) -> ScoreSpec | None:
+        """What is computed of each token of the rows of a teacher with another tokenizer, if there is one."""
+        own = self.alignment.teacher
+        if own is None:
+            return None
+        ends = None if own.ends is None or own.ends.one_token else own.ends
+        events = Events(
+            scored_V=None if own.scored.all() else own.scored,
+            ends=ends,
+            temperature=self.config.scoring.temperature,
+        )
+        return ScoreSpec(
+            vocabulary=own.vocabulary,
+            top_k=1,
+            token_chunk=self.config.scoring.token_chunk,
+            events=events,
+        )
+
     def models(self, student: Params, teacher: Params | None) -> tuple[Model, Model | None]:
         """Student and teacher, each with its architecture; weights may be shapes and dtypes alone."""
         other = None
@@ -188,17 +216,46 @@ class StepFunctions:
         student: Params,
         teacher: Params | None,
         rollout: Rollout,
-        teacher_rows: TeacherRows | None = None,
+        teacher_rows: TeacherRows | TextRows | None = None,
         reference: Params | None = None,
     ) -> Scores:
-        """Score rollouts with the student and, where a term needs them, teacher and reference."""
+        """Score rollouts with the student and, where a term needs them, teacher and reference.
+
+        A teacher with another tokenizer scores rows of its own, and is compared by spans of text.
+        """
         spec = self.spec
+        if isinstance(teacher_rows, TextRows):
+            return self._score_text(student, teacher, rollout, teacher_rows)
         return scoring.score(
             *spec.models(student, teacher), rollout.tokens_BT, rollout.length_B, spec.scoring,
             first_B=rollout.prompt_length_B, teacher_rows=teacher_rows,
             reference=spec.scored_reference(reference),
             microbatch_tokens=spec.config.optim.microbatch_tokens, mesh=spec.mesh,
         )  # fmt: skip
+
+    def _score_text(
+        self, student: Params, teacher: Params | None, rollout: Rollout, rows: TextRows
+    ) -> Scores:
+        """Score rollouts with the student, and the teacher's rows of them with the teacher; join by spans."""
+        spec = self.spec
+        own, other = spec.models(student, teacher)
+        assert other is not None, "the rows of a teacher: there is none"
+        assert spec.text_scoring is not None
+        more = {"microbatch_tokens": spec.config.optim.microbatch_tokens, "mesh": spec.mesh}
+        mine = scoring.score(
+            own, None, rollout.tokens_BT, rollout.length_B, spec.scoring,
+            first_B=rollout.prompt_length_B, **more,
+        )  # fmt: skip
+        theirs = scoring.score(
+            other,
+            None,
+            rows.tokens_BT,
+            rows.length_B,
+            spec.text_scoring,
+            first_B=rows.first_B,
+            **more,
+        )
+        return span_scores.joined(mine, theirs, rows)
 
     def weigh(self, counted_BT: np.ndarray) -> Any:
         """Return the weight of each rollout token in the loss; see `losses.token_weights`."""
@@ -232,11 +289,14 @@ class StepFunctions:
             rollout_rows = _blank_rollout_rows(spec, student, teacher, reference)
             own, other = spec.models(student, teacher)
             out += rollout_programs(own, spec.rollouts, spec.sampling, batching=spec.batching)
-            out += scoring.programs(
-                own, other, spec.rollouts, spec.width, spec.scoring,
-                teacher_width=spec.teacher_width, reference=spec.scored_reference(reference),
-                microbatch_tokens=spec.config.optim.microbatch_tokens, mesh=mesh,
-            )  # fmt: skip
+            if spec.text_scoring is None:
+                out += scoring.programs(
+                    own, other, spec.rollouts, spec.width, spec.scoring,
+                    teacher_width=spec.teacher_width, reference=spec.scored_reference(reference),
+                    microbatch_tokens=spec.config.optim.microbatch_tokens, mesh=mesh,
+                )  # fmt: skip
+            else:
+                out += self._text_programs(own, other)
         if terms.needs_golden:
             golden_rows = _blank_golden_rows(spec)
         head = decoder.head_alone(teacher) if teacher and terms.over_vocabulary else None
@@ -246,6 +306,23 @@ class StepFunctions:
         out += self.accumulate.programs(params, frozen, rollout_rows, golden_rows, weights)
         limited = bool(spec.config.guard.spike) and spec.config.guard.spike_action == "skip"
         return [*out, self.update.program(state, limited=limited)]
+
+    def _text_programs(self, student: Model, teacher: Model | None) -> list[Program]:
+        """Return the programs that score with each model alone: a teacher with another tokenizer."""
+        spec = self.spec
+        assert teacher is not None
+        assert spec.text_scoring is not None
+        out = []
+        for model, width, spec_of, role in (
+            (student, spec.width, spec.scoring, "student"),
+            (teacher, spec.teacher_width, spec.text_scoring, "teacher"),
+        ):
+            found = scoring.programs(
+                model, None, spec.rollouts, width, spec_of,
+                microbatch_tokens=spec.config.optim.microbatch_tokens, mesh=spec.mesh,
+            )  # fmt: skip
+            out += [dataclasses.replace(one, name=f"{role}: {one.name}") for one in found]
+        return out
 
     @property
     def _begin(self) -> Any:
@@ -296,7 +373,9 @@ def _blank_rollout_rows(spec: StepSpec, student: Any, teacher: Any, reference: A
     shape = (count, spec.width)
     tokens_BT, length_B = np.zeros(shape, np.int32), np.zeros(count, np.int32)
     teacher_rows = None
-    if spec.teacher_width:
+    if spec.alignment.teacher is not None:
+        teacher = None  # its scores meet the student's on the host
+    elif spec.teacher_width:
         teacher_BT = np.zeros((count, spec.teacher_width), np.int32)
         teacher_rows = TeacherRows(teacher_BT, length_B, length_B)
     pair = spec.models(unwrapped(student), unwrapped(teacher))

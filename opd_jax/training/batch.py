@@ -1,5 +1,6 @@
 """Rows for the update, built from rollouts and scores: tokens that count, and constants. Host arrays."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -67,25 +68,46 @@ def counted(rollout: Rollout, mask_BT: np.ndarray, *, truncated: str, tail: int)
     return mask_BT & (np.arange(mask_BT.shape[1])[None] < end_B[:, None])
 
 
+@dataclasses.dataclass(frozen=True)
+class Reward:
+    """The verifiable reward of a step's rollouts.
+
+    Attributes:
+      reward_B: of each rollout, or whether it is correct.
+      group: rollouts of a prompt, which are adjacent.
+      graded_B: bool, the rollouts whose reward is known; None for all.
+    """
+
+    reward_B: np.ndarray
+    group: int
+    graded_B: np.ndarray | None = None
+
+    def advantage(self, *, normalise: bool) -> jax.Array:
+        """Return `losses.group_advantage` of the reward; float32 [B]."""
+        return losses.group_advantage(
+            reward_B=jnp.asarray(self.reward_B, jnp.float32),
+            group=self.group,
+            normalise=normalise,
+            counted_B=None if self.graded_B is None else jnp.asarray(self.graded_B),
+        )
+
+
 def advantages(
     rollout: Rollout,
     scores: Scores,
     mask_BT: np.ndarray,
     terms: Terms,
     *,
-    reward_B: np.ndarray | None,
-    group: int,
-    graded_B: np.ndarray | None = None,
+    reward: Reward | None = None,
     step: int = 1,
     factor_BT: np.ndarray | None = None,
 ) -> np.ndarray:
     """Return the advantage of each sampled token; float32 [B, T], 0 on tokens that are not scored.
 
     w (teacher_coef * A_teacher + group_coef * A_group). A_teacher is that of `_teacher_advantage` (over a
-    support it is `losses.support_advantage`, not here). A_group is the advantage of `reward_B` [B] relative
-    to those of its group that are in `graded_B` (None = all), times the teacher's evidence where that has a
-    share; the share may fall with the run's `step`. `factor_BT` multiplies A_teacher. w is the truncated
-    importance weight. Nine parameters: what the config cannot know of a step.
+    support it is `losses.support_advantage`, not here). A_group is that of the `reward` (None where no term
+    needs it), times the teacher's evidence where that has a share; the share may fall with the run's `step`.
+    `factor_BT` multiplies A_teacher. w is the truncated importance weight.
     """
     total_BT = np.zeros(mask_BT.shape, np.float32)
     if terms.pg_weight and terms.teacher_coef and not terms.on_support:
@@ -94,13 +116,8 @@ def advantages(
             teacher_BT = teacher_BT * factor_BT
         total_BT += terms.teacher_coef * teacher_BT
     if terms.pg_weight and terms.group_coef:
-        assert reward_B is not None
-        group_B = losses.group_advantage(
-            reward_B=jnp.asarray(reward_B, jnp.float32),
-            group=group,
-            normalise=terms.group_normalise,
-            counted_B=None if graded_B is None else jnp.asarray(graded_B),
-        )
+        assert reward is not None
+        group_B = reward.advantage(normalise=terms.group_normalise)
         group_BT = np.asarray(group_B)[:, None]
         if terms.evidence_share:
             group_BT = group_BT * losses.evidence_weight(

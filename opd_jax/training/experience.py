@@ -52,6 +52,10 @@ class Experience:
         """Rollouts whose answer is correct; known only where `graded_B` is true."""
         return np.array([grade is Grade.CORRECT for grade in self.grades])
 
+    def reward(self, group: int) -> rows.Reward:
+        """The reward of each rollout, 1 where it is correct, of `group` adjacent ones per prompt."""
+        return rows.Reward(self.correct_B, group, self.graded_B)
+
 
 class Collector:
     """Collect `Experience` according to the config; stateless between steps."""

@@ -32,7 +32,6 @@ def make_rollout_loss(
     config: ModelConfig,
     reference_config: ModelConfig | None = None,
     *,
-    vocabulary: int,
     token_chunk: int,
     remat: str,
     events: Events = EVERY_ID,
@@ -99,7 +98,6 @@ def make_rollout_loss(
             rows.weight_BT,
             weights,
             token_chunk=token_chunk,
-            vocabulary=vocabulary,
             events=events,
         )
 
@@ -134,7 +132,7 @@ def make_golden_loss(
             rows.weight_BT,
             weights,
             token_chunk=token_chunk,
-            vocabulary=vocabulary,
+            events=Events(vocabulary=vocabulary),
         )
 
     return loss
@@ -200,12 +198,7 @@ def _divergence(
     per_token: dict[str, jax.Array],
 ) -> jax.Array:
     """D(student, teacher) of a chunk of tokens, over the vocabulary or over the scored support. [C]."""
-    kind: dict[str, Any] = {
-        "direction": terms.direction,
-        "jsd_beta": terms.jsd_beta,
-        "skew": terms.skew,
-        "reverse_share": terms.reverse_share,
-    }
+    kind: dict[str, Any] = {"direction": terms.direction, "share": terms.direction_share}
     if teacher_CV is not None:
         return losses.divergence(
             p_logprob_BTV=student_CV[None], q_logprob_BTV=teacher_CV[None], form="raw", **kind

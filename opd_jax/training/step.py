@@ -179,7 +179,7 @@ class Step:
             )  # fmt: skip
             advantage_BT = rows.advantages(
                 rollout, scores, experience.mask_BT, terms,
-                reward_B=experience.correct_B, graded_B=experience.graded_B, group=group, step=number,
+                reward=experience.reward(group), step=number,
                 factor_BT=factor_BT if terms.token_weight_on == "teacher" else None,
             )  # fmt: skip
             rollout_rows = rows.rollout_rows(

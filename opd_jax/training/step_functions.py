@@ -21,7 +21,7 @@ from opd_jax.models import Model, ModelConfig, Params, decoder
 from opd_jax.models.end_tokens import Events
 from opd_jax.rollout import Batching, SamplingParams, row_keys, sample_responses
 from opd_jax.rollout import programs as rollout_programs
-from opd_jax.scoring import ScoreSpec
+from opd_jax.scoring import Models, ScoreSpec
 from opd_jax.sharding.mesh import ONE, Mesh
 from opd_jax.sharding.partition import unwrapped
 from opd_jax.training import batch, objective, span_scores, update
@@ -76,12 +76,7 @@ class StepSpec:
     @property
     def events(self) -> Events:
         """The outcomes over which the sampler, the scorer and the losses normalise log-probs."""
-        scored, ends = self.alignment.scored, self.alignment.ends
-        return Events(
-            scored_V=None if scored.all() else scored,
-            ends=None if ends is None or ends.one_token else ends,
-            temperature=self.config.scoring.temperature,
-        )
+        return _events(self.alignment, self.config.scoring.temperature)
 
     @property
     def sampling(self) -> SamplingParams:
@@ -114,7 +109,6 @@ class StepSpec:
     def scoring(self) -> ScoreSpec:
         """What is computed of each token of the rollouts."""
         return ScoreSpec(
-            vocabulary=self.alignment.vocabulary,
             top_k=self.config.scoring.overlap_top_k,
             token_chunk=self.config.scoring.token_chunk,
             events=self.events,
@@ -129,34 +123,24 @@ class StepSpec:
         own = self.alignment.teacher
         if own is None:
             return None
-        ends = None if own.ends is None or own.ends.one_token else own.ends
-        events = Events(
-            scored_V=None if own.scored.all() else own.scored,
-            ends=ends,
-            temperature=self.config.scoring.temperature,
-        )
-        return ScoreSpec(
-            vocabulary=own.vocabulary,
-            top_k=1,
-            token_chunk=self.config.scoring.token_chunk,
-            events=events,
-        )
+        section = self.config.scoring
+        events = _events(own, section.temperature)
+        return ScoreSpec(top_k=1, token_chunk=section.token_chunk, events=events)
 
-    def models(self, student: Params, teacher: Params | None) -> tuple[Model, Model | None]:
-        """Student and teacher, each with its architecture; weights may be shapes and dtypes alone."""
-        other = None
-        if teacher is not None:
-            assert self.teacher is not None
-            other = Model(self.teacher, teacher)
-        return Model(self.student, student), other
+    def models(
+        self, student: Params, teacher: Params | None, reference: Params | None = None
+    ) -> Models:
+        """The models that score rollouts, with their architectures; weights may be shapes and dtypes alone.
 
-    def scored_reference(self, reference: Params | None) -> Model | None:
-        """The reference with its architecture, where rollouts are scored with it; None elsewhere."""
+        The reference is among them only where a term scores rollouts with it.
+        """
         if not self.terms.scores_reference:
-            return None
-        assert self.reference is not None
-        assert reference is not None
-        return Model(self.reference, reference)
+            reference = None
+        return Models(
+            Model(self.student, student),
+            _model(self.teacher, teacher),
+            _model(self.reference, reference),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,9 +211,8 @@ class StepFunctions:
         if isinstance(teacher_rows, TextRows):
             return self._score_text(student, teacher, rollout, teacher_rows)
         return scoring.score(
-            *spec.models(student, teacher), rollout.tokens_BT, rollout.length_B, spec.scoring,
+            spec.models(student, teacher, reference), rollout.tokens_BT, rollout.length_B, spec.scoring,
             first_B=rollout.prompt_length_B, teacher_rows=teacher_rows,
-            reference=spec.scored_reference(reference),
             microbatch_tokens=spec.config.optim.microbatch_tokens, mesh=spec.mesh,
         )  # fmt: skip
 
@@ -238,23 +221,20 @@ class StepFunctions:
     ) -> Scores:
         """Score rollouts with the student, and the teacher's rows of them with the teacher; join by spans."""
         spec = self.spec
-        own, other = spec.models(student, teacher)
-        assert other is not None, "the rows of a teacher: there is none"
+        models = spec.models(student, teacher)
+        assert models.teacher is not None, "the rows of a teacher: there is none"
         assert spec.text_scoring is not None
-        more = {"microbatch_tokens": spec.config.optim.microbatch_tokens, "mesh": spec.mesh}
+        more: dict[str, Any] = {
+            "microbatch_tokens": spec.config.optim.microbatch_tokens, "mesh": spec.mesh,
+        }  # fmt: skip
         mine = scoring.score(
-            own, None, rollout.tokens_BT, rollout.length_B, spec.scoring,
+            Models(models.student), rollout.tokens_BT, rollout.length_B, spec.scoring,
             first_B=rollout.prompt_length_B, **more,
         )  # fmt: skip
         theirs = scoring.score(
-            other,
-            None,
-            rows.tokens_BT,
-            rows.length_B,
-            spec.text_scoring,
-            first_B=rows.first_B,
-            **more,
-        )
+            Models(models.teacher), rows.tokens_BT, rows.length_B, spec.text_scoring,
+            first_B=rows.first_B, **more,
+        )  # fmt: skip
         return span_scores.joined(mine, theirs, rows)
 
     def weigh(self, counted_BT: np.ndarray) -> Any:
@@ -287,16 +267,11 @@ class StepFunctions:
         rollout_rows = golden_rows = None
         if terms.needs_rollouts:
             rollout_rows = _blank_rollout_rows(spec, student, teacher, reference)
-            own, other = spec.models(student, teacher)
-            out += rollout_programs(own, spec.rollouts, spec.sampling, batching=spec.batching)
-            if spec.text_scoring is None:
-                out += scoring.programs(
-                    own, other, spec.rollouts, spec.width, spec.scoring,
-                    teacher_width=spec.teacher_width, reference=spec.scored_reference(reference),
-                    microbatch_tokens=spec.config.optim.microbatch_tokens, mesh=mesh,
-                )  # fmt: skip
-            else:
-                out += self._text_programs(own, other)
+            models = spec.models(student, teacher, reference)
+            out += rollout_programs(
+                models.student, spec.rollouts, spec.sampling, batching=spec.batching
+            )
+            out += self._score_programs(models)
         if terms.needs_golden:
             golden_rows = _blank_golden_rows(spec)
         head = decoder.head_alone(teacher) if teacher and terms.over_vocabulary else None
@@ -307,20 +282,28 @@ class StepFunctions:
         limited = bool(spec.config.guard.spike) and spec.config.guard.spike_action == "skip"
         return [*out, self.update.program(state, limited=limited)]
 
-    def _text_programs(self, student: Model, teacher: Model | None) -> list[Program]:
-        """Return the programs that score with each model alone: a teacher with another tokenizer."""
+    def _score_programs(self, models: Models) -> list[Program]:
+        """Return the programs that score: all models together, or each on its own rows."""
         spec = self.spec
-        assert teacher is not None
-        assert spec.text_scoring is not None
+        more: dict[str, Any] = {
+            "microbatch_tokens": spec.config.optim.microbatch_tokens, "mesh": spec.mesh,
+        }  # fmt: skip
+        if spec.text_scoring is None:
+            return scoring.programs(
+                models,
+                spec.rollouts,
+                spec.width,
+                spec.scoring,
+                teacher_width=spec.teacher_width,
+                **more,
+            )
+        assert models.teacher is not None, "the rows of a teacher: there is none"
         out = []
-        for model, width, spec_of, role in (
-            (student, spec.width, spec.scoring, "student"),
-            (teacher, spec.teacher_width, spec.text_scoring, "teacher"),
+        for role, model, width, asked in (
+            ("student", models.student, spec.width, spec.scoring),
+            ("teacher", models.teacher, spec.teacher_width, spec.text_scoring),
         ):
-            found = scoring.programs(
-                model, None, spec.rollouts, width, spec_of,
-                microbatch_tokens=spec.config.optim.microbatch_tokens, mesh=spec.mesh,
-            )  # fmt: skip
+            found = scoring.programs(Models(model), spec.rollouts, width, asked, **more)
             out += [dataclasses.replace(one, name=f"{role}: {one.name}") for one in found]
         return out
 
@@ -333,18 +316,16 @@ class StepFunctions:
 def make_step_functions(spec: StepSpec) -> StepFunctions:
     """Wire sampler, scorer, losses and optimizer. Nothing compiles before its first call."""
     optim = spec.config.optim
-    shared: dict[str, Any] = {
-        "vocabulary": spec.alignment.vocabulary,
-        "token_chunk": optim.token_chunk,
-        "remat": optim.remat,
-    }
+    shared: dict[str, Any] = {"token_chunk": optim.token_chunk, "remat": optim.remat}
     rollout_loss = golden_loss = None
     if spec.terms.needs_rollouts:
         rollout_loss = objective.make_rollout_loss(
             spec.terms, spec.student, spec.reference, events=spec.events, **shared
         )
     if spec.terms.needs_golden:
-        golden_loss = objective.make_golden_loss(spec.student, **shared)
+        golden_loss = objective.make_golden_loss(
+            spec.student, vocabulary=spec.alignment.vocabulary, **shared
+        )
     accumulate = update.make_accumulate(
         rollout_loss, golden_loss,
         microbatch_tokens=optim.microbatch_tokens, dtype=spec.dtype, mesh=spec.mesh,
@@ -367,6 +348,24 @@ def make_step_functions(spec: StepSpec) -> StepFunctions:
     )
 
 
+def _events(ids: data.Alignment, temperature: float) -> Events:
+    """Return the outcomes over which log-probs are normalised."""
+    return Events(
+        vocabulary=ids.vocabulary,
+        scored_V=None if ids.scored.all() else ids.scored,
+        ends=None if ids.ends is None or ids.ends.one_token else ids.ends,
+        temperature=temperature,
+    )
+
+
+def _model(config: ModelConfig | None, params: Params | None) -> Model | None:
+    """Join weights to their architecture; None without weights."""
+    if params is None:
+        return None
+    assert config is not None
+    return Model(config, params)
+
+
 def _blank_rollout_rows(spec: StepSpec, student: Any, teacher: Any, reference: Any) -> RolloutRows:
     """Return zeros with the shapes and dtypes of one update's minibatch of rollouts."""
     count = spec.rollouts // spec.config.optim.updates_per_rollout
@@ -378,11 +377,10 @@ def _blank_rollout_rows(spec: StepSpec, student: Any, teacher: Any, reference: A
     elif spec.teacher_width:
         teacher_BT = np.zeros((count, spec.teacher_width), np.int32)
         teacher_rows = TeacherRows(teacher_BT, length_B, length_B)
-    pair = spec.models(unwrapped(student), unwrapped(teacher))
+    models = spec.models(unwrapped(student), unwrapped(teacher), unwrapped(reference))
     scores = jax.eval_shape(
-        scoring.score_part, *pair, tokens_BT, length_B, length_B, teacher_rows, spec.scoring,
-        spec.scored_reference(unwrapped(reference)),
-    )  # fmt: skip
+        scoring.score_part, models, tokens_BT, length_B, length_B, teacher_rows, spec.scoring
+    )
     zeros_BT = np.zeros(shape, np.float32)
     return batch.rollout_rows(
         Rollout(tokens_BT, length_B, length_B, zeros_BT, length_B),

@@ -129,6 +129,12 @@ class Terms:
         return self.support, self.top_k
 
     @property
+    def direction_share(self) -> float | None:
+        """The number that the divergence's direction has, for `losses.divergence`; None where it has none."""
+        skewed = {"skewed_reverse": self.skew, "skewed_forward": self.skew}
+        return ({"jsd": self.jsd_beta, "mixture": self.reverse_share} | skewed).get(self.direction)
+
+    @property
     def gated(self) -> bool:
         """Whether the divergence has a gate."""
         return self.divergence_weight != 0 and self.gate != "none"

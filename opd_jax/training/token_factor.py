@@ -9,10 +9,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from opd_jax import losses
 from opd_jax.losses import gates, token_factors
 from opd_jax.training.batch import Weigh
 from opd_jax.training.experience import Experience
@@ -144,10 +142,7 @@ def _open_rollouts(
     """Return the rollouts that the gate leaves open; bool [B]. A rollout without a grade is closed."""
     if terms.rollout_gate == "correct":
         return experience.correct_B & experience.graded_B
-    group_B = losses.group_advantage(
-        reward_B=jnp.asarray(experience.correct_B, jnp.float32), group=group, normalise=False,
-        counted_B=jnp.asarray(experience.graded_B),
-    )  # fmt: skip
+    group_B = experience.reward(group).advantage(normalise=False)
     open_B = gates.agreement_gate(
         teacher_logprob_BT=experience.scores.teacher_logprob_BT,
         student_logprob_BT=experience.scores.student_logprob_BT,

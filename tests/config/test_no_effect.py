@@ -142,9 +142,7 @@ def computed(config) -> tuple:
             rows = rows.replace(support=None)
         params = decoder.abstract_params(CONFIG)
         frozen = Frozen(teacher=decoder.head_alone(params), reference=params)
-        made = objective.make_rollout_loss(
-            terms, CONFIG, CONFIG, vocabulary=CONFIG.vocab_size, token_chunk=7, remat="none"
-        )
+        made = objective.make_rollout_loss(terms, CONFIG, CONFIG, token_chunk=7, remat="none")
         jaxpr = jax.make_jaxpr(jax.grad(made, has_aux=True))(params, frozen, rows, terms.weights)
         programs = re.sub(r"0x[0-9a-f]+", "", str(jaxpr))
     golden = losses.token_weights(MASK, loss.gold_aggregation) if terms.needs_golden else None

@@ -22,7 +22,7 @@ CASES = {
     "discounted": ({"reward_BT": TOKEN_P, "discount": 0.5}, ("reward_BT",)),
     "divergence": (
         PAIR | {
-            "direction": "jsd", "jsd_beta": 0.5, "form": "tail", "p_rest_BT": TOKEN_P, "q_rest_BT": TOKEN_Q,
+            "direction": "jsd", "share": 0.5, "form": "tail", "p_rest_BT": TOKEN_P, "q_rest_BT": TOKEN_Q,
         },
         ("q_logprob_BTV", "q_rest_BT"),
     ),

@@ -200,11 +200,12 @@ class Learner:
     """An update on a mesh, from the same weights; 2 rows of a replica at a time."""
 
     def __init__(self, devices: Mesh, params: decoder.Params, tx, dtype=jnp.float32):
-        shared = {"vocabulary": 90, "token_chunk": 7, "remat": "none"}
+        shared = {"token_chunk": 7, "remat": "none"}
+        events = EVENTS.replace(vocabulary=90)
         self.devices, self.dtype = devices, dtype
         self.accumulate = update.make_accumulate(
-            objective.make_rollout_loss(TERMS, CONFIG, CONFIG, events=EVENTS, **shared),
-            objective.make_golden_loss(CONFIG, **shared),
+            objective.make_rollout_loss(TERMS, CONFIG, CONFIG, events=events, **shared),
+            objective.make_golden_loss(CONFIG, vocabulary=90, **shared),
             microbatch_tokens=2 * T,
             dtype=dtype,
             mesh=devices,
@@ -263,7 +264,7 @@ def test_a_gated_divergence_is_the_same_on_a_mesh(params):
         form="teacher_renormalised", gate="acceptance",
     )  # fmt: skip
     loss = objective.make_rollout_loss(
-        terms, CONFIG, vocabulary=90, token_chunk=7, remat="none", events=EVENTS
+        terms, CONFIG, token_chunk=7, remat="none", events=EVENTS.replace(vocabulary=90)
     )
     results = []
     for devices in (ONE, make("2x2x2")):

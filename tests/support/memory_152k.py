@@ -18,6 +18,7 @@ import numpy as np
 
 from opd_jax import scoring
 from opd_jax.models import decoder
+from opd_jax.models.end_tokens import Events
 from opd_jax.training import objective
 from opd_jax.training.terms import ON_ROLLOUTS, default_terms
 from opd_jax.training.update import make_add
@@ -52,21 +53,17 @@ def score(vocabulary: int, tokens: int) -> Case:
     """Student and teacher, everything that the objective and the metrics need."""
     config = model(vocabulary)
     params, given = decoder.abstract_params(config), rows(tokens)
-    model_of, spec = decoder.Model(config, params), scoring.ScoreSpec(vocabulary, 16, CHUNK)
-    one = jax.jit(lambda s, t, tokens_BT, length_B: scoring.score_part(
-        s, t, tokens_BT, length_B, jnp.ones_like(length_B), None, spec
+    one, spec = decoder.Model(config, params), scoring.ScoreSpec(16, CHUNK, Events(vocabulary))
+    step = jax.jit(lambda models, tokens_BT, length_B: scoring.score_part(
+        models, tokens_BT, length_B, jnp.ones_like(length_B), None, spec
     ))  # fmt: skip
-    return one, (model_of, model_of, given.tokens_BT, given.length_B)
+    return step, (scoring.Models(one, one), given.tokens_BT, given.length_B)
 
 
 def score_with_reference(vocabulary: int, tokens: int) -> Case:
     """The same with the log-prob of a third model, from which an advantage is extrapolated."""
-    _, (pair, _, tokens_BT, length_B) = score(vocabulary, tokens)
-    spec = scoring.ScoreSpec(vocabulary, 16, CHUNK)
-    one = jax.jit(lambda s, t, tokens_BT, length_B, reference: scoring.score_part(
-        s, t, tokens_BT, length_B, jnp.ones_like(length_B), None, spec, reference
-    ))  # fmt: skip
-    return one, (pair, pair, tokens_BT, length_B, pair)
+    step, (pair, *arrays) = score(vocabulary, tokens)
+    return step, (pair.replace(reference=pair.student), *arrays)
 
 
 def naive_score(vocabulary: int, tokens: int) -> Case:
@@ -92,7 +89,7 @@ def update(vocabulary: int, tokens: int) -> Case:
     config = model(vocabulary)
     loss = objective.make_rollout_loss(
         default_terms(pg_weight=1.0), config,
-        vocabulary=vocabulary, token_chunk=CHUNK, remat="none",
+        token_chunk=CHUNK, remat="none", events=Events(vocabulary),
     )  # fmt: skip
     params, weights = decoder.abstract_params(config), {n: shape() for n in ON_ROLLOUTS}
     return make_add(loss, jnp.float32), (params, Frozen(), rows(tokens), weights, params)

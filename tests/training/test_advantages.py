@@ -31,7 +31,7 @@ SCORES = Scores(
 def advantages(*, reward=(True, False), step: int = 1, scores: Scores = SCORES, **loss):
     got = batch.advantages(
         ROLLOUT, scores, MASK, default_terms(pg_weight=1.0, **loss),
-        reward_B=np.array(reward), group=2, step=step,
+        reward=batch.Reward(np.array(reward), 2), step=step,
     )  # fmt: skip
     assert got.dtype == np.float32
     assert not got[~MASK].any()
@@ -129,7 +129,6 @@ def test_opct_by_hand():
     scores = SCORES.replace(student_logprob_BT=student, teacher_logprob_BT=teacher)
     mask = MASK & np.isfinite(student)
     got = batch.advantages(
-        ROLLOUT, scores, mask, default_terms(pg_weight=1.0, teacher_coef=2.0, discount=0.5),
-        reward_B=None, group=1,
-    )  # fmt: skip
+        ROLLOUT, scores, mask, default_terms(pg_weight=1.0, teacher_coef=2.0, discount=0.5)
+    )
     np.testing.assert_allclose(got[0, 1:3], [-1.0, 2.0])

@@ -278,11 +278,12 @@ for _support in SUPPORTS[1:]:
 def gradient(terms: Terms) -> np.ndarray:
     """The code's gradient in the student's output matrix [96, D]."""
     given = scores(support=terms.scored_support, keep_hidden=terms.over_vocabulary)
-    advantage = batch.advantages(ROLLOUT, given, MASK, terms, reward_B=REWARD, group=4)
+    advantage = batch.advantages(ROLLOUT, given, MASK, terms, reward=batch.Reward(REWARD, 4))
     made = batch.rollout_rows(ROLLOUT, given, MASK, advantage, terms, weigh=lambda _: WEIGHT)
     loss = objective.make_rollout_loss(
-        terms, STUDENT, STUDENT, vocabulary=SHARED, token_chunk=7, remat="none", events=EVENTS
-    )
+        terms, STUDENT, STUDENT,
+        token_chunk=7, remat="none", events=EVENTS.replace(vocabulary=SHARED),
+    )  # fmt: skip
     frozen = Frozen(reference=weights("reference"), teacher=decoder.head_alone(weights("teacher")))
 
     def of_head(kernel):

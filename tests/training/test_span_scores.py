@@ -64,9 +64,7 @@ def scored(folders, compare: str, **changes) -> tuple[Scores, np.ndarray, np.nda
     mask_BT = batch.scored_mask(rollout, setup.alignment.counted)
     if scores.spans is not None:
         mask_BT = spans.closed(mask_BT=mask_BT, span_BT=scores.spans.span_BT)
-    advantage_BT = batch.advantages(
-        rollout, scores, mask_BT, make_terms(config), reward_B=None, group=2
-    )
+    advantage_BT = batch.advantages(rollout, scores, mask_BT, make_terms(config))
     return scores, advantage_BT, mask_BT
 
 

@@ -113,11 +113,13 @@ def model_update(*, golden: float, beta: float, limbs: bool, rows: int = B):
         beta_kl=beta,
         traced_at_zero=("reference_kl", "sft") if limbs else (),
     )
-    shared = {"vocabulary": CONFIG.vocab_size, "token_chunk": 16, "remat": "none"}
+    shared = {"token_chunk": 16, "remat": "none"}
     return make_step(
         OPTIMIZERS["sgd"],
         objective.make_rollout_loss(terms, CONFIG, CONFIG, **shared),
-        objective.make_golden_loss(CONFIG, **shared) if limbs else None,
+        objective.make_golden_loss(CONFIG, vocabulary=CONFIG.vocab_size, **shared)
+        if limbs
+        else None,
         tokens=rows * T,
         weights=terms.weights,
     )

@@ -80,16 +80,18 @@ def _score(case: Any) -> Step:
 def _score_all(case: Any) -> Step:
     from opd_jax import config as fields
     from opd_jax import models, scoring
+    from opd_jax.models.end_tokens import Events
 
     (student_config, student), (teacher_config, teacher) = _pair(case)
     config = fields.default()
     tokens_BT, length_B = _rows(case)
     step = partial(
         scoring.score,
-        models.Model(student_config, student), models.Model(teacher_config, teacher),
+        scoring.Models(models.Model(student_config, student), models.Model(teacher_config, teacher)),
         tokens_BT, length_B,
         scoring.ScoreSpec(
-            student_config.vocab_size, config.scoring.overlap_top_k, config.scoring.token_chunk
+            config.scoring.overlap_top_k, config.scoring.token_chunk,
+            Events(vocabulary=student_config.vocab_size),
         ),
         microbatch_tokens=config.optim.microbatch_tokens,
     )  # fmt: skip

@@ -397,6 +397,8 @@ def _misfit(setup: Setup, prompt: list[int], teacher_prompt: list[int]) -> Misfi
         misfit = teacher_misfit(
             len(teacher_prompt), setup.teacher.max_position, setup.teacher_response
         )
+        if misfit and setup.reader is not None:
+            misfit = misfit[0], misfit[1] + ", or a smaller --config.scoring.span_room"
         misfit = misfit or unknown_id(
             teacher_prompt, setup.teacher_tokenizer, what="teacher's prompt", rows=rows
         )

@@ -299,12 +299,12 @@ class StepFunctions:
             )
         assert models.teacher is not None, "the rows of a teacher: there is none"
         out = []
-        for role, model, width, asked in (
-            ("student", models.student, spec.width, spec.scoring),
-            ("teacher", models.teacher, spec.teacher_width, spec.text_scoring),
+        for whose, model, width, asked in (
+            ("", models.student, spec.width, spec.scoring),
+            ("teacher: ", models.teacher, spec.teacher_width, spec.text_scoring),
         ):
             found = scoring.programs(Models(model), spec.rollouts, width, asked, **more)
-            out += [dataclasses.replace(one, name=f"{role}: {one.name}") for one in found]
+            out += [dataclasses.replace(one, name=whose + one.name) for one in found]
         return out
 
     @property

@@ -74,9 +74,10 @@ def own_cache(tmp_path):
              "loss.gate": "acceptance", "loss.token_weight": "ta", "optim.updates_per_rollout": 2},
             marks=pytest.mark.slow,
         ),
+        pytest.param({"scoring.compare": "spans", "scoring.span_room": 1.0}, marks=pytest.mark.slow),
     ],
     ids=["stable_opd", "full, slots, two updates", "extrapolation, evidence, copies",
-         "support, other prompts", "gate, token weight"],
+         "support, other prompts", "gate, token weight", "spans of text"],
 )  # fmt: skip
 def test_a_run_meets_no_program_that_was_not_compiled_ahead(
     folders, tmp_path, own_cache, changes, monkeypatch, caplog

@@ -13,11 +13,17 @@ pytestmark = pytest.mark.short
 END = "<|im_end|>"
 
 
-def reader(student: data.Tokenizer, teacher: data.Tokenizer, **ends) -> tuple:
-    own = {"student": [END], "teacher": [END]} | ends
+def reader(
+    student: data.Tokenizer,
+    teacher: data.Tokenizer,
+    mine: str = END,
+    theirs: tuple[str, ...] = (END,),
+) -> tuple:
+    """The alignment of two tokenizers and how the teacher reads; with the end tokens of both."""
+    ends = ids(student, mine), ids(teacher, *theirs)
     pair = [
-        data.Vocabulary(one, one.size, [one.vocabulary()[text] for text in own[role]])
-        for role, one in (("student", student), ("teacher", teacher))
+        data.Vocabulary(one, one.size, own)
+        for one, own in zip((student, teacher), ends, strict=True)
     ]
     return data.align_text(*pair)
 
@@ -148,7 +154,7 @@ def test_special_tokens_of_one_model_are_neither_sampled_nor_scored(tmp_path):
     teacher = merged(
         tmp_path / "t", ("b+c",), special=("<more>", "<|stop|>", "<tool>", END), turn=3
     )
-    got, read = reader(student, teacher, teacher=[END, "<|stop|>"])
+    got, read = reader(student, teacher, theirs=(END, "<|stop|>"))
     assert got.teacher is not None
     assert not got.drawn[ids(student, "<own>", "<|stop|>")].any()  # the teacher would end there
     assert got.drawn[ids(student, "<tool>", END)].all()
@@ -165,12 +171,12 @@ def test_special_tokens_of_one_model_are_neither_sampled_nor_scored(tmp_path):
 def test_sentencepiece_reads_the_rest_of_a_text(tmp_path, pair, kind):
     """No space before a text that goes on, in either direction; é falls back to bytes."""
     other = sentencepiece(tmp_path, None, kind=kind)
-    _, read = reader(pair[0], other, teacher=["</s>"])
+    _, read = reader(pair[0], other, theirs=("</s>",))
     student = pair[0]
     (got,) = read.read([[*student.encode("so é 2\n"), *ids(student, END)]])
     assert got.ids == ids(other, "so", "▁", "<0xC3>", "<0xA9>", "▁2", "<0x0A>", "</s>")
     assert got.student_span.tolist() == [0, 0, 1, 2, 3, 4, 4, 5, 6]
-    _, read = reader(other, pair[0], student=["</s>"])
+    _, read = reader(other, pair[0], mine="</s>")
     (got,) = read.read([ids(other, "▁so", "<0xC3>", "<0xA9>", "</s>")])
     assert got.ids == ids(student, "Ġ", "s", "o", "Ã", "©", END)
     assert got.student_span.tolist() == [0, 1, 2, 3]
@@ -187,7 +193,7 @@ def test_a_tokenizer_that_loses_bytes_is_refused(tmp_path, pair):
     with pytest.raises(
         ModelError, match=r"WordLevel tokenizer without byte-level .* one tokenizer family$"
     ):
-        reader(pair[0], words, teacher=["<unk>"])
+        reader(pair[0], words, theirs=("<unk>",))
 
 
 def test_a_tokenizer_that_changes_letters_is_refused(tmp_path, pair):

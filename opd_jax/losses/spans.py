@@ -17,7 +17,7 @@ def span_logprob(*, token_logprob_BT: np.ndarray, span_BT: np.ndarray, spans: in
     check_shapes(token_logprob_BT=token_logprob_BT, span_BT=span_BT)
     out = np.zeros((len(span_BT), spans + 1))
     np.add.at(out, (np.arange(len(span_BT))[:, None], span_BT), np.asarray(token_logprob_BT, float))
-    return out[:, :-1]  # -1 was the last column
+    return out[:, :spans]  # the last column is that of -1
 
 
 def at_tokens(*, values_BX: np.ndarray, span_BT: np.ndarray) -> np.ndarray:

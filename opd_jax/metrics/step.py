@@ -200,7 +200,7 @@ def span_metrics(
         "score/span_log_ratio": total / max(tokens, 1),
         "score/span_log_ratio_per_byte": total / max(length, 1),
         "score/span_single": float(np.sum((size == 1) & (theirs == 1))) / max(tokens, 1),
-        "score/span_compared": tokens / max(np.count_nonzero(response_BT), 1),
+        "score/span_compared": tokens / max(int(np.sum(response_BT)), 1),
     }
 
 

@@ -20,6 +20,13 @@ from tests.support.small_run import lines, small
 EXACT = 1e-6
 
 
+def two_tokenizers(root, method: str = "opd"):
+    """A small run of the pair, whose prompts have more tokens than those of the embedded models."""
+    config = small(pair(root), method)
+    config.rollout.max_prompt_tokens = 72
+    return config
+
+
 def rollout_of(prompts: list[list[int]], responses: list[list[int]], width: int) -> Rollout:
     tokens_BT = np.zeros((len(prompts), width), np.int32)
     for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
@@ -42,13 +49,8 @@ def golden_rollout(setup) -> tuple[Rollout, list[list[int]]]:
     return rollout_of(prompts, responses, setup.width), teachers
 
 
-def scored(folders, compare: str, **changes) -> tuple[Scores, np.ndarray, np.ndarray]:
+def scored(config) -> tuple[Scores, np.ndarray, np.ndarray]:
     """Scores, advantages and mask of these rollouts."""
-    config = small(folders, "opd")
-    config.scoring.compare = compare
-    config.scoring.span_room = 1.0 if compare == "spans" else 1.5  # 160 positions
-    for field, value in changes.items():
-        config.loss[field] = value
     setup = make_setup(config)
     rollout, prompts = golden_rollout(setup)
     rows = None
@@ -60,7 +62,7 @@ def scored(folders, compare: str, **changes) -> tuple[Scores, np.ndarray, np.nda
             width=setup.teacher_width,
             response=setup.teacher_response,
         )
-    student, teacher = (models.load(str(folders / name))[1] for name in ("student", "teacher"))
+    student, teacher = (models.load(config[role].path)[1] for role in ("student", "teacher"))
     scores = make_step_functions(setup.spec).score(student, teacher, rollout, rows)
     mask_BT = batch.scored_mask(rollout, setup.alignment.counted)
     if scores.spans is not None:
@@ -75,8 +77,13 @@ def scored(folders, compare: str, **changes) -> tuple[Scores, np.ndarray, np.nda
     ids=["log-ratio", "clamp", "power"],
 )
 def test_one_tokenizer_through_spans_is_the_plain_path(folders, changes):
-    _, plain_BT, plain_mask_BT = scored(folders, "ids", **changes)
-    scores, got_BT, mask_BT = scored(folders, "spans", **changes)
+    config = small(folders, "opd")
+    config.loss.update(changes)
+    config.scoring.span_room = 1.0  # the models have 160 positions
+    config.scoring.compare = "ids"
+    _, plain_BT, plain_mask_BT = scored(config)
+    config.scoring.compare = "spans"
+    scores, got_BT, mask_BT = scored(config)
     assert (scores.spans.size_BT[mask_BT] == 1).all()
     assert scores.teacher_logprob_BT is None
     assert plain_mask_BT.sum() - mask_BT.sum() == 1  # the last token of the response that was cut
@@ -88,14 +95,13 @@ def test_one_tokenizer_through_spans_is_the_plain_path(folders, changes):
 
 def test_a_span_has_the_sums_of_both_models(tmp_path):
     """Two tokenizers: log-probs of every span against those of single rows, token by token."""
-    folders = pair(tmp_path)
-    config = small(folders, "opd")
+    config = two_tokenizers(tmp_path)
     setup = make_setup(config)
     assert setup.reader is not None  # auto
     assert setup.separate_prompts
     rollout, prompts = golden_rollout(setup)
-    scores, advantage_BT, mask_BT = scored(folders, "auto")
-    student, teacher = (models.load(str(folders / name)) for name in ("student", "teacher"))
+    scores, advantage_BT, mask_BT = scored(config)
+    student, teacher = (models.load(str(tmp_path / name)) for name in ("student", "teacher"))
     joined = 0
     for row, reading in enumerate(setup.reader.read(rollout.responses())):
         first = int(rollout.prompt_length_B[row])
@@ -180,7 +186,7 @@ def test_what_needs_one_vocabulary_is_refused(folders, changes, message):
 
 
 def test_ids_alone_refuse_another_tokenizer(tmp_path):
-    config = small(pair(tmp_path), "opd")
+    config = two_tokenizers(tmp_path)
     config.scoring.compare = "ids"
     with pytest.raises(
         ModelError, match=r"ordinary ids differently .* --config.scoring.compare=spans$"
@@ -192,11 +198,11 @@ def test_probes_refuse_another_tokenizer(tmp_path):
     with pytest.raises(
         ConfigError, match="has another tokenizer than the student, wanted the same"
     ):
-        make_plan(small(pair(tmp_path), "opd"))
+        make_plan(two_tokenizers(tmp_path))
 
 
 def test_a_prompt_and_a_response_must_fit_the_teacher(tmp_path):
-    config = small(pair(tmp_path), "opd")
+    config = two_tokenizers(tmp_path)
     config.scoring.span_room = 4.0  # 496 tokens, and 512 positions
     with pytest.raises(
         Exception, match=r"teacher's prompt has \d+ tokens, wanted at most 16 .* or a smaller"
@@ -206,8 +212,9 @@ def test_a_prompt_and_a_response_must_fit_the_teacher(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_by_spans(tmp_path, capsys):
-    folders = pair(tmp_path)
-    config = small(folders)  # golden solutions and the reference KL beside it
+    config = two_tokenizers(
+        tmp_path, "stable_opd"
+    )  # golden solutions and the reference KL beside it
     config.steps = 3
     train.run(config, str(tmp_path / "run"), command=["test"])
     said = capsys.readouterr().out

@@ -4,8 +4,9 @@
 
 MODEL is a folder with tied embeddings, for example SmolLM2-135M; QWEN_TIKTOKEN is Qwen's list of ordinary
 tokens (the package `dashscope` holds a copy). All weights are the model's own, but each row of the
-embedding is the mean of the model's rows for the tokens that spell the same text. Files alone are read and
-written.
+embedding is that of the model's token with the same text. Where the model needs several tokens, it is
+their mean times `SEVERAL`: the rows are output weights too, and the mean alone would make 100,000 rare
+tokens likely.
 """
 
 import json
@@ -20,16 +21,17 @@ from opd_jax.data.tokenizer import Tokenizer
 from tests.support.qwen_tokenizer import save_tokenizer
 
 EMBEDDING = "model.embed_tokens.weight"
+SEVERAL = 0.1
 
 
 def embedding(rows_VD: np.ndarray, source: Spelling, target: Spelling) -> np.ndarray:
-    """Return a row for each token of `target`: the mean of those of its text in `source`."""
+    """Return a row for each token of `target`, from those of its text in `source`."""
     ids = [i for i, piece in enumerate(target.pieces) if piece is not None]
     texts = source.encode([target.pieces[i] or b"" for i in ids])
     out_VD = np.tile(rows_VD.mean(axis=0), (len(target.pieces), 1))
     for i, found in zip(ids, texts, strict=True):
         if found:
-            out_VD[i] = rows_VD[found].mean(axis=0)
+            out_VD[i] = rows_VD[found].mean(axis=0) * (SEVERAL if len(found) > 1 else 1.0)
     for text, i in target.added.items():
         if text in source.added:
             out_VD[i] = rows_VD[source.added[text]]

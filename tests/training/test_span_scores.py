@@ -23,7 +23,7 @@ EXACT = 1e-6
 def two_tokenizers(root, method: str = "opd"):
     """A small run of the pair, whose prompts have more tokens than those of the embedded models."""
     config = small(pair(root), method)
-    config.rollout.max_prompt_tokens = 72
+    config.rollout.max_prompt_tokens = 120
     return config
 
 

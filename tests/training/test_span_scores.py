@@ -3,11 +3,10 @@
 import numpy as np
 import pytest
 
-from opd_jax import models, train
+from opd_jax import models, scoring, train
 from opd_jax.errors import ConfigError, ModelError
 from opd_jax.losses import spans
 from opd_jax.metrics.step import span_metrics
-from opd_jax.models import decoder
 from opd_jax.tools.probe.workload import make_plan
 from opd_jax.training import batch, model_limits, span_scores
 from opd_jax.training.setup import make_setup
@@ -115,20 +114,20 @@ def test_a_span_has_the_sums_of_both_models(tmp_path):
             assert mask_BT[row, first + own].all()
             assert (scores.spans.teacher_size_BT[row, first + own] == len(other)).all()
             joined += len(own) > 1 or len(other) > 1
-    assert joined > 5
+    assert joined > 2
     total = (advantage_BT / np.maximum(scores.spans.size_BT, 1))[mask_BT].sum()
     by_span = span_metrics(scores.spans, mask_BT, rollout.response_mask_BT)
     np.testing.assert_allclose(by_span["score/span_log_ratio"], total / mask_BT.sum(), rtol=1e-5)
 
 
 def logprobs(model: models.ModelConfig, params, ids: list[int], first: int) -> np.ndarray:
-    """Log-probs of ids[first:] over the model's own tokens; no row of padding has mass."""
-    tokens_BT = np.array([ids], np.int32)
-    hidden = decoder.hidden_states(params, model, tokens_BT, np.array([len(ids)], np.int32))
-    logits = np.asarray(decoder.logits(decoder.head(params), hidden))[0].astype(float)
-    known = logits[:, : max(model.eos_token_ids) + 1]  # the last special token is the end
-    log = known - np.log(np.exp(known).sum(axis=1, keepdims=True))
-    return np.array([log[t - 1, ids[t]] for t in range(first, len(ids))])
+    """Log-probs of ids[first:] over the model's own tokens, of which the last is the end; one row."""
+    tokens_BT = np.zeros((1, 320), np.int32)
+    tokens_BT[0, : len(ids)] = ids
+    length_B = np.array([len(ids)], np.int32)
+    known = model.eos_token_ids[0] + 1  # no row of padding has mass
+    logprob_BT = scoring.token_logprob(params, model, tokens_BT, length_B, vocabulary=known)
+    return np.asarray(logprob_BT, float)[0, first : len(ids)]
 
 
 def test_metrics_by_hand():

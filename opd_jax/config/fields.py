@@ -169,6 +169,12 @@ SECTIONS = (
         Field("temperature", 1.0, ABOVE_ZERO, "Logits of all models are divided by this before log-probs are "
               "taken, in advantage, ratio, KL and divergence alike (docs/objectives.md)."),
         Field("overlap_top_k", 16, COUNT, "k of the overlap metrics (2604.13016 uses 16)."),
+        Field("compare", "auto", Choices("opd_jax.data.vocabulary:COMPARISONS"),
+              "How log-probs of student and teacher are compared: by ids, or by spans of text where their "
+              "tokenizers differ (docs/spans.md); auto = by ids where both read every ordinary id alike."),
+        Field("span_room", 1.5, Range(0.5),
+              "Tokens of a response that the teacher reads where spans are compared, as a multiple of "
+              "rollout.max_response_tokens; the rest is not compared."),
         Field("special_tokens", "remap", Choices("opd_jax.data.vocabulary:SPECIAL_TOKENS"),
               "What is done with special ids that mean one thing to the student and another to the teacher "
               "(docs/models.md)."),

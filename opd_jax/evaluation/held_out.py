@@ -82,7 +82,7 @@ class HeldOut:
                 setup.teacher_tokenizer,
                 setup.teacher_prompts,
             )
-            width = setup.teacher_width - config.rollout.max_response_tokens
+            width = setup.teacher_width - setup.teacher_response
             ids = data.alone(min(tokenizer.size, model.vocab_size), model.eos_token_ids)
         else:
             params = self.functions.compute_weights(state.params)

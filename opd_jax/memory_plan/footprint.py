@@ -89,7 +89,12 @@ def prefill(workload: Workload, slots: int) -> Footprint:
 
 
 def score(workload: Workload) -> Footprint:
-    """A micro-batch through student, then teacher, then chunks of the logits of both."""
+    """A micro-batch through student, then teacher, then chunks of the logits of both.
+
+    With another tokenizer each model has programs of its own: of these the one with more temporaries.
+    """
+    if workload.teacher_vocabulary:
+        return max((score(one) for one in workload.alone), key=lambda one: one.temporary_bytes)
     rows, roles = workload.score_rows, ["student"]
     given = {"student": resident.weight_bytes(workload, "student")}
     if workload.teacher is not None:

@@ -121,7 +121,10 @@ def programs(workload: Workload) -> dict[str, footprint.Footprint]:
     if workload.rollouts:
         found["prefill"] = footprint.prefill(workload, workload.device_slots)
         found["decode"] = footprint.decode(workload, workload.device_slots)
-        found["score"] = footprint.score(workload)
+        if workload.teacher_vocabulary:
+            found["score"], found["teacher: score"] = map(footprint.score, workload.alone)
+        else:
+            found["score"] = footprint.score(workload)
         found["gradient on rollouts"] = footprint.gradient(workload)
     if workload.golden_divergence:
         found["golden score"] = footprint.score(workload.of_golden)

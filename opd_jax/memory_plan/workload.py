@@ -16,10 +16,12 @@ from opd_jax.models import ModelConfig, catalog
 from opd_jax.rollout.generate import Shapes
 from opd_jax.sharding import partition
 from opd_jax.sharding.mesh import Mesh, make_abstract_mesh
+from opd_jax.training.model_limits import teacher_response
 from opd_jax.training.optimizer import make_optimizer
 from opd_jax.training.setup import Setup
 from opd_jax.training.terms import Terms, make_terms
 
+_OF_ONE_FAMILY = 1_000  # ids by which vocabularies of one tokenizer family differ at most
 _ALL = 10**9  # held-out problems where all are measured: the plan opens no file
 
 
@@ -96,6 +98,8 @@ class Workload:
       golden_divergence: whether golden solutions are scored for a divergence of their own.
       golden_over_vocabulary, golden_support: as those of rollouts.
       tile: widths of batches are multiples of it.
+      teacher_vocabulary: ids of a teacher with another tokenizer, which scores its own rows alone; 0 where
+        the two share ids. teacher_response: its token budget of a response there.
     """
 
     student: ModelConfig
@@ -142,6 +146,8 @@ class Workload:
     golden_over_vocabulary: bool = False
     golden_support: int = 0
     tile: int = 1
+    teacher_vocabulary: int = 0
+    teacher_response: int = 0
 
     @property
     def of_golden(self) -> "Workload":
@@ -165,8 +171,22 @@ class Workload:
         return self.itemsize if role == "student" else getattr(self, f"{role}_itemsize")
 
     @property
+    def alone(self) -> "tuple[Workload, Workload]":
+        """Student and teacher as workloads of one model each, as they score by spans of text."""
+        assert self.teacher is not None
+        none: dict[str, Any] = {"teacher": None, "teacher_width": 0, "teacher_vocabulary": 0}
+        teacher = dataclasses.replace(
+            self, student=self.teacher, itemsize=self.teacher_itemsize, vocabulary=self.teacher_vocabulary,
+            prompt=self.teacher_width - self.teacher_response, response=self.teacher_response,
+            layout=dataclasses.replace(self.layout, student=self.layout.teacher), **none,
+        )  # fmt: skip
+        return dataclasses.replace(self, **none), teacher
+
+    @property
     def score_rows(self) -> int:
         """Rows of the widest micro-batch of scoring on a device."""
+        if self.teacher_vocabulary:
+            return max(one.score_rows for one in self.alone)
         return self._widest(self.batch, self.teacher_width)
 
     @property
@@ -227,6 +247,7 @@ class _Roles:
     teacher_width: int
     renumbered: bool
     problems: int
+    teacher_vocabulary: int = 0
 
 
 def of_config(config: ConfigDict, device: Device, devices: int) -> Workload:
@@ -239,7 +260,8 @@ def of_config(config: ConfigDict, device: Device, devices: int) -> Workload:
         config.data.train = "tiny:train"
     validate(config)
     terms = make_terms(config)
-    student, tokens = _architecture(config.student)
+    student, own = _architecture(config.student)
+    tokens, others = own, 0
     teacher = reference = None
     itself = config.teacher.path in ("student", config.student.path)
     if terms.needs_teacher:
@@ -252,11 +274,17 @@ def of_config(config: ConfigDict, device: Device, devices: int) -> Workload:
     data = config.data
     other_prompts = (data.teacher_prompt_template, data.teacher_system_prompt) != ("same", "same")
     separate = teacher is not None and (other_prompts or not itself)
-    width = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+    spans = False
+    if teacher is not None:  # without tokenizers: one family has about as many tokens
+        far = abs(own - others) > _OF_ONE_FAMILY and config.scoring.compare == "auto"
+        spans = far or config.scoring.compare == "spans"
+    width = config.rollout.max_prompt_tokens + teacher_response(config, spans=spans)
     roles = _Roles(
         student=student, teacher=teacher, reference=reference,
-        vocabulary=min(tokens, student.vocab_size), teacher_width=width * separate,
-        renumbered=not itself and config.scoring.special_tokens == "remap",
+        vocabulary=min(own if spans else tokens, student.vocab_size),
+        teacher_width=width * (separate or spans),
+        renumbered=not itself and config.scoring.special_tokens == "remap" and not spans,
+        teacher_vocabulary=others * spans,
         problems=(config.eval.problems or _ALL) if config.eval.data else 0,
     )  # fmt: skip
     return _workload(config, terms, roles, device, devices)
@@ -270,6 +298,7 @@ def of_setup(setup: Setup, device: Device, devices: int) -> Workload:
         reference=setup.reference if needs else None, vocabulary=setup.alignment.vocabulary,
         teacher_width=setup.teacher_width if setup.separate_prompts else 0,
         renumbered=setup.alignment.head_rows is not None, problems=len(setup.held_out),
+        teacher_vocabulary=setup.alignment.teacher.vocabulary if setup.alignment.teacher else 0,
     )  # fmt: skip
     return _workload(setup.config, setup.terms, roles, device, devices)
 
@@ -324,6 +353,8 @@ def _workload(
         golden_divergence=terms.golden_divergence != 0,
         golden_over_vocabulary=terms.golden_over_vocabulary,
         golden_support=_places(terms.golden_scored_support),
+        teacher_vocabulary=roles.teacher_vocabulary,
+        teacher_response=teacher_response(config, spans=bool(roles.teacher_vocabulary)),
     )  # fmt: skip
 
 

@@ -150,8 +150,14 @@ def _teacher_advantage(scores: Scores, mask_BT: np.ndarray, terms: Terms) -> np.
 
     In this order: the shape is a function of one token's log-probs, the clamp bounds what the shape returns,
     and the discount sums what the clamp returns. Each step is left out at its default.
+
+    Of a teacher with another tokenizer the log-probs are those of the token's span, for both models: the
+    span is one action. Each of the student's tokens has the span's whole advantage A, because
+    A grad log p(span) = A sum of grad log p(y_t) over its tokens; over the tokens of a span of n they sum
+    to n A. (Our own step below SimCT, 2605.07711, and GOLD, which compare distributions at a span.)
     """
-    teacher_BT = jnp.asarray(scores.teacher_logprob_BT)
+    by = scores if scores.spans is None else scores.spans
+    teacher_BT = jnp.asarray(by.teacher_logprob_BT)
     if terms.scores_reference:
         teacher_BT = losses.extrapolated(
             teacher_logprob_BT=teacher_BT,
@@ -160,7 +166,7 @@ def _teacher_advantage(scores: Scores, mask_BT: np.ndarray, terms: Terms) -> np.
         )
     shaped_BT = losses.shaped(
         teacher_logprob_BT=teacher_BT,
-        student_logprob_BT=jnp.asarray(scores.student_logprob_BT),
+        student_logprob_BT=jnp.asarray(by.student_logprob_BT),
         shape=terms.advantage_shape,
         value=terms.advantage_shape_value,
         reverse_kl_BT=scores.reverse_kl_BT,

@@ -9,15 +9,17 @@ import numpy as np
 
 from opd_jax import data, metrics, models
 from opd_jax.grading.grader import Grade, Grader, decided
+from opd_jax.losses import spans
 from opd_jax.metrics import repetition
 from opd_jax.metrics.timing import Clock
 from opd_jax.metrics.tracing import stage
 from opd_jax.rollout import Responses, read_responses
 from opd_jax.sharding import multihost
 from opd_jax.training import batch as rows
+from opd_jax.training import span_scores
 from opd_jax.training.setup import Setup
 from opd_jax.training.step_functions import StepFunctions
-from opd_jax.types import Rollout, Scores, TeacherRows
+from opd_jax.types import Rollout, Scores, TeacherRows, TextRows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +102,9 @@ class Collector:
     def understand(self, rollout: Rollout, scores: Scores, read: Responses) -> Experience:
         """Mark the tokens that count and those that repeat."""
         section, alignment = self.config.metrics, self.setup.alignment
+        mask_BT = rows.scored_mask(rollout, alignment.counted, self.setup.first_pieces)
+        if scores.spans is not None:  # a span counts where all of its tokens do
+            mask_BT = spans.closed(mask_BT=mask_BT, span_BT=scores.spans.span_BT)
         repeated_BT = repetition.repeated_mask(
             rollout,
             read.flagged_B,
@@ -111,7 +116,7 @@ class Collector:
         return Experience(
             rollout=rollout,
             scores=scores,
-            mask_BT=rows.scored_mask(rollout, alignment.counted, self.setup.first_pieces),
+            mask_BT=mask_BT,
             repeated_BT=repeated_BT,
             flagged_B=read.flagged_B,
             grades=read.grades,
@@ -137,17 +142,18 @@ class Collector:
 
     def _teacher_rows(
         self, rollout: Rollout, prompts: Sequence[Sequence[int]] | None
-    ) -> TeacherRows | None:
+    ) -> TeacherRows | TextRows | None:
         """Return the rollouts as the teacher reads them; None where it reads the student's rows."""
         setup, samples = self.setup, self.config.rollout.samples_per_prompt
         if prompts is None:
             return None
-        return rows.teacher_rows(
-            rollout,
-            [prompt for prompt in prompts for _ in range(samples)],
-            setup.alignment.teacher_ids,
-            width=setup.teacher_width,
-        )
+        grouped = [list(prompt) for prompt in prompts for _ in range(samples)]
+        width = setup.teacher_width
+        if setup.reader is not None:
+            return span_scores.text_rows(
+                rollout, grouped, setup.reader, width=width, response=setup.teacher_response
+            )
+        return rows.teacher_rows(rollout, grouped, setup.alignment.teacher_ids, width=width)
 
     def _read(self, rollout: Rollout, answers: list[str]) -> Responses:
         """Decode, grade and flag the responses; of several processes only the first one grades."""

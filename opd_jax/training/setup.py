@@ -24,6 +24,7 @@ from opd_jax.errors import ConfigError, ModelError
 from opd_jax.sharding import multihost
 from opd_jax.sharding.mesh import Mesh, make_mesh
 from opd_jax.training import horizon, model_limits
+from opd_jax.training.model_limits import teacher_response
 from opd_jax.training.roles import (
     architecture,
     ask_for_full_products,
@@ -39,6 +40,7 @@ from opd_jax.training.step_functions import StepSpec
 from opd_jax.training.terms import Terms, make_terms, warnings
 
 _GENERATED_CHECKED = 2048  # of generated problems: their prompts are all alike
+_SPANS_CHECKED = 128  # texts in which spans are counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Setup:
       student_style, teacher_style: prompt templates of both.
       separate_prompts: whether the teacher reads prompts or ids of its own.
       alignment: which ids mean the same to both.
+      reader: how a teacher with another tokenizer reads responses; None where the two share ids.
       first_pieces: groups of ids whose first occurrence in a response is not scored.
       golden_end: end token of golden solutions.
       width, teacher_width: tokens of a row, prompt and response together.
@@ -74,6 +77,7 @@ class Setup:
     teacher_style: data.PromptStyle
     separate_prompts: bool
     alignment: data.Alignment
+    reader: data.Reader | None
     first_pieces: tuple[tuple[int, ...], ...]
     golden_end: int
     width: int
@@ -101,6 +105,11 @@ class Setup:
             mesh=self.mesh,
             tile=hardware.tile(gpu=jax.default_backend() == "gpu"),
         )
+
+    @property
+    def teacher_response(self) -> int:
+        """Most tokens of a response in the teacher's rows."""
+        return teacher_response(self.config, spans=self.reader is not None)
 
     def read(self, problems: list[data.Problem]) -> data.Batch:
         """Tokenize the problems of a step."""
@@ -137,7 +146,7 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
     reference_ends: tuple[int, ...] = ()
     if has_path:
         reference_ends = reference_end_ids(reference, reference_section.path, tokenizer)
-    teacher, teacher_tokenizer = None, tokenizer
+    teacher, teacher_tokenizer, reader = None, tokenizer, None
     used = ["student"] + terms.needs_teacher * ["teacher"] + terms.needs_reference * ["reference"]
     notes = ask_for_full_products([config[role].dtype for role in used])
     notes += data.prompt_notes("student", tokenizer)
@@ -148,11 +157,17 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
             data.Vocabulary(tokenizer, student.vocab_size, student.eos_token_ids),
             data.Vocabulary(teacher_tokenizer, teacher.vocab_size, teacher.eos_token_ids),
         )
-        alignment = data.align(
-            *vocabularies, special_tokens=config.scoring.special_tokens,
-            end=end, reference_ends=reference_ends,
-        )  # fmt: skip
-        notes += data.alignment_report(alignment, *vocabularies)
+        if by_spans(config, *vocabularies):
+            model_limits.check_spans(config, terms)
+            alignment, reader = data.align_text(
+                *vocabularies, end=end, reference_ends=reference_ends
+            )
+        else:
+            alignment = data.align(
+                *vocabularies, special_tokens=config.scoring.special_tokens,
+                end=end, reference_ends=reference_ends,
+            )  # fmt: skip
+            notes += data.alignment_report(alignment, *vocabularies)
     else:
         vocabulary = min(tokenizer.size, student.vocab_size)
         alignment = data.alone(
@@ -232,10 +247,12 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
         separate_prompts=teacher is not None
         and (
             styles[0] != styles[1]
+            or reader is not None
             or bool(alignment.differing)
             or not same_prompts(tokenizer, teacher_tokenizer)
         ),
         alignment=alignment,
+        reader=reader,
         first_pieces=first_pieces,
         golden_end=end,
         width=config.rollout.max_prompt_tokens + config.rollout.max_response_tokens,
@@ -249,10 +266,36 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
         notes=notes,
     )
     setup = _with_data(setup, train, held_out)
+    if reader is not None:
+        setup.notes.extend(_span_notes(setup, reader, *vocabularies))
     if setup.held_out:
-        longest = setup.teacher_width - config.rollout.max_response_tokens
+        longest = setup.teacher_width - setup.teacher_response
         model_limits.check_held_out(config, student, teacher, teacher_prompt=longest)
     return setup
+
+
+def by_spans(config: ConfigDict, student: data.Vocabulary, teacher: data.Vocabulary) -> bool:
+    """Return whether the two are compared by spans of text: as configured, or where ordinary ids differ."""
+    compare = config.scoring.compare
+    return compare == "spans" or (compare == "auto" and not data.share_ids(student, teacher))
+
+
+def _span_notes(
+    setup: Setup, reader: data.Reader, student: data.Vocabulary, teacher: data.Vocabulary
+) -> list[str]:
+    """Return what the start of a run logs about spans, measured on solutions or, without, on problems."""
+    problems = [setup.train[i] for i in range(min(len(setup.train), _SPANS_CHECKED))]
+    texts = [problem.solution for problem in problems if problem.solution]
+    what = "golden solutions" if texts else "problems"
+    texts = texts or [problem.question for problem in problems]
+    return data.spans_report(
+        setup.alignment,
+        reader,
+        student,
+        teacher,
+        texts,
+        source=f"{len(texts)} {what} of data.train",
+    )
 
 
 def _temperatures(config: ConfigDict, terms: Terms) -> list[str]:
@@ -312,7 +355,7 @@ def _with_data(setup: Setup, train: data.Problems, benchmark: data.Problems | No
         teacher_prompts=setup.teacher_style.prompts(held_out, setup.teacher_tokenizer),
         jump_problems=jump_problems,
         jump_prompts=setup.student_style.prompts(jump_problems, setup.tokenizer),
-        teacher_width=longest + config.rollout.max_response_tokens,
+        teacher_width=longest + setup.teacher_response,
         notes=notes,
     )
 
@@ -415,8 +458,10 @@ def _misfit(setup: Setup, prompt: list[int], teacher_prompt: list[int]) -> Misfi
     if setup.teacher is not None:
         rows = {"teacher": setup.teacher.vocab_size}
         misfit = teacher_misfit(
-            len(teacher_prompt), setup.teacher.max_position, rollout.max_response_tokens
+            len(teacher_prompt), setup.teacher.max_position, setup.teacher_response
         )
+        if misfit and setup.reader is not None:
+            misfit = misfit[0], misfit[1] + ", or a smaller --config.scoring.span_room"
         misfit = misfit or unknown_id(
             teacher_prompt, setup.teacher_tokenizer, what="teacher's prompt", rows=rows
         )

@@ -24,10 +24,19 @@ from opd_jax.rollout import programs as rollout_programs
 from opd_jax.scoring import Models, ScoreSpec
 from opd_jax.sharding.mesh import ONE, Mesh
 from opd_jax.sharding.partition import unwrapped
-from opd_jax.training import batch, objective, update
+from opd_jax.training import batch, objective, span_scores, update
 from opd_jax.training.optimizer import make_optimizer, make_schedule
 from opd_jax.training.terms import Terms
-from opd_jax.types import Frozen, GoldenRows, Rollout, RolloutRows, Scores, TeacherRows, TrainState
+from opd_jax.types import (
+    Frozen,
+    GoldenRows,
+    Rollout,
+    RolloutRows,
+    Scores,
+    TeacherRows,
+    TextRows,
+    TrainState,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,13 +78,7 @@ class StepSpec:
     @property
     def events(self) -> Events:
         """The outcomes over which the sampler, the scorer and the losses normalise log-probs."""
-        scored, ends = self.alignment.scored, self.alignment.ends
-        return Events(
-            vocabulary=self.alignment.vocabulary,
-            scored_V=None if scored.all() else scored,
-            ends=None if ends is None or ends.one_token else ends,
-            temperature=self.config.scoring.temperature,
-        )
+        return _events(self.alignment, self.config.scoring.temperature)
 
     @property
     def sampling(self) -> SamplingParams:
@@ -128,6 +131,16 @@ class StepSpec:
             statistic=None,
             keep_hidden=terms.golden_over_vocabulary,
         )
+
+    @property
+    def text_scoring(self) -> ScoreSpec | None:
+        """What is computed of each token of the rows of a teacher with another tokenizer, if there is one."""
+        own = self.alignment.teacher
+        if own is None:
+            return None
+        section = self.config.scoring
+        events = _events(own, section.temperature)
+        return ScoreSpec(top_k=1, token_chunk=section.token_chunk, events=events)
 
     def models(
         self, student: Params, teacher: Params | None, reference: Params | None = None
@@ -213,11 +226,16 @@ class StepFunctions:
         student: Params,
         teacher: Params | None,
         rollout: Rollout,
-        teacher_rows: TeacherRows | None = None,
+        teacher_rows: TeacherRows | TextRows | None = None,
         reference: Params | None = None,
     ) -> Scores:
-        """Score rollouts with the student and, where a term needs them, teacher and reference."""
+        """Score rollouts with the student and, where a term needs them, teacher and reference.
+
+        A teacher with another tokenizer scores rows of its own, and is compared by spans of text.
+        """
         spec = self.spec
+        if isinstance(teacher_rows, TextRows):
+            return self._score_text(student, teacher, rollout, teacher_rows)
         return scoring.score(
             spec.models(student, teacher, reference), rollout.tokens_BT, rollout.length_B, spec.scoring,
             first_B=rollout.prompt_length_B, teacher_rows=teacher_rows,
@@ -243,6 +261,27 @@ class StepFunctions:
         """Return zeros with the shapes and dtypes of the scores of so many golden solutions."""
         models = self.spec.models(unwrapped(student), unwrapped(teacher))
         return _blank_scores(self.spec, models, self.spec.golden_scoring, count)
+
+    def _score_text(
+        self, student: Params, teacher: Params | None, rollout: Rollout, rows: TextRows
+    ) -> Scores:
+        """Score rollouts with the student, and the teacher's rows of them with the teacher; join by spans."""
+        spec = self.spec
+        models = spec.models(student, teacher)
+        assert models.teacher is not None, "the rows of a teacher: there is none"
+        assert spec.text_scoring is not None
+        more: dict[str, Any] = {
+            "microbatch_tokens": spec.config.optim.microbatch_tokens, "mesh": spec.mesh,
+        }  # fmt: skip
+        mine = scoring.score(
+            Models(models.student), rollout.tokens_BT, rollout.length_B, spec.scoring,
+            first_B=rollout.prompt_length_B, **more,
+        )  # fmt: skip
+        theirs = scoring.score(
+            Models(models.teacher), rows.tokens_BT, rows.length_B, spec.text_scoring,
+            first_B=rows.first_B, **more,
+        )  # fmt: skip
+        return span_scores.joined(mine, theirs, rows)
 
     def weigh(self, counted_BT: np.ndarray) -> Any:
         """Return the weight of each rollout token in the loss; see `losses.token_weights`."""
@@ -278,10 +317,7 @@ class StepFunctions:
             out += rollout_programs(
                 models.student, spec.rollouts, spec.sampling, batching=spec.batching
             )
-            out += scoring.programs(
-                models, spec.rollouts, spec.width, spec.scoring, teacher_width=spec.teacher_width,
-                microbatch_tokens=spec.config.optim.microbatch_tokens, mesh=mesh,
-            )  # fmt: skip
+            out += self._score_programs(models)
         if terms.golden_divergence:
             scored = scoring.programs(
                 spec.models(student, teacher), spec.config.rollout.prompts_per_step, spec.width,
@@ -298,6 +334,31 @@ class StepFunctions:
         out += self.accumulate.programs(params, frozen, rollout_rows, golden_rows, weights)
         limited = bool(spec.config.guard.spike) and spec.config.guard.spike_action == "skip"
         return [*out, self.update.program(state, limited=limited)]
+
+    def _score_programs(self, models: Models) -> list[Program]:
+        """Return the programs that score: all models together, or each on its own rows."""
+        spec = self.spec
+        more: dict[str, Any] = {
+            "microbatch_tokens": spec.config.optim.microbatch_tokens, "mesh": spec.mesh,
+        }  # fmt: skip
+        if spec.text_scoring is None:
+            return scoring.programs(
+                models,
+                spec.rollouts,
+                spec.width,
+                spec.scoring,
+                teacher_width=spec.teacher_width,
+                **more,
+            )
+        assert models.teacher is not None, "the rows of a teacher: there is none"
+        out = []
+        for whose, model, width, asked in (
+            ("", models.student, spec.width, spec.scoring),
+            ("teacher: ", models.teacher, spec.teacher_width, spec.text_scoring),
+        ):
+            found = scoring.programs(Models(model), spec.rollouts, width, asked, **more)
+            out += [dataclasses.replace(one, name=whose + one.name) for one in found]
+        return out
 
     @property
     def _begin(self) -> Any:
@@ -340,6 +401,16 @@ def make_step_functions(spec: StepSpec) -> StepFunctions:
     )
 
 
+def _events(ids: data.Alignment, temperature: float) -> Events:
+    """Return the outcomes over which log-probs are normalised."""
+    return Events(
+        vocabulary=ids.vocabulary,
+        scored_V=None if ids.scored.all() else ids.scored,
+        ends=None if ids.ends is None or ids.ends.one_token else ids.ends,
+        temperature=temperature,
+    )
+
+
 def _model(config: ModelConfig | None, params: Params | None) -> Model | None:
     """Join weights to their architecture; None without weights."""
     if params is None:
@@ -351,6 +422,8 @@ def _model(config: ModelConfig | None, params: Params | None) -> Model | None:
 def _blank_rollout_rows(spec: StepSpec, student: Any, teacher: Any, reference: Any) -> RolloutRows:
     """Return zeros with the shapes and dtypes of one update's minibatch of rollouts."""
     count = spec.rollouts // spec.config.optim.updates_per_rollout
+    if spec.alignment.teacher is not None:
+        teacher = None  # its scores meet the student's on the host
     models = spec.models(unwrapped(student), unwrapped(teacher), unwrapped(reference))
     rollout = _blank_rollout(spec, count)
     zeros_BT = rollout.sampler_logprob_BT

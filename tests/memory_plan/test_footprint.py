@@ -40,6 +40,20 @@ def test_what_several_devices_add():
 
 
 @pytest.mark.short
+def test_a_teacher_with_another_tokenizer_scores_alone():
+    """20 ids of its own, one row of 3 + 9 tokens in 16, where the student has two of 8."""
+    given = workload(score_chunk=16, teacher_vocabulary=20, teacher_width=12, teacher_response=9)
+    student, teacher = map(footprint.score, given.alone)
+    assert student.arguments == {"student": 2 * P, "rows": 4 * 16}
+    assert student.temporaries["logits"] == 2 * CHUNK
+    assert teacher.arguments == {"student": 2 * P, "rows": 4 * 12}
+    assert teacher.temporaries["logits"] == 4 * 12 * 20
+    assert footprint.score(given) == teacher
+    assert given.score_rows == 2
+    assert set(report.programs(given)) >= {"score", "teacher: score"}
+
+
+@pytest.mark.short
 def test_scoring_is_busiest_in_its_logits():
     found = footprint.score(workload(score_chunk=16))
     assert found.arguments == {"student": 2 * P, "teacher": 2 * P, "rows": 4 * 16}

@@ -108,10 +108,11 @@ def settings(**values):
             {"loss.golden_divergence": 1.0, "loss.pg_weight": 0.0, "loss.beta_kl": 0.0},
             marks=pytest.mark.slow,
         ),
+        pytest.param({"scoring.compare": "spans", "scoring.span_room": 1.0}, marks=pytest.mark.slow),
     ],
     ids=["stable_opd", "full, slots, two updates", "extrapolation, evidence, copies",
          "support, other prompts", "gate, token weight", "horizon, jumps, cut",
-         "soft labels that fall to 0", "soft labels alone"],
+         "soft labels that fall to 0", "soft labels alone", "spans of text"],
 )  # fmt: skip
 def test_a_run_meets_no_program_that_was_not_compiled_ahead(
     folders, tmp_path, own_cache, changes, monkeypatch, caplog

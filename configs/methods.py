@@ -32,6 +32,11 @@ _FORWARD = {  # beside the surrogate
     "loss.direction": "forward",
     "loss.support": "teacher",
 }
+_GOLDEN = {
+    "loss.pg_weight": 0.0,
+    "loss.golden_divergence": 1.0,
+    "loss.aggregation": "sequence",  # the default: it applies to rollouts, of which there are none
+}
 _AOPD = _FORWARD | {
     "loss.top_k": 10,  # second-hand, one source
     "loss.gate": "advantage",  # second-hand
@@ -187,11 +192,17 @@ METHODS: dict[str, Method] = {
         _AOPD | {"loss.gate_threshold": -0.1},  # second-hand, one source
     ),
     "tropd": Method(
-        "2606.01249; without its term on the teacher's own prefixes (weight .001), which is not built",
+        "2606.01249; one note anneals the length of the teacher's prefixes instead of the weight",
         _FORWARD
         | {
             "loss.top_k": 64,  # second-hand
             "loss.gate": "acceptance",  # second-hand
+            # The third term, on the teacher's own prefixes: the golden solutions are to be the teacher's.
+            "loss.golden_divergence": 0.001,  # second-hand
+            "loss.golden_direction": "forward",  # second-hand
+            "loss.golden_support": "teacher",  # inferred: that of the term on rollouts
+            "loss.golden_top_k": 64,  # inferred likewise
+            "loss.golden_steps": 200,  # second-hand: a cosine to 0; that over the whole run is inferred
         },
         run={
             "optim.learning_rate": 5e-6,  # second-hand
@@ -199,6 +210,38 @@ METHODS: dict[str, Method] = {
             "rollout.samples_per_prompt": 4,  # second-hand
             "rollout.max_response_tokens": 8096,  # second-hand
         },
+    ),
+    # Prefix source x direction (2605.16826): the fourth cell, on the student's prefixes, is `full_opd`.
+    "soft_kd": Method(
+        "2605.16826: the teacher's distribution on golden solutions, forward",
+        _GOLDEN,
+    ),
+    "offline_rl": Method(
+        "2605.16826: reverse KL on golden solutions",
+        _GOLDEN | {"loss.golden_direction": "reverse"},  # second-hand
+    ),
+    "dagger": Method(
+        "2605.16826: forward KL on the student's own rollouts",
+        _DIVERGENCE | {"loss.direction": "forward"},  # second-hand
+    ),
+    "brts": Method(
+        "2605.09725 and its code (dp_actor.py, teacher_selection.py); launch/sample.py chooses its golden "
+        "solutions",
+        {
+            "loss.advantage": "support",  # found in the code: the weighted log-ratios of 2604.13016's code
+            "loss.support": "student",  # found
+            "loss.top_k": 16,  # found
+            "loss.golden_divergence": 10.0,  # found in the paper; .05 in the code, where it is off by default
+            "loss.golden_direction": "forward",  # found
+            "loss.golden_support": "teacher",  # found
+            "loss.golden_top_k": 16,  # found
+            # Found in the code: q alone is divided by its mass, which gives this form's gradient.
+            "loss.golden_form": "teacher_renormalised",
+            "sample.choose": "overlap",  # found
+            "sample.choose_top_k": 16,  # found
+            "sample.samples": 4,  # unknown
+        },
+        run={"optim.learning_rate": 1e-6},  # found
     ),
     # Weights of tokens. What each multiplies is that of the source where it says so.
     "iw_opd": Method(
@@ -284,6 +327,33 @@ METHODS: dict[str, Method] = {
     "correct_opd": Method(
         "a control: the correct rollouts alone, an arm of the audit that read 2607.04037",
         {"loss.rollout_gate": "correct"},  # second-hand
+    ),
+    # The outcome of a rollout in the teacher's advantage.
+    "uni_opd": Method(
+        "2605.03677, its code (margin_shift.py) and scripts; without its balancing of rollouts",
+        {
+            "loss.outcome": "margin",  # found
+            "loss.outcome_value": 0.4,  # found in the scripts
+            "loss.advantage_clamp": 10.0,  # found in the scripts
+            "loss.clip_high": 0.28,  # found in the scripts
+        },
+        run={
+            "optim.learning_rate": 1e-6,  # found
+            "rollout.prompts_per_step": 64,  # found
+            "rollout.samples_per_prompt": 16,  # found
+            "rollout.max_response_tokens": 16_384,  # found
+        },
+    ),
+    "scope": Method(
+        "2604.10688, Eqs. 2 to 6",
+        {
+            "loss.outcome": "route",  # found
+            "loss.outcome_value": 1.0,  # found
+        },
+        run={
+            "rollout.temperature": 0.6,  # found
+            "rollout.max_response_tokens": 12_288,  # found
+        },
     ),
     # Verifiable rewards, alone and with a teacher that is the student shown the solution.
     "grpo": Method("2402.03300", _REWARD, run=_LUFFY, teacher=NOBODY),
@@ -375,6 +445,10 @@ def _fit_tiny(config: ConfigDict, name: str) -> None:
     """What the generated problems and the small vocabulary of `tiny` need."""
     if config.loss.support != "full":
         config.loss.top_k = 4  # of 308 ids, 8 of which hold 99.99 % of the mass
+    if config.loss.golden_support != "full":
+        config.loss.golden_top_k = 4
+    if config.sample.choose == "overlap":
+        config.sample.choose_top_k = 4
     if config.loss.token_weight == "step":
         config.loss.token_weight_window = 8  # its solutions are one paragraph
     if config.rollout.samples_per_prompt == 8:

@@ -11,6 +11,7 @@ import math
 import pathlib
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from opd_jax import checkpoint, data, workdir
@@ -24,7 +25,7 @@ from opd_jax.memory_plan import run as planning
 from opd_jax.metrics.timing import used_bytes
 from opd_jax.metrics.tracing import Tracer, stage
 from opd_jax.sharding import multihost
-from opd_jax.training import collapse_detector, collapse_guard, nonfinite, precompile
+from opd_jax.training import collapse_detector, collapse_guard, nonfinite, precompile, selftest
 from opd_jax.training.setup import Setup, make_setup
 from opd_jax.training.step import Step, StepState, Summary, require_equal_replicas
 from opd_jax.training.step_functions import StepFunctions, make_step_functions
@@ -33,6 +34,7 @@ from opd_jax.types import TrainState
 from opd_jax.workdir import console
 from opd_jax.workdir.stop import Stop
 from opd_jax.workdir.trackers import Log, require
+from opd_jax.workdir.watchdog import Watchdog
 
 _NEWS = ("eval/", "guard/")  # keys that are logged at every step that has them
 
@@ -92,7 +94,8 @@ def run(
     functions = make_step_functions(setup.spec)
     _require_disk(functions, folder, first or 0)
     _end_if_requested(stop, "before anything was loaded")
-    with failures.explained(folder, plan):
+    with failures.explained(folder, plan), Watchdog(config.watchdog) as watchdog:
+        watchdog.begin("start")
         # A broken file is refused before anything is written.
         with stage("load"):
             weights = load_weights(setup, student=first is None)
@@ -107,7 +110,7 @@ def run(
         ):
             if multihost.first():  # only process 0 grades
                 grader.start()
-            training = _Run(setup, functions, weights, folder, grader, saved, stop)
+            training = _Run(setup, functions, weights, folder, grader, saved, stop, watchdog)
             with contextlib.closing(training.log), contextlib.closing(training.samples):
                 return training.loop()
 
@@ -124,10 +127,11 @@ class _Run:
         grader: Grader,
         saved: checkpoint.Checkpoints,
         stop: Stop,
+        watchdog: Watchdog,
     ):
         config = setup.config
         self.setup, self.config, self.folder = setup, config, folder
-        self.saved, self.stop = saved, stop
+        self.saved, self.stop, self.watchdog = saved, stop, watchdog
         self.weights, self.functions = weights, functions
         self.step = Step(setup, self.functions, weights, grader, folder)
         self.held_out = HeldOut(setup, self.functions, weights, folder, grader)
@@ -176,11 +180,13 @@ class _Run:
         tracer = Tracer(self.folder, config.profile, memory=used_bytes)
         if precompile.worthwhile():
             programs = self.functions.programs(
-                self.weights.scorer, self.weights.reference, self._weights()
+                self.weights.scorer, self.weights.reference, self._weights(step + 1)
             )
             progress.say(
                 f"{len(programs)} programs compiled in {precompile.compile_all(programs):.1f} s"
             )
+        if selftest.wanted(config.guard.self_test, jax.default_backend()):
+            self._test_itself()
         if step:
             progress.say(f"resumed at step {step}")
         if self.cut_short and (summary := self.held_out.summary(step)):
@@ -196,12 +202,13 @@ class _Run:
         last, pace = False, resume.Pace()
         while step < config.steps and not last:
             step += 1
+            self.watchdog.begin("step", step)
             with tracer.step(step):
                 self.state, row, sampled = self.step(
                     step,
                     self.state,
                     next(self.batches),
-                    self._weights(),
+                    self._weights(step),
                     masking=collapse_guard.masking(self.guard, self.rules),
                 )
             if config.guard.copies and step % config.guard.copies == 0:
@@ -226,6 +233,7 @@ class _Run:
             self._finish(step, row, sampled, due=due, last=last)
             if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
                 self._save(step)
+        self.watchdog.begin("end", step)
         tracer.stop()
         table = self.held_out.table(step, self.state.train) if self.held_out else {}
         if table and "student before" not in table:
@@ -239,6 +247,18 @@ class _Run:
         progress.say(f"written to {self.folder}")
         return Result(self.state.train, table)
 
+    def _test_itself(self) -> None:
+        """Compare sampler and scorer before the first step. Raises SelfTestError where they differ."""
+        self.watchdog.begin("self-test", self.first)
+        params, functions = self.state.train.params, self.functions
+        student = functions.compute_weights(params)
+        teacher = functions.teacher_weights(self.weights.scorer, self.state.train, student)
+        with stage("self-test"):
+            found = selftest.run(self.setup, functions, student, teacher, self.weights.reference)
+        if found is not None:
+            self.progress.say(selftest.line(found))
+            selftest.require(found)
+
     def _finish(
         self, step: int, row: Summary, sampled: list[dict], *, due: bool, last: bool = False
     ) -> None:
@@ -251,6 +271,7 @@ class _Run:
 
     def _evaluate(self, step: int) -> Summary:
         """Evaluate the current student, print the result, keep it if best; return the `eval/*` keys."""
+        self.watchdog.begin("evaluation", step)
         summary = self.held_out.evaluate(step, self.state.train)
         self.progress.say(f"step {step}: {console.headline(summary)}")
         self._keep_best(step, summary)
@@ -268,6 +289,7 @@ class _Run:
 
     def _save(self, step: int, pending: resume.Pending | None = None) -> None:
         """Start writing a checkpoint; the log lines before it are flushed to the disk first."""
+        self.watchdog.begin("checkpoint", step)
         self.log.sync()
         self.samples.sync()
         guard, every = collapse_guard.to_json(self.guard), self.config.checkpoint.every
@@ -323,10 +345,10 @@ class _Run:
             self._keep_best(step, summary)  # a discarded step may have replaced it
         return step
 
-    def _weights(self) -> dict[str, float]:
-        """Return the weight of each term, as configured or as strengthened by the guard."""
+    def _weights(self, step: int) -> dict[str, float]:
+        """Return the weight of each term at a step, as configured or as strengthened by the guard."""
         beta_kl, lambda_gold = collapse_guard.terms(self.guard, self.rules)
-        return self.setup.terms.weights | {"reference_kl": beta_kl, "sft": lambda_gold}
+        return self.setup.terms.weights_at(step) | {"reference_kl": beta_kl, "sft": lambda_gold}
 
 
 def _schedule_moved(folder: pathlib.Path, config: ConfigDict) -> list[str]:

@@ -231,11 +231,21 @@ class RolloutRows(flax.struct.PyTreeNode):
 
 
 class GoldenRows(flax.struct.PyTreeNode):
-    """Golden solutions as inputs of the update; fields as in `RolloutRows`."""
+    """Golden solutions as inputs of the update; fields as in `RolloutRows`.
+
+    Attributes:
+      tokens_BT, length_B, weight_BT: of all tokens of the solutions, as the supervised term counts them.
+      divergence_weight_BT: likewise for the divergence, which counts those that both models score; None,
+        as are the next two, where no term has a divergence on golden solutions.
+      teacher_hidden_BTD, support: for that divergence.
+    """
 
     tokens_BT: Array
     length_B: Array
     weight_BT: Array
+    divergence_weight_BT: Array = None
+    teacher_hidden_BTD: Array = None
+    support: Support | None = None
 
 
 class TrainState(flax.struct.PyTreeNode):

@@ -124,6 +124,8 @@ class Checkpoints:
             self._manager.check_for_errors()
 
     def _remove(self, steps: list[int]) -> None:
+        # Each process lists the folder for itself, and a network disk may show them different listings.
+        steps = multihost.from_first(lambda: steps)
         if not steps:
             return
         if multihost.first():

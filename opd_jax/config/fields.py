@@ -202,6 +202,28 @@ SECTIONS = (
         *(Field(role, "replicated", SWITCH,
                 f"Compute weights of the {role}: whole on every device, or a slice on each device of fsdp.")
           for role in ("student", "teacher", "reference")),
+        Field("allocator", "default", Choices("opd_jax.hardware:ALLOCATORS"),
+              "What gives a GPU's memory to arrays: JAX's own choice (default), a pool (bfc), CUDA's pool "
+              "(cuda_async), pages that need not be neighbours (vmm), or no pool (platform, address)."),
+    )),
+    Section("processes", "Several processes of one run (docs/multi_gpu.md).", (
+        Field("connect_seconds", 300.0, ABOVE_ZERO, "Time limit for all processes to connect at the start."),
+        Field("heartbeat_seconds", 100, COUNT,
+              "A process that sends no heartbeat for so long is lost, and the others end."),
+        Field("share_programs", False, None,
+              "Whether, on GPUs, process 0 compiles programs of several processes and sends them to the "
+              "others, so that all run the same kernels."),
+    )),
+    Section("watchdog", "Phases of a run that take far too long (docs/reliability.md).", (
+        Field("action", "report", Choices(("off", "report", "end")),
+              "What is done about a late phase: report prints it with the stacks of all threads, end also "
+              "ends the process with status 75."),
+        Field("factor", 10.0, Range(above=1),
+              "A phase (a step, an evaluation, a checkpoint) is late after this multiple of the median "
+              "duration of its kind."),
+        Field("seconds", 600.0, ABOVE_ZERO, "A phase is never late before so many seconds."),
+        Field("first_seconds", 3600.0, ABOVE_ZERO,
+              "The first two phases of a kind, which may compile, are late after so many seconds."),
     )),
     Section("guard", "Collapse (docs/guard.md) and numbers that are not finite (docs/reliability.md).", (
         Field("action", "off", Choices(guard_limits.ACTIONS),
@@ -229,6 +251,8 @@ SECTIONS = (
               "What is done about a spike: log it, or leave the update out."),
         Field("copies", 0, FROM_ZERO,
               "Steps between checks that replicated weights agree across devices; 0 = never."),
+        Field("self_test", "gpu", Choices(("off", "gpu", "always")),
+              "When a start compares sampler and scorer on a few tokens: never, on GPUs, or on any device."),
     )),
     Section("eval", "Answers to held-out problems and to benchmarks (docs/evaluation.md).", (
         Field("every", 0, FROM_ZERO, "Steps between evaluations in training; 0 = only before and after."),
@@ -313,6 +337,13 @@ SECTIONS = (
         Field("top_k", 0, FROM_ZERO, "Number of likeliest ids that are sampled among; 0 = all."),
         Field("max_response_tokens", 0, FROM_ZERO,
               "Longest solution, in tokens; 0 = rollout.max_response_tokens."),
+        Field("choose", "all", Choices(("all", "overlap", "likelihood")),
+              "Solutions that stay of several to a problem: all, or one, a correct one first: that whose "
+              "tokens overlap most with the student's likeliest (2605.09725), or the one that is likeliest "
+              "to the student."),
+        Field("choose_top_k", 16, COUNT, "overlap: the student's ids at a position (2605.09725: 16)."),
+        Field("hint", "", None,
+              "Template with {answer} of one more prompt, where no solution is correct; empty = none."),
         Field("keep_wrong", False, None,
               "Whether solutions stay whose answer is wrong or cannot be read."),
         Field("keep_repetitive", False, None, "Whether solutions stay that metrics.repetition_* flag."),

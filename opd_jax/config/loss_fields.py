@@ -24,6 +24,8 @@ SHAPE_NUMBERS = {
     "power": ABOVE_ZERO, "floor": Range(above=0, below=0.5), "skew": Range(above=0, below=1),
     "unlikely": Range(above=0, below=1),
 }
+# The number of a rule by outcomes, likewise.
+OUTCOME_NUMBERS = {"margin": FROM_ZERO, "route": ABOVE_ZERO}
 ADVANTAGES = Choices(("sampled", "support"), refused=dict.fromkeys(CONSTANT, TEACHES_NOTHING))
 
 LOSS = Section("loss", "The loss: a method is a set of these numbers (docs/objectives.md).", (
@@ -57,6 +59,13 @@ LOSS = Section("loss", "The loss: a method is a set of these numbers (docs/objec
           "Whether the ratio is turned round, so that a token counts more if the teacher likes it less."),
     Field("evidence_correct_only", False, None,
           "Whether only rollouts with a positive group advantage are weighted so."),
+    Field("outcome", "none", Choices("opd_jax.losses:OUTCOMES"),
+          "How a rollout's outcome changes the teacher's advantage: margin shifts correct and other rollouts "
+          "of a prompt apart (2605.03677); route keeps it for incorrect rollouts and gives correct ones 1, "
+          "both weighted by perplexity (2604.10688)."),
+    Field("outcome_value", 0.0, FROM_ZERO,
+          "margin: the least difference of mean advantages (2605.03677: 0.4); route: the temperature of the "
+          "weights (2604.10688: 1)."),
     Field("support_weight", "student", Choices("opd_jax.losses:SUPPORT_WEIGHTS"),
           "Distribution that weights the ids of the support in the advantage."),
     Field("clip_low", 0.2, SHARE, "The ratio is clipped at 1 - clip_low."),
@@ -116,6 +125,17 @@ LOSS = Section("loss", "The loss: a method is a set of these numbers (docs/objec
     Field("rollout_gate_margin", 0.0, FROM_ZERO,
           "Least difference of the rollout's log-likelihoods for agreement, in nats (2607.04037: 0)."),
     Field("lambda_gold", 0.0, FROM_ZERO, "Weight of the supervised loss on golden solutions."),
+    Field("golden_divergence", 0.0, FROM_ZERO,
+          "Weight of the divergence D(student, teacher) on golden solutions (soft labels)."),
+    Field("golden_direction", "forward", Choices("opd_jax.losses:DIRECTIONS"),
+          "Its direction; jsd_beta, skew and reverse_share apply to both divergences."),
+    Field("golden_support", "full", Choices("opd_jax.scoring.topk:SUPPORTS"),
+          "Ids that it is taken over, as support on rollouts."),
+    Field("golden_top_k", 16, COUNT, "k of that set."),
+    Field("golden_form", "raw", Choices("opd_jax.losses:FORMS"),
+          "What is done about the mass outside that set, as form on rollouts."),
+    Field("golden_steps", 0, FROM_ZERO,
+          "Steps over which its weight falls to 0 along a cosine; 0 = it stays."),
     Field("beta_kl", 0.0, FROM_ZERO, "Weight of KL(student || reference) on visited prefixes."),
     Field("kl_estimator", "full", Choices("opd_jax.losses:ESTIMATORS"),
           "How that KL is taken: over the full vocabulary, or estimated from the sampled token."),

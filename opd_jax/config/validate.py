@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from opd_jax.config import guard_limits
 from opd_jax.config.fields import FIELDS
-from opd_jax.config.loss_fields import SHAPE_NUMBERS
+from opd_jax.config.loss_fields import OUTCOME_NUMBERS, SHAPE_NUMBERS
 from opd_jax.config.no_effect import unused
 from opd_jax.config.schema import check, wrong
 from opd_jax.config.trees import EVALUATION, SAMPLING, TRAINING
@@ -29,7 +29,7 @@ def validate(config: ConfigDict) -> None:
         )
     if config.eval.best == "matched" and not config.eval.match:
         raise wrong("eval.match", "''", "a regular expression, for eval.best=matched")
-    weights = ("pg_weight", "divergence_weight", "lambda_gold", "beta_kl")
+    weights = ("pg_weight", "divergence_weight", "lambda_gold", "golden_divergence", "beta_kl")
     if not any(config.loss[name] for name in weights):
         raise ConfigError(
             f"loss.{', loss.'.join(weights)} are all 0, wanted one above 0: nothing would be "
@@ -66,6 +66,29 @@ def validate_sampling(config: ConfigDict) -> None:
             f"sample.samples={config.sample.samples} with sample.temperature=0 gives the same "
             "solution every time; set --config.sample.samples=1 or a temperature above 0"
         )
+    _check_choice(config.sample)
+
+
+def _check_choice(section: ConfigDict) -> None:
+    """Rules about the choice of one solution of several."""
+    if section.choose == "all" and (section.hint or section.choose_top_k != 16):
+        field, usual = ("hint", "''") if section.hint else ("choose_top_k", 16)
+        raise ConfigError(
+            f"sample.{field}={section[field]} has no effect: sample.choose=all; leave it at {usual}, or "
+            "set --config.sample.choose=overlap"
+        )
+    if section.choose == "likelihood" and section.choose_top_k != 16:
+        raise ConfigError(
+            f"sample.choose_top_k={section.choose_top_k} has no effect: sample.choose=likelihood; leave it "
+            "at 16, or set --config.sample.choose=overlap"
+        )
+    if section.choose != "all" and section.samples < 2 and not section.hint:
+        raise ConfigError(
+            f"sample.samples={section.samples} with sample.choose={section.choose}, wanted 2 or more: there "
+            "is nothing to choose from; set --config.sample.samples=4"
+        )
+    if section.hint and "{answer}" not in section.hint:
+        raise wrong("sample.hint", repr(section.hint), "a template with {answer}, or nothing")
 
 
 def validate_evaluation(config: ConfigDict) -> None:
@@ -110,11 +133,12 @@ def _check_loss(config: ConfigDict) -> None:
     loss = config.loss
     by_teacher = loss.pg_weight and loss.teacher_coef
     by_evidence = loss.pg_weight and loss.group_coef and loss.evidence_share
-    if (by_teacher or by_evidence or loss.divergence_weight) and not config.teacher.path:
+    divergences = loss.divergence_weight or loss.golden_divergence
+    if (by_teacher or by_evidence or divergences) and not config.teacher.path:
         raise wrong(
             "teacher.path", "''",
-            "a Hugging Face folder (loss.teacher_coef, loss.divergence_weight or loss.evidence_share "
-            "is above 0)",
+            "a Hugging Face folder (loss.teacher_coef, loss.divergence_weight, loss.golden_divergence "
+            "or loss.evidence_share is above 0)",
         )  # fmt: skip
     if loss.pg_weight and not (loss.teacher_coef or loss.group_coef):
         raise ConfigError(
@@ -139,22 +163,33 @@ def _check_loss(config: ConfigDict) -> None:
                 f"loss.{field}={loss[field]} has no effect: {why}; leave it at {usual}, or set {change}"
             )
     _check_shape(loss)
-    if loss.form == "teacher_renormalised" and loss.direction != "forward":
+    _check_outcome(config)
+    _check_divergence(loss, "", present=bool(loss.divergence_weight))
+    _check_divergence(loss, "golden_", present=bool(loss.golden_divergence))
+
+
+def _check_divergence(loss: ConfigDict, prefix: str, *, present: bool) -> None:
+    """Rules between direction, form and support of the divergence whose fields begin with `prefix`."""
+    direction, form, support, k = (
+        loss[f"{prefix}{name}"] for name in ("direction", "form", "support", "top_k")
+    )
+    field = f"loss.{prefix}"
+    if form == "teacher_renormalised" and direction != "forward":
         raise ConfigError(
-            f"loss.form=teacher_renormalised with loss.direction={loss.direction}, wanted forward: only "
-            "there it is known (2603.07079); set --config.loss.direction=forward, or "
-            "--config.loss.form=renormalised for another direction"
+            f"{field}form=teacher_renormalised with {field}direction={direction}, wanted forward: only "
+            f"there it is known (2603.07079); set --config.{field}direction=forward, or "
+            f"--config.{field}form=renormalised for another direction"
         )
-    if loss.form == "stop_gradient" and loss.direction != "reverse":
+    if form == "stop_gradient" and direction != "reverse":
         raise ConfigError(
-            f"loss.form=stop_gradient with loss.direction={loss.direction}, wanted reverse: elsewhere "
-            "it would stop the whole gradient; set --config.loss.direction=reverse"
+            f"{field}form=stop_gradient with {field}direction={direction}, wanted reverse: elsewhere "
+            f"it would stop the whole gradient; set --config.{field}direction=reverse"
         )
-    single = loss.top_k == 1 and loss.support in ("student", "teacher", "intersection")
-    if loss.divergence_weight and single and loss.form == "renormalised":
+    single = k == 1 and support in ("student", "teacher", "intersection")
+    if present and single and form == "renormalised":
         raise ConfigError(
-            "loss.top_k=1 with loss.form=renormalised: over one id every renormalised distribution is "
-            "1, so the divergence is 0 and teaches nothing; set --config.loss.top_k=16"
+            f"{field}top_k=1 with {field}form=renormalised: over one id every renormalised distribution "
+            f"is 1, so the divergence is 0 and teaches nothing; set --config.{field}top_k=16"
         )
 
 
@@ -179,6 +214,22 @@ def _check_shape(loss: ConfigDict) -> None:
             f"loss.extrapolation={loss.extrapolation} with loss.advantage_shape={shape}, wanted a shape "
             "of the log-ratio alone: an extrapolated teacher is not a normalised distribution; set "
             "--config.loss.advantage_shape=log_ratio, or --config.loss.extrapolation=1"
+        )
+
+
+def _check_outcome(config: ConfigDict) -> None:
+    """Rules about the outcome of rollouts in the teacher's advantage."""
+    rule, value = config.loss.outcome, config.loss.outcome_value
+    numbers = OUTCOME_NUMBERS.get(rule)
+    if numbers is not None and not numbers.holds(value):
+        raise ConfigError(
+            f"loss.outcome_value={value} with loss.outcome={rule}, wanted {numbers.wanted(0.0)}; set "
+            "--config.loss.outcome_value=1"
+        )
+    if rule == "margin" and config.rollout.samples_per_prompt < 2:
+        raise ConfigError(
+            "rollout.samples_per_prompt=1 with loss.outcome=margin, wanted 2 or more: correct rollouts "
+            "are compared with others of their prompt; set --config.rollout.samples_per_prompt=4"
         )
 
 

@@ -99,6 +99,7 @@ class HeldOut:
                     slots=config.eval.slots or config.rollout.slots or 256,
                     max_prompt_tokens=width,
                     mesh=setup.mesh,
+                    tile=setup.spec.tile,
                 ),
                 grader=self.grader,
                 protocol=self.protocol(prompts, ids),

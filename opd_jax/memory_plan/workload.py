@@ -94,6 +94,9 @@ class Workload:
       reference_scores: whether rollouts are scored with the reference.
       reference_in_update: whether the update reads the reference, where there is one.
       gated: whether the divergence has a gate, one more number a token.
+      golden_divergence: whether golden solutions are scored for a divergence of their own.
+      golden_over_vocabulary, golden_support: as those of rollouts.
+      tile: widths of batches are multiples of it.
       teacher_vocabulary: ids of a teacher with another tokenizer, which scores its own rows alone; 0 where
         the two share ids. teacher_response: its token budget of a response there.
     """
@@ -137,8 +140,24 @@ class Workload:
     reference_scores: bool = False
     reference_in_update: bool = True
     gated: bool = False
+    golden_divergence: bool = False
+    golden_over_vocabulary: bool = False
+    golden_support: int = 0
+    tile: int = 1
     teacher_vocabulary: int = 0
     teacher_response: int = 0
+
+    @property
+    def of_golden(self) -> "Workload":
+        """The workload whose rollouts are the golden solutions of a step: what scores and learns from them.
+
+        The weight of each token in their divergence is one more number, as a gate is on rollouts.
+        """
+        return dataclasses.replace(
+            self, batch=self.golden * self.updates, over_vocabulary=self.golden_over_vocabulary,
+            support=self.golden_support, support_arrays=2, gated=self.golden_divergence,
+            reference=None, reference_scores=False, reference_in_update=False,
+        )  # fmt: skip
 
     @property
     def width(self) -> int:
@@ -207,7 +226,7 @@ class Workload:
         replicas = self.layout.rows
         widest = microbatches.shapes(
             batch, width=self.width, tokens=self.microbatch_tokens, teacher_width=teacher_width,
-            replicas=replicas,
+            replicas=replicas, tile=self.tile,
         )[0]  # fmt: skip
         return widest.count // replicas
 
@@ -323,22 +342,25 @@ def _workload(
         asks_teacher=teacher is not None and config.eval.teacher,
         steps=config.steps, layout=layout,
         optimizer=make_optimizer(optim, config.steps * optim.updates_per_rollout),
-        support=_places(terms),
+        support=_places(terms.scored_support),
         # ids, and of a divergence the teacher's log-probs, of a surrogate the sampler's and advantages
         support_arrays=1 + (terms.divergence_weight != 0) + 2 * terms.on_support,
         reference_scores=terms.scores_reference,
         reference_in_update="reference_kl" in terms.names,
-        gated=terms.gated,
+        gated=terms.gated, tile=hardware.tile(gpu=device.gpu),
+        golden_divergence=terms.golden_divergence != 0,
+        golden_over_vocabulary=terms.golden_over_vocabulary,
+        golden_support=_places(terms.golden_scored_support),
         teacher_vocabulary=roles.teacher_vocabulary,
         teacher_response=teacher_response(config, spans=bool(roles.teacher_vocabulary)),
     )  # fmt: skip
 
 
-def _places(terms: Terms) -> int:
+def _places(support: tuple[str, int] | None) -> int:
     """Ids of a token's support: of one model's, or of both models'."""
-    if terms.scored_support is None:
+    if support is None:
         return 0
-    name, k = terms.scored_support
+    name, k = support
     return k * (2 if name in ("union", "symmetric_difference") else 1)
 
 

@@ -34,11 +34,14 @@ class Readout(flax.struct.PyTreeNode):
         so that the gradient of a float32 one is summed in float32.
       hidden_BTD: final hidden states.
       role: student, teacher or reference: whose end tokens count as the end.
+      ids: of the first readout of `sum_tokens`: whether the function also receives `id_logprob`, the log-prob
+        of the token itself, for which every id is an event of its own.
     """
 
     head_VD: Array
     hidden_BTD: Array
     role: str = flax.struct.field(pytree_node=False, default="student")
+    ids: bool = flax.struct.field(pytree_node=False, default=False)
 
 
 def map_tokens(
@@ -110,7 +113,7 @@ def sum_tokens(
     """
     index_NC, chunks = _packed(tokens_BT, weight_BT > 0, token_chunk)
     student, *others = readouts
-    role = student.role
+    role, ids = student.role, student.ids
     inputs = _Inputs(
         index_NC, chunks, others, tokens_BT, dict(per_token), weight_BT, dict(scale), events
     )
@@ -123,6 +126,10 @@ def sum_tokens(
             logprobs.append(_log_softmax(_logits(of, index_C), of.role, inputs.events))
         extras = {name: _at(x_BT, index_C) for name, x_BT in inputs.per_token.items()}
         token_C = inputs.events.of_tokens(_at(inputs.tokens_BT, index_C))
+        if ids:
+            every_id = Events(vocabulary=inputs.events.vocabulary)
+            id_CV = _log_softmax(logit_CV, role, every_id)
+            extras["id_logprob"] = take(id_CV, _at(inputs.tokens_BT, index_C))
         values = fn(*logprobs, token_C=token_C, **extras)
         weight_C = _at(inputs.weight_BT, index_C)
         sums = {name: _weighted_sum(x_C, weight_C) for name, x_C in values.items()}

@@ -55,6 +55,7 @@ class ScoreSpec(flax.struct.PyTreeNode):
       support: the name of a support (topk.SUPPORTS) and its own k, for losses over one; None without.
       statistic: a name of `STATISTICS` and its k, for token weights; None without.
       keep_hidden: keep the teacher's hidden states, for losses over the whole vocabulary.
+      tile: widths of micro-batches are multiples of it (hardware.tile).
     """
 
     top_k: int = flax.struct.field(pytree_node=False)
@@ -63,6 +64,7 @@ class ScoreSpec(flax.struct.PyTreeNode):
     support: tuple[str, int] | None = flax.struct.field(pytree_node=False, default=None)
     statistic: tuple[str, int] | None = flax.struct.field(pytree_node=False, default=None)
     keep_hidden: bool = flax.struct.field(pytree_node=False, default=False)
+    tile: int = flax.struct.field(pytree_node=False, default=1)
 
 
 def teacher_states(
@@ -134,7 +136,7 @@ def score(
     in_flight = []
     for part in microbatches.split(
         length_B, width=tokens_BT.shape[1], tokens=microbatch_tokens, teacher=teacher_rows,
-        replicas=mesh.replicas,
+        replicas=mesh.replicas, tile=spec.tile,
     ):  # fmt: skip
         tokens, length, first = microbatches.gather((tokens_BT, length_B, first_B), part)
         other = None if teacher_rows is None else microbatches.gather_teacher(teacher_rows, part)
@@ -166,7 +168,7 @@ def programs(
     out = []
     for part in microbatches.shapes(
         batch, width=width, tokens=microbatch_tokens, teacher_width=teacher_width,
-        replicas=mesh.replicas,
+        replicas=mesh.replicas, tile=spec.tile,
     ):  # fmt: skip
         length_B = np.zeros(part.count, np.int32)
         tokens_BT = np.zeros((part.count, part.width), np.int32)

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opd_jax import losses, metrics
+from opd_jax import data, losses, metrics
 from opd_jax.errors import ShapeError
 from opd_jax.grading.grader import Grade, decided
+from opd_jax.losses import outcome
 from opd_jax.losses.gates import REPLACING
 from opd_jax.models import decoder
 from opd_jax.training.terms import Terms
@@ -104,14 +105,17 @@ def advantages(
 ) -> np.ndarray:
     """Return the advantage of each sampled token; float32 [B, T], 0 on tokens that are not scored.
 
-    w (teacher_coef * A_teacher + group_coef * A_group). A_teacher is that of `_teacher_advantage` (over a
-    support it is `losses.support_advantage`, not here). A_group is that of the `reward` (None where no term
-    needs it), times the teacher's evidence where that has a share; the share may fall with the run's `step`.
-    `factor_BT` multiplies A_teacher. w is the truncated importance weight.
+    w (teacher_coef * A_teacher + group_coef * A_group). A_teacher is that of `_teacher_advantage`, changed by
+    `_by_outcome` (over a support it is `losses.support_advantage`, not here). A_group is that of the `reward`
+    (None where no term or rule needs it), times the teacher's evidence where that has a share; the share may
+    fall with the run's `step`. `factor_BT` multiplies A_teacher. w is the truncated importance weight.
     """
     total_BT = np.zeros(mask_BT.shape, np.float32)
     if terms.pg_weight and terms.teacher_coef and not terms.on_support:
         teacher_BT = _teacher_advantage(scores, mask_BT, terms)
+        if terms.outcome != "none":
+            assert reward is not None
+            teacher_BT = _by_outcome(teacher_BT, scores, mask_BT, terms, reward)
         if factor_BT is not None:
             teacher_BT = teacher_BT * factor_BT
         total_BT += terms.teacher_coef * teacher_BT
@@ -177,6 +181,41 @@ def _teacher_advantage(scores: Scores, mask_BT: np.ndarray, terms: Terms) -> np.
     return np.asarray(advantage_BT)
 
 
+def _by_outcome(
+    teacher_BT: np.ndarray,
+    scores: Scores,
+    mask_BT: np.ndarray,
+    terms: Terms,
+    reward: Reward,
+) -> np.ndarray:
+    """Return the teacher's advantage of each token as the outcome of its rollout changes it; [B, T].
+
+    Means are over the tokens of `mask_BT`, of what the shape, the clamp and the discount return.
+    """
+    length_B = np.sum(mask_BT, axis=1)
+    correct_B, known_B = np.asarray(reward.reward_B) > 0, length_B > 0
+    if reward.graded_B is not None:
+        known_B = known_B & reward.graded_B
+
+    def mean(values_BT: np.ndarray) -> np.ndarray:
+        total_B = np.sum(np.where(mask_BT, values_BT, 0.0), axis=1, dtype=float)
+        return total_B / np.maximum(length_B, 1)
+
+    given = {"correct_B": correct_B, "known_B": known_B, "group": reward.group}
+    with np.errstate(invalid="ignore", over="ignore"):  # scores that are not finite skip the update
+        if terms.outcome == "margin":
+            shift_B = outcome.margin_shift(
+                mean_B=mean(teacher_BT), margin=terms.outcome_value, **given
+            )
+            return teacher_BT + shift_B[:, None]
+        weight_B = outcome.route_weights(
+            student_mean_B=mean(np.asarray(scores.student_logprob_BT)),
+            teacher_mean_B=mean(np.asarray(scores.teacher_logprob_BT)),
+            temperature=terms.outcome_value, **given,
+        )  # fmt: skip
+        return weight_B[:, None] * np.where(correct_B[:, None], 1.0, teacher_BT)
+
+
 def rollout_rows(
     rollout: Rollout,
     scores: Scores,
@@ -229,11 +268,48 @@ def rollout_rows(
     )
 
 
+def as_rollout(
+    prompts: Sequence[Sequence[int]], solutions: Sequence[Sequence[int]], *, width: int
+) -> Rollout:
+    """Return golden solutions, end tokens included, as rollouts, so that they are scored as rollouts are.
+
+    Nothing of this run sampled them: the sampler's log-probs are 0. Raises DataError for a row that does not
+    fit `width`.
+    """
+    tokens_BT, length_B, _ = data.golden_rows(prompts, solutions, width=width)
+    return Rollout(
+        tokens_BT=tokens_BT,
+        length_B=length_B,
+        prompt_length_B=np.array([len(prompt) for prompt in prompts], np.int32),
+        sampler_logprob_BT=np.zeros(tokens_BT.shape, np.float32),
+        outcome_B=np.full(len(length_B), Outcome.EOS, np.int32),
+    )
+
+
 def golden_rows(
-    tokens_BT: np.ndarray, length_B: np.ndarray, mask_BT: np.ndarray, *, weigh: Weigh
+    golden: Rollout,
+    *,
+    weigh: Weigh,
+    scores: Scores | None = None,
+    scored_BT: np.ndarray | None = None,
 ) -> GoldenRows:
-    """Return golden solutions (see data.golden_rows) as rows for the update."""
-    return GoldenRows(tokens_BT=tokens_BT, length_B=length_B, weight_BT=np.asarray(weigh(mask_BT)))
+    """Return golden solutions (see `as_rollout`) as rows for the update.
+
+    `scores` are those of both models on them, for a divergence, which counts the tokens in `scored_BT`.
+    """
+    rows = GoldenRows(
+        tokens_BT=golden.tokens_BT,
+        length_B=golden.length_B,
+        weight_BT=np.asarray(weigh(golden.response_mask_BT)),
+    )
+    if scores is None:
+        return rows
+    assert scored_BT is not None
+    return rows.replace(
+        divergence_weight_BT=np.asarray(weigh(scored_BT)),
+        teacher_hidden_BTD=scores.teacher_hidden_BTD,
+        support=scores.support,
+    )
 
 
 def share(rows: Rows, index: int, parts: int, *, weigh: Weigh) -> Rows:
@@ -256,7 +332,11 @@ def share(rows: Rows, index: int, parts: int, *, weigh: Weigh) -> Rows:
         return x[index * size : (index + 1) * size]
 
     rows = jax.tree.map(one, rows)
-    return _folded(rows.replace(weight_BT=np.asarray(weigh(rows.weight_BT > 0))))
+    rows = rows.replace(weight_BT=np.asarray(weigh(rows.weight_BT > 0)))
+    if isinstance(rows, GoldenRows) and rows.divergence_weight_BT is not None:
+        again_BT = np.asarray(weigh(rows.divergence_weight_BT > 0))
+        rows = rows.replace(divergence_weight_BT=again_BT)
+    return _folded(rows)
 
 
 def _folded(rows: Rows) -> Rows:

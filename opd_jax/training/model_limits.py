@@ -26,6 +26,7 @@ def check_spans(config: ConfigDict, terms: Terms) -> None:
     one_token = "which needs both models' log-prob of a single token"
     for field, value, why, change in (
         ("loss.divergence_weight", terms.divergence_weight, over_ids, "--config.loss.divergence_weight=0"),
+        ("loss.golden_divergence", terms.golden_divergence, over_ids, "--config.loss.golden_divergence=0"),
         ("loss.advantage", terms.on_support and loss.advantage, over_ids, "--config.loss.advantage=sampled"),
         ("loss.advantage_shape", loss.advantage_shape == "baseline" and "baseline",
          "whose baseline is a KL over one vocabulary", "--config.loss.advantage_shape=log_ratio"),
@@ -64,6 +65,7 @@ def check_rollouts(
             config.scoring.overlap_top_k if teacher and alignment.teacher is None else 0,
         ),
         ("loss.top_k", config.loss.top_k if terms.scored_support else 0),
+        ("loss.golden_top_k", config.loss.golden_top_k if terms.golden_scored_support else 0),
     ):
         if k > scored:
             raise ConfigError(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from opd_jax import data, hardware, host_memory, models
@@ -16,6 +17,7 @@ from opd_jax.data.length_filter import (
     prompt_misfit,
     teacher_misfit,
     unknown_id,
+    unread_misfit,
     without_misfits,
 )
 from opd_jax.errors import ConfigError, ModelError
@@ -24,6 +26,7 @@ from opd_jax.training import model_limits
 from opd_jax.training.model_limits import teacher_response
 from opd_jax.training.roles import (
     architecture,
+    ask_for_full_products,
     compute_dtype,
     golden_end,
     open_model,
@@ -96,6 +99,7 @@ class Setup:
             dtype=compute_dtype(self.config.student.dtype),
             teacher_width=self.teacher_width if self.separate_prompts else 0,
             mesh=self.mesh,
+            tile=hardware.tile(gpu=jax.default_backend() == "gpu"),
         )
 
     @property
@@ -139,7 +143,9 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
     if has_path:
         reference_ends = reference_end_ids(reference, reference_section.path, tokenizer)
     teacher, teacher_tokenizer, reader = None, tokenizer, None
-    notes = data.prompt_notes("student", tokenizer)
+    used = ["student"] + terms.needs_teacher * ["teacher"] + terms.needs_reference * ["reference"]
+    notes = ask_for_full_products([config[role].dtype for role in used])
+    notes += data.prompt_notes("student", tokenizer)
     if terms.needs_teacher:
         teacher, teacher_tokenizer = open_model(config.teacher, today)
         notes += data.prompt_notes("teacher", teacher_tokenizer)
@@ -356,6 +362,7 @@ def _fitting(
     alike = problems.generated and not shows_solution and not golden
     count = min(len(problems), _GENERATED_CHECKED) if alike else len(problems)
     longest = setup.config.rollout.max_prompt_tokens
+    unread = _unread_tokens(setup) if golden and setup.terms.golden_divergence else {}
 
     def misfits(block: list[data.Problem]) -> list[Misfit | None]:
         nonlocal longest
@@ -376,12 +383,35 @@ def _fitting(
                 )
                 for i, reason in enumerate(reasons)
             ]  # fmt: skip
+            if setup.terms.golden_divergence:
+                reasons = [
+                    reason or _unread(setup, problem, unread)
+                    for problem, reason in zip(block, reasons, strict=True)
+                ]
         pairs = zip(teacher_prompts, reasons, strict=True)
         longest = max([longest, *(len(ids) for ids, reason in pairs if reason is None)])
         return reasons
 
     skip = setup.config.data.bad_rows == "skip"
     return without_misfits(problems, misfits, field=field, count=count, skip=skip), longest
+
+
+def _unread_tokens(setup: Setup) -> dict[int, str]:
+    """Return the text of each id that means something else to the teacher; rollouts never hold them."""
+    ids = np.flatnonzero(~setup.alignment.drawn).tolist()
+    texts = {i: setup.tokenizer.decode([i], special=True) for i in ids}
+    # A piece of a character has no text of its own: it may be in any solution.
+    return {i: "" if "\ufffd" in text else text for i, text in texts.items()}
+
+
+def _unread(setup: Setup, problem: data.Problem, unread: dict[int, str]) -> Misfit | None:
+    """Return why the teacher cannot read a golden solution as the student does, or None."""
+    return unread_misfit(
+        problem,
+        lambda: setup.student_style.golden([problem], setup.tokenizer)[0],
+        unread=unread,
+        response=setup.config.rollout.max_response_tokens if setup.separate_prompts else None,
+    )
 
 
 def _misfit(setup: Setup, prompt: list[int], teacher_prompt: list[int]) -> Misfit | None:

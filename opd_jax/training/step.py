@@ -22,10 +22,10 @@ from opd_jax.training import nonfinite, update, variants
 from opd_jax.training.experience import Collector, Experience
 from opd_jax.training.setup import Setup
 from opd_jax.training.step_functions import StepFunctions
-from opd_jax.training.terms import Terms
+from opd_jax.training.terms import ON_GOLDEN, Terms
 from opd_jax.training.token_factor import divergence_gate, measured, token_factor
 from opd_jax.training.weights import Weights
-from opd_jax.types import Frozen, RolloutRows, TrainState
+from opd_jax.types import Frozen, GoldenRows, RolloutRows, TrainState
 
 Summary = dict[str, float]
 
@@ -97,19 +97,25 @@ class Step:
         """
         terms, clock = self.setup.terms, Clock()
         before = update.applied(state.train)
-        experience = rollout_rows = golden_rows = student = head = None
+        experience = rollout_rows = golden_rows = student = teacher = None
         metrics, lines, tokens = Summary(), list[dict](), 0.0
+        if terms.needs_rollouts or terms.golden_divergence:
+            student, teacher = self._scorers(state.train)
         if terms.needs_rollouts:
-            experience, student, head = self._collect(number, state.train, batch, clock)
+            assert student is not None
+            experience = self._collect(number, student, teacher, batch, clock)
             with stage("rows"):
                 rollout_rows, lines, news = self._rollout_rows(number, experience, batch, masking)
                 metrics |= measured(rollout_rows) | news
-        if batch.golden and weights["sft"]:
-            golden = data.golden_rows(batch.prompts, batch.golden, width=self.setup.width)
-            golden_rows = rows.golden_rows(*golden, weigh=self.functions.weigh_golden)
+        if batch.golden and any(weights[name] for name in ON_GOLDEN):
+            golden_rows = self._golden_rows(batch, weights, student, teacher, clock)
             tokens += sum(map(len, batch.golden))
         reference = self.weights.reference if "reference_kl" in terms.names else None
-        inputs = update.Inputs(Frozen(reference, head), rollout_rows, golden_rows, weights)
+        frozen = Frozen(reference, self._head(teacher))
+        del teacher
+        if self.setup.mesh.devices is None:
+            student = None  # on one device the update casts layer by layer
+        inputs = update.Inputs(frozen, rollout_rows, golden_rows, weights)
         unusable = False
         if experience is not None:
             state, news, unusable = self._check_scores(number, state, experience)
@@ -134,27 +140,67 @@ class Step:
         # metrics.jsonl holds finite numbers only; guard/skipped counts the updates with others.
         return state, {k: x for k, x in metrics.items() if math.isfinite(x)}, lines
 
-    def _collect(
-        self, number: int, state: TrainState, batch: data.Batch, clock: Clock
-    ) -> tuple[Experience, models.Params | None, Any]:
-        """Roll out, score and grade; also return the weights that the update shares with scoring.
-
-        Those are the student's compute weights (on several devices), and the teacher's output matrix (for a
-        divergence over the full vocabulary).
-        """
+    def _scorers(self, state: TrainState) -> tuple[models.Params, models.Params | None]:
+        """Return the compute weights of the student and of the teacher, None where no term needs it."""
         student = self.functions.compute_weights(state.params)
-        teacher = self.functions.teacher_weights(self.weights.scorer, state, student)
+        return student, self.functions.teacher_weights(self.weights.scorer, state, student)
+
+    def _collect(
+        self,
+        number: int,
+        student: models.Params,
+        teacher: models.Params | None,
+        batch: data.Batch,
+        clock: Clock,
+    ) -> Experience:
+        """Roll out, score and grade."""
         key = key_for(self.config.seed, number, Stream.ROLLOUT)
-        experience = self.collector.collect(
+        return self.collector.collect(
             student, teacher, batch, key=key, clock=clock, reference=self.weights.reference
         )
-        head = None
-        if teacher is not None and self.setup.terms.over_vocabulary:
-            head = decoder.head_alone(teacher)
-            if self.weights.scorer is None:  # the update may donate these buffers
-                head = jax.tree.map(jnp.copy, head)
-        on_one_device = self.setup.mesh.devices is None  # there the update casts layer by layer
-        return experience, None if on_one_device else student, head
+
+    def _head(self, teacher: models.Params | None) -> Any:
+        """Return the teacher's output matrix, for a divergence over the full vocabulary; None without one."""
+        if teacher is None or not self.setup.terms.reads_head:
+            return None
+        head = decoder.head_alone(teacher)
+        if self.weights.scorer is None:  # the update may donate these buffers
+            head = jax.tree.map(jnp.copy, head)
+        return head
+
+    def _golden_rows(
+        self,
+        batch: data.Batch,
+        weights: Mapping[str, float],
+        student: models.Params | None,
+        teacher: models.Params | None,
+        clock: Clock,
+    ) -> GoldenRows:
+        """Return golden solutions as rows for the update, with both models' scores for a divergence.
+
+        Where that divergence is compiled in and its weight is 0, blank scores keep the program the same.
+        """
+        setup, weigh = self.setup, self.functions.weigh_golden
+        golden = rows.as_rollout(batch.prompts, batch.golden, width=setup.width)
+        if "golden_divergence" not in setup.terms.names:
+            return rows.golden_rows(golden, weigh=weigh)
+        assert student is not None
+        scored_BT = rows.scored_mask(golden, setup.alignment.counted, setup.first_pieces)
+        if not weights["golden_divergence"]:
+            scores = self.functions.blank_golden_scores(student, teacher, len(batch.golden))
+            return rows.golden_rows(
+                golden, weigh=weigh, scores=scores, scored_BT=np.zeros_like(scored_BT)
+            )
+        teacher_rows = None
+        if batch.teacher_prompts is not None:
+            teacher_rows = rows.teacher_rows(
+                golden, batch.teacher_prompts, setup.alignment.teacher_ids,
+                width=setup.teacher_width,
+            )  # fmt: skip
+        with stage("score"):
+            scores = self.functions.score_golden(student, teacher, golden, teacher_rows)
+        clock.lap("score_golden", golden.response_length_B.sum())
+        return rows.golden_rows(golden, weigh=weigh, scores=scores, scored_BT=scored_BT)
 
     def _rollout_rows(
         self, number: int, experience: Experience, batch: data.Batch, masking: bool

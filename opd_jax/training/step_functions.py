@@ -51,6 +51,7 @@ class StepSpec:
       dtype: compute dtype of the student.
       teacher_width: tokens of the teacher's own rows; 0 where it reads the student's.
       mesh: the devices.
+      tile: widths of batches are multiples of it (hardware.tile).
     """
 
     config: ConfigDict
@@ -62,6 +63,7 @@ class StepSpec:
     dtype: Any
     teacher_width: int = 0
     mesh: Mesh = ONE
+    tile: int = 1
 
     @property
     def width(self) -> int:
@@ -103,6 +105,7 @@ class StepSpec:
             slots=section.slots or None,
             max_prompt_tokens=section.max_prompt_tokens,
             mesh=self.mesh,
+            tile=self.tile,
         )
 
     @property
@@ -115,6 +118,17 @@ class StepSpec:
             support=self.terms.scored_support,
             statistic=self.terms.scored_statistic,
             keep_hidden=self.terms.over_vocabulary,
+            tile=self.tile,
+        )
+
+    @property
+    def golden_scoring(self) -> ScoreSpec:
+        """What is computed of each token of golden solutions."""
+        terms = self.terms
+        return self.scoring.replace(
+            support=terms.golden_scored_support,
+            statistic=None,
+            keep_hidden=terms.golden_over_vocabulary,
         )
 
     @property
@@ -125,7 +139,7 @@ class StepSpec:
             return None
         section = self.config.scoring
         events = _events(own, section.temperature)
-        return ScoreSpec(top_k=1, token_chunk=section.token_chunk, events=events)
+        return ScoreSpec(top_k=1, token_chunk=section.token_chunk, events=events, tile=self.tile)
 
     def models(
         self, student: Params, teacher: Params | None, reference: Params | None = None
@@ -237,6 +251,26 @@ class StepFunctions:
         )  # fmt: skip
         return span_scores.joined(mine, theirs, rows)
 
+    def score_golden(
+        self,
+        student: Params,
+        teacher: Params | None,
+        golden: Rollout,
+        teacher_rows: TeacherRows | None = None,
+    ) -> Scores:
+        """Score golden solutions (`batch.as_rollout`) with student and teacher, for their divergence."""
+        spec = self.spec
+        return scoring.score(
+            spec.models(student, teacher), golden.tokens_BT, golden.length_B, spec.golden_scoring,
+            first_B=golden.prompt_length_B, teacher_rows=teacher_rows,
+            microbatch_tokens=spec.config.optim.microbatch_tokens, mesh=spec.mesh,
+        )  # fmt: skip
+
+    def blank_golden_scores(self, student: Params, teacher: Params | None, count: int) -> Scores:
+        """Return zeros with the shapes and dtypes of the scores of so many golden solutions."""
+        models = self.spec.models(unwrapped(student), unwrapped(teacher))
+        return _blank_scores(self.spec, models, self.spec.golden_scoring, count)
+
     def weigh(self, counted_BT: np.ndarray) -> Any:
         """Return the weight of each rollout token in the loss; see `losses.token_weights`."""
         aggregation, length = (
@@ -272,9 +306,16 @@ class StepFunctions:
                 models.student, spec.rollouts, spec.sampling, batching=spec.batching
             )
             out += self._score_programs(models)
+        if terms.golden_divergence:
+            scored = scoring.programs(
+                spec.models(student, teacher), spec.config.rollout.prompts_per_step, spec.width,
+                spec.golden_scoring, teacher_width=spec.teacher_width,
+                microbatch_tokens=spec.config.optim.microbatch_tokens, mesh=mesh,
+            )  # fmt: skip
+            out += [dataclasses.replace(one, name=f"golden {one.name}") for one in scored]
         if terms.needs_golden:
-            golden_rows = _blank_golden_rows(spec)
-        head = decoder.head_alone(teacher) if teacher and terms.over_vocabulary else None
+            golden_rows = _blank_golden_rows(spec, student, teacher)
+        head = decoder.head_alone(teacher) if teacher and terms.reads_head else None
         frozen = Frozen(reference if "reference_kl" in terms.names else None, head)
         frozen = mesh.structs(frozen, mesh.weights(frozen))
         params = state.params if mesh.devices is None else student
@@ -324,11 +365,11 @@ def make_step_functions(spec: StepSpec) -> StepFunctions:
         )
     if spec.terms.needs_golden:
         golden_loss = objective.make_golden_loss(
-            spec.student, vocabulary=spec.alignment.vocabulary, **shared
+            spec.terms, spec.student, events=spec.events, **shared
         )
     accumulate = update.make_accumulate(
         rollout_loss, golden_loss,
-        microbatch_tokens=optim.microbatch_tokens, dtype=spec.dtype, mesh=spec.mesh,
+        microbatch_tokens=optim.microbatch_tokens, dtype=spec.dtype, mesh=spec.mesh, tile=spec.tile,
     )  # fmt: skip
     updates = spec.config.steps * optim.updates_per_rollout
     optimizer = make_optimizer(optim, updates)
@@ -369,23 +410,13 @@ def _model(config: ModelConfig | None, params: Params | None) -> Model | None:
 def _blank_rollout_rows(spec: StepSpec, student: Any, teacher: Any, reference: Any) -> RolloutRows:
     """Return zeros with the shapes and dtypes of one update's minibatch of rollouts."""
     count = spec.rollouts // spec.config.optim.updates_per_rollout
-    shape = (count, spec.width)
-    tokens_BT, length_B = np.zeros(shape, np.int32), np.zeros(count, np.int32)
-    teacher_rows = None
-    if spec.alignment.teacher is not None:
-        teacher = None  # its scores meet the student's on the host
-    elif spec.teacher_width:
-        teacher_BT = np.zeros((count, spec.teacher_width), np.int32)
-        teacher_rows = TeacherRows(teacher_BT, length_B, length_B)
     models = spec.models(unwrapped(student), unwrapped(teacher), unwrapped(reference))
-    scores = jax.eval_shape(
-        scoring.score_part, models, tokens_BT, length_B, length_B, teacher_rows, spec.scoring
-    )
-    zeros_BT = np.zeros(shape, np.float32)
+    rollout = _blank_rollout(spec, count)
+    zeros_BT = rollout.sampler_logprob_BT
     return batch.rollout_rows(
-        Rollout(tokens_BT, length_B, length_B, zeros_BT, length_B),
-        jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), scores),
-        np.zeros(shape, bool),
+        rollout,
+        _blank_scores(spec, models, spec.scoring, count),
+        np.zeros(zeros_BT.shape, bool),
         zeros_BT,
         spec.terms,
         weigh=partial(losses.token_weights, aggregation="token", length=1),
@@ -393,10 +424,40 @@ def _blank_rollout_rows(spec: StepSpec, student: Any, teacher: Any, reference: A
     )
 
 
-def _blank_golden_rows(spec: StepSpec) -> GoldenRows:
+def _blank_golden_rows(spec: StepSpec, student: Any, teacher: Any) -> GoldenRows:
     """Return zeros with the shapes and dtypes of one update's minibatch of golden solutions."""
     count = spec.config.rollout.prompts_per_step // spec.config.optim.updates_per_rollout
-    shape = (count, spec.width)
-    return GoldenRows(
-        np.zeros(shape, np.int32), np.zeros(count, np.int32), np.zeros(shape, np.float32)
+    golden, scores = _blank_rollout(spec, count), None
+    if spec.terms.golden_divergence:
+        models = spec.models(unwrapped(student), unwrapped(teacher))
+        scores = _blank_scores(spec, models, spec.golden_scoring, count)
+    return batch.golden_rows(
+        golden,
+        weigh=partial(losses.token_weights, aggregation="token"),
+        scores=scores,
+        scored_BT=golden.response_mask_BT,
     )
+
+
+def _blank_rollout(spec: StepSpec, count: int) -> Rollout:
+    """Return so many empty rows."""
+    length_B = np.zeros(count, np.int32)
+    shape = (count, spec.width)
+    return Rollout(
+        np.zeros(shape, np.int32), length_B, length_B, np.zeros(shape, np.float32), length_B
+    )
+
+
+def _blank_scores(spec: StepSpec, models: Models, asked: ScoreSpec, count: int) -> Scores:
+    """Return zeros with the shapes and dtypes of the scores of so many rows."""
+    rows, teacher_rows = _blank_rollout(spec, count), None
+    length_B = rows.length_B
+    if spec.alignment.teacher is not None:
+        models = models.replace(teacher=None)  # its scores meet the student's on the host
+    elif spec.teacher_width:
+        teacher_BT = np.zeros((count, spec.teacher_width), np.int32)
+        teacher_rows = TeacherRows(teacher_BT, length_B, length_B)
+    scores = jax.eval_shape(
+        scoring.score_part, models, rows.tokens_BT, length_B, length_B, teacher_rows, asked
+    )
+    return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), scores)

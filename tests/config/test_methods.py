@@ -36,8 +36,8 @@ def test_every_method_is_a_valid_config_of_every_recipe(name, recipe):
 def test_a_method_changes_its_own_numbers_and_what_tiny_needs(name):
     changed = difference(methods.get_config(name), opd.get_config())
     own = methods.METHODS[name].numbers
-    of_tiny = {"loss.top_k", "loss.token_weight_window", "rollout.prompts_per_step",
-               "rollout.max_prompt_tokens",
+    of_tiny = {"loss.top_k", "loss.golden_top_k", "sample.choose_top_k",
+               "loss.token_weight_window", "rollout.prompts_per_step", "rollout.max_prompt_tokens",
                "data.prompt_template", "data.teacher_prompt_template", "data.teacher_system_prompt",
                "teacher.path", "eval.teacher"}  # fmt: skip
     assert changed.keys() - own.keys() <= of_tiny

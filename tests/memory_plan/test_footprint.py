@@ -148,6 +148,36 @@ def test_the_update_over_the_vocabulary_has_the_head_and_the_states_of_the_teach
 
 
 @pytest.mark.short
+def test_soft_labels_on_golden_solutions():
+    given = workload(
+        golden=2, golden_divergence=True, golden_over_vocabulary=True, token_chunk=16, remat="full",
+        score_chunk=16, reference=MODEL, reference_scores=True, gated=True, support=3,
+    )  # fmt: skip
+    # As on rollouts over the vocabulary; arrays of tokens: ids, two kinds of weights.
+    found = footprint.gradient(given, golden=True)
+    assert found.arguments == {
+        "master": 4 * P, "gradients": 4 * P, "rows": 4 * 3 * 16 + 16 * 8, "teacher": 40 * 2,
+    }  # fmt: skip
+    assert found.temporaries["logits"] == 3 * 2 * CHUNK
+    # The supervised term has a log-softmax of its own.
+    both = dataclasses.replace(given, terms=("sft", "golden_divergence"))
+    tall = dataclasses.replace(MODEL, vocab_size=90)
+    wide = [dataclasses.replace(one, student=tall, vocabulary=90) for one in (given, both)]
+    logits = [footprint.gradient(one, golden=True).temporaries["logits"] for one in wide]
+    assert logits[1] - logits[0] == 4 * 16 * 90
+    # Over a set: ids and the teacher's log-probs of its places.
+    some = dataclasses.replace(given, golden_over_vocabulary=False, golden_support=5)
+    assert footprint.gradient(some, golden=True).arguments["rows"] == 4 * (3 + 2 * 5) * 16
+    # They are scored without the reference, whatever rollouts are scored with.
+    alone = footprint.score(given.of_golden)
+    assert alone.arguments == footprint.score(workload(batch=2)).arguments
+    assert alone.temporaries["activations"] == 16 * 8  # the teacher's states are handed out
+    assert footprint.score(workload(batch=2)).temporaries["activations"] == 2 * 16 * 8
+    assert report.programs(given).keys() >= {"golden score", "gradient on golden", "score"}
+    assert "golden score" not in report.programs(workload(golden=2))
+
+
+@pytest.mark.short
 def test_the_optimizer_works_in_place_on_a_gpu():
     found = footprint.optimizer(workload())
     assert found.arguments == {"master": 4 * P, "optimizer": 8 * P, "gradients": 4 * P}

@@ -218,9 +218,9 @@ def test_golden_loss_equals_the_direct_sum(rows):
     def direct(params):
         return -0.3 * jnp.sum(golden.weight_BT[:, 1:] * token_logprobs(params, golden)[0])
 
-    loss = objective.make_golden_loss(CONFIG, vocabulary=VOCABULARY, token_chunk=7, remat="full")
+    loss = objective.make_golden_loss(TERMS, CONFIG, token_chunk=7, remat="full")
     (total, parts), gradient = jax.jit(jax.value_and_grad(weighted(loss, TERMS), has_aux=True))(
-        STUDENT, golden
+        STUDENT, Frozen(), golden
     )
     expected, expected_gradient = jax.jit(jax.value_and_grad(direct))(STUDENT)
     np.testing.assert_allclose(total, expected, rtol=1e-5)

@@ -118,8 +118,9 @@ def _update(case: Any) -> Step:
     optim.learning_rate = case.learning_rate
     config, params = models.load(case.model, dtype=jnp.float32)
     tx = optimizer.make_optimizer(optim, 1000)
+    terms = default_terms(pg_weight=0.0, lambda_gold=1.0)
     loss = objective.make_golden_loss(
-        config, vocabulary=config.vocab_size, token_chunk=optim.token_chunk, remat=optim.remat
+        terms, config, token_chunk=optim.token_chunk, remat=optim.remat
     )
     accumulate = update.make_accumulate(
         None, loss, microbatch_tokens=optim.microbatch_tokens, dtype=jnp.float32
@@ -129,12 +130,11 @@ def _update(case: Any) -> Step:
     weight_BT = np.full(tokens_BT.shape, 1 / (case.batch * (case.prompt - 1)), np.float32)
     weight_BT[:, 0] = 0.0  # the first token is not predicted
     rows = GoldenRows(tokens_BT=tokens_BT, length_B=length_B, weight_BT=weight_BT)
-    weights = default_terms(pg_weight=0.0, lambda_gold=1.0).weights
     states = [update.init_state(params, tx)]
     del params
 
     def step() -> dict[str, float]:
-        state, metrics = apply(states.pop(), Frozen(), None, rows, weights)
+        state, metrics = apply(states.pop(), Frozen(), None, rows, terms.weights)
         states.append(jax.block_until_ready(state))
         return {name: float(x) for name, x in metrics.items()}
 

@@ -140,7 +140,7 @@ class StepSpec:
             return None
         section = self.config.scoring
         events = _events(own, section.temperature)
-        return ScoreSpec(top_k=1, token_chunk=section.token_chunk, events=events)
+        return ScoreSpec(top_k=1, token_chunk=section.token_chunk, events=events, tile=self.tile)
 
     def models(
         self, student: Params, teacher: Params | None, reference: Params | None = None
@@ -466,7 +466,9 @@ def _blank_scores(spec: StepSpec, models: Models, asked: ScoreSpec, count: int) 
     """Return zeros with the shapes and dtypes of the scores of so many rows."""
     rows, teacher_rows = _blank_rollout(spec, count), None
     length_B = rows.length_B
-    if spec.teacher_width:
+    if spec.alignment.teacher is not None:
+        models = models.replace(teacher=None)  # its scores meet the student's on the host
+    elif spec.teacher_width:
         teacher_BT = np.zeros((count, spec.teacher_width), np.int32)
         teacher_rows = TeacherRows(teacher_BT, length_B, length_B)
     scores = jax.eval_shape(

@@ -156,6 +156,7 @@ def test_metrics_by_hand():
             {"loss.divergence_weight": 1.0},
             r"divergence_weight=1\.0, which compares distributions over one",
         ),
+        ({"loss.golden_divergence": 1.0}, r"golden_divergence=1\.0, which compares distributions"),
         (
             {"loss.advantage": "support", "loss.support": "student"},
             "loss.advantage=support, which compares",

@@ -422,8 +422,6 @@ def _model(config: ModelConfig | None, params: Params | None) -> Model | None:
 def _blank_rollout_rows(spec: StepSpec, student: Any, teacher: Any, reference: Any) -> RolloutRows:
     """Return zeros with the shapes and dtypes of one update's minibatch of rollouts."""
     count = spec.rollouts // spec.config.optim.updates_per_rollout
-    if spec.alignment.teacher is not None:
-        teacher = None  # its scores meet the student's on the host
     models = spec.models(unwrapped(student), unwrapped(teacher), unwrapped(reference))
     rollout = _blank_rollout(spec, count)
     zeros_BT = rollout.sampler_logprob_BT

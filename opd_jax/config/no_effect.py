@@ -183,7 +183,10 @@ def unused(config: Any) -> dict[str, tuple[str, str]]:
             ("aggregation", "truncated", "truncated_tail", "repeated"), rollouts,
             ("no term is taken on rollouts", "--config.loss.pg_weight=1"),
         ),
-        (("low_kl_window",), by_teacher or divergence or by_evidence, no_scores),
+        (
+            ("low_kl_window",), rollouts and (by_teacher or divergence or by_evidence or soft),
+            no_scores,
+        ),
         *(
             (
                 (f"low_kl_{number}",), bool(loss.low_kl_window),

@@ -3,6 +3,7 @@
 import functools
 import re
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,7 +20,7 @@ from opd_jax.training import batch as rows_of
 from opd_jax.training import low_kl, objective
 from opd_jax.training.experience import Experience
 from opd_jax.training.step import Step
-from opd_jax.training.terms import make_terms
+from opd_jax.training.terms import Terms, make_terms
 from opd_jax.types import Frozen, Scores, Support
 from tests.conftest import tiny_config
 from tests.support.lanes import slow
@@ -152,17 +153,12 @@ def computed(config) -> tuple:
         functions=SimpleNamespace(weigh=weigh),
     )  # fmt: skip
     batch = SimpleNamespace(problems=[SimpleNamespace(id="a"), SimpleNamespace(id="b")])
-    programs, rows = "", ()
+    rows: Any = None
     if terms.needs_rollouts:
         # At step 1 a share that falls over steps has not fallen yet.
         rows, *_ = Step._rollout_rows(step, 2, given, batch, masking=False)
         if terms.scored_support is None:
             rows = rows.replace(support=None)
-        params = decoder.abstract_params(CONFIG)
-        frozen = Frozen(teacher=decoder.head_alone(params), reference=params)
-        made = objective.make_rollout_loss(terms, CONFIG, CONFIG, token_chunk=7, remat="none")
-        jaxpr = jax.make_jaxpr(jax.grad(made, has_aux=True))(params, frozen, rows, terms.weights)
-        programs = re.sub(r"0x[0-9a-f]+", "", str(jaxpr))
     golden = None
     if terms.needs_golden:
         weigh = functools.partial(losses.token_weights, aggregation=loss.gold_aggregation)
@@ -170,16 +166,11 @@ def computed(config) -> tuple:
             support=given.scores.support if terms.golden_scored_support else None
         )
         golden = rows_of.golden_rows(SAMPLED, weigh=weigh, scores=scores, scored_BT=MASK)
-    if terms.golden_divergence:  # the supervised term has no number but its weight
-        params = decoder.abstract_params(CONFIG)
-        made = objective.make_golden_loss(terms, CONFIG, token_chunk=7, remat="none")
-        frozen = Frozen(teacher=decoder.head_alone(params))
-        jaxpr = jax.make_jaxpr(jax.grad(made, has_aux=True))(params, frozen, golden, terms.weights)
-        programs += re.sub(r"0x[0-9a-f]+", "", str(jaxpr))
     arrays = [(x.shape, np.asarray(x).tobytes()) for x in jax.tree.leaves((rows, golden))]
-    cut = low_kl.make_rules(loss) if loss.low_kl_window and terms.needs_teacher else None
+    scored = terms.needs_rollouts and terms.needs_teacher
+    cut = low_kl.make_rules(loss) if loss.low_kl_window and scored else None
     return (
-        programs,
+        program(terms, rows, golden),
         arrays,
         cut,
         terms.scored_support,
@@ -188,6 +179,51 @@ def computed(config) -> tuple:
         # Weights at the first step and at a later one, at which some have fallen.
         *(tuple(terms.weights_at(step).items()) for step in (1, 3)),
     )
+
+
+class Noted:
+    """The numbers of a loss, which note what is read of them in `read`."""
+
+    def __init__(self, terms: Terms):
+        self.terms, self.read = terms, dict[str, Any]()
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(Terms, name, None)
+        if isinstance(found, property):
+            return found.fget(self)
+        value = getattr(self.terms, name)
+        if callable(value):
+            return functools.partial(getattr(Terms, name), self)
+        self.read[name] = value
+        return value
+
+
+TRACED: list[tuple[str, dict[str, Any], str]] = []  # shapes of rows, numbers read, program
+
+
+def program(terms: Terms, rows: Any, golden: Any) -> str:
+    """The gradients of the losses as text, traced anew only where an input differs that a trace has read."""
+    shapes = str(jax.tree.map(lambda x: (x.shape, x.dtype), (rows, golden)))
+    for others, read, text in TRACED:
+        if others == shapes and all(getattr(terms, name) == value for name, value in read.items()):
+            return text
+    noted: Any = Noted(terms)
+    params, text = decoder.abstract_params(CONFIG), ""
+    frozen = Frozen(teacher=decoder.head_alone(params), reference=params)
+    if noted.needs_rollouts:
+        made = objective.make_rollout_loss(noted, CONFIG, CONFIG, token_chunk=7, remat="none")
+        text += str(
+            jax.make_jaxpr(jax.grad(made, has_aux=True))(params, frozen, rows, noted.weights)
+        )
+    if noted.golden_divergence:  # the supervised term has no number but its weight
+        made = objective.make_golden_loss(noted, CONFIG, token_chunk=7, remat="none")
+        frozen = Frozen(teacher=decoder.head_alone(params))
+        text += str(
+            jax.make_jaxpr(jax.grad(made, has_aux=True))(params, frozen, golden, noted.weights)
+        )
+    text = re.sub(r"0x[0-9a-f]+", "", text)
+    TRACED.append((shapes, noted.read, text))
+    return text
 
 
 @pytest.mark.parametrize("method", [*FAST, *slow(*(name for name in METHODS if name not in FAST))])

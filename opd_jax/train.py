@@ -16,9 +16,11 @@ from ml_collections import ConfigDict
 from opd_jax import checkpoint, data, workdir
 from opd_jax import config as configuration
 from opd_jax.checkpoint import manifest, resume
-from opd_jax.errors import ConfigError, Interrupted
+from opd_jax.errors import ConfigError, Interrupted, RewardError
 from opd_jax.evaluation.held_out import HeldOut, discard_after
+from opd_jax.grading import rewards
 from opd_jax.grading.grader import Grader, make_grader
+from opd_jax.grading.rewards import RewardPool
 from opd_jax.memory_plan import failures
 from opd_jax.memory_plan import run as planning
 from opd_jax.metrics.timing import used_bytes
@@ -89,6 +91,8 @@ def run(
     if multihost.first():
         print(*planning.say(plan), sep="\n", flush=True)
     planning.require_fit(plan)
+    if fault := multihost.from_first(lambda: rewards.fault_of(config.reward)):
+        raise ConfigError(fault)
     functions = make_step_functions(setup.spec)
     _require_disk(functions, folder, first or 0)
     _end_if_requested(stop, "before anything was loaded")
@@ -103,11 +107,16 @@ def run(
             discard_after(folder, first or 0)
         with (
             make_grader(config.grading) as grader,
+            contextlib.ExitStack() as stack,
             checkpoint.Checkpoints(folder, keep=config.checkpoint.keep) as saved,
         ):
-            if multihost.first():  # only process 0 grades
+            pool = None
+            if multihost.first():  # only process 0 grades and calls the reward function
                 grader.start()
-            training = _Run(setup, functions, weights, folder, grader, saved, stop)
+                pool = rewards.make_pool(config.reward, log=folder / "reward.log")
+                if pool is not None:
+                    stack.enter_context(pool)
+            training = _Run(setup, functions, weights, folder, grader, saved, stop, pool)
             with contextlib.closing(training.log), contextlib.closing(training.samples):
                 return training.loop()
 
@@ -124,12 +133,13 @@ class _Run:
         grader: Grader,
         saved: checkpoint.Checkpoints,
         stop: Stop,
+        pool: RewardPool | None = None,
     ):
         config = setup.config
         self.setup, self.config, self.folder = setup, config, folder
         self.saved, self.stop = saved, stop
         self.weights, self.functions = weights, functions
-        self.step = Step(setup, self.functions, weights, grader, folder)
+        self.step = Step(setup, self.functions, weights, grader, folder, pool)
         self.held_out = HeldOut(setup, self.functions, weights, folder, grader)
         self.batches = data.make_batches(
             setup.train,
@@ -197,13 +207,7 @@ class _Run:
         while step < config.steps and not last:
             step += 1
             with tracer.step(step):
-                self.state, row, sampled = self.step(
-                    step,
-                    self.state,
-                    next(self.batches),
-                    self._weights(),
-                    masking=collapse_guard.masking(self.guard, self.rules),
-                )
+                self.state, row, sampled = self._train(step)
             if config.guard.copies and step % config.guard.copies == 0:
                 require_equal_replicas(step, self.state.train, self.functions, self.weights)
             progress.step(step, row)
@@ -238,6 +242,27 @@ class _Run:
         self.saved.wait()  # a failed write raises here, before the line that reports success
         progress.say(f"written to {self.folder}")
         return Result(self.state.train, table)
+
+    def _train(self, step: int) -> tuple[StepState, Summary, list[dict]]:
+        """Train on the next batch. Where its rewards fail, save the state before it and raise RewardError."""
+        before = self.batches.get_state() if self.config.reward.function else None
+        try:
+            return self.step(
+                step,
+                self.state,
+                next(self.batches),
+                self._weights(),
+                masking=collapse_guard.masking(self.guard, self.rules),
+            )
+        except RewardError as error:  # before the update: the state has not changed
+            self.batches.set_state(before)
+            if step == 1:
+                raise RewardError(f"step 1: {error}") from None
+            self._save(step - 1)
+            self.saved.wait()
+            raise RewardError(
+                f"step {step}: {error}; step {step - 1} is saved, and the same command goes on from there"
+            ) from None
 
     def _finish(
         self, step: int, row: Summary, sampled: list[dict], *, due: bool, last: bool = False

@@ -115,6 +115,9 @@ LOSS = Section("loss", "The loss: a method is a set of these numbers (docs/objec
           "(2607.04037)."),
     Field("rollout_gate_margin", 0.0, FROM_ZERO,
           "Least difference of the rollout's log-likelihoods for agreement, in nats (2607.04037: 0)."),
+    Field("rollout_gate_reward", 0.5, Range(above=0, high=1),
+          "Least reward of a rollout that counts as correct, where a reward comes from a function or a "
+          "column."),
     Field("lambda_gold", 0.0, FROM_ZERO, "Weight of the supervised loss on golden solutions."),
     Field("beta_kl", 0.0, FROM_ZERO, "Weight of KL(student || reference) on visited prefixes."),
     Field("kl_estimator", "full", Choices("opd_jax.losses:ESTIMATORS"),

@@ -38,6 +38,7 @@ def validate(config: ConfigDict) -> None:
     _check_loss(config)
     _check_gates(config)
     _check_variants(config)
+    _check_reward(config)
     if config.loss.pg_weight and config.rollout.temperature == 0:
         raise wrong("rollout.temperature", 0, "a number above 0: greedy rollouts do not explore")
     prompts, updates = config.rollout.prompts_per_step, config.optim.updates_per_rollout
@@ -235,6 +236,44 @@ def _check_variants(config: ConfigDict) -> None:
             f"log.variants={every} compares the teacher's advantages of sampled tokens, got loss.pg_weight="
             f"{loss.pg_weight:g}, loss.teacher_coef={loss.teacher_coef:g} and loss.advantage="
             f"{loss.advantage}, wanted both numbers above 0 and sampled; set --config.log.variants=0"
+        )
+
+
+def _check_reward(config: ConfigDict) -> None:
+    """Rules about a reward from outside: one source, and a use for it."""
+    reward, loss = config.reward, config.loss
+    if reward.function and reward.column:
+        raise ConfigError(
+            f"reward.function={reward.function} and reward.column={reward.column}, wanted one source of the "
+            "reward; set --config.reward.column= or --config.reward.function="
+        )
+    if not reward.function:
+        for name in ("seconds", "processes", "on_error"):
+            if reward[name] != (usual := FIELDS[f"reward.{name}"].default):
+                raise ConfigError(
+                    f"reward.{name}={reward[name]} has no effect: there is no reward.function; leave it at "
+                    f"{usual}, or set --config.reward.function=MODULE:FUNCTION"
+                )
+    source = next((name for name in ("function", "column") if reward[name]), "")
+    if source and not (loss.pg_weight or loss.divergence_weight or loss.beta_kl):
+        raise ConfigError(
+            f"reward.{source}={reward[source]} has no effect: this loss makes no rollouts (loss.pg_weight, "
+            f"loss.divergence_weight and loss.beta_kl are 0); set --config.reward.{source}="
+        )
+    if not reward.column:
+        return
+    if (loss.pg_weight and loss.group_coef) or loss.rollout_gate == "agreement":
+        raise ConfigError(
+            f"reward.column={reward.column} gives every rollout of a problem the same reward, and "
+            "loss.group_coef and loss.rollout_gate=agreement compare the rollouts of a problem, so the "
+            "reward would teach nothing; set --config.reward.function=MODULE:FUNCTION, or use the column "
+            "with --config.loss.group_coef=0 --config.loss.rollout_gate=correct"
+        )
+    if loss.rollout_gate != "correct":
+        raise ConfigError(
+            f"reward.column={reward.column} has no effect: no term of this loss reads a reward; set "
+            "--config.loss.rollout_gate=correct, which leaves out the problems below "
+            "loss.rollout_gate_reward, or --config.reward.column="
         )
 
 

@@ -21,6 +21,7 @@ from opd_jax.data.length_filter import (
 from opd_jax.errors import ConfigError, ModelError
 from opd_jax.sharding.mesh import Mesh, make_mesh
 from opd_jax.training import model_limits
+from opd_jax.training.rewards import column_value
 from opd_jax.training.roles import (
     architecture,
     compute_dtype,
@@ -191,9 +192,10 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
     styles = prompt_styles(config.data)
     shows_answer = any("{answer}" in style.template for style in styles)
     needs_solution = terms.needs_golden or any("{solution}" in s.template for s in styles)
+    by_verdict = not (config.reward.function or config.reward.column)
     train = data.open_problems(
         config.data.train, field="data.train", columns=config.data.columns, size=config.data.size,
-        need_solution=needs_solution, need_answer=shows_answer or terms.needs_reward,
+        need_solution=needs_solution, need_answer=shows_answer or (terms.needs_reward and by_verdict),
         bad_rows=config.data.bad_rows, shown=tuple(dict.fromkeys(styles[0].columns + styles[1].columns)),
     )  # fmt: skip
     held_out = None
@@ -313,6 +315,7 @@ def _fitting(
     alike = problems.generated and not shows_solution and not golden
     count = min(len(problems), _GENERATED_CHECKED) if alike else len(problems)
     longest = setup.config.rollout.max_prompt_tokens
+    rewarded = setup.config.reward.column if field == "data.train" else ""
 
     def misfits(block: list[data.Problem]) -> list[Misfit | None]:
         nonlocal longest
@@ -322,6 +325,11 @@ def _fitting(
         if setup.separate_prompts:
             teacher_prompts = setup.teacher_style.prompts(block, setup.teacher_tokenizer)
         reasons = [_misfit(setup, *ids) for ids in zip(prompts, teacher_prompts, strict=True)]
+        if rewarded:
+            reasons = [
+                reason or _reward_misfit(problem, rewarded)
+                for reason, problem in zip(reasons, block, strict=True)
+            ]
         if golden:
             rollout = setup.config.rollout
             reasons = [
@@ -339,6 +347,12 @@ def _fitting(
 
     skip = setup.config.data.bad_rows == "skip"
     return without_misfits(problems, misfits, field=field, count=count, skip=skip), longest
+
+
+def _reward_misfit(problem: data.Problem, column: str) -> Misfit | None:
+    """Return why the column of the reward cannot be used for a problem, or None."""
+    value = column_value(problem, column)
+    return ("no reward", value) if isinstance(value, str) else None
 
 
 def _misfit(setup: Setup, prompt: list[int], teacher_prompt: list[int]) -> Misfit | None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from opd_jax import data, models
 from opd_jax.grading.grader import Grader
+from opd_jax.grading.rewards import RewardPool
 from opd_jax.metrics.timing import Clock, peak_gib
 from opd_jax.metrics.tracing import stage
 from opd_jax.models import decoder
@@ -71,10 +72,11 @@ class Step:
         weights: Weights,
         grader: Grader,
         folder: pathlib.Path,
+        pool: RewardPool | None = None,
     ):
         self.setup, self.config, self.functions = setup, setup.config, functions
         self.weights, self.folder = weights, folder
-        self.collector = Collector(setup, functions, grader)
+        self.collector = Collector(setup, functions, grader, pool)
         self.rules = nonfinite.make_rules(setup.config.guard)
 
     def __call__(
@@ -168,6 +170,7 @@ class Step:
         )
         if loss.repeated == "mask" or masking:
             counted_BT = counted_BT & ~experience.repeated_BT
+        rewards = experience.rewards
         key = key_for(self.config.seed, number, Stream.GATE)
         gate_BT = divergence_gate(scores, counted_BT, terms, key=key)
 
@@ -179,7 +182,7 @@ class Step:
             )  # fmt: skip
             advantage_BT = rows.advantages(
                 rollout, scores, experience.mask_BT, terms,
-                reward_B=experience.correct_B, graded_B=experience.graded_B, group=group, step=number,
+                reward_B=rewards.reward_B, graded_B=rewards.known_B, group=group, step=number,
                 factor_BT=factor_BT if terms.token_weight_on == "teacher" else None,
             )  # fmt: skip
             rollout_rows = rows.rollout_rows(
@@ -201,6 +204,8 @@ class Step:
             count=min(self.config.log.rollouts, len(experience.texts)),
             decode=decode,
         )  # fmt: skip
+        if experience.external is not None:
+            lines = [line | {"reward": rewards.shown(i)} for i, line in enumerate(lines)]
         return rollout_rows, lines, news
 
     def _check_scores(

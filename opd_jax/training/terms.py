@@ -63,6 +63,7 @@ class Terms:
     token_weight_window: int
     rollout_gate: str
     rollout_gate_margin: float
+    rollout_gate_reward: float
     lambda_gold: float
     beta_kl: float
     kl_estimator: str
@@ -113,7 +114,7 @@ class Terms:
 
     @property
     def needs_reward(self) -> bool:
-        """Whether it must be known which rollouts are correct, by any term or by the rollouts' gate."""
+        """Whether any term or the rollouts' gate needs the reward of rollouts."""
         return bool(self.pg_weight and self.group_coef) or self.rollout_gate != "none"
 
     @property

@@ -141,19 +141,19 @@ def _paragraphs(ids: list[int], pieces: dict[int, _Piece], decode: Decode) -> li
 def _open_rollouts(
     experience: Experience, counted_BT: np.ndarray, terms: Terms, group: int
 ) -> np.ndarray:
-    """Return the rollouts that the gate leaves open; bool [B]. A rollout without a grade is closed."""
+    """Return the rollouts that the gate leaves open; bool [B]. A rollout without a reward is closed."""
+    reward_B, known_B = experience.rewards.reward_B, experience.rewards.known_B
     if terms.rollout_gate == "correct":
-        return experience.correct_B & experience.graded_B
+        return known_B & (reward_B >= np.float32(terms.rollout_gate_reward))
     group_B = losses.group_advantage(
-        reward_B=jnp.asarray(experience.correct_B, jnp.float32), group=group, normalise=False,
-        counted_B=jnp.asarray(experience.graded_B),
+        reward_B=jnp.asarray(reward_B), group=group, normalise=False, counted_B=jnp.asarray(known_B)
     )  # fmt: skip
     open_B = gates.agreement_gate(
         teacher_logprob_BT=experience.scores.teacher_logprob_BT,
         student_logprob_BT=experience.scores.student_logprob_BT,
         mask_BT=counted_BT, group_B=np.asarray(group_B), margin=terms.rollout_gate_margin,
     )  # fmt: skip
-    return open_B & experience.graded_B
+    return open_B & known_B
 
 
 def _by_token(

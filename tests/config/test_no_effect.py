@@ -40,7 +40,7 @@ OTHER = {
     "token_weight_strength": 1.5, "token_weight_threshold": 0.5, "token_weight_drop": 0.3,
     "token_weight_least": 0.3, "token_weight_keep": 0.3, "token_weight_quantile": 0.7,
     "token_weight_top_k": 3, "token_weight_window": 2, "rollout_gate": "correct",
-    "rollout_gate_margin": 3.0,
+    "rollout_gate_margin": 3.0, "rollout_gate_reward": 0.9,
 }  # fmt: skip
 NO_SURROGATE = {"pg_weight": 0.0}
 DIVERGENCE = NO_SURROGATE | {"divergence_weight": 1.0}

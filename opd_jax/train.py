@@ -27,6 +27,7 @@ from opd_jax.metrics.timing import used_bytes
 from opd_jax.metrics.tracing import Tracer, stage
 from opd_jax.sharding import multihost
 from opd_jax.training import collapse_detector, collapse_guard, nonfinite, precompile
+from opd_jax.training.replay import student_fault
 from opd_jax.training.setup import Setup, make_setup
 from opd_jax.training.step import Step, StepState, Summary, require_equal_replicas
 from opd_jax.training.step_functions import StepFunctions, make_step_functions
@@ -91,7 +92,7 @@ def run(
     if multihost.first():
         print(*planning.say(plan), sep="\n", flush=True)
     planning.require_fit(plan)
-    if fault := multihost.from_first(lambda: rewards.fault_of(config.reward)):
+    if fault := multihost.from_first(lambda: _fault_outside(setup)):
         raise ConfigError(fault)
     functions = make_step_functions(setup.spec)
     _require_disk(functions, folder, first or 0)
@@ -113,7 +114,8 @@ def run(
             pool = None
             if multihost.first():  # only process 0 grades and calls the reward function
                 grader.start()
-                pool = rewards.make_pool(config.reward, log=folder / "reward.log")
+                if setup.replay is None:
+                    pool = rewards.make_pool(config.reward, log=folder / "reward.log")
                 if pool is not None:
                     stack.enter_context(pool)
             training = _Run(setup, functions, weights, folder, grader, saved, stop, pool)
@@ -147,6 +149,7 @@ class _Run:
             seed=config.seed,
             shuffle=config.data.shuffle,
             read=setup.read,
+            order=None if setup.replay is None else setup.replay.order,
         )
         self.rules = collapse_guard.make_rules(config)
         self.guard = collapse_guard.State()
@@ -365,6 +368,16 @@ def _schedule_moved(folder: pathlib.Path, config: ConfigDict) -> list[str]:
         f"of a run of {config.steps} (optim.schedule={config.optim.schedule}, "
         f"optim.warmup_fraction={config.optim.warmup_fraction:g})"
     ]
+
+
+def _fault_outside(setup: Setup) -> str:
+    """Return "" or one line: a reward function that is not there, or a student that was not recorded."""
+    config = setup.config
+    if setup.replay is None:
+        return rewards.fault_of(config.reward)
+    if config.replay.other_student:
+        return ""
+    return student_fault(setup.replay, config.student.path)
 
 
 def _require_disk(functions: StepFunctions, folder: pathlib.Path, first: int) -> None:

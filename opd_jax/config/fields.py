@@ -270,6 +270,12 @@ SECTIONS = (
               "What is done where the function fails for a problem: save and end (stop), or leave its "
               "rollouts out of the reward, count them and go on (leave_out)."),
     )),
+    Section("replay", "Recorded rollouts in place of sampled ones (docs/replay.md).", (
+        Field("path", "", None, "Folder that launch/record.py has written; empty = rollouts are sampled."),
+        Field("other_student", False, None,
+              "Whether the student may be another one than the recorded: then training is off-policy from "
+              "the first step on."),
+    )),
     Section("metrics", "What is measured on responses (docs/metrics.md).", (
         Field("repetition_tail", 10_000, COUNT,
               "Characters of a text's tail that are compressed (2604.08527)."),

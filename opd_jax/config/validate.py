@@ -39,6 +39,13 @@ def validate(config: ConfigDict) -> None:
     _check_gates(config)
     _check_variants(config)
     _check_reward(config)
+    if config.replay.path:
+        check_replayable(config, f"replay.path={config.replay.path}")
+    elif config.replay.other_student:
+        raise ConfigError(
+            "replay.other_student=True has no effect: there is no replay.path; set "
+            "--config.replay.other_student=False, or --config.replay.path=FOLDER"
+        )
     if config.loss.pg_weight and config.rollout.temperature == 0:
         raise wrong("rollout.temperature", 0, "a number above 0: greedy rollouts do not explore")
     prompts, updates = config.rollout.prompts_per_step, config.optim.updates_per_rollout
@@ -275,6 +282,45 @@ def _check_reward(config: ConfigDict) -> None:
             "--config.loss.rollout_gate=correct, which leaves out the problems below "
             "loss.rollout_gate_reward, or --config.reward.column="
         )
+
+
+def check_replayable(config: ConfigDict, what: str) -> None:
+    """Refuse a loss that needs more of the teacher, or of fresh rollouts, than a recording has.
+
+    `what` begins the line. Raises ConfigError: the field, what a recording has instead, the fix.
+    """
+    loss, teacher = config.loss, config.teacher.follow
+    divergence = bool(loss.divergence_weight)
+    by_teacher = bool(loss.pg_weight and loss.teacher_coef)
+    faults = (
+        (not (loss.pg_weight or divergence or loss.beta_kl), "a loss without rollouts",
+         "loss.pg_weight=1"),
+        (divergence and loss.support != "teacher",
+         f"loss.support={loss.support}, and has the teacher's own top-k ids alone",
+         "loss.support=teacher"),
+        (by_teacher and loss.advantage == "support",
+         "loss.advantage=support, which needs the current student's log-probs of recorded ids",
+         "loss.advantage=sampled"),
+        (by_teacher and loss.advantage_shape == "baseline",
+         "loss.advantage_shape=baseline, which needs the exact reverse KL",
+         "loss.advantage_shape=log_ratio"),
+        (by_teacher and loss.extrapolation != 1,
+         f"loss.extrapolation={loss.extrapolation:g}, which scores with the reference",
+         "loss.extrapolation=1"),
+        (loss.token_weight in ("prune", "tip", "ta", "selectkd"),
+         f"loss.token_weight={loss.token_weight}, which needs both models' distributions",
+         "loss.token_weight=none"),
+        (teacher != "frozen", f"teacher.follow={teacher}, a teacher that changes",
+         "teacher.follow=frozen"),
+        (config.guard.action != "off",
+         f"guard.action={config.guard.action}, which watches rollouts of the current student",
+         "guard.action=off"),
+        (config.log.variants, f"log.variants={config.log.variants}, which needs the exact reverse KL",
+         "log.variants=0"),
+    )  # fmt: skip
+    for wrong_here, got, fix in faults:
+        if wrong_here:
+            raise ConfigError(f"{what} cannot be used with {got}; set --config.{fix}")
 
 
 def _check_repetition(rollout: ConfigDict) -> None:

@@ -45,13 +45,16 @@ def stages(workload: Workload) -> list[Stage]:
     found = []
     if workload.rollouts:
         decoding = _decoding(workload, workload.device_slots)
-        kept = 1 + footprint.arrays_per_token(Scores) + 3 * workload.support  # an id, and scores
+        # An id, and scores. Of a recording the support stays on the host until the update.
+        kept = 1 + footprint.arrays_per_token(Scores)
+        kept += 3 * workload.support * (not workload.replayed)
         kept -= not workload.reference_scores  # reference_logprob_BT
         rows = min(IN_FLIGHT * workload.score_rows, workload.device_batch)
         scored = {"rows": 4.0 * kept * rows * workload.width}
         if workload.over_vocabulary:
             scored["rows"] += footprint.hidden_for_update(workload, rows)
-        found.append(Stage("rollout", _sum(base, live, decoding)))
+        if workload.samples:
+            found.append(Stage("rollout", _sum(base, live, decoding)))
         found.append(
             Stage("score", _sum(base, live, scored, footprint.score(workload).temporaries))
         )
@@ -151,7 +154,7 @@ def plan(workload: Workload, device: Device, *, usable: float | None = None) -> 
         usable = usable_bytes(device, workload.layout)
     largest = {
         "optim.microbatch_tokens": largest_microbatch(workload, usable),
-        "rollout.slots": largest_slots(workload, usable) if workload.rollouts else 0,
+        "rollout.slots": largest_slots(workload, usable) if workload.samples else 0,
     }
     return Memory(workload, device, usable, tuple(stages(workload)), largest)
 

@@ -39,6 +39,7 @@ def _programs(config: ConfigDict, workload: Workload, mesh: Mesh) -> list[Progra
         reference=workload.reference or workload.student,
         alignment=data.alone(workload.vocabulary, workload.student.eos_token_ids or (0,)),
         dtype=jnp.dtype(_dtype(workload.itemsize)), teacher_width=workload.teacher_width, mesh=mesh,
+        replayed=workload.replayed,
     )  # fmt: skip
     teacher = reference = None
     if workload.teacher is not None and workload.teacher_follows == "frozen":

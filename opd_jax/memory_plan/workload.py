@@ -92,6 +92,7 @@ class Workload:
       reference_scores: whether rollouts are scored with the reference.
       reference_in_update: whether the update reads the reference, where there is one.
       gated: whether the divergence has a gate, one more number a token.
+      replayed: whether rollouts are read from a recording: nothing is sampled, and no teacher scores.
     """
 
     student: ModelConfig
@@ -133,6 +134,12 @@ class Workload:
     reference_scores: bool = False
     reference_in_update: bool = True
     gated: bool = False
+    replayed: bool = False
+
+    @property
+    def samples(self) -> bool:
+        """Whether the run samples rollouts."""
+        return self.rollouts and not self.replayed
 
     @property
     def width(self) -> int:
@@ -221,7 +228,7 @@ def of_config(config: ConfigDict, device: Device, devices: int) -> Workload:
     student, tokens = _architecture(config.student)
     teacher = reference = None
     itself = config.teacher.path in ("student", config.student.path)
-    if terms.needs_teacher:
+    if terms.needs_teacher and not config.replay.path:
         section = config.student if config.teacher.path == "student" else config.teacher
         teacher, others = _architecture(section)
         tokens = min(tokens, others)
@@ -300,6 +307,7 @@ def _workload(
         reference_scores=terms.scores_reference,
         reference_in_update="reference_kl" in terms.names,
         gated=terms.gated,
+        replayed=bool(config.replay.path),
     )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from opd_jax.rollout import Responses, read_responses
 from opd_jax.sharding import multihost
 from opd_jax.training import batch as rows
 from opd_jax.training import rewards
+from opd_jax.training.replay import Recorded
 from opd_jax.training.rewards import Rewards
 from opd_jax.training.setup import Setup
 from opd_jax.training.step_functions import StepFunctions
@@ -116,6 +117,17 @@ class Collector:
                 )
             return self.understand(rollout, scores, read, external)
 
+    def recall(self, student: models.Params, recorded: Recorded, *, clock: Clock) -> Experience:
+        """Score recorded rollouts with the student's compute weights; the teacher's scores are recorded."""
+        rollout = recorded.rollout
+        with stage("score"):
+            scores = recorded.scores(self.functions.score(student, None, rollout))
+        clock.lap("score", rollout.response_length_B.sum())
+        with stage("read"):
+            read, _ = self._read(rollout, None)
+            read = dataclasses.replace(read, grades=recorded.grades)
+            return self.understand(rollout, scores, read, recorded.rewards)
+
     def understand(
         self, rollout: Rollout, scores: Scores, read: Responses, external: Rewards | None = None
     ) -> Experience:
@@ -172,20 +184,23 @@ class Collector:
         )
 
     def _read(
-        self, rollout: Rollout, problems: Sequence[data.Problem]
+        self, rollout: Rollout, problems: Sequence[data.Problem] | None
     ) -> tuple[Responses, dict[str, Any] | None]:
         """Decode, grade and flag the responses, and ask the reward function about them.
 
-        Of several processes only the first one grades and asks.
+        Of several processes only the first one grades and asks; without `problems`, none does.
         """
         group = self.config.rollout.samples_per_prompt
+        answers = [""] * len(rollout.length_B)
+        if problems is not None:
+            answers = [problem.answer for problem in problems for _ in range(group)]
         read = read_responses(
             rollout.responses(),
-            [problem.answer for problem in problems for _ in range(group)],
+            answers,
             self.setup.tokenizer,
-            grader=self.grader if multihost.first() else None,
+            grader=self.grader if problems is not None and multihost.first() else None,
             repetition=metrics.make_repetition_rule(self.config.metrics),
         )
-        if self.pool is None:
+        if self.pool is None or problems is None:
             return read, None
         return read, rewards.asked(self.pool, problems, read.texts)

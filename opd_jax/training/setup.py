@@ -21,6 +21,7 @@ from opd_jax.data.length_filter import (
 from opd_jax.errors import ConfigError, ModelError
 from opd_jax.sharding.mesh import Mesh, make_mesh
 from opd_jax.training import model_limits
+from opd_jax.training.replay import Replay, check_problems, open_replay
 from opd_jax.training.rewards import column_value
 from opd_jax.training.roles import (
     architecture,
@@ -55,6 +56,7 @@ class Setup:
       width, teacher_width: tokens of a row, prompt and response together.
       train, held_out: problems. prompts, teacher_prompts: ids of the held-out problems' prompts.
       notes: lines for the start of the run.
+      replay: the recording that training reads instead of sampling; None without. Then there is no teacher.
     """
 
     config: ConfigDict
@@ -79,6 +81,7 @@ class Setup:
     prompts: list[list[int]]
     teacher_prompts: list[list[int]]
     notes: list[str]
+    replay: Replay | None = None
 
     @property
     def spec(self) -> StepSpec:
@@ -93,6 +96,7 @@ class Setup:
             dtype=compute_dtype(self.config.student.dtype),
             teacher_width=self.teacher_width if self.separate_prompts else 0,
             mesh=self.mesh,
+            replayed=self.replay is not None,
         )
 
     def read(self, problems: list[data.Problem]) -> data.Batch:
@@ -160,6 +164,14 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
         config.data.date = today
     model_limits.check_rollouts(config, terms, student, teacher, reference, alignment)
     folders = {config.student.path: ("student", student)}
+    replay = None
+    if config.replay.path:
+        replay = open_replay(
+            config, tokenizer, teacher_tokenizer if terms.needs_teacher else None,
+            places=terms.scored_support[1] if terms.scored_support else 0,
+        )  # fmt: skip
+        teacher = None  # its tokenizer alone is read
+        notes.append(replay.describe())
     if teacher is not None:
         folders.setdefault(config.teacher.path, ("teacher", teacher))
     if terms.needs_reference:
@@ -236,8 +248,11 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
         prompts=[],
         teacher_prompts=[],
         notes=notes,
+        replay=replay,
     )
     setup = _with_data(setup, train, held_out)
+    if replay is not None:
+        check_problems(replay, setup.train, "data.train")
     if setup.held_out:
         longest = setup.teacher_width - config.rollout.max_response_tokens
         model_limits.check_held_out(config, student, teacher, teacher_prompt=longest)

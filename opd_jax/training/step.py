@@ -21,6 +21,7 @@ from opd_jax.sharding import replica_check
 from opd_jax.training import batch as rows
 from opd_jax.training import nonfinite, update, variants
 from opd_jax.training.experience import Collector, Experience
+from opd_jax.training.replay import drift
 from opd_jax.training.setup import Setup
 from opd_jax.training.step_functions import StepFunctions
 from opd_jax.training.terms import Terms
@@ -106,6 +107,9 @@ class Step:
             with stage("rows"):
                 rollout_rows, lines, news = self._rollout_rows(number, experience, batch, masking)
                 metrics |= measured(rollout_rows) | news
+            if self.setup.replay is not None:
+                metrics["replay/age"] = float(before)
+                metrics |= drift(experience.rollout, experience.scores, experience.mask_BT)
         if batch.golden and weights["sft"]:
             golden = data.golden_rows(batch.prompts, batch.golden, width=self.setup.width)
             golden_rows = rows.golden_rows(*golden, weigh=self.functions.weigh_golden)
@@ -147,9 +151,13 @@ class Step:
         student = self.functions.compute_weights(state.params)
         teacher = self.functions.teacher_weights(self.weights.scorer, state, student)
         key = key_for(self.config.seed, number, Stream.ROLLOUT)
-        experience = self.collector.collect(
-            student, teacher, batch, key=key, clock=clock, reference=self.weights.reference
-        )
+        if self.setup.replay is not None:
+            recorded = self.setup.replay.read(number)
+            experience = self.collector.recall(student, recorded, clock=clock)
+        else:
+            experience = self.collector.collect(
+                student, teacher, batch, key=key, clock=clock, reference=self.weights.reference
+            )
         head = None
         if teacher is not None and self.setup.terms.over_vocabulary:
             head = decoder.head_alone(teacher)

@@ -27,7 +27,16 @@ from opd_jax.sharding.partition import unwrapped
 from opd_jax.training import batch, objective, update
 from opd_jax.training.optimizer import make_optimizer, make_schedule
 from opd_jax.training.terms import Terms
-from opd_jax.types import Frozen, GoldenRows, Rollout, RolloutRows, Scores, TeacherRows, TrainState
+from opd_jax.types import (
+    Frozen,
+    GoldenRows,
+    Rollout,
+    RolloutRows,
+    Scores,
+    Support,
+    TeacherRows,
+    TrainState,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +51,7 @@ class StepSpec:
       dtype: compute dtype of the student.
       teacher_width: tokens of the teacher's own rows; 0 where it reads the student's.
       mesh: the devices.
+      replayed: whether rollouts are read from a recording; then there is no teacher.
     """
 
     config: ConfigDict
@@ -53,6 +63,7 @@ class StepSpec:
     dtype: Any
     teacher_width: int = 0
     mesh: Mesh = ONE
+    replayed: bool = False
 
     @property
     def width(self) -> int:
@@ -231,7 +242,8 @@ class StepFunctions:
         if terms.needs_rollouts:
             rollout_rows = _blank_rollout_rows(spec, student, teacher, reference)
             own, other = spec.models(student, teacher)
-            out += rollout_programs(own, spec.rollouts, spec.sampling, batching=spec.batching)
+            if not spec.replayed:
+                out += rollout_programs(own, spec.rollouts, spec.sampling, batching=spec.batching)
             out += scoring.programs(
                 own, other, spec.rollouts, spec.width, spec.scoring,
                 teacher_width=spec.teacher_width, reference=spec.scored_reference(reference),
@@ -304,6 +316,12 @@ def _blank_rollout_rows(spec: StepSpec, student: Any, teacher: Any, reference: A
         scoring.score_part, *pair, tokens_BT, length_B, length_B, teacher_rows, spec.scoring,
         spec.scored_reference(unwrapped(reference)),
     )  # fmt: skip
+    if spec.replayed and spec.terms.scored_support:
+        places_BTX = np.zeros((*shape, spec.terms.scored_support[1]), np.float32)
+        ids_BTX = places_BTX.astype(np.int32)
+        scores = scores.replace(
+            support=Support(ids_BTX, places_BTX, places_BTX, places_BTX[..., 0])
+        )
     zeros_BT = np.zeros(shape, np.float32)
     return batch.rollout_rows(
         Rollout(tokens_BT, length_B, length_B, zeros_BT, length_B),

@@ -32,6 +32,11 @@ _FORWARD = {  # beside the surrogate
     "loss.direction": "forward",
     "loss.support": "teacher",
 }
+_GOLDEN = {
+    "loss.pg_weight": 0.0,
+    "loss.golden_divergence": 1.0,
+    "loss.aggregation": "sequence",  # the default: it applies to rollouts, of which there are none
+}
 _AOPD = _FORWARD | {
     "loss.top_k": 10,  # second-hand, one source
     "loss.gate": "advantage",  # second-hand
@@ -54,12 +59,15 @@ class Method:
       source: arXiv id, and what was read.
       numbers: fields and their values. run: likewise, of the paper's own training.
       teacher: "" = the recipe's; ITSELF = the student, shown the golden solution; NOBODY = none.
+      horizon: shares of the recipe's response budget at which rollouts end one after the other; answers to
+        held-out problems have the whole budget. A last share of 1 is the whole budget; () = always that.
     """
 
     source: str
     numbers: Mapping[str, Any]
     run: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     teacher: str = ""
+    horizon: tuple[float, ...] = ()
 
 
 METHODS: dict[str, Method] = {
@@ -187,11 +195,17 @@ METHODS: dict[str, Method] = {
         _AOPD | {"loss.gate_threshold": -0.1},  # second-hand, one source
     ),
     "tropd": Method(
-        "2606.01249; without its term on the teacher's own prefixes (weight .001), which is not built",
+        "2606.01249; one note anneals the length of the teacher's prefixes instead of the weight",
         _FORWARD
         | {
             "loss.top_k": 64,  # second-hand
             "loss.gate": "acceptance",  # second-hand
+            # The third term, on the teacher's own prefixes: the golden solutions are to be the teacher's.
+            "loss.golden_divergence": 0.001,  # second-hand
+            "loss.golden_direction": "forward",  # second-hand
+            "loss.golden_support": "teacher",  # inferred: that of the term on rollouts
+            "loss.golden_top_k": 64,  # inferred likewise
+            "loss.golden_steps": 200,  # second-hand: a cosine to 0; that over the whole run is inferred
         },
         run={
             "optim.learning_rate": 5e-6,  # second-hand
@@ -199,6 +213,38 @@ METHODS: dict[str, Method] = {
             "rollout.samples_per_prompt": 4,  # second-hand
             "rollout.max_response_tokens": 8096,  # second-hand
         },
+    ),
+    # Prefix source x direction (2605.16826): the fourth cell, on the student's prefixes, is `full_opd`.
+    "soft_kd": Method(
+        "2605.16826: the teacher's distribution on golden solutions, forward",
+        _GOLDEN,
+    ),
+    "offline_rl": Method(
+        "2605.16826: reverse KL on golden solutions",
+        _GOLDEN | {"loss.golden_direction": "reverse"},  # second-hand
+    ),
+    "dagger": Method(
+        "2605.16826: forward KL on the student's own rollouts",
+        _DIVERGENCE | {"loss.direction": "forward"},  # second-hand
+    ),
+    "brts": Method(
+        "2605.09725 and its code (dp_actor.py, teacher_selection.py); launch/sample.py chooses its golden "
+        "solutions",
+        {
+            "loss.advantage": "support",  # found in the code: the weighted log-ratios of 2604.13016's code
+            "loss.support": "student",  # found
+            "loss.top_k": 16,  # found
+            "loss.golden_divergence": 10.0,  # found in the paper; .05 in the code, where it is off by default
+            "loss.golden_direction": "forward",  # found
+            "loss.golden_support": "teacher",  # found
+            "loss.golden_top_k": 16,  # found
+            # Found in the code: q alone is divided by its mass, which gives this form's gradient.
+            "loss.golden_form": "teacher_renormalised",
+            "sample.choose": "overlap",  # found
+            "sample.choose_top_k": 16,  # found
+            "sample.samples": 4,  # unknown
+        },
+        run={"optim.learning_rate": 1e-6},  # found
     ),
     # Weights of tokens. What each multiplies is that of the source where it says so.
     "iw_opd": Method(
@@ -285,6 +331,33 @@ METHODS: dict[str, Method] = {
         "a control: the correct rollouts alone, an arm of the audit that read 2607.04037",
         {"loss.rollout_gate": "correct"},  # second-hand
     ),
+    # The outcome of a rollout in the teacher's advantage.
+    "uni_opd": Method(
+        "2605.03677, its code (margin_shift.py) and scripts; without its balancing of rollouts",
+        {
+            "loss.outcome": "margin",  # found
+            "loss.outcome_value": 0.4,  # found in the scripts
+            "loss.advantage_clamp": 10.0,  # found in the scripts
+            "loss.clip_high": 0.28,  # found in the scripts
+        },
+        run={
+            "optim.learning_rate": 1e-6,  # found
+            "rollout.prompts_per_step": 64,  # found
+            "rollout.samples_per_prompt": 16,  # found
+            "rollout.max_response_tokens": 16_384,  # found
+        },
+    ),
+    "scope": Method(
+        "2604.10688, Eqs. 2 to 6",
+        {
+            "loss.outcome": "route",  # found
+            "loss.outcome_value": 1.0,  # found
+        },
+        run={
+            "rollout.temperature": 0.6,  # found
+            "rollout.max_response_tokens": 12_288,  # found
+        },
+    ),
     # Verifiable rewards, alone and with a teacher that is the student shown the solution.
     "grpo": Method("2402.03300", _REWARD, run=_LUFFY, teacher=NOBODY),
     "dr_grpo": Method(
@@ -315,6 +388,57 @@ METHODS: dict[str, Method] = {
             "loss.evidence_clip": 0.2,  # unknown; that of RLSD
         },
         teacher=ITSELF,
+    ),
+    # Short rollouts, rollouts that grow, and fewer steps.
+    "esr": Method(
+        "2605.27028, as an audit and a test describe it; one list has 40 to 60 % of the length instead of N",
+        {
+            "rollout.max_response_tokens": 100,  # second-hand; 50 to 200 are alike
+            "rollout.temperature": 0.7,  # second-hand
+            "scoring.temperature": 0.7,  # inferred: the distribution that is sampled
+            "loss.truncated": "keep",  # inferred: nearly every rollout is cut
+        },
+        run={"rollout.prompts_per_step": 16},  # second-hand; its learning rate is that of a LoRA
+    ),
+    "topd": Method("2605.31490: a tenth of the response budget", {}, horizon=(0.1,)),  # second-hand
+    "popd": Method(
+        "2605.31490, and Fast OPD, 2602.15260: the horizon grows by stairs",
+        {"rollout.horizon_steps": 25},  # unknown
+        horizon=(0.125, 0.25, 0.5, 1),  # unknown
+    ),
+    "length_curriculum": Method(
+        "2605.16826: the horizon grows where the student's entropy allows it",
+        {
+            "rollout.horizon_steps": 5,  # unknown; 5 in a fork
+            "rollout.horizon_entropy": 0.1,  # unknown
+        },
+        horizon=(0.125, 0.25, 0.5, 1),  # unknown; lengths from 128 to 4096 appear
+    ),
+    "kat": Method(
+        "2606.09471, one full reading; here the tokens after the cut are sampled and left out of the loss",
+        {
+            "loss.low_kl_window": 64,  # second-hand
+            "loss.low_kl_run": 4,  # second-hand
+            "loss.low_kl_share": 0.3,  # second-hand
+            "loss.low_kl_history": 4096,  # second-hand
+            "loss.low_kl_rollouts": 512,  # second-hand
+            "loss.low_kl_steps": 50,  # second-hand
+        },
+    ),
+    "effopd": Method(
+        "2605.11739; one note on it reads 2^k for 2 k",
+        {
+            "jump.problems": 50,  # found
+            "jump.candidates": 5,  # found
+            "optim.warmup_steps": 0,  # found; a warm-up makes the first directions short
+            "optim.warmup_fraction": 0.0,  # found
+        },
+        run={
+            "optim.learning_rate": 1e-6,  # found
+            "rollout.prompts_per_step": 1024,  # found
+            "rollout.samples_per_prompt": 1,  # found
+            "rollout.max_response_tokens": 16_384,  # found
+        },
     ),
     # A teacher that is the student with another prompt.
     "opsd": Method("2605.11182", {}, teacher=ITSELF),
@@ -362,19 +486,39 @@ def get_config(text: str | None = None) -> ConfigDict:
         config.teacher.path = ""
         config.data.teacher_prompt_template = config.data.teacher_system_prompt = "same"
         config.eval.teacher = False
+    whole = config.rollout.max_response_tokens
     for field, value in {**method.numbers, **({} if small else method.run)}.items():
         section, _, last = field.rpartition(".")
         config[section][last] = value
+    _set_horizon(config, method, whole)
     if rest[0] == "tiny":
         _fit_tiny(config, name)
     _fit_memory(config)
     return config
 
 
+def _set_horizon(config: ConfigDict, method: Method, whole: int) -> None:
+    """Set the shorter budgets of rollouts; answers to held-out problems keep the recipe's `whole` budget."""
+    rollout = config.rollout
+    if method.horizon:
+        *lower, last = (max(round(share * whole), 1) for share in method.horizon)
+        rollout.horizon, rollout.max_response_tokens = tuple(lower), last
+    if rollout.max_response_tokens < whole and (
+        method.horizon or "rollout.max_response_tokens" in method.numbers
+    ):
+        config.eval.max_response_tokens = config.eval.max_response_tokens or whole
+
+
 def _fit_tiny(config: ConfigDict, name: str) -> None:
     """What the generated problems and the small vocabulary of `tiny` need."""
     if config.loss.support != "full":
         config.loss.top_k = 4  # of 308 ids, 8 of which hold 99.99 % of the mass
+    if config.loss.low_kl_window:
+        config.loss.low_kl_window = 8  # its responses have about 60 tokens
+    if config.loss.golden_support != "full":
+        config.loss.golden_top_k = 4
+    if config.sample.choose == "overlap":
+        config.sample.choose_top_k = 4
     if config.loss.token_weight == "step":
         config.loss.token_weight_window = 8  # its solutions are one paragraph
     if config.rollout.samples_per_prompt == 8:

@@ -84,6 +84,7 @@ def tiny(config: ConfigDict) -> None:
     )
     config.eval.temperature = 1.0  # the distribution that OPD trains
     config.eval.every = 25
+    config.eval.slots = 64  # as many as the rollouts of a step: one decode program serves both
     config.metrics.repetition_tail = 100  # the paper's 10,000 characters can never occur here
     config.metrics.repetition_threshold = 2.2
     config.metrics.positions = (16, 32, 64, 128)

@@ -5,7 +5,7 @@ python launch/compare.py --out=runs/methods --published [--seeds=3] ...     # al
 
 Each run is a `launch/train.py` command with its own folder, one after the other. Finished runs are not
 repeated, so the same command resumes a killed comparison. The table is Markdown: accuracy before and
-after, reverse KL at the first step and over the last ten, TruncRate, seconds.
+after, reverse KL at the first step and over the last ten, TruncRate, tokens sampled by all steps, seconds.
 """
 
 import pathlib
@@ -48,7 +48,7 @@ OBJECTIVES = {  # name: config, changed fields of `loss`
 COLUMNS = (
     ("accuracy before", "before", ".1%"), ("after", "after", ".1%"),
     ("reverse KL before", "kl_before", ".3f"), ("after", "kl_after", ".3f"),
-    ("TruncRate", "truncated", ".1%"), ("s a run", "seconds", ".0f"),
+    ("TruncRate", "truncated", ".1%"), ("tokens sampled", "tokens", ",.0f"), ("s a run", "seconds", ".0f"),
 )  # fmt: skip
 
 
@@ -64,7 +64,7 @@ def main() -> None:
                 sweep.run_folder(out, name, seed),
                 seed=seed,
                 steps=options.steps,
-                changes=["eval.every=0", "eval.teacher=False"]
+                changes=["eval.every=0", "eval.teacher=False", *options.change]
                 + [f"loss.{change}" for change in changes.split()],
             )
             for seed in range(options.seeds)
@@ -94,7 +94,8 @@ def figures(run: pathlib.Path, steps: int) -> sweep.Figures:
         "before": summaries[0]["accuracy"],
         "after": summaries[steps]["accuracy"],
         "truncated": summaries[steps]["truncation_rate"],
-        "seconds": sum(row.get("time/step_s", 0.0) for row in rows),
+        "tokens": sum(row.get("rollout/tokens", 0.0) for row in rows),
+        "seconds": sum(row.get("time/step_s", 0.0) + row.get("time/jump_s", 0.0) for row in rows),
     }
     kl = [row["score/reverse_kl"] for row in rows if "score/reverse_kl" in row]
     return figures | ({"kl_before": kl[0], "kl_after": float(np.mean(kl[-10:]))} if kl else {})
@@ -103,5 +104,8 @@ def figures(run: pathlib.Path, steps: int) -> sweep.Figures:
 if __name__ == "__main__":
     sweep.define_flags("runs/objectives")
     flags.DEFINE_bool("published", False, "compare the methods of configs/methods.py")
-    cli.show("published")
+    flags.DEFINE_multi_string(
+        "change", [], "FIELD=VALUE that every run sets; give each set its own --out"
+    )
+    cli.show("published", "change")
     cli.main(main)

@@ -12,7 +12,8 @@ from ml_collections import config_flags
 
 from opd_jax import hardware, host_memory
 from opd_jax.config import aliases, page
-from opd_jax.config.schema import explain, near, not_a_field, suggest
+from opd_jax.config.fields import FIELDS
+from opd_jax.config.schema import check_value, explain, flatten, near, not_a_field, suggest
 from opd_jax.config.trees import TRAINING, Tree
 from opd_jax.errors import AGAIN, Interrupted, OpdError
 
@@ -134,6 +135,11 @@ def _guarded(run: Callable[..., None], *, stops: bool) -> None:
     logging.set_verbosity(logging.FATAL)
     sys.unraisablehook = _unraisable
     hardware.set_memory_fraction()
+    try:
+        if "config" in FLAGS and "allocator" in FLAGS.config.get("mesh", {}):
+            hardware.set_allocator(_early("mesh.allocator"))
+    except OpdError as error:
+        _fail(str(error), EXIT_USER)
     several = False
     if stops:
         from opd_jax.workdir import stop  # imported late because it imports JAX
@@ -147,6 +153,8 @@ def _guarded(run: Callable[..., None], *, stops: bool) -> None:
 
         host_memory.configure_jax()
         aot.cache_programs()
+        if several:
+            _share_programs()
         run()
     except Interrupted as error:
         print(error, flush=True)
@@ -180,9 +188,31 @@ def _one_of_several() -> bool:
 def _connect() -> None:
     from opd_jax.sharding import multihost
 
+    connect_s, heartbeat_s = (
+        _early("processes.connect_seconds"),
+        _early("processes.heartbeat_seconds"),
+    )
     if not multihost.supervised():
         sys.exit(multihost.supervise())
-    multihost.start(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
+    multihost.start(
+        FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id,
+        connect_s=connect_s, heartbeat_s=heartbeat_s,
+    )  # fmt: skip
+
+
+def _share_programs() -> None:
+    from opd_jax.sharding import multihost, shared_programs
+
+    note = shared_programs.use_one_cache_or_none(share=_early("processes.share_programs"))
+    if note is not None and multihost.first():
+        print(note, flush=True)
+
+
+def _early(name: str) -> Any:
+    """Return a field that is read before the rest of the config is checked. Raises ConfigError."""
+    value = flatten(FLAGS.config.to_dict())[name]
+    check_value(name, value, FIELDS[name])
+    return value
 
 
 def _leave(text: str) -> None:

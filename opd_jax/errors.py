@@ -52,6 +52,10 @@ class CopiesError(OpdError, ArithmeticError):
     """Copies of the same weights on several devices are not equal."""
 
 
+class SelfTestError(OpdError, ArithmeticError):
+    """Sampler and scorer disagree about the same tokens by more than rounding explains."""
+
+
 class Interrupted(OpdError, InterruptedError):
     """A run was asked to end and saved its state: the same command resumes where it ended."""
 

@@ -6,7 +6,10 @@ This module does not import JAX: an entry point sets the environment from it bef
 import dataclasses
 import os
 import pathlib
-from collections.abc import Mapping
+import re
+import sys
+from collections.abc import Mapping, MutableMapping, Sequence
+from importlib import metadata
 
 from opd_jax.errors import ConfigError
 
@@ -14,9 +17,14 @@ GIB = 2**30
 # Share of a GPU's memory that JAX may use; JAX's own default is three quarters. The rest is left for
 # memory that XLA does not count: the driver's context, NCCL's buffers, cuBLAS and cuDNN handles.
 MEMORY_FRACTION = 0.92
+GPU_JAX, GPU_PYTHON = (0, 11, 2), (3, 12)  # the oldest versions with which a GPU is used
+ALLOCATORS = ("default", "bfc", "cuda_async", "vmm", "platform", "address")  # of jaxlib 0.11.2
+_ALLOCATOR = "XLA_PYTHON_CLIENT_ALLOCATOR"
+_CLIENT_OPTIONS = "JAX_PJRT_CLIENT_CREATE_OPTIONS"
 _FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # new name, old name
 _RECORDED = ("XLA_FLAGS", "JAX_OPTIMIZATION_LEVEL", "CUDA_DEVICE_MAX_CONNECTIONS",
-             "NCCL_NVLS_ENABLE", "OPD_JAX_MALLOC", *_FRACTIONS)  # fmt: skip
+             "OPD_JAX_MALLOC", _ALLOCATOR, _CLIENT_OPTIONS, *_FRACTIONS)  # fmt: skip
+_RECORDED_STARTS = ("NCCL_",)  # every variable whose name starts so is recorded too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,16 +109,49 @@ def dtype_name(name: str, *, gpu: bool) -> str:
     return "bfloat16" if gpu else "float32"
 
 
-def require_supported(platform: str) -> None:
+def matmul_precision(dtypes: Sequence[str], *, gpu: bool, current: str | None) -> str | None:
+    """Return the `jax_default_matmul_precision` that models of these compute dtypes need; None: as it is.
+
+    By default a GPU multiplies float32 numbers as TF32, with 10 bits of the fraction (jax-ml/jax issue
+    12008), so that "float32" would be less exact than it says. A precision that the user has set, `current`,
+    is kept. Products of bfloat16 numbers are the same with any precision.
+    """
+    full = gpu and current is None and "float32" in dtypes
+    return "float32" if full else None
+
+
+def tile(*, gpu: bool) -> int:
+    """Return the number that the widths of batches are multiples of: 128 tokens on a GPU, else 1.
+
+    Matrix products there are made of tiles of 128 rows, and cuDNN's attention has had wrong gradients at
+    widths with T % 128 == 64 (pytorch/pytorch issue 196678).
+    """
+    return 128 if gpu else 1
+
+
+def require_supported(
+    platform: str, *, jax_version: str | None = None, python: tuple[int, ...] = sys.version_info[:2]
+) -> None:
     """Refuse a platform of JAX (`jax.default_backend()`) that is not supported, such as TPUs.
 
     Raises ConfigError for any platform but cpu and gpu. On others models would compute in float32, and
-    attention would materialise its weights [B, N, T, T]: 9.5 GB for a row of the paper's lengths.
+    attention would materialise its weights [B, N, T, T]: 9.5 GB for a row of the paper's lengths. On a GPU
+    also for a JAX before 0.11.2 (`jax_version`; None: the installed one): before 0.11.1 a scan under vmap
+    could compute wrong results there (jax-ml/jax issue 36958), and such a JAX is all that Python 3.11 gets.
     """
     if platform not in ("cpu", "gpu"):
         raise ConfigError(
             f"JAX computes on a {platform} here, wanted an NVIDIA GPU or a CPU: {platform}s are not "
             "supported (no fused attention, no bfloat16); start on a GPU, or set JAX_PLATFORMS=cpu"
+        )
+    version = metadata.version("jax") if jax_version is None else jax_version
+    numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:3])
+    if platform == "gpu" and (numbers < GPU_JAX or python < GPU_PYTHON):
+        raise ConfigError(
+            f"jax {version} on Python {'.'.join(map(str, python))} computes on a GPU here, wanted jax "
+            f"{'.'.join(map(str, GPU_JAX))} or newer on Python {'.'.join(map(str, GPU_PYTHON))} or newer "
+            "(older ones have a miscompilation of scans on GPUs); install opd_jax[cuda] in a virtual "
+            "environment of a newer Python, or set JAX_PLATFORMS=cpu"
         )
 
 
@@ -141,9 +182,25 @@ def set_memory_fraction() -> None:
         os.environ[_FRACTIONS[0]] = str(MEMORY_FRACTION)
 
 
+def set_allocator(name: str, environment: MutableMapping[str, str] = os.environ) -> None:
+    """Let JAX allocate a GPU's memory by this one of `ALLOCATORS`; call it before JAX starts.
+
+    `default` changes nothing. It is set in both places that JAX reads: some versions ignore the variable of
+    the allocator (jax 0.10.1 with the CUDA 13 plug-in), and the options of the client come last. Options
+    that the user has set are kept.
+    """
+    if name == "default":
+        return
+    environment[_ALLOCATOR] = name
+    options = [x for x in environment.get(_CLIENT_OPTIONS, "").split(";") if x]
+    kept = [option for option in options if not option.startswith("allocator:")]
+    environment[_CLIENT_OPTIONS] = ";".join([*kept, f"allocator:{name}"])
+
+
 def record(device: Device | None, environment: Mapping[str, str] = os.environ) -> dict[str, object]:
     """Return the settings for run.json: those that are set, and recommended ones that are not."""
-    present = {name: environment[name] for name in _RECORDED if name in environment}
+    names = [name for name in sorted(environment) if name.startswith(_RECORDED_STARTS)]
+    present = {name: environment[name] for name in (*_RECORDED, *names) if name in environment}
     recommended = {} if device is None else device.settings
     missing = {name: value for name, value in recommended.items() if present.get(name) != value}
     return {"set": present, "recommended_but_not_set": missing}

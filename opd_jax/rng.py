@@ -14,6 +14,9 @@ class Stream(IntEnum):
     PROBE = 4  # a probe; the step is the length of the prefix, then model and batch are folded in
     BENCHMARK = 5  # answers of launch/evaluate.py; the step is 0, then the answer is folded in
     GATE = 6  # draws of a gate, one a token; the rollout's place in the batch is folded in
+    JUMP = 7  # answers to the problems held for jumps; the place of their batch is folded in
+    HINT = 8  # cold-start solutions of the teacher where its prompt shows the answer; as for SAMPLE
+    AGREEMENT = 9  # the student's responses that solutions are compared with; likewise
 
 
 def key_for(seed: int, step: int, stream: Stream) -> jax.Array:

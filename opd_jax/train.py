@@ -7,10 +7,10 @@ before a file is written, weights are loaded, or anything is compiled.
 
 import contextlib
 import dataclasses
-import math
 import pathlib
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from opd_jax import checkpoint, data, workdir
@@ -26,7 +26,16 @@ from opd_jax.memory_plan import run as planning
 from opd_jax.metrics.timing import used_bytes
 from opd_jax.metrics.tracing import Tracer, stage
 from opd_jax.sharding import multihost
-from opd_jax.training import collapse_detector, collapse_guard, nonfinite, precompile
+from opd_jax.training import (
+    collapse_detector,
+    collapse_guard,
+    horizon,
+    jump,
+    low_kl,
+    nonfinite,
+    precompile,
+    selftest,
+)
 from opd_jax.training.replay import student_fault
 from opd_jax.training.setup import Setup, make_setup
 from opd_jax.training.step import Step, StepState, Summary, require_equal_replicas
@@ -36,8 +45,9 @@ from opd_jax.types import TrainState
 from opd_jax.workdir import console
 from opd_jax.workdir.stop import Stop
 from opd_jax.workdir.trackers import Log, require
+from opd_jax.workdir.watchdog import Watchdog
 
-_NEWS = ("eval/", "guard/")  # keys that are logged at every step that has them
+_NEWS = ("eval/", "guard/", "jump/")  # keys that are logged at every step that has them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +93,7 @@ def run(
             f"set --config.steps={first} or more, or give a new --workdir"
         )
     moved = multihost.from_first(
-        lambda: [] if first is None else _schedule_moved(folder, config),
+        lambda: [] if first is None else resume.schedule_moved(folder, config),
     )
     if multihost.first():
         print(*moved, sep="\n", end="\n" * bool(moved), flush=True)
@@ -95,9 +105,10 @@ def run(
     if fault := multihost.from_first(lambda: _fault_outside(setup)):
         raise ConfigError(fault)
     functions = make_step_functions(setup.spec)
-    _require_disk(functions, folder, first or 0)
+    resume.require_disk(functions, folder, first or 0)
     _end_if_requested(stop, "before anything was loaded")
-    with failures.explained(folder, plan):
+    with failures.explained(folder, plan), Watchdog(config.watchdog) as watchdog:
+        watchdog.begin("start")
         # A broken file is refused before anything is written.
         with stage("load"):
             weights = load_weights(setup, student=first is None)
@@ -118,7 +129,7 @@ def run(
                     pool = rewards.make_pool(config.reward, log=folder / "reward.log")
                 if pool is not None:
                     stack.enter_context(pool)
-            training = _Run(setup, functions, weights, folder, grader, saved, stop, pool)
+            training = _Run(setup, functions, weights, folder, grader, saved, stop, watchdog, pool)
             with contextlib.closing(training.log), contextlib.closing(training.samples):
                 return training.loop()
 
@@ -135,11 +146,12 @@ class _Run:
         grader: Grader,
         saved: checkpoint.Checkpoints,
         stop: Stop,
+        watchdog: Watchdog,
         pool: RewardPool | None = None,
     ):
         config = setup.config
         self.setup, self.config, self.folder = setup, config, folder
-        self.saved, self.stop = saved, stop
+        self.saved, self.stop, self.watchdog = saved, stop, watchdog
         self.weights, self.functions = weights, functions
         self.step = Step(setup, self.functions, weights, grader, folder, pool)
         self.held_out = HeldOut(setup, self.functions, weights, folder, grader)
@@ -153,6 +165,9 @@ class _Run:
         )
         self.rules = collapse_guard.make_rules(config)
         self.guard = collapse_guard.State()
+        self.stairs = horizon.make_rules(config)
+        self.horizon = horizon.start(self.stairs)
+        self.jumps = jump.Jumps(setup, self.functions, grader)
         self.like = self.functions.abstract_state()
         self.first = newest = saved.latest or 0
         self.pending: resume.Pending | None = None
@@ -165,11 +180,13 @@ class _Run:
             saved.delete_after(self.first)
             train = saved.restore(self.first, self.like, self.batches)
             self.state = StepState(train, point.numerics)
+            self._restore_schedules(self.first)
             logged = newest - (self.pending is not None)
         else:
             student, weights.student = weights.student, None  # initial_state donates its buffers
             assert student is not None  # loaded because there is no checkpoint
             self.state = StepState(self.functions.initial_state(student))
+            self.jumps.start(self.state.train.params)
         self.cut_short = self.first < newest  # a rollback
         self.log: workdir.Lines | workdir.NoLines = workdir.NoLines()
         self.samples: workdir.Lines | workdir.NoLines = workdir.NoLines()
@@ -189,11 +206,13 @@ class _Run:
         tracer = Tracer(self.folder, config.profile, memory=used_bytes)
         if precompile.worthwhile():
             programs = self.functions.programs(
-                self.weights.scorer, self.weights.reference, self._weights()
+                self.weights.scorer, self.weights.reference, self._weights(step + 1)
             )
             progress.say(
                 f"{len(programs)} programs compiled in {precompile.compile_all(programs):.1f} s"
             )
+        if selftest.wanted(config.guard.self_test, jax.default_backend()):
+            self._test_itself()
         if step:
             progress.say(f"resumed at step {step}")
         if self.cut_short and (summary := self.held_out.summary(step)):
@@ -209,8 +228,10 @@ class _Run:
         last, pace = False, resume.Pace()
         while step < config.steps and not last:
             step += 1
+            self.watchdog.begin("step", step)
             with tracer.step(step):
                 self.state, row, sampled = self._train(step)
+            row |= horizon.keys(self.horizon, self.stairs)
             if config.guard.copies and step % config.guard.copies == 0:
                 require_equal_replicas(step, self.state.train, self.functions, self.weights)
             progress.step(step, row)
@@ -224,6 +245,9 @@ class _Run:
                 if last:  # the line of the alarm's step is set aside, and there is no later one
                     self.log.amend({"step": step} | response.event)
                 continue
+            self._raise_horizon(step, row)
+            if self.jumps and jump.is_jump(step):
+                row |= self._jump(step)
             last = response.stop or step == config.steps
             due = bool(last or (config.eval.every and step % config.eval.every == 0))
             self.stop.mind_deadline(pace.lap())
@@ -233,6 +257,7 @@ class _Run:
             self._finish(step, row, sampled, due=due, last=last)
             if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
                 self._save(step)
+        self.watchdog.begin("end", step)
         tracer.stop()
         table = self.held_out.table(step, self.state.train) if self.held_out else {}
         if table and "student before" not in table:
@@ -254,8 +279,9 @@ class _Run:
                 step,
                 self.state,
                 next(self.batches),
-                self._weights(),
+                self._weights(step),
                 masking=collapse_guard.masking(self.guard, self.rules),
+                budget=self.horizon.length,
             )
         except RewardError as error:  # before the update: the state has not changed
             self.batches.set_state(before)
@@ -266,6 +292,18 @@ class _Run:
             raise RewardError(
                 f"step {step}: {error}; step {step - 1} is saved, and the same command goes on from there"
             ) from None
+
+    def _test_itself(self) -> None:
+        """Compare sampler and scorer before the first step. Raises SelfTestError where they differ."""
+        self.watchdog.begin("self-test", self.first)
+        params, functions = self.state.train.params, self.functions
+        student = functions.compute_weights(params)
+        teacher = functions.teacher_weights(self.weights.scorer, self.state.train, student)
+        with stage("self-test"):
+            found = selftest.run(self.setup, functions, student, teacher, self.weights.reference)
+        if found is not None:
+            self.progress.say(selftest.line(found))
+            selftest.require(found)
 
     def _finish(
         self, step: int, row: Summary, sampled: list[dict], *, due: bool, last: bool = False
@@ -279,6 +317,7 @@ class _Run:
 
     def _evaluate(self, step: int) -> Summary:
         """Evaluate the current student, print the result, keep it if best; return the `eval/*` keys."""
+        self.watchdog.begin("evaluation", step)
         summary = self.held_out.evaluate(step, self.state.train)
         self.progress.say(f"step {step}: {console.headline(summary)}")
         self._keep_best(step, summary)
@@ -296,16 +335,21 @@ class _Run:
 
     def _save(self, step: int, pending: resume.Pending | None = None) -> None:
         """Start writing a checkpoint; the log lines before it are flushed to the disk first."""
+        self.watchdog.begin("checkpoint", step)
         self.log.sync()
         self.samples.sync()
         guard, every = collapse_guard.to_json(self.guard), self.config.checkpoint.every
-        extras: dict[str, Any] = {"numerics": nonfinite.to_json(self.state.numerics)}
+        extras: dict[str, Any] = {
+            "numerics": nonfinite.to_json(self.state.numerics),
+            "horizon": horizon.to_json(self.horizon),
+            "low_kl": low_kl.to_json(self.state.past_kl),
+        }
         if pending is not None:
             extras["pending"] = pending
         with stage("checkpoint"):
             self.saved.save(
                 step, self.state.train, self.batches, guard, extras=extras,
-                scheduled=not every or step % every == 0,
+                snapshot=self.jumps.previous, scheduled=not every or step % every == 0,
             )  # fmt: skip
 
     def _end_early(
@@ -337,6 +381,32 @@ class _Run:
         row |= response.event
         return response
 
+    def _raise_horizon(self, step: int, row: Summary) -> None:
+        """Set the response budget of the next step from this step's metrics."""
+        before, self.horizon = self.horizon, horizon.observe(self.horizon, step, row, self.stairs)
+        if self.horizon.length != before.length:
+            self.progress.say(
+                f"step {step}: responses of at most {self.horizon.length} tokens from here on"
+            )
+
+    def _jump(self, step: int) -> Summary:
+        """Try a jump; return its metrics."""
+        self.watchdog.begin("jump", step)
+        train, news = self.jumps(step, self.state.train, alarmed=self.guard.alarmed)
+        self.state = dataclasses.replace(self.state, train=train)
+        if news:
+            self.progress.say(jump.describe(news, step))
+        return news
+
+    def _restore_schedules(self, step: int) -> None:
+        """Restore the horizon, the low-KL cut and the last jump's snapshot from the checkpoint of `step`."""
+        extras = self.saved.extras(step)
+        self.horizon = horizon.from_json(extras.get("horizon"), self.stairs)
+        past = low_kl.from_json(extras.get("low_kl"))
+        self.state = dataclasses.replace(self.state, past_kl=past)
+        if self.jumps:
+            self.jumps.start(self.saved.snapshot(step, self.like.params) or self.state.train.params)
+
     def _go_back(self, step: int) -> int:
         """Restore the checkpoint of `step` and keep the guards' states; later log lines are set aside."""
         resume.note_rollback(self.folder, step, self.guard)
@@ -345,29 +415,17 @@ class _Run:
         numerics = self.state.numerics
         del self.state  # frees memory for the restored state
         self.state = StepState(self.saved.restore(step, self.like, self.batches), numerics)
+        self._restore_schedules(step)
         self.log.go_back(step)
         self.samples.go_back(step)
         if summary := self.held_out.summary(step):
             self._keep_best(step, summary)  # a discarded step may have replaced it
         return step
 
-    def _weights(self) -> dict[str, float]:
-        """Return the weight of each term, as configured or as strengthened by the guard."""
+    def _weights(self, step: int) -> dict[str, float]:
+        """Return the weight of each term at a step, as configured or as strengthened by the guard."""
         beta_kl, lambda_gold = collapse_guard.terms(self.guard, self.rules)
-        return self.setup.terms.weights | {"reference_kl": beta_kl, "sft": lambda_gold}
-
-
-def _schedule_moved(folder: pathlib.Path, config: ConfigDict) -> list[str]:
-    """Return a line if a resumed run has another number of steps and its learning rate depends on it."""
-    before = workdir.read_config(folder)["steps"]
-    moving = config.optim.schedule != "constant" or config.optim.warmup_fraction
-    if before == config.steps or not moving:
-        return []
-    return [
-        f"note: steps was {before} and is {config.steps}; the learning rate of the steps to come is that "
-        f"of a run of {config.steps} (optim.schedule={config.optim.schedule}, "
-        f"optim.warmup_fraction={config.optim.warmup_fraction:g})"
-    ]
+        return self.setup.terms.weights_at(step) | {"reference_kl": beta_kl, "sft": lambda_gold}
 
 
 def _fault_outside(setup: Setup) -> str:
@@ -378,19 +436,6 @@ def _fault_outside(setup: Setup) -> str:
     if config.replay.other_student:
         return ""
     return student_fault(setup.replay, config.student.path)
-
-
-def _require_disk(functions: StepFunctions, folder: pathlib.Path, first: int) -> None:
-    """Raise WorkdirError where the disk cannot hold all checkpoints that exist at one time."""
-    config = functions.spec.config
-    section = config.checkpoint
-    remaining = math.ceil((config.steps - first) / (section.every or config.steps))
-    existing = multihost.from_first(lambda: len(manifest.steps(folder / "checkpoints")))
-    copies = max(min(section.keep + 1 - existing, remaining), min(remaining, 1))
-    # The best one is removed only when a better one is complete, so two may exist.
-    copies += 2 if config.eval.best and remaining else 0
-    size = checkpoint.bytes_of(functions.abstract_state())
-    manifest.require_room(folder, size, copies, what=f"a run with checkpoint.keep={section.keep}")
 
 
 def _facts(config: ConfigDict, path: str) -> dict[str, Any]:

@@ -103,6 +103,24 @@ class Support(flax.struct.PyTreeNode):
     teacher_rest_BT: Array
 
 
+class SpanScores(flax.struct.PyTreeNode):
+    """Log-probs of spans of text, where student and teacher have different tokenizers; host arrays [B, T].
+
+    Attributes:
+      span_BT: int32, the span of each of the student's tokens in its row; -1 where none is compared.
+      bytes_BT: int32, bytes of text of each token.
+      size_BT, teacher_size_BT: float32, the student's and the teacher's tokens in the span of each token.
+      student_logprob_BT, teacher_logprob_BT: float32, of the span of each token: the sum over its tokens.
+    """
+
+    span_BT: Array
+    bytes_BT: Array
+    size_BT: Array
+    teacher_size_BT: Array
+    student_logprob_BT: Array
+    teacher_logprob_BT: Array
+
+
 class Scores(flax.struct.PyTreeNode):
     """Statistics of student and teacher at each token of a row; all [B, T], float32, no gradients.
 
@@ -118,6 +136,8 @@ class Scores(flax.struct.PyTreeNode):
       teacher_hidden_BTD: the teacher's final hidden states, in its compute dtype, laid out as the
         student's rows, for losses over the full vocabulary; None where no term needs them.
       reference_logprob_BT: of the sampled token; None where nothing is extrapolated.
+      spans: of a teacher with another tokenizer, which has no log-prob of a single token of the student's:
+        all other fields of the teacher are None then. None where the two share ids.
 
     All but the student's two are None where there is no teacher.
     """
@@ -135,6 +155,7 @@ class Scores(flax.struct.PyTreeNode):
     support: Support | None = None
     teacher_hidden_BTD: Array = None
     reference_logprob_BT: Array = None
+    spans: SpanScores | None = None
 
 
 class TeacherRows(flax.struct.PyTreeNode):
@@ -150,6 +171,25 @@ class TeacherRows(flax.struct.PyTreeNode):
     tokens_BT: Array
     length_B: Array
     offset_B: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class TextRows:
+    """The same responses after the teacher's own prompts, in the tokens of its own tokenizer; host arrays.
+
+    Attributes:
+      tokens_BT, length_B: int32, the teacher's rows, with a width W of their own.
+      first_B: int32, the teacher's prompt lengths.
+      teacher_span_BT: int32 [B, W], the span of each of these tokens; -1 where none is compared.
+      span_BT, bytes_BT: int32 [B, T], of the student's tokens, as in `SpanScores`.
+    """
+
+    tokens_BT: np.ndarray
+    length_B: np.ndarray
+    first_B: np.ndarray
+    teacher_span_BT: np.ndarray
+    span_BT: np.ndarray
+    bytes_BT: np.ndarray
 
 
 class Frozen(flax.struct.PyTreeNode):
@@ -191,11 +231,21 @@ class RolloutRows(flax.struct.PyTreeNode):
 
 
 class GoldenRows(flax.struct.PyTreeNode):
-    """Golden solutions as inputs of the update; fields as in `RolloutRows`."""
+    """Golden solutions as inputs of the update; fields as in `RolloutRows`.
+
+    Attributes:
+      tokens_BT, length_B, weight_BT: of all tokens of the solutions, as the supervised term counts them.
+      divergence_weight_BT: likewise for the divergence, which counts those that both models score; None,
+        as are the next two, where no term has a divergence on golden solutions.
+      teacher_hidden_BTD, support: for that divergence.
+    """
 
     tokens_BT: Array
     length_B: Array
     weight_BT: Array
+    divergence_weight_BT: Array = None
+    teacher_hidden_BTD: Array = None
+    support: Support | None = None
 
 
 class TrainState(flax.struct.PyTreeNode):

@@ -1,10 +1,16 @@
 """The command line: a user's mistake costs one line, status 1, and nothing on disk."""
 
+import ctypes
 import os
 import pathlib
+import resource
 import subprocess
 import sys
+import warnings
+from collections.abc import Callable
+from types import SimpleNamespace
 
+import jax
 import pytest
 
 from opd_jax import aot, host_memory
@@ -78,13 +84,15 @@ PROGRAM = (
 )
 
 
-def compiled(cache: pathlib.Path, **variables: str) -> subprocess.CompletedProcess:
-    """A process that compiles a few programs, with its cache in this folder."""
+def compiled(
+    cache: pathlib.Path, *, before: Callable[[], None] | None = None, **variables: str
+) -> subprocess.CompletedProcess:
+    """A process that compiles a few programs, with its cache in this folder; `before` runs in it first."""
     env = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
     env |= {"XDG_CACHE_HOME": str(cache)} | variables
     return subprocess.run(
         [sys.executable, "-c", PROGRAM],
-        cwd=ROOT, env=env, timeout=120, capture_output=True, text=True,
+        cwd=ROOT, env=env, timeout=120, capture_output=True, text=True, preexec_fn=before,
     )  # fmt: skip
 
 
@@ -111,11 +119,61 @@ def test_a_broken_cache_of_programs_costs_one_line(fault, tmp_path):
             entry.write_bytes(entry.read_bytes()[:40])
     else:
         cache.write_text("")
-    done = compiled(cache)
+    assert_one_line(compiled(cache), cache)
+
+
+def assert_one_line(done: subprocess.CompletedProcess, cache: pathlib.Path) -> None:
+    """The process computed its result, and said once that its cache does not work."""
     assert done.stdout == "True\n"
     (line,) = done.stderr.splitlines()
     assert line.startswith("note: cannot read or write the cache of compiled programs in ")
     assert str(cache / "opd_jax" / "programs") in line
+
+
+@pytest.mark.slow
+def test_a_full_disk_costs_one_line_then_and_later(tmp_path):
+    """A limit on the size of files stands for the disk: every entry breaks off after 512 bytes."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (512, 512))
+
+    # Without bytecode, which the limit would cut off as well.
+    done = compiled(tmp_path, before=limit, PYTHONDONTWRITEBYTECODE="1")
+    assert_one_line(done, tmp_path)
+    entries = list((tmp_path / "opd_jax" / "programs").glob("*-cache"))
+    assert entries
+    assert all(entry.stat().st_size <= 512 for entry in entries)
+    assert_one_line(compiled(tmp_path), tmp_path)  # the disk has space again
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("filled", [False, True], ids=["empty", "filled"])
+def test_a_cache_that_its_user_may_not_write_to_costs_one_line_at_most(filled, tmp_path):
+    """Root, whom permissions do not stop, is here without that privilege."""
+    programs = tmp_path / "opd_jax" / "programs"
+    programs.mkdir(parents=True)
+    if filled:
+        assert compiled(tmp_path).stderr == ""
+    kept = sorted(entry.name for entry in programs.iterdir())
+    assert bool(kept) == filled
+    for path in (*programs.iterdir(), programs):
+        path.chmod(0o555 if path == programs else 0o444)
+    try:
+        done = compiled(tmp_path, before=obey_permissions)
+    finally:
+        programs.chmod(0o755)
+    if filled:  # everything is there: nothing is written
+        assert (done.stdout, done.stderr) == ("True\n", "")
+    else:
+        assert_one_line(done, tmp_path)
+    assert sorted(entry.name for entry in programs.iterdir()) == kept
+
+
+def obey_permissions() -> None:
+    """Give up what lets root write where it may not (capabilities(7)); others do not have it."""
+    drop, override, search = 24, 1, 2  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+    for capability in (override, search):
+        ctypes.CDLL(None).prctl(drop, capability, 0, 0, 0)
 
 
 def test_the_first_warning_about_the_cache_is_one_line_and_others_are_shown(capsys):
@@ -133,6 +191,24 @@ def test_the_first_warning_about_the_cache_is_one_line_and_others_are_shown(caps
         "programs are compiled again; delete the folder, or set JAX_COMPILATION_CACHE_DIR to another one"
     )
     assert shown == ["something else"]
+
+
+@pytest.mark.parametrize("chosen", [None, "elsewhere"])
+def test_the_folder_of_programs_is_the_users_cache_or_the_one_that_is_set(
+    chosen, tmp_path, monkeypatch
+):
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: jax.config.values[name] for name in names}
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    try:
+        jax.config.update("jax_compilation_cache_dir", chosen)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 3.0)
+        aot.cache_programs({"XDG_CACHE_HOME": str(tmp_path)})
+        found = [jax.config.values[name] for name in names]
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+    assert found == ([chosen, 3.0] if chosen else [f"{tmp_path}/opd_jax/programs", 0.0])
 
 
 @pytest.mark.parametrize(("kept", "wanted"), [("keep", [False]), ("system", []), (None, [])])
@@ -245,6 +321,42 @@ def test_a_cpu_is_known_before_jax_starts(environment, files, plugin, wanted, mo
     monkeypatch.setattr(host_memory.pathlib.Path, "exists", lambda path: str(path) in files)
     monkeypatch.setattr(host_memory.importlib.util, "find_spec", lambda name: plugin or None)
     assert host_memory.is_wanted(environment) == wanted
+
+
+def test_plug_ins_that_cannot_be_looked_for_are_none(monkeypatch):
+    def broken(name):
+        raise ValueError(f"{name}.__spec__ is None")
+
+    monkeypatch.setattr(host_memory.pathlib.Path, "exists", lambda path: True)
+    monkeypatch.setattr(host_memory.importlib.util, "find_spec", broken)
+    assert host_memory.is_wanted({})
+
+
+@pytest.mark.parametrize(
+    ("platform", "options", "done"),
+    [
+        ("linux", {-4: 1, -1: 1}, "keep"),
+        ("linux", {-4: 1, -1: 0}, "system"),  # glibc refuses one
+        ("linux", None, "system"),  # another C library has no mallopt
+        ("darwin", {-4: 1, -1: 1}, "system"),
+    ],
+)
+def test_the_environment_records_whether_the_allocator_was_changed(
+    platform, options, done, monkeypatch
+):
+    calls = []
+
+    def mallopt(option, value):
+        calls.append((option, value))
+        return options[option]
+
+    library = SimpleNamespace() if options is None else SimpleNamespace(mallopt=mallopt)
+    monkeypatch.setattr(host_memory.ctypes, "CDLL", lambda _: library)
+    monkeypatch.setattr(host_memory.sys, "platform", platform)
+    environment = {"OPD_JAX_MALLOC": "keep"}
+    host_memory.keep_freed(environment)
+    assert environment == {"OPD_JAX_MALLOC": done}
+    assert calls == ([(-4, 0), (-1, -1)] if options and platform == "linux" else [])
 
 
 def test_it_is_said_in_one_line_where_it_is_done():

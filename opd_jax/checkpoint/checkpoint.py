@@ -23,6 +23,7 @@ from opd_jax.errors import OpdError, WorkdirError
 from opd_jax.sharding import multihost
 from opd_jax.types import TrainState
 
+_SNAPSHOT = "snapshot"  # the item of a checkpoint that holds the weights at the last jump
 _UNSCHEDULED = "unscheduled"  # an empty file that marks a checkpoint as not counting for `keep`
 
 
@@ -80,30 +81,32 @@ class Checkpoints:
         guard: str,
         *,
         extras: Any = None,
+        snapshot: Any = None,
         scheduled: bool = True,
     ) -> None:
         """Write `step` in the background; the iterator's state is copied now.
 
-        `extras`: further values, a dict that JSON can hold. `scheduled`: whether it counts for `keep`.
+        `extras`: further values, a dict that JSON can hold. `snapshot`: the weights at the last jump
+        (training/jump.py), host arrays; None without. `scheduled`: whether it counts for `keep`.
         Raises WorkdirError where this or the previous one cannot be written; complete ones remain.
         """
         if step == self.latest:
             return
         self.wait()
-        size = bytes_of(state)
+        size = bytes_of(state) + bytes_of(snapshot)
         manifest.require_room(self._workdir, size, 1, what=f"checkpoint {step}")
         self._writing = step
         if not scheduled:
             self._unscheduled.add(step)
+        items = {
+            "state": ocp.args.StandardSave(state),
+            "data": grain.checkpoint.CheckpointSave(data),
+            "guard": ocp.args.JsonSave({"state": guard} | (extras or {})),
+        }
+        if snapshot is not None:
+            items[_SNAPSHOT] = ocp.args.StandardSave(snapshot)
         with self._reported():
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state),
-                    data=grain.checkpoint.CheckpointSave(data),
-                    guard=ocp.args.JsonSave({"state": guard} | (extras or {})),
-                ),
-            )
+            self._manager.save(step, args=ocp.args.Composite(**items))
 
     def wait(self) -> None:
         """Wait until the checkpoint being written is complete; then remove those that are not kept."""
@@ -124,6 +127,8 @@ class Checkpoints:
             self._manager.check_for_errors()
 
     def _remove(self, steps: list[int]) -> None:
+        # Each process lists the folder for itself, and a network disk may show them different listings.
+        steps = multihost.from_first(lambda: steps)
         if not steps:
             return
         if multihost.first():
@@ -198,6 +203,14 @@ class Checkpoints:
             ) from error
         data.set_state(self._iterator(step))
         return restored if committed else jax.tree.map(jnp.array, restored)
+
+    def snapshot(self, step: int, params: Any) -> Any:
+        """Return the snapshot saved with `step`, host arrays like `params`; None where it has none."""
+        if not (self._folder / str(step) / _SNAPSHOT).exists():
+            return None
+        target = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), params)
+        args = ocp.args.Composite(**{_SNAPSHOT: ocp.args.StandardRestore(target)})
+        return self._manager.restore(step, args=args)[_SNAPSHOT]
 
     def _iterator(self, step: int) -> Any:
         """Return the state of the data iterator at `step`, which is the same in every process."""

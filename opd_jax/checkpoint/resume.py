@@ -2,12 +2,18 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 import time
 
-from opd_jax.checkpoint.checkpoint import Checkpoints
+from ml_collections import ConfigDict
+
+from opd_jax import workdir
+from opd_jax.checkpoint import manifest
+from opd_jax.checkpoint.checkpoint import Checkpoints, bytes_of
 from opd_jax.sharding import multihost
 from opd_jax.training import collapse_guard, nonfinite
+from opd_jax.training.step_functions import StepFunctions
 from opd_jax.workdir import atomic
 
 Pending = tuple[dict[str, float], list[dict]]  # metrics and rollouts of a step, not yet logged
@@ -60,6 +66,33 @@ def note_rollback(folder: pathlib.Path, step: int, state: collapse_guard.State) 
 def _rollback_record(folder: pathlib.Path) -> dict | None:
     file = folder / _ROLLBACK
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
+def schedule_moved(folder: pathlib.Path, config: ConfigDict) -> list[str]:
+    """Return a line if a resumed run has another number of steps and its learning rate depends on it."""
+    before = workdir.read_config(folder)["steps"]
+    moving = config.optim.schedule != "constant" or config.optim.warmup_fraction
+    if before == config.steps or not moving:
+        return []
+    return [
+        f"note: steps was {before} and is {config.steps}; the learning rate of the steps to come is that "
+        f"of a run of {config.steps} (optim.schedule={config.optim.schedule}, "
+        f"optim.warmup_fraction={config.optim.warmup_fraction:g})"
+    ]
+
+
+def require_disk(functions: StepFunctions, folder: pathlib.Path, first: int) -> None:
+    """Raise WorkdirError where the disk cannot hold all checkpoints that exist at one time."""
+    config = functions.spec.config
+    section = config.checkpoint
+    remaining = math.ceil((config.steps - first) / (section.every or config.steps))
+    existing = multihost.from_first(lambda: len(manifest.steps(folder / "checkpoints")))
+    copies = max(min(section.keep + 1 - existing, remaining), min(remaining, 1))
+    # The best one is removed only when a better one is complete, so two may exist.
+    copies += 2 if config.eval.best and remaining else 0
+    state = functions.abstract_state()
+    size = bytes_of(state) + bytes_of(state.params) * bool(config.jump.problems)
+    manifest.require_room(folder, size, copies, what=f"a run with checkpoint.keep={section.keep}")
 
 
 class Pace:

@@ -160,12 +160,25 @@ SECTIONS = (
               "A row ends when its last so many tokens repeat with a short "
               "period; 0 = never, as in the papers."),
         Field("repetition_period", 16, COUNT, "Longest such period, in tokens."),
+        Field("horizon", (), POSITIONS,
+              "Response budgets, in tokens, before max_response_tokens, which is the last one: the horizon "
+              "rises from one to the next (docs/horizon.md). Empty = max_response_tokens at every step."),
+        Field("horizon_steps", 25, COUNT, "Steps of each of these budgets, or between two checks."),
+        Field("horizon_entropy", 0.0, FROM_ZERO,
+              "Least mean entropy of the student's tokens since the last check, in nats, at which the "
+              "horizon rises (2605.16826); 0 = it rises in any case."),
     )),
     Section("scoring", "Log-probs of the models on rollouts.", (
         Field("token_chunk", 2048, COUNT, "Tokens whose logits exist at one time while scoring."),
         Field("temperature", 1.0, ABOVE_ZERO, "Logits of all models are divided by this before log-probs are "
               "taken, in advantage, ratio, KL and divergence alike (docs/objectives.md)."),
         Field("overlap_top_k", 16, COUNT, "k of the overlap metrics (2604.13016 uses 16)."),
+        Field("compare", "auto", Choices("opd_jax.data.vocabulary:COMPARISONS"),
+              "How log-probs of student and teacher are compared: by ids, or by spans of text where their "
+              "tokenizers differ (docs/spans.md); auto = by ids where both read every ordinary id alike."),
+        Field("span_room", 1.5, Range(0.5),
+              "Tokens of a response that the teacher reads where spans are compared, as a multiple of "
+              "rollout.max_response_tokens; the rest is not compared."),
         Field("special_tokens", "remap", Choices("opd_jax.data.vocabulary:SPECIAL_TOKENS"),
               "What is done with special ids that mean one thing to the student and another to the teacher "
               "(docs/models.md)."),
@@ -192,6 +205,13 @@ SECTIONS = (
               "What a layer recomputes in the backward pass: nothing (none), all but what fused attention "
               "returned (attention), all but that and its matrix products (dots), or everything (full)."),
     )),
+    Section("jump", "Jumps along the direction of training, tried on problems (docs/horizon.md).", (
+        Field("problems", 0, FROM_ZERO,
+              "Training problems that are held out to try jumps on at the steps 1, 2, 4, 8, ...; 0 = no "
+              "jumps (2605.11739 has 50)."),
+        Field("candidates", 5, COUNT,
+              "Largest k of the weights W + 2 k (W - the weights at the last jump) that are tried."),
+    )),
     Section("mesh", "Devices (docs/multi_gpu.md).", (
         Field("data", -1, Range(1, also=(-1,)),
               "Rows are divided over data x fsdp devices; -1 = as many as there are devices for."),
@@ -200,6 +220,28 @@ SECTIONS = (
         *(Field(role, "replicated", SWITCH,
                 f"Compute weights of the {role}: whole on every device, or a slice on each device of fsdp.")
           for role in ("student", "teacher", "reference")),
+        Field("allocator", "default", Choices("opd_jax.hardware:ALLOCATORS"),
+              "What gives a GPU's memory to arrays: JAX's own choice (default), a pool (bfc), CUDA's pool "
+              "(cuda_async), pages that need not be neighbours (vmm), or no pool (platform, address)."),
+    )),
+    Section("processes", "Several processes of one run (docs/multi_gpu.md).", (
+        Field("connect_seconds", 300.0, ABOVE_ZERO, "Time limit for all processes to connect at the start."),
+        Field("heartbeat_seconds", 100, COUNT,
+              "A process that sends no heartbeat for so long is lost, and the others end."),
+        Field("share_programs", False, None,
+              "Whether, on GPUs, process 0 compiles programs of several processes and sends them to the "
+              "others, so that all run the same kernels."),
+    )),
+    Section("watchdog", "Phases of a run that take far too long (docs/reliability.md).", (
+        Field("action", "report", Choices(("off", "report", "end")),
+              "What is done about a late phase: report prints it with the stacks of all threads, end also "
+              "ends the process with status 75."),
+        Field("factor", 10.0, Range(above=1),
+              "A phase (a step, an evaluation, a checkpoint) is late after this multiple of the median "
+              "duration of its kind."),
+        Field("seconds", 600.0, ABOVE_ZERO, "A phase is never late before so many seconds."),
+        Field("first_seconds", 3600.0, ABOVE_ZERO,
+              "The first two phases of a kind, which may compile, are late after so many seconds."),
     )),
     Section("guard", "Collapse (docs/guard.md) and numbers that are not finite (docs/reliability.md).", (
         Field("action", "off", Choices(guard_limits.ACTIONS),
@@ -227,6 +269,8 @@ SECTIONS = (
               "What is done about a spike: log it, or leave the update out."),
         Field("copies", 0, FROM_ZERO,
               "Steps between checks that replicated weights agree across devices; 0 = never."),
+        Field("self_test", "gpu", Choices(("off", "gpu", "always")),
+              "When a start compares sampler and scorer on a few tokens: never, on GPUs, or on any device."),
     )),
     Section("eval", "Answers to held-out problems and to benchmarks (docs/evaluation.md).", (
         Field("every", 0, FROM_ZERO, "Steps between evaluations in training; 0 = only before and after."),
@@ -330,6 +374,13 @@ SECTIONS = (
         Field("top_k", 0, FROM_ZERO, "Number of likeliest ids that are sampled among; 0 = all."),
         Field("max_response_tokens", 0, FROM_ZERO,
               "Longest solution, in tokens; 0 = rollout.max_response_tokens."),
+        Field("choose", "all", Choices(("all", "overlap", "likelihood")),
+              "Solutions that stay of several to a problem: all, or one, a correct one first: that whose "
+              "tokens overlap most with the student's likeliest (2605.09725), or the one that is likeliest "
+              "to the student."),
+        Field("choose_top_k", 16, COUNT, "overlap: the student's ids at a position (2605.09725: 16)."),
+        Field("hint", "", None,
+              "Template with {answer} of one more prompt, where no solution is correct; empty = none."),
         Field("keep_wrong", False, None,
               "Whether solutions stay whose answer is wrong or cannot be read."),
         Field("keep_repetitive", False, None, "Whether solutions stay that metrics.repetition_* flag."),

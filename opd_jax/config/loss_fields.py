@@ -24,6 +24,8 @@ SHAPE_NUMBERS = {
     "power": ABOVE_ZERO, "floor": Range(above=0, below=0.5), "skew": Range(above=0, below=1),
     "unlikely": Range(above=0, below=1),
 }
+# The number of a rule by outcomes, likewise.
+OUTCOME_NUMBERS = {"margin": FROM_ZERO, "route": ABOVE_ZERO}
 ADVANTAGES = Choices(("sampled", "support"), refused=dict.fromkeys(CONSTANT, TEACHES_NOTHING))
 
 LOSS = Section("loss", "The loss: a method is a set of these numbers (docs/objectives.md).", (
@@ -57,6 +59,13 @@ LOSS = Section("loss", "The loss: a method is a set of these numbers (docs/objec
           "Whether the ratio is turned round, so that a token counts more if the teacher likes it less."),
     Field("evidence_correct_only", False, None,
           "Whether only rollouts with a positive group advantage are weighted so."),
+    Field("outcome", "none", Choices("opd_jax.losses:OUTCOMES"),
+          "How a rollout's outcome changes the teacher's advantage: margin shifts correct and other rollouts "
+          "of a prompt apart (2605.03677); route keeps it for incorrect rollouts and gives correct ones 1, "
+          "both weighted by perplexity (2604.10688)."),
+    Field("outcome_value", 0.0, FROM_ZERO,
+          "margin: the least difference of mean advantages (2605.03677: 0.4); route: the temperature of the "
+          "weights (2604.10688: 1)."),
     Field("support_weight", "student", Choices("opd_jax.losses:SUPPORT_WEIGHTS"),
           "Distribution that weights the ids of the support in the advantage."),
     Field("clip_low", 0.2, SHARE, "The ratio is clipped at 1 - clip_low."),
@@ -116,9 +125,20 @@ LOSS = Section("loss", "The loss: a method is a set of these numbers (docs/objec
     Field("rollout_gate_margin", 0.0, FROM_ZERO,
           "Least difference of the rollout's log-likelihoods for agreement, in nats (2607.04037: 0)."),
     Field("rollout_gate_reward", 0.5, Range(above=0, high=1),
-          "Least reward of a rollout that counts as correct, where a reward comes from a function or a "
-          "column."),
+          "Least reward of a rollout that counts as correct, for rollout_gate=correct and for outcome, where "
+          "the reward comes from a function or a column."),
     Field("lambda_gold", 0.0, FROM_ZERO, "Weight of the supervised loss on golden solutions."),
+    Field("golden_divergence", 0.0, FROM_ZERO,
+          "Weight of the divergence D(student, teacher) on golden solutions (soft labels)."),
+    Field("golden_direction", "forward", Choices("opd_jax.losses:DIRECTIONS"),
+          "Its direction; jsd_beta, skew and reverse_share apply to both divergences."),
+    Field("golden_support", "full", Choices("opd_jax.scoring.topk:SUPPORTS"),
+          "Ids that it is taken over, as support on rollouts."),
+    Field("golden_top_k", 16, COUNT, "k of that set."),
+    Field("golden_form", "raw", Choices("opd_jax.losses:FORMS"),
+          "What is done about the mass outside that set, as form on rollouts."),
+    Field("golden_steps", 0, FROM_ZERO,
+          "Steps over which its weight falls to 0 along a cosine; 0 = it stays."),
     Field("beta_kl", 0.0, FROM_ZERO, "Weight of KL(student || reference) on visited prefixes."),
     Field("kl_estimator", "full", Choices("opd_jax.losses:ESTIMATORS"),
           "How that KL is taken: over the full vocabulary, or estimated from the sampled token."),
@@ -134,5 +154,15 @@ LOSS = Section("loss", "The loss: a method is a set of these numbers (docs/objec
     Field("truncated_tail", 256, COUNT, "Tokens of that tail."),
     Field("repeated", "keep", Choices(("keep", "mask")),
           "Tokens that repeat (metrics.repeated_tokens): keep them in the loss, or mask them."),
+    Field("low_kl_window", 0, FROM_ZERO,
+          "Tokens of the windows of the low-KL cut, which leaves out what follows a stretch of low "
+          "KL(student || teacher) (docs/horizon.md; 2606.09471: 64); 0 = no cut."),
+    Field("low_kl_run", 4, COUNT, "Windows in a row that must be low (2606.09471: 4)."),
+    Field("low_kl_share", 0.3, SHARE,
+          "The threshold is the 1 - share quantile of the lowest windows of past rollouts "
+          "(2606.09471: 0.3)."),
+    Field("low_kl_history", 4096, COUNT, "Past rollouts in that quantile, the latest ones."),
+    Field("low_kl_rollouts", 512, COUNT, "Past rollouts before the first cut."),
+    Field("low_kl_steps", 50, FROM_ZERO, "Steps before the first cut."),
 ))
 # fmt: on

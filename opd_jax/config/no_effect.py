@@ -3,7 +3,7 @@
 from typing import Any
 
 from opd_jax.config import guard_limits
-from opd_jax.config.loss_fields import SHAPE_NUMBERS
+from opd_jax.config.loss_fields import OUTCOME_NUMBERS, SHAPE_NUMBERS
 
 # Numbers of a token weight: the rules that read them.
 _READ_BY = {
@@ -16,7 +16,8 @@ _READ_BY = {
 def unused(config: Any) -> dict[str, tuple[str, str]]:
     """Return {field of the section `loss`: (why nothing reads it, the option that would change that)}.
 
-    Weights of whole terms (pg_weight, divergence_weight, lambda_gold, beta_kl) are always read.
+    Weights of whole terms (pg_weight, divergence_weight, lambda_gold, golden_divergence, beta_kl) are always
+    read.
     """
     loss = config.loss
     surrogate, divergence = bool(loss.pg_weight), bool(loss.divergence_weight)
@@ -27,7 +28,11 @@ def unused(config: Any) -> dict[str, tuple[str, str]]:
     on_support = by_teacher and loss.advantage == "support"
     of_sampled = by_group or (by_teacher and not on_support)
     reference = bool(loss.beta_kl) or guard_limits.may_raise_beta_kl(config)
-    golden = bool(loss.lambda_gold) or guard_limits.may_raise_lambda_gold(config)
+    soft = bool(loss.golden_divergence)
+    golden = soft or bool(loss.lambda_gold) or guard_limits.may_raise_lambda_gold(config)
+    directions = [loss.direction] * divergence + [loss.golden_direction] * soft
+    named = [f"loss.direction={loss.direction}"] * divergence
+    named += [f"loss.golden_direction={loss.golden_direction}"] * soft
     rollouts = surrogate or divergence or reference
     no_surrogate = "loss.pg_weight=0", "--config.loss.pg_weight=1"
     no_divergence = "loss.divergence_weight=0", "--config.loss.divergence_weight=1"
@@ -54,6 +59,9 @@ def unused(config: Any) -> dict[str, tuple[str, str]]:
     weighted, gated = loss.token_weight != "none", loss.rollout_gate != "none"
     by_evidence = by_group and bool(loss.evidence_share)
     factors = by_teacher or ((divergence or by_evidence) and not on_teacher)
+    no_scores = (
+        "no term of this loss asks a teacher", "--config.loss.pg_weight=1 --config.loss.teacher_coef=1"
+    )  # fmt: skip
     no_factors = (
         f"loss.pg_weight={loss.pg_weight:g}, loss.teacher_coef={loss.teacher_coef:g} and "
         f"loss.divergence_weight={loss.divergence_weight:g} have no term of the teacher that "
@@ -99,6 +107,15 @@ def unused(config: Any) -> dict[str, tuple[str, str]]:
             by_evidence,
             ("loss.evidence_share=0, or there is no group-relative advantage", evidence),
         ),
+        (("outcome",), by_teacher, no_teacher),
+        (("outcome",), not on_support, ids_alone),
+        (
+            ("outcome_value",), loss.outcome in OUTCOME_NUMBERS,
+            (
+                f"loss.outcome={loss.outcome} has no number",
+                "--config.loss.outcome=" + " or ".join(OUTCOME_NUMBERS),
+            ),
+        ),
         (("importance_cap",), surrogate, no_surrogate),
         (("importance_cap",), of_sampled or not surrogate, ids_alone),
         (
@@ -108,12 +125,23 @@ def unused(config: Any) -> dict[str, tuple[str, str]]:
         (("support", "top_k"), on_support or divergence, no_support),
         (("top_k",), loss.support != "full", whole),
         (
-            ("direction", "form", "jsd_beta", "skew", "reverse_share", "gate", "gate_threshold"),
-            divergence, no_divergence,
+            ("direction", "form", "gate", "gate_threshold"), divergence, no_divergence,
+        ),
+        (("jsd_beta", "skew", "reverse_share"), divergence or soft, no_divergence),
+        (
+            ("reverse_share",), "mixture" in directions,
+            (", ".join(named), "--config.loss.direction=mixture"),
         ),
         (
-            ("reverse_share",), loss.direction == "mixture",
-            (f"loss.direction={loss.direction}", "--config.loss.direction=mixture"),
+            ("golden_direction", "golden_support", "golden_top_k", "golden_form", "golden_steps"),
+            soft, ("loss.golden_divergence=0", "--config.loss.golden_divergence=1"),
+        ),
+        (
+            ("golden_top_k", "golden_form"), loss.golden_support != "full",
+            (
+                "loss.golden_support=full has all ids, over which all forms agree",
+                "--config.loss.golden_support=teacher",
+            ),
         ),
         (
             ("gate_threshold",), loss.gate in ("entropy", "advantage"),
@@ -139,20 +167,22 @@ def unused(config: Any) -> dict[str, tuple[str, str]]:
         ),
         (
             ("rollout_gate_reward",),
-            loss.rollout_gate == "correct" and bool(config.reward.function or config.reward.column),
+            (loss.rollout_gate == "correct" or loss.outcome != "none")
+            and bool(config.reward.function or config.reward.column),
             (
-                f"loss.rollout_gate={loss.rollout_gate}, or the reward is a verdict, 0 or 1",
+                f"loss.rollout_gate={loss.rollout_gate} and loss.outcome={loss.outcome}, or the reward is a "
+                "verdict, 0 or 1",
                 "--config.loss.rollout_gate=correct with --config.reward.function",
             ),
         ),
         (("form",), loss.support != "full", whole),
         (
-            ("jsd_beta",), loss.direction == "jsd",
-            (f"loss.direction={loss.direction}", "--config.loss.direction=jsd"),
+            ("jsd_beta",), "jsd" in directions,
+            (", ".join(named), "--config.loss.direction=jsd"),
         ),
         (
-            ("skew",), loss.direction.startswith("skewed"),
-            (f"loss.direction={loss.direction}", "--config.loss.direction=skewed_reverse"),
+            ("skew",), any(direction.startswith("skewed") for direction in directions),
+            (", ".join(named), "--config.loss.direction=skewed_reverse"),
         ),
         (("kl_estimator", "kl_clamp"), reference, no_reference),
         (
@@ -162,6 +192,14 @@ def unused(config: Any) -> dict[str, tuple[str, str]]:
         (
             ("aggregation", "truncated", "truncated_tail", "repeated"), rollouts,
             ("no term is taken on rollouts", "--config.loss.pg_weight=1"),
+        ),
+        (("low_kl_window",), by_teacher or divergence or by_evidence, no_scores),
+        *(
+            (
+                (f"low_kl_{number}",), bool(loss.low_kl_window),
+                ("loss.low_kl_window=0", "--config.loss.low_kl_window=64"),
+            )
+            for number in ("run", "share", "history", "rollouts", "steps")
         ),
         (
             ("truncated_tail",), loss.truncated == "tail",

@@ -88,11 +88,10 @@ SAMPLING = Tree(
     "launch/sample.py",
     _reading(*_ANSWERS, "data.train", "data.size", "data.teacher_", "rollout.max_", "sample.",
              "teacher.path", *(f"teacher.{name}" for name in _MODEL_FIELDS),
-             # of the student where teacher.path=student
-             "student.path", "student.rope_theta", "student.max_position", "student.chat_template"),
+             # of the student where teacher.path=student, or where solutions are chosen for it
+             "student.path", *(f"student.{name}" for name in _MODEL_FIELDS)),
     {
         "student.path": "teacher.path",
-        "student.dtype": "teacher.dtype",
         "rollout.prompts_per_step": "sample.batch",
         "rollout.samples_per_prompt": "sample.samples",
         "rollout.max_response_tokens": "sample.max_response_tokens",
@@ -105,12 +104,14 @@ SAMPLING = Tree(
 PROBING = Tree(
     "launch/probe.py",
     _reading("seed", "student.", "teacher.", "data.", "rollout.", "scoring.", "grading.", "metrics.",
-             "optim.microbatch_tokens", "probe.", without=("data.epochs", "teacher.decay")),
+             "optim.microbatch_tokens", "probe.",
+             without=("data.epochs", "teacher.decay", "rollout.horizon", "rollout.horizon_steps",
+                      "rollout.horizon_entropy")),
 )  # fmt: skip
 EVALUATION = Tree(
     "launch/evaluate.py",
     _reading(*_ANSWERS, *(f"student.{name}" for name in _MODEL_FIELDS), "rollout.max_response_tokens",
-             "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.student", "eval.",
+             "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.student", "mesh.allocator", "eval.",
              without=("eval.every", "eval.data", "eval.teacher", "eval.match", "eval.best")),
     {
         "student.path": MODEL,

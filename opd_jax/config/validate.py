@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from opd_jax.config import guard_limits
 from opd_jax.config.fields import FIELDS
-from opd_jax.config.loss_fields import SHAPE_NUMBERS
+from opd_jax.config.loss_fields import OUTCOME_NUMBERS, SHAPE_NUMBERS
 from opd_jax.config.no_effect import unused
 from opd_jax.config.schema import check, wrong
 from opd_jax.config.trees import EVALUATION, SAMPLING, TRAINING
@@ -29,7 +29,7 @@ def validate(config: ConfigDict) -> None:
         )
     if config.eval.best == "matched" and not config.eval.match:
         raise wrong("eval.match", "''", "a regular expression, for eval.best=matched")
-    weights = ("pg_weight", "divergence_weight", "lambda_gold", "beta_kl")
+    weights = ("pg_weight", "divergence_weight", "lambda_gold", "golden_divergence", "beta_kl")
     if not any(config.loss[name] for name in weights):
         raise ConfigError(
             f"loss.{', loss.'.join(weights)} are all 0, wanted one above 0: nothing would be "
@@ -55,6 +55,8 @@ def validate(config: ConfigDict) -> None:
             f"{updates} equal parts; set --config.rollout.prompts_per_step={-(-prompts // updates) * updates}"
         )
     _check_repetition(config.rollout)
+    _check_horizon(config)
+    _check_jump(config)
     _check_guard(config)
     row = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
     if config.optim.microbatch_tokens < row:
@@ -74,6 +76,29 @@ def validate_sampling(config: ConfigDict) -> None:
             f"sample.samples={config.sample.samples} with sample.temperature=0 gives the same "
             "solution every time; set --config.sample.samples=1 or a temperature above 0"
         )
+    _check_choice(config.sample)
+
+
+def _check_choice(section: ConfigDict) -> None:
+    """Rules about the choice of one solution of several."""
+    if section.choose == "all" and (section.hint or section.choose_top_k != 16):
+        field, usual = ("hint", "''") if section.hint else ("choose_top_k", 16)
+        raise ConfigError(
+            f"sample.{field}={section[field]} has no effect: sample.choose=all; leave it at {usual}, or "
+            "set --config.sample.choose=overlap"
+        )
+    if section.choose == "likelihood" and section.choose_top_k != 16:
+        raise ConfigError(
+            f"sample.choose_top_k={section.choose_top_k} has no effect: sample.choose=likelihood; leave it "
+            "at 16, or set --config.sample.choose=overlap"
+        )
+    if section.choose != "all" and section.samples < 2 and not section.hint:
+        raise ConfigError(
+            f"sample.samples={section.samples} with sample.choose={section.choose}, wanted 2 or more: there "
+            "is nothing to choose from; set --config.sample.samples=4"
+        )
+    if section.hint and "{answer}" not in section.hint:
+        raise wrong("sample.hint", repr(section.hint), "a template with {answer}, or nothing")
 
 
 def validate_evaluation(config: ConfigDict) -> None:
@@ -118,11 +143,12 @@ def _check_loss(config: ConfigDict) -> None:
     loss = config.loss
     by_teacher = loss.pg_weight and loss.teacher_coef
     by_evidence = loss.pg_weight and loss.group_coef and loss.evidence_share
-    if (by_teacher or by_evidence or loss.divergence_weight) and not config.teacher.path:
+    divergences = loss.divergence_weight or loss.golden_divergence
+    if (by_teacher or by_evidence or divergences) and not config.teacher.path:
         raise wrong(
             "teacher.path", "''",
-            "a Hugging Face folder (loss.teacher_coef, loss.divergence_weight or loss.evidence_share "
-            "is above 0)",
+            "a Hugging Face folder (loss.teacher_coef, loss.divergence_weight, loss.golden_divergence "
+            "or loss.evidence_share is above 0)",
         )  # fmt: skip
     if loss.pg_weight and not (loss.teacher_coef or loss.group_coef):
         raise ConfigError(
@@ -147,22 +173,39 @@ def _check_loss(config: ConfigDict) -> None:
                 f"loss.{field}={loss[field]} has no effect: {why}; leave it at {usual}, or set {change}"
             )
     _check_shape(loss)
-    if loss.form == "teacher_renormalised" and loss.direction != "forward":
+    if loss.low_kl_window and loss.low_kl_rollouts > loss.low_kl_history:
         raise ConfigError(
-            f"loss.form=teacher_renormalised with loss.direction={loss.direction}, wanted forward: only "
-            "there it is known (2603.07079); set --config.loss.direction=forward, or "
-            "--config.loss.form=renormalised for another direction"
+            f"loss.low_kl_rollouts={loss.low_kl_rollouts} is more than loss.low_kl_history="
+            f"{loss.low_kl_history}, so that the first cut would never come; set "
+            f"--config.loss.low_kl_rollouts={loss.low_kl_history} or less"
         )
-    if loss.form == "stop_gradient" and loss.direction != "reverse":
+    _check_outcome(config)
+    _check_divergence(loss, "", present=bool(loss.divergence_weight))
+    _check_divergence(loss, "golden_", present=bool(loss.golden_divergence))
+
+
+def _check_divergence(loss: ConfigDict, prefix: str, *, present: bool) -> None:
+    """Rules between direction, form and support of the divergence whose fields begin with `prefix`."""
+    direction, form, support, k = (
+        loss[f"{prefix}{name}"] for name in ("direction", "form", "support", "top_k")
+    )
+    field = f"loss.{prefix}"
+    if form == "teacher_renormalised" and direction != "forward":
         raise ConfigError(
-            f"loss.form=stop_gradient with loss.direction={loss.direction}, wanted reverse: elsewhere "
-            "it would stop the whole gradient; set --config.loss.direction=reverse"
+            f"{field}form=teacher_renormalised with {field}direction={direction}, wanted forward: only "
+            f"there it is known (2603.07079); set --config.{field}direction=forward, or "
+            f"--config.{field}form=renormalised for another direction"
         )
-    single = loss.top_k == 1 and loss.support in ("student", "teacher", "intersection")
-    if loss.divergence_weight and single and loss.form == "renormalised":
+    if form == "stop_gradient" and direction != "reverse":
         raise ConfigError(
-            "loss.top_k=1 with loss.form=renormalised: over one id every renormalised distribution is "
-            "1, so the divergence is 0 and teaches nothing; set --config.loss.top_k=16"
+            f"{field}form=stop_gradient with {field}direction={direction}, wanted reverse: elsewhere "
+            f"it would stop the whole gradient; set --config.{field}direction=reverse"
+        )
+    single = k == 1 and support in ("student", "teacher", "intersection")
+    if present and single and form == "renormalised":
+        raise ConfigError(
+            f"{field}top_k=1 with {field}form=renormalised: over one id every renormalised distribution "
+            f"is 1, so the divergence is 0 and teaches nothing; set --config.{field}top_k=16"
         )
 
 
@@ -187,6 +230,22 @@ def _check_shape(loss: ConfigDict) -> None:
             f"loss.extrapolation={loss.extrapolation} with loss.advantage_shape={shape}, wanted a shape "
             "of the log-ratio alone: an extrapolated teacher is not a normalised distribution; set "
             "--config.loss.advantage_shape=log_ratio, or --config.loss.extrapolation=1"
+        )
+
+
+def _check_outcome(config: ConfigDict) -> None:
+    """Rules about the outcome of rollouts in the teacher's advantage."""
+    rule, value = config.loss.outcome, config.loss.outcome_value
+    numbers = OUTCOME_NUMBERS.get(rule)
+    if numbers is not None and not numbers.holds(value):
+        raise ConfigError(
+            f"loss.outcome_value={value} with loss.outcome={rule}, wanted {numbers.wanted(0.0)}; set "
+            "--config.loss.outcome_value=1"
+        )
+    if rule == "margin" and config.rollout.samples_per_prompt < 2:
+        raise ConfigError(
+            "rollout.samples_per_prompt=1 with loss.outcome=margin, wanted 2 or more: correct rollouts "
+            "are compared with others of their prompt; set --config.rollout.samples_per_prompt=4"
         )
 
 
@@ -269,14 +328,16 @@ def _check_reward(config: ConfigDict) -> None:
         )
     if not reward.column:
         return
-    if (loss.pg_weight and loss.group_coef) or loss.rollout_gate == "agreement":
+    compares = bool(loss.pg_weight and loss.group_coef) or loss.outcome == "margin"
+    if compares or loss.rollout_gate == "agreement":
         raise ConfigError(
             f"reward.column={reward.column} gives every rollout of a problem the same reward, and "
-            "loss.group_coef and loss.rollout_gate=agreement compare the rollouts of a problem, so the "
-            "reward would teach nothing; set --config.reward.function=MODULE:FUNCTION, or use the column "
-            "with --config.loss.group_coef=0 --config.loss.rollout_gate=correct"
+            "loss.group_coef, loss.outcome=margin and loss.rollout_gate=agreement compare the rollouts of a "
+            "problem, so the reward would teach nothing; set --config.reward.function=MODULE:FUNCTION, or "
+            "use the column with --config.loss.group_coef=0 --config.loss.outcome=none "
+            "--config.loss.rollout_gate=correct"
         )
-    if loss.rollout_gate != "correct":
+    if loss.rollout_gate != "correct" and loss.outcome == "none":
         raise ConfigError(
             f"reward.column={reward.column} has no effect: no term of this loss reads a reward; set "
             "--config.loss.rollout_gate=correct, which leaves out the problems below "
@@ -317,6 +378,20 @@ def check_replayable(config: ConfigDict, what: str) -> None:
          "guard.action=off"),
         (config.log.variants, f"log.variants={config.log.variants}, which needs the exact reverse KL",
          "log.variants=0"),
+        (loss.golden_divergence,
+         f"loss.golden_divergence={loss.golden_divergence:g}, which scores golden solutions with the teacher",
+         "loss.golden_divergence=0"),
+        (loss.low_kl_window,
+         f"loss.low_kl_window={loss.low_kl_window}, which needs the exact reverse KL",
+         "loss.low_kl_window=0"),
+        (config.rollout.horizon,
+         f"rollout.horizon={tuple(config.rollout.horizon)}, which bounds responses while they are sampled",
+         "rollout.horizon='()'"),
+        (config.jump.problems,
+         f"jump.problems={config.jump.problems}, which samples answers of the current student",
+         "jump.problems=0"),
+        (config.guard.self_test == "always",
+         "guard.self_test=always, which compares the sampler with the scorer", "guard.self_test=off"),
     )  # fmt: skip
     for wrong_here, got, fix in faults:
         if wrong_here:
@@ -331,6 +406,53 @@ def _check_repetition(rollout: ConfigDict) -> None:
             f"0, or a number from rollout.repetition_period={period}, so that a cycle came round once, "
             f"to below rollout.max_response_tokens={rollout.max_response_tokens}",
         )  # fmt: skip
+
+
+def _check_horizon(config: ConfigDict) -> None:
+    """Rules about budgets that grow: a horizon needs rollouts, rows that hold it, and tokens that count."""
+    rollout, loss = config.rollout, config.loss
+    if not rollout.horizon:
+        for name in ("horizon_steps", "horizon_entropy"):
+            if rollout[name] != (usual := FIELDS[f"rollout.{name}"].default):
+                raise ConfigError(
+                    f"rollout.{name}={rollout[name]} has no effect: rollout.horizon is empty; leave it at "
+                    f"{usual}, or set --config.rollout.horizon=64,128"
+                )
+        return
+    if (longest := max(rollout.horizon)) > rollout.max_response_tokens:
+        raise ConfigError(
+            f"rollout.horizon={tuple(rollout.horizon)} goes beyond rollout.max_response_tokens="
+            f"{rollout.max_response_tokens}, the budget that it rises to; set "
+            f"--config.rollout.max_response_tokens={longest} or shorten the horizon"
+        )
+    if not (loss.pg_weight or loss.divergence_weight or loss.beta_kl):
+        raise ConfigError(
+            f"rollout.horizon={tuple(rollout.horizon)} bounds rollouts, and this loss makes none "
+            "(loss.pg_weight, loss.divergence_weight and loss.beta_kl are 0); "
+            "set --config.rollout.horizon='()'"
+        )
+    if loss.truncated == "mask":
+        raise ConfigError(
+            f"loss.truncated=mask with rollout.horizon={tuple(rollout.horizon)} leaves out every rollout "
+            "that the horizon cuts, so that its stairs would teach next to nothing; set "
+            "--config.loss.truncated=keep"
+        )
+
+
+def _check_jump(config: ConfigDict) -> None:
+    """Rules about jumps, whose problems are answered by the programs of rollouts."""
+    loss, section, usual = config.loss, config.jump, FIELDS["jump.candidates"].default
+    if not section.problems and section.candidates != usual:
+        raise ConfigError(
+            f"jump.candidates={section.candidates} has no effect: jump.problems=0; leave it at {usual}, or "
+            "set --config.jump.problems=50"
+        )
+    if section.problems and not (loss.pg_weight or loss.divergence_weight or loss.beta_kl):
+        raise ConfigError(
+            f"jump.problems={section.problems} with a loss that makes no rollouts (loss.pg_weight, "
+            "loss.divergence_weight and loss.beta_kl are 0), wanted one that does: answers to these problems "
+            "are sampled like rollouts; set --config.jump.problems=0"
+        )
 
 
 def _check_guard(config: ConfigDict) -> None:

@@ -1,6 +1,6 @@
 """Length filter: reject, or drop and count, problems whose prompt or solution exceeds its token budget."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from opd_jax import data
 from opd_jax.data import template_boundary
@@ -95,6 +95,40 @@ def unknown_id(
         f"{role}'s embedding; remove the token from the data or the chat template, or use a {role} "
         "with a row for it",
     )
+
+
+def unread_misfit(
+    problem: data.Problem,
+    ids: Callable[[], Sequence[int]],
+    *,
+    unread: Mapping[int, str],
+    response: int | None,
+) -> Misfit | None:
+    """Return the fault of a golden solution that the teacher must read as the student does.
+
+    `unread` has the tokens, by id, that mean something else to the teacher. `response` is the budget that
+    both share where the teacher reads rows of its own (rollout.max_response_tokens), else None. `ids` returns
+    the solution's ids; it is called only where the text could have a fault.
+    """
+    text = problem.solution
+    long = response is not None and len(text.encode()) + 1 > response
+    if not long and not any(token in text for token in unread.values()):
+        return None
+    solution = ids()
+    if found := next((i for i in solution if i in unread), None):
+        return (
+            "golden solution that the teacher reads otherwise",
+            f"its golden solution holds {unread[found]!r}, id {found}, which means something else to the "
+            "teacher; remove the token from the data, or set --config.loss.golden_divergence=0",
+        )
+    if response is not None and len(solution) + 1 > response:
+        return (
+            "golden solution too long",
+            f"its golden solution has {len(solution) + 1} tokens, its end included, wanted at most "
+            f"rollout.max_response_tokens={response}, the room after the teacher's own prompt; set "
+            f"--config.rollout.max_response_tokens={len(solution) + 1}",
+        )
+    return None
 
 
 def golden_misfit(

@@ -214,6 +214,13 @@ class Tokenizer:
         with self._one:
             return self.hf(texts, add_special_tokens=False)["input_ids"] if texts else []
 
+    def encode_text(self, texts: list[str]) -> list[list[int]]:
+        """Return the ids of many texts; what looks like a special token is text, too."""
+        if not texts:
+            return []
+        with self._one:
+            return self.hf(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
     def decode(self, ids: list[int], *, special: bool = False) -> str:
         """Return the text of the ids; special tokens are omitted unless `special`."""
         # An array, because transformers checks every id of a list, which takes longer than decoding.

@@ -22,6 +22,7 @@ SPECIAL_TOKENS = (
     "mask",
     "keep",
 )  # what may be done with special ids that have two meanings
+COMPARISONS = ("auto", "ids", "spans")  # how the log-probs of student and teacher are compared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +67,8 @@ class Alignment:
         the student's, then its end tokens; None where its own order will do.
       differing: special ids with two meanings.
       missing: how many of the student's ids the teacher does not have.
+      teacher: the ids of a teacher with another tokenizer, which is compared by spans of text (spans.py);
+        None where the two share ids. With it, `teacher_ids`, `head_rows` and `ends.teacher` are not used.
     """
 
     vocabulary: int
@@ -78,6 +81,7 @@ class Alignment:
     head_rows: np.ndarray | None = None
     differing: tuple[Differing, ...] = ()
     missing: int = 0
+    teacher: "Alignment | None" = None
 
     @property
     def counted(self) -> np.ndarray:
@@ -159,11 +163,7 @@ def align(
         own = tuple(i for i in own if same[i])
         others = tuple(j for j in others if j < vocabulary and same[j])
     elif own and not others:
-        raise ModelError(
-            f"{teacher.tokenizer.path}: no eos_token_id in config.json or generation_config.json, and no "
-            "chat template that closes a turn, wanted the teacher's end token, by which the end of the "
-            "student's responses is scored; add it to generation_config.json"
-        )
+        raise no_end(teacher.tokenizer)
     ends = None
     read_as_end = np.isin(ids, _known(teacher.ends, known)) & scored
     foreign = _known([*np.flatnonzero(read_as_end).tolist(), *reference_ends], vocabulary)
@@ -201,6 +201,15 @@ def align(
     )  # fmt: skip
 
 
+def no_end(teacher: Tokenizer) -> ModelError:
+    """Return the error for a teacher without an end token."""
+    return ModelError(
+        f"{teacher.path}: no eos_token_id in config.json or generation_config.json, and no "
+        "chat template that closes a turn, wanted the teacher's end token, by which the end of the "
+        "student's responses is scored; add it to generation_config.json"
+    )
+
+
 def report(
     alignment: Alignment,
     student: Vocabulary,
@@ -220,8 +229,7 @@ def report(
         f"  id {d.id}: {d.student} to the student, {d.teacher} to the teacher: {d.treatment}"
         for d in alignment.differing
     ]
-    lines += _boundary(student.tokenizer, teacher.tokenizer)
-    return lines
+    return lines + boundary_notes(student.tokenizer, teacher.tokenizer)
 
 
 def ends_line(
@@ -264,7 +272,7 @@ def named(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     return " or ".join(f"{text} ({i})" for text, i in zip(texts, ids, strict=True))
 
 
-def _boundary(student: Tokenizer, teacher: Tokenizer) -> list[str]:
+def boundary_notes(student: Tokenizer, teacher: Tokenizer) -> list[str]:
     """How the two prompts end, where one of them opens the thinking and the other leaves it to do."""
     ends = [t.render("?").rpartition("?")[2] for t in (student, teacher)]
     opens = [template_boundary.opening(end, closed=False) for end in ends]
@@ -299,17 +307,29 @@ def _texts(of: Vocabulary) -> list[str]:
     return texts
 
 
+def share_ids(student: Vocabulary, teacher: Vocabulary) -> bool:
+    """Return whether every ordinary id that both vocabularies have is the same token to both."""
+    mine, theirs = _texts(student), _texts(teacher)
+    both = zip(mine, theirs, strict=False)
+    differ = np.array([bool(a and b and a != b) for a, b in both], bool)
+    return not _ordinary(student.tokenizer, teacher.tokenizer, differ)
+
+
+def _ordinary(student: Tokenizer, teacher: Tokenizer, differ: np.ndarray) -> list[int]:
+    special = student.added() | teacher.added()
+    return [i for i in np.flatnonzero(differ).tolist() if i not in special]
+
+
 def _require_ordinary_ids(
     student: Tokenizer, teacher: Tokenizer, mine: list[str], theirs: list[str], differ: np.ndarray
 ) -> None:
-    special = student.added() | teacher.added()
-    ordinary = [i for i in np.flatnonzero(differ).tolist() if i not in special]
-    if ordinary:
+    if ordinary := _ordinary(student, teacher, differ):
         i = ordinary[0]
         raise ModelError(
             f"the tokenizers of {student.path} and {teacher.path} read {len(ordinary)} ordinary ids "
-            f"differently (id {i} is {mine[i]!r} and {theirs[i]!r}), wanted one vocabulary; "
-            "use a student and a teacher of one tokenizer family"
+            f"differently (id {i} is {mine[i]!r} and {theirs[i]!r}), wanted one vocabulary; use a student "
+            "and a teacher of one tokenizer family, or compare spans of text: "
+            "--config.scoring.compare=spans"
         )
 
 

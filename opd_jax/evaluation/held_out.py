@@ -82,7 +82,7 @@ class HeldOut:
                 setup.teacher_tokenizer,
                 setup.teacher_prompts,
             )
-            width = setup.teacher_width - config.rollout.max_response_tokens
+            width = setup.teacher_width - setup.teacher_response
             ids = data.alone(min(tokenizer.size, model.vocab_size), model.eos_token_ids)
         else:
             params = self.functions.compute_weights(state.params)
@@ -99,6 +99,7 @@ class HeldOut:
                     slots=config.eval.slots or config.rollout.slots or 256,
                     max_prompt_tokens=width,
                     mesh=setup.mesh,
+                    tile=setup.spec.tile,
                 ),
                 grader=self.grader,
                 protocol=self.protocol(prompts, ids),

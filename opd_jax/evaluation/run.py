@@ -12,10 +12,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from opd_jax import config as configuration
-from opd_jax import data, metrics, models, workdir
+from opd_jax import data, hardware, metrics, models, workdir
 from opd_jax.config.validate import validate_evaluation
 from opd_jax.errors import ConfigError, WorkdirError
 from opd_jax.evaluation import protocols
@@ -305,6 +306,7 @@ class _Evaluation:
                 slots=task.slots(self.config, subject),
                 max_prompt_tokens=task.width,
                 mesh=subject.mesh,
+                tile=hardware.tile(gpu=jax.default_backend() == "gpu"),
             ),
             on_finished=on_finished,
         )

@@ -95,6 +95,7 @@ def open_subject(path: str, config: ConfigDict, *, step: int | None) -> Subject:
     of the mesh are missing.
     """
     hardware.require_supported(jax.default_backend())
+    roles.ask_for_full_products([config.student.dtype])
     section, date = ConfigDict(config.student.to_dict() | {"path": path}), config.data.date
     folder = pathlib.Path(path)
     if _is_run(folder):

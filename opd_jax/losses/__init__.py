@@ -34,8 +34,9 @@ from opd_jax.losses.divergence import (
 )
 from opd_jax.losses.gates import GATES, ROLLOUT_GATES
 from opd_jax.losses.kl import ESTIMATORS, entropy, kl_k1, kl_k2, kl_k3
+from opd_jax.losses.outcome import OUTCOMES
 from opd_jax.losses.policy_gradient import clipped_surrogate
-from opd_jax.losses.supervised import sft_nll
+from opd_jax.losses.supervised import annealed, sft_nll
 from opd_jax.losses.token_factors import TOKEN_WEIGHTS, WEIGHTED
 from opd_jax.losses.token_weights import AGGREGATIONS, token_weights
 
@@ -46,10 +47,12 @@ __all__ = [
     "ESTIMATORS",
     "FORMS",
     "GATES",
+    "OUTCOMES",
     "ROLLOUT_GATES",
     "SUPPORT_WEIGHTS",
     "TOKEN_WEIGHTS",
     "WEIGHTED",
+    "annealed",
     "clipped_surrogate",
     "discounted",
     "divergence",

@@ -136,9 +136,7 @@ def divergence(
     form: str,
     p_rest_BT: jax.Array | None = None,
     q_rest_BT: jax.Array | None = None,
-    jsd_beta: float | None = None,
-    skew: float | None = None,
-    reverse_share: float | None = None,
+    share: float | None = None,
 ) -> jax.Array:
     """D(student, teacher) over the last axis, by the named direction and form. [B, T].
 
@@ -149,8 +147,8 @@ def divergence(
     is then the renormalised one minus log p(S), which also pulls the student's mass onto the support.
     Over the full vocabulary all five agree.
 
-    Direction "jsd" needs `jsd_beta`, the skewed ones `skew`, and "mixture" `reverse_share`: three
-    parameters of which one is read, which is why there are nine.
+    `share` is the number of a direction that has one, 0 to 1: `beta` of "jsd", `skew` of the skewed ones,
+    and the share of reverse KL in "mixture".
     """
     q_logprob_BTV = jax.lax.stop_gradient(q_logprob_BTV)
     if form == "renormalised":
@@ -165,17 +163,15 @@ def divergence(
     pair = {"p_logprob_BTV": p_logprob_BTV, "q_logprob_BTV": q_logprob_BTV}
     if form == "stop_gradient":
         return stop_gradient_reverse_kl(**pair)
+    if direction in ("reverse", "forward"):
+        return {"reverse": exact_kl, "forward": forward_kl}[direction](**pair)
+    assert share is not None, f"direction {direction!r} needs share"
     if direction == "jsd":
-        assert jsd_beta is not None
-        return generalised_jsd(**pair, beta=jsd_beta)
-    if direction.startswith("skewed"):
-        assert skew is not None
-        skewed = {"skewed_reverse": skewed_reverse_kl, "skewed_forward": skewed_forward_kl}
-        return skewed[direction](**pair, skew=skew)
+        return generalised_jsd(**pair, beta=share)
     if direction == "mixture":
-        assert reverse_share is not None
-        return mixed_kl(**pair, share=reverse_share)
-    return {"reverse": exact_kl, "forward": forward_kl}[direction](**pair)
+        return mixed_kl(**pair, share=share)
+    skewed = {"skewed_reverse": skewed_reverse_kl, "skewed_forward": skewed_forward_kl}
+    return skewed[direction](**pair, skew=share)
 
 
 def _possible(p_logprob: jax.Array, q_logprob: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -67,7 +67,7 @@ def _of_memory(error: Exception, plan: RunPlan | None) -> str:
     stage = max(stages or [plan.memory.peak], key=lambda one: one.total)
     held = sorted(stage.held.items(), key=lambda item: -item[1])[:3]
     parts = ", ".join(f"{kind} {amount(size)}" for kind, size in held)
-    small = dataclasses.replace(plan.memory, usable=_LESS * stage.total)
+    small = dataclasses.replace(plan.memory, usable=_LESS * stage.total, margin=0.0)
     return (
         f"{text}; planned were {amount(stage.total)} of {amount(plan.memory.usable)} ({parts}): "
         f"{memory.remedy(small)}"

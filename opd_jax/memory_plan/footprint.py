@@ -89,7 +89,12 @@ def prefill(workload: Workload, slots: int) -> Footprint:
 
 
 def score(workload: Workload) -> Footprint:
-    """A micro-batch through student, then teacher, then chunks of the logits of both."""
+    """A micro-batch through student, then teacher, then chunks of the logits of both.
+
+    With another tokenizer each model has programs of its own: of these the one with more temporaries.
+    """
+    if workload.teacher_vocabulary:
+        return max((score(one) for one in workload.alone), key=lambda one: one.temporary_bytes)
     rows, roles = workload.score_rows, ["student"]
     given = {"student": resident.weight_bytes(workload, "student")}
     if workload.teacher is not None:
@@ -136,25 +141,26 @@ def gradient(workload: Workload, *, golden: bool = False) -> Footprint:
 
     The output matrix is cast once from float32, and its gradient is summed over the chunks in float32.
     """
-    rows = workload.golden_rows if golden else workload.rollout_rows
+    twice = golden and workload.golden_divergence and "sft" in workload.terms
+    workload = workload.of_golden if golden else workload
+    rows = workload.rollout_rows
     model, tokens = workload.student, rows * workload.width
     one = workload.layout.devices == 1
     trained = resident.masters(workload) if one else resident.weight_bytes(workload, "student")
     arrays = arrays_per_token(GoldenRows if golden else RolloutRows)
-    arrays += workload.gated and not golden
+    arrays += workload.gated
     given = {"master" if one else "student": trained,
              "gradients": resident.gradients(workload),
              "rows": 4.0 * arrays * tokens}  # fmt: skip
     beside = workload.reference is not None and workload.reference_in_update
-    others = ("reference",) * (beside and not golden)
+    others = ("reference",) * beside
     for role in others:
         given[role] = resident.weight_bytes(workload, role)
     hidden = xla.HIDDEN_UPDATE.count * _hidden(workload, "student", rows)
     hidden += sum(_hidden(workload, role, rows) for role in others)
     models, copies = 1 + len(others), 0.0
-    if not golden:
-        given["rows"] += 4.0 * tokens * workload.support * workload.support_arrays
-    if workload.over_vocabulary and not golden:
+    given["rows"] += 4.0 * tokens * workload.support * workload.support_arrays
+    if workload.over_vocabulary:
         given["teacher"] = resident.teacher_head(workload)
         given["rows"] += hidden_for_update(workload, rows)
         chunks, size = chunk_shape(tokens, workload.token_chunk)
@@ -169,7 +175,8 @@ def gradient(workload: Workload, *, golden: bool = False) -> Footprint:
     if not one:  # the compute weights' matrix is made float32 first
         cast += 4.0 * matrix * (workload.itemsize != 4)
     copies += sum(resident.gathered_head(workload, role) for role in ("student", *others))
-    logits = _logits_of_update(workload, models)
+    # The supervised term and the divergence have one log-softmax each of the student's logits.
+    logits = _logits_of_update(workload, models + twice)
     moments = [
         {
             "activations": layers + hidden,

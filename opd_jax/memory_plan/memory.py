@@ -14,6 +14,9 @@ from opd_jax.sharding import partition
 from opd_jax.sharding.mesh import ONE
 from opd_jax.types import Scores
 
+# Share of a GPU's memory that a plan leaves free: the allocator's pool gets holes, and an array needs one
+# piece (jax-ml/jax issues 9064 and 25082). Other allocators (mesh.allocator) move pages instead.
+MARGIN = 0.05
 # Stages by what makes them smaller; all others have micro-batches.
 _ROLLING, _ANSWERING = ("rollout",), ("evaluate", "evaluate teacher")
 KINDS = ("student", "unstacked", "master", "optimizer", "average", "gradients", "teacher",
@@ -45,24 +48,17 @@ def stages(workload: Workload) -> list[Stage]:
     found = []
     if workload.rollouts:
         decoding = _decoding(workload, workload.device_slots)
-        # An id, and scores. Of a recording the support stays on the host until the update.
-        kept = 1 + footprint.arrays_per_token(Scores)
-        kept += 3 * workload.support * (not workload.replayed)
-        kept -= not workload.reference_scores  # reference_logprob_BT
-        rows = min(IN_FLIGHT * workload.score_rows, workload.device_batch)
-        scored = {"rows": 4.0 * kept * rows * workload.width}
-        if workload.over_vocabulary:
-            scored["rows"] += footprint.hidden_for_update(workload, rows)
         if workload.samples:
             found.append(Stage("rollout", _sum(base, live, decoding)))
-        found.append(
-            Stage("score", _sum(base, live, scored, footprint.score(workload).temporaries))
-        )
+        found.append(Stage("score", _sum(base, live, _scoring(workload))))
+    if workload.golden_divergence:
+        found.append(Stage("score golden", _sum(base, live, _scoring(workload.of_golden))))
     kinds = [False] * workload.rollouts + [True] * (workload.golden > 0)
     learning = [footprint.gradient(workload, golden=golden) for golden in kinds]
     busiest = max(learning, key=lambda one: one.temporary_bytes)
     beside = {}
-    if workload.over_vocabulary and workload.teacher_follows != "frozen":
+    whole = workload.over_vocabulary or workload.golden_over_vocabulary
+    if whole and workload.teacher_follows != "frozen":
         beside["teacher"] = resident.teacher_head(workload)  # a copy: the state's own is donated
     given = {"rows": busiest.arguments["rows"]}
     update = _sum(base, trained, gradients, beside, given, busiest.temporaries)
@@ -85,7 +81,8 @@ def stages(workload: Workload) -> list[Stage]:
             alone = dataclasses.replace(
                 workload, student=workload.teacher, itemsize=workload.teacher_itemsize,
                 response=workload.answer,
-                prompt=(workload.teacher_width or workload.width) - workload.response,
+                prompt=(workload.teacher_width or workload.width) 
+                - (workload.teacher_response or workload.response),
             )  # fmt: skip
             answering = _decoding(alone, workload.device_answers)
             live = own if workload.teacher_follows == "live" else {}
@@ -113,17 +110,23 @@ def always(workload: Workload) -> dict[str, float]:
 
 
 def host_bytes(workload: Workload) -> dict[str, float]:
-    """Return bytes of the host's memory: a device's share of a checkpoint, and an export of the student."""
+    """Return bytes of the host's memory.
+
+    A device's share of a checkpoint, an export of the student, and with jumps the snapshot of the last one
+    and the weights that wait while a candidate is tried; a checkpoint then has the snapshot too.
+    """
     copies = 4 if workload.teacher_follows == "average" else 3
     whole = 4.0 * resident.parameters(workload.student, ONE)
-    return {"checkpoint": copies * resident.masters(workload), "export": whole}
+    found = {"checkpoint": copies * resident.masters(workload), "export": whole}
+    return found | ({"jump": 2 * whole} if workload.jumps else {})
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
     """The plan: stages against what a device has for arrays, and the largest sizes that fit.
 
-    `largest` has, by field, the largest value with which every stage fits, the others as they are.
+    `largest` has, by field, the largest value with which every stage fits and leaves `margin` bytes free, the
+    others as they are. A run that fits without the margin is not refused, but told.
     """
 
     workload: Workload
@@ -131,6 +134,7 @@ class Memory:
     usable: float
     stages: tuple[Stage, ...]
     largest: Mapping[str, int]
+    margin: float = 0.0
 
     @property
     def peak(self) -> Stage:
@@ -147,16 +151,22 @@ class Memory:
         """Whether every stage does."""
         return self.headroom >= 0
 
+    @property
+    def keeps_margin(self) -> bool:
+        """Whether every stage fits and leaves the margin free."""
+        return self.headroom >= self.margin
+
 
 def plan(workload: Workload, device: Device, *, usable: float | None = None) -> Memory:
     """Return the memory plan. `usable`: bytes that a device has for arrays, where that is known."""
     if usable is None:
         usable = usable_bytes(device, workload.layout)
+    margin = MARGIN * usable if device.gpu else 0.0
     largest = {
-        "optim.microbatch_tokens": largest_microbatch(workload, usable),
-        "rollout.slots": largest_slots(workload, usable) if workload.samples else 0,
+        "optim.microbatch_tokens": largest_microbatch(workload, usable - margin),
+        "rollout.slots": largest_slots(workload, usable - margin) if workload.samples else 0,
     }
-    return Memory(workload, device, usable, tuple(stages(workload)), largest)
+    return Memory(workload, device, usable, tuple(stages(workload)), largest, margin)
 
 
 def usable_bytes(device: Device, layout: Layout) -> float:
@@ -169,9 +179,8 @@ def usable_bytes(device: Device, layout: Layout) -> float:
 def largest_microbatch(workload: Workload, usable: float) -> int:
     """Return the largest `optim.microbatch_tokens` with which scoring and update fit; 0 if no row fits."""
     widest = max(workload.width, workload.teacher_width)
-    most = max(
-        workload.device_batch * workload.rollouts, -(-workload.golden // workload.layout.rows), 1
-    )
+    golden = workload.golden * (workload.updates if workload.golden_divergence else 1)
+    most = max(workload.device_batch * workload.rollouts, -(-golden // workload.layout.rows), 1)
 
     def fits(rows: int) -> bool:
         sized = dataclasses.replace(workload, microbatch_tokens=rows * widest)
@@ -221,24 +230,25 @@ def require_fit(memory: Memory) -> None:
 
 
 def remedy(memory: Memory) -> str:
-    """Return the smallest change found that makes the workload fit, as flags."""
+    """Return the smallest change found that makes the workload fit with its margin, as flags."""
+    usable = memory.usable - memory.margin
     for fields, changed in _changes(memory.workload):
         small = dataclasses.replace(
             changed, slots=min(changed.layout.rows, changed.batch),
             microbatch_tokens=max(changed.width, changed.teacher_width),
             evaluated=min(changed.layout.rows, changed.evaluated),
         )  # fmt: skip
-        if _peak(small) > memory.usable:
+        if _peak(small) > usable:
             continue
         fields, workload = dict(fields), changed
-        tokens = largest_microbatch(workload, memory.usable)
+        tokens = largest_microbatch(workload, usable)
         if tokens < workload.microbatch_tokens:
             fields["optim.microbatch_tokens"] = tokens
             workload = dataclasses.replace(workload, microbatch_tokens=tokens)
-        slots = largest_slots(workload, memory.usable)
+        slots = largest_slots(workload, usable)
         if slots < workload.slots:
             fields["rollout.slots"] = slots
-        answers = largest_answers(workload, memory.usable)
+        answers = largest_answers(workload, usable)
         if answers < workload.evaluated:
             fields["eval.slots"] = answers
         if not fields:
@@ -284,6 +294,19 @@ def _changes(workload: Workload) -> list[tuple[dict[str, Any], Workload]]:
                 layout=inner,
             )
     return found
+
+
+def _scoring(workload: Workload) -> dict[str, float]:
+    """Scores of the micro-batches in flight, and what scoring one of them takes."""
+    # An id, and scores. Of a recording the support stays on the host until the update.
+    kept = 1 + footprint.arrays_per_token(Scores)
+    kept += 3 * workload.support * (not workload.replayed)
+    kept -= not workload.reference_scores  # reference_logprob_BT
+    rows = min(IN_FLIGHT * workload.score_rows, workload.device_batch)
+    scored = {"rows": 4.0 * kept * rows * workload.width}
+    if workload.over_vocabulary:
+        scored["rows"] += footprint.hidden_for_update(workload, rows)
+    return _sum(scored, footprint.score(workload).temporaries)
 
 
 def _decoding(workload: Workload, slots: int) -> dict[str, float]:

@@ -3,6 +3,7 @@
 They come from `make_step_functions`, as in training, and can be lowered for devices that are not there.
 """
 
+import dataclasses
 import pathlib
 from collections.abc import Callable
 from functools import partial
@@ -34,12 +35,17 @@ def programs(config: ConfigDict, workload: Workload, mesh: Mesh = ONE) -> list[P
 
 
 def _programs(config: ConfigDict, workload: Workload, mesh: Mesh) -> list[Program]:
+    alignment = data.alone(workload.vocabulary, workload.student.eos_token_ids or (0,))
+    if workload.teacher_vocabulary:
+        assert workload.teacher is not None
+        ends = workload.teacher.eos_token_ids or (0,)
+        theirs = data.alone(workload.teacher_vocabulary, ends)
+        alignment = dataclasses.replace(alignment, teacher=theirs)
     spec = StepSpec(
         config=config, terms=make_terms(config), student=workload.student, teacher=workload.teacher,
-        reference=workload.reference or workload.student,
-        alignment=data.alone(workload.vocabulary, workload.student.eos_token_ids or (0,)),
+        reference=workload.reference or workload.student, alignment=alignment,
         dtype=jnp.dtype(_dtype(workload.itemsize)), teacher_width=workload.teacher_width, mesh=mesh,
-        replayed=workload.replayed,
+        replayed=workload.replayed, tile=workload.tile,
     )  # fmt: skip
     teacher = reference = None
     if workload.teacher is not None and workload.teacher_follows == "frozen":

@@ -42,6 +42,14 @@ def lines(plan: RunPlan) -> list[str]:
         f"  {stage.name:<16}{amount(stage.total):>10}  {_parts(stage)}" for stage in planned.stages
     ]
     state = f"fits, {amount(planned.headroom)} to spare"
+    margin = f"the margin of {amount(planned.margin)} ({memory.MARGIN:.0%}) for holes in the pool"
+    if planned.margin and planned.keeps_margin:
+        state += f", more than {margin}"
+    elif planned.margin and planned.fits:
+        state += (
+            f", less than {margin}: set --config.mesh.allocator=vmm, which has none, or "
+            f"{memory.remedy(planned)}"
+        )
     if not planned.fits:
         state = f"does not fit: {amount(-planned.headroom)} too much; {memory.remedy(planned)}"
     out.append(f"  {state}; largest that fit: {_largest(planned)}")
@@ -89,6 +97,7 @@ def to_json(plan: RunPlan) -> dict[str, Any]:
         "usable_bytes": planned.usable,
         "fits": planned.fits,
         "headroom_bytes": planned.headroom,
+        "margin_bytes": planned.margin,
         "busiest": planned.peak.name,
         "largest": dict(planned.largest),
         "remedy": None if planned.fits else memory.remedy(planned),
@@ -112,8 +121,13 @@ def programs(workload: Workload) -> dict[str, footprint.Footprint]:
     if workload.rollouts:
         found["prefill"] = footprint.prefill(workload, workload.device_slots)
         found["decode"] = footprint.decode(workload, workload.device_slots)
-        found["score"] = footprint.score(workload)
+        if workload.teacher_vocabulary:
+            found["score"], found["teacher: score"] = map(footprint.score, workload.alone)
+        else:
+            found["score"] = footprint.score(workload)
         found["gradient on rollouts"] = footprint.gradient(workload)
+    if workload.golden_divergence:
+        found["golden score"] = footprint.score(workload.of_golden)
     if workload.golden:
         found["gradient on golden"] = footprint.gradient(workload, golden=True)
     return found

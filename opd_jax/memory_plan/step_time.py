@@ -43,7 +43,7 @@ class StageTime:
     @property
     def expected_s(self) -> float:
         """Estimate: seconds if products and reads reach `EFFICIENCY` of the device's rates."""
-        rate = EFFICIENCY[self.name]
+        rate = EFFICIENCY[self.name.split()[0]]
         return max(self.compute_s, self.memory_s) / rate + self.latency_s + self.communication_s
 
     @property
@@ -98,6 +98,9 @@ def step_time(
     if workload.rollouts:
         stages = [rollout(workload, device, length_B)] * workload.samples
         stages.append(score(workload, device, length_B))
+    if workload.golden_divergence:
+        scored = score(workload.of_golden, device, _golden(workload, length_B))
+        stages.append(dataclasses.replace(scored, name="score golden"))
     stages.append(update(workload, device, length_B))
     tokens = (
         float(length_B.sum()) * min(workload.layout.rows, workload.batch)
@@ -168,9 +171,8 @@ def update(workload: Workload, device: Device, length_B: np.ndarray) -> StageTim
     model = workload.student
     works, sent, gathered = [], 0.0, 0.0
     kinds = [length_B] * workload.rollouts
-    if workload.golden:  # golden solutions are taken to be as long as the responses
-        golden = -(-workload.golden * workload.updates // workload.layout.rows)
-        kinds.append(length_B[np.linspace(0, len(length_B) - 1, golden).astype(int)])
+    if workload.golden:
+        kinds.append(_golden(workload, length_B))
     for lengths in kinds:
         works.append(_learning(workload, lengths))
         again = 2 if workload.remat in ("attention", "full") else 0
@@ -179,12 +181,15 @@ def update(workload: Workload, device: Device, length_B: np.ndarray) -> StageTim
         gathered += _gathers(workload, "student", model, passes, workload.itemsize, device)
         if workload.layout.student == "sharded":  # gradients of each micro-batch, float32
             gathered += _gathers(workload, "student", model, passes / 2, 4, device)
-    if workload.rollouts and workload.over_vocabulary and workload.teacher is not None:
+    read = [length_B] * (workload.rollouts and workload.over_vocabulary)
+    read += [_golden(workload, length_B)] * workload.golden_over_vocabulary
+    for lengths in read:  # the teacher's logits again
+        assert workload.teacher is not None
         matrix = 1.0 * account.head_parameters(workload.teacher)
         works.append(
             Work(
-                2 * matrix * float(length_B.sum()),
-                workload.itemsize * matrix * _parts(workload, length_B),
+                2 * matrix * float(lengths.sum()),
+                workload.itemsize * matrix * _parts(workload, lengths),
             )
         )
     reads_reference = workload.rollouts and workload.reference_in_update
@@ -303,6 +308,12 @@ def rate(group: int, device: Device) -> float:
     return min(device.link_bytes_per_s, device.network_bytes_per_s * device.per_node)
 
 
+def _golden(workload: Workload, length_B: np.ndarray) -> np.ndarray:
+    """A device's golden solutions, taken to be as long as the responses of `length_B`."""
+    golden = -(-workload.golden * workload.updates // workload.layout.rows)
+    return length_B[np.linspace(0, len(length_B) - 1, golden).astype(int)]
+
+
 def _lengths(rows: int, budget: int, mean: float | None) -> np.ndarray:
     if mean is None:
         return np.full(rows, budget, np.int64)
@@ -318,7 +329,7 @@ def _makespan(length_B: np.ndarray, slots: int) -> int:
 def _padded(workload: Workload, length_B: np.ndarray) -> float:
     """Return the tokens of the rows as the models see them, at the widths of micro-batches."""
     whole_B = length_B + workload.prompt
-    return float(microbatches.padded_lengths(whole_B, workload.width).sum())
+    return float(microbatches.padded_lengths(whole_B, workload.width, workload.tile).sum())
 
 
 def _parts(workload: Workload, length_B: np.ndarray) -> int:

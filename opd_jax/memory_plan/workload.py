@@ -16,10 +16,12 @@ from opd_jax.models import ModelConfig, catalog
 from opd_jax.rollout.generate import Shapes
 from opd_jax.sharding import partition
 from opd_jax.sharding.mesh import Mesh, make_abstract_mesh
+from opd_jax.training.model_limits import teacher_response
 from opd_jax.training.optimizer import make_optimizer
 from opd_jax.training.setup import Setup
 from opd_jax.training.terms import Terms, make_terms
 
+_OF_ONE_FAMILY = 1_000  # ids by which vocabularies of one tokenizer family differ at most
 _ALL = 10**9  # held-out problems where all are measured: the plan opens no file
 
 
@@ -92,6 +94,12 @@ class Workload:
       reference_scores: whether rollouts are scored with the reference.
       reference_in_update: whether the update reads the reference, where there is one.
       gated: whether the divergence has a gate, one more number a token.
+      jumps: whether the run tries jumps, which keep two copies of the weights in host memory.
+      golden_divergence: whether golden solutions are scored for a divergence of their own.
+      golden_over_vocabulary, golden_support: as those of rollouts.
+      tile: widths of batches are multiples of it.
+      teacher_vocabulary: ids of a teacher with another tokenizer, which scores its own rows alone; 0 where
+        the two share ids. teacher_response: its token budget of a response there.
       replayed: whether rollouts are read from a recording: nothing is sampled, and no teacher scores.
     """
 
@@ -134,12 +142,31 @@ class Workload:
     reference_scores: bool = False
     reference_in_update: bool = True
     gated: bool = False
+    jumps: bool = False
+    golden_divergence: bool = False
+    golden_over_vocabulary: bool = False
+    golden_support: int = 0
+    tile: int = 1
+    teacher_vocabulary: int = 0
+    teacher_response: int = 0
     replayed: bool = False
 
     @property
     def samples(self) -> bool:
         """Whether the run samples rollouts."""
         return self.rollouts and not self.replayed
+
+    @property
+    def of_golden(self) -> "Workload":
+        """The workload whose rollouts are the golden solutions of a step: what scores and learns from them.
+
+        The weight of each token in their divergence is one more number, as a gate is on rollouts.
+        """
+        return dataclasses.replace(
+            self, batch=self.golden * self.updates, over_vocabulary=self.golden_over_vocabulary,
+            support=self.golden_support, support_arrays=2, gated=self.golden_divergence,
+            reference=None, reference_scores=False, reference_in_update=False,
+        )  # fmt: skip
 
     @property
     def width(self) -> int:
@@ -151,8 +178,22 @@ class Workload:
         return self.itemsize if role == "student" else getattr(self, f"{role}_itemsize")
 
     @property
+    def alone(self) -> "tuple[Workload, Workload]":
+        """Student and teacher as workloads of one model each, as they score by spans of text."""
+        assert self.teacher is not None
+        none: dict[str, Any] = {"teacher": None, "teacher_width": 0, "teacher_vocabulary": 0}
+        teacher = dataclasses.replace(
+            self, student=self.teacher, itemsize=self.teacher_itemsize, vocabulary=self.teacher_vocabulary,
+            prompt=self.teacher_width - self.teacher_response, response=self.teacher_response,
+            layout=dataclasses.replace(self.layout, student=self.layout.teacher), **none,
+        )  # fmt: skip
+        return dataclasses.replace(self, **none), teacher
+
+    @property
     def score_rows(self) -> int:
         """Rows of the widest micro-batch of scoring on a device."""
+        if self.teacher_vocabulary:
+            return max(one.score_rows for one in self.alone)
         return self._widest(self.batch, self.teacher_width)
 
     @property
@@ -194,7 +235,7 @@ class Workload:
         replicas = self.layout.rows
         widest = microbatches.shapes(
             batch, width=self.width, tokens=self.microbatch_tokens, teacher_width=teacher_width,
-            replicas=replicas,
+            replicas=replicas, tile=self.tile,
         )[0]  # fmt: skip
         return widest.count // replicas
 
@@ -213,6 +254,7 @@ class _Roles:
     teacher_width: int
     renumbered: bool
     problems: int
+    teacher_vocabulary: int = 0
 
 
 def of_config(config: ConfigDict, device: Device, devices: int) -> Workload:
@@ -225,7 +267,8 @@ def of_config(config: ConfigDict, device: Device, devices: int) -> Workload:
         config.data.train = "tiny:train"
     validate(config)
     terms = make_terms(config)
-    student, tokens = _architecture(config.student)
+    student, own = _architecture(config.student)
+    tokens, others = own, 0
     teacher = reference = None
     itself = config.teacher.path in ("student", config.student.path)
     if terms.needs_teacher and not config.replay.path:
@@ -238,11 +281,17 @@ def of_config(config: ConfigDict, device: Device, devices: int) -> Workload:
     data = config.data
     other_prompts = (data.teacher_prompt_template, data.teacher_system_prompt) != ("same", "same")
     separate = teacher is not None and (other_prompts or not itself)
-    width = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+    spans = False
+    if teacher is not None:  # without tokenizers: one family has about as many tokens
+        far = abs(own - others) > _OF_ONE_FAMILY and config.scoring.compare == "auto"
+        spans = far or config.scoring.compare == "spans"
+    width = config.rollout.max_prompt_tokens + teacher_response(config, spans=spans)
     roles = _Roles(
         student=student, teacher=teacher, reference=reference,
-        vocabulary=min(tokens, student.vocab_size), teacher_width=width * separate,
-        renumbered=not itself and config.scoring.special_tokens == "remap",
+        vocabulary=min(own if spans else tokens, student.vocab_size),
+        teacher_width=width * (separate or spans),
+        renumbered=not itself and config.scoring.special_tokens == "remap" and not spans,
+        teacher_vocabulary=others * spans,
         problems=(config.eval.problems or _ALL) if config.eval.data else 0,
     )  # fmt: skip
     return _workload(config, terms, roles, device, devices)
@@ -256,6 +305,7 @@ def of_setup(setup: Setup, device: Device, devices: int) -> Workload:
         reference=setup.reference if needs else None, vocabulary=setup.alignment.vocabulary,
         teacher_width=setup.teacher_width if setup.separate_prompts else 0,
         renumbered=setup.alignment.head_rows is not None, problems=len(setup.held_out),
+        teacher_vocabulary=setup.alignment.teacher.vocabulary if setup.alignment.teacher else 0,
     )  # fmt: skip
     return _workload(setup.config, setup.terms, roles, device, devices)
 
@@ -301,21 +351,26 @@ def _workload(
         asks_teacher=teacher is not None and config.eval.teacher,
         steps=config.steps, layout=layout,
         optimizer=make_optimizer(optim, config.steps * optim.updates_per_rollout),
-        support=_places(terms),
+        support=_places(terms.scored_support),
         # ids, and of a divergence the teacher's log-probs, of a surrogate the sampler's and advantages
         support_arrays=1 + (terms.divergence_weight != 0) + 2 * terms.on_support,
         reference_scores=terms.scores_reference,
         reference_in_update="reference_kl" in terms.names,
-        gated=terms.gated,
+        gated=terms.gated, tile=hardware.tile(gpu=device.gpu), jumps=bool(config.jump.problems),
+        golden_divergence=terms.golden_divergence != 0,
+        golden_over_vocabulary=terms.golden_over_vocabulary,
+        golden_support=_places(terms.golden_scored_support),
+        teacher_vocabulary=roles.teacher_vocabulary,
+        teacher_response=teacher_response(config, spans=bool(roles.teacher_vocabulary)),
         replayed=bool(config.replay.path),
     )  # fmt: skip
 
 
-def _places(terms: Terms) -> int:
+def _places(support: tuple[str, int] | None) -> int:
     """Ids of a token's support: of one model's, or of both models'."""
-    if terms.scored_support is None:
+    if support is None:
         return 0
-    name, k = terms.scored_support
+    name, k = support
     return k * (2 if name in ("union", "symmetric_difference") else 1)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from opd_jax.metrics.correctness import right_against_wrong, sequence_reward
 from opd_jax.metrics.repetition import repeated_metrics
-from opd_jax.types import Outcome, Rollout, Scores
+from opd_jax.types import Outcome, Rollout, Scores, SpanScores
 
 _WORD = re.compile(r"[^\W\d_]+")
 
@@ -69,6 +69,8 @@ def step_metrics(
     )  # fmt: skip
     if hedging:
         row["score/hedging_rate"] = hedging_rate(findings.texts, hedging)
+    if scores.spans is not None:
+        row |= span_metrics(scores.spans, mask_BT, rollout.response_mask_BT)
     advantage_BT = _advantage(scores)
     row |= repeated_metrics(advantage_BT, mask_BT, findings.repeated_BT)
     if advantage_BT is not None and mask_BT.any():
@@ -174,6 +176,32 @@ def _per_token(scores: Scores) -> dict[str, np.ndarray]:
         "teacher_overlap_mass": scores.teacher_overlap_mass_BT,
     }
     return {name: np.asarray(x_BT) for name, x_BT in values.items() if x_BT is not None}
+
+
+def span_metrics(
+    scores: SpanScores, mask_BT: np.ndarray, response_BT: np.ndarray
+) -> dict[str, float]:
+    """Return `score/span_*`: the log-ratio of spans of text, of a teacher with another tokenizer.
+
+    The log-ratio log q - log p is summed over the counted spans, each once, and divided by the student's
+    tokens of these spans (`span_log_ratio`) and by their bytes. Its negative estimates the reverse KL of
+    the text. `span_single` is the share of the student's tokens that are a span of one token of both,
+    `span_compared` the share of all response tokens that are compared (`mask_BT`). 0 where nothing is.
+    """
+    size, theirs, teacher, student = (
+        np.asarray(x_BT, float)[mask_BT]
+        for x_BT in (
+            scores.size_BT, scores.teacher_size_BT, scores.teacher_logprob_BT, scores.student_logprob_BT,
+        )
+    )  # fmt: skip
+    total = float(np.sum((teacher - student) / size))  # the tokens of a span sum to its log-ratio
+    tokens, length = size.size, int(np.sum(scores.bytes_BT[mask_BT]))
+    return {
+        "score/span_log_ratio": total / max(tokens, 1),
+        "score/span_log_ratio_per_byte": total / max(length, 1),
+        "score/span_single": float(np.sum((size == 1) & (theirs == 1))) / max(tokens, 1),
+        "score/span_compared": tokens / max(int(np.sum(response_BT)), 1),
+    }
 
 
 def _advantage(scores: Scores) -> np.ndarray | None:

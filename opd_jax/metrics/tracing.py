@@ -15,6 +15,8 @@ STAGES = ("rollout", "score", "read", "rows", "update")  # the names of the span
 MEMORY = "memory.jsonl"  # the memory timeline, in the folder of the trace
 _EVERY_S = 0.02
 _DURING = "stage: "
+# The stages that the process is in, outermost first, and when each began; for the watchdog.
+_open: list[tuple[str, float]] = []
 
 
 @contextlib.contextmanager
@@ -24,11 +26,26 @@ def stage(name: str) -> Iterator[None]:
     An error inside the span gets the name as a note, which `stage_of` reads.
     """
     with jax.profiler.TraceAnnotation(name):
+        _open.append((name, time.monotonic()))
         try:
             yield
         except Exception as error:
             error.add_note(_DURING + name)
             raise
+        finally:
+            _open.pop()
+
+
+def current() -> tuple[str, float] | None:
+    """Return the innermost stage that the process is in, and for how many seconds; None outside of stages.
+
+    Stages are opened by one thread; any thread may ask.
+    """
+    stages = tuple(_open)
+    if not stages:
+        return None
+    name, began = stages[-1]
+    return name, time.monotonic() - began
 
 
 def stage_of(error: BaseException) -> str | None:

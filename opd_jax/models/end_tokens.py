@@ -21,30 +21,30 @@ class Events(flax.struct.PyTreeNode):
     """The set of events over which log-probs are normalised.
 
     Attributes:
+      vocabulary: V, the first ids that all models have, to which logits are cut; None for all columns (no
+        slice of an output matrix is copied).
       scored_V: bool, the ids that all models score; None for all of them. Of the student's end tokens
         only `ends.id` is among them.
       ends: the end tokens that count as one event; None where each id is an event of its own.
       temperature: logits are divided by it first.
     """
 
+    vocabulary: int | None = flax.struct.field(pytree_node=False, default=None)
     scored_V: Array = None
     ends: Ends | None = flax.struct.field(pytree_node=False, default=None)
     temperature: float = flax.struct.field(pytree_node=False, default=1.0)
 
-    def restrict(
-        self, logits: jax.Array, *, vocabulary: int | None = None, model: str = "student"
-    ) -> jax.Array:
+    def restrict(self, logits: jax.Array, *, model: str = "student") -> jax.Array:
         """Reduce a model's logits to those of the events: [..., >= V] -> [..., V], float32.
 
         Column `ends.id` becomes log sum exp over the columns of the model's own end tokens; ids that
-        are not scored get `decoder.EXCLUDED`. `model` is student, teacher or reference; V =
-        `vocabulary`, or all columns.
+        are not scored get `decoder.EXCLUDED`. `model` is student, teacher or reference.
         """
         if self.temperature != 1.0:
             logits = logits / self.temperature
         if self.ends and (own := getattr(self.ends, model)) != (self.ends.id,):
             logits = _with_one_end(logits, own, self.ends.id)
-        logits = logits[..., :vocabulary]  # cut last: columns beyond V may be end tokens
+        logits = logits[..., : self.vocabulary]  # cut last: columns beyond V may be end tokens
         return logits if self.scored_V is None else decoder.exclude(logits, self.scored_V)
 
     def of_tokens(self, token: jax.Array) -> jax.Array:

@@ -261,7 +261,7 @@ def _gradients(runs: Sequence[Run]) -> Figure:
 
 
 def _losses(runs: Sequence[Run]) -> Figure:
-    keys = ("total", "opd", "divergence", "sft", "reference_kl")
+    keys = ("total", "opd", "divergence", "sft", "golden_divergence", "reference_kl")
     return _overlaid(
         runs, "losses", "The loss and its terms",
         "Unweighted terms. The surrogate's value says little by itself: its gradient is what counts.",

@@ -25,6 +25,7 @@ _ROWS = (
     ("score/student_logprob_mean", "student log-prob", ".3f"),
     ("score/teacher_logprob_mean", "teacher log-prob", ".3f"),
     ("score/reverse_kl", "reverse KL", ".3f"),
+    ("score/span_log_ratio", "span log-ratio", ".3f"),
     ("score/overlap_ratio", "overlap ratio", ".3f"),
     ("score/entropy_gap", "entropy gap", ".3f"),
     ("score/repeated_token_fraction", "repetitive tokens", ".1%"),

@@ -238,7 +238,7 @@ def _model(run: Run, role: str) -> str:
 
 
 def _weights(run: Run) -> str:
-    names = ("pg_weight", "divergence_weight", "lambda_gold", "beta_kl")
+    names = ("pg_weight", "divergence_weight", "lambda_gold", "golden_divergence", "beta_kl")
     weights = {name: _field(run, f"loss.{name}") for name in names}
     return (
         ", ".join(f"{name} {x}" for name, x in weights.items() if x not in ("", "0", "0.0")) or "-"

@@ -3,7 +3,8 @@
 The decode state (rows, caches, keys) stays on the device and is donated from call to call, so
 caches are updated in place. Between chunks of decode steps the host copies finished rows out and
 prefills waiting prompts into the free slots. A sample depends on its prompt, its settings and its
-key, and not on slots, chunks or the other rows.
+key, and not on slots, chunks or the other rows: exactly on a CPU, and up to the rounding of other kernels on
+a GPU (docs/first_day.md).
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from opd_jax.aot import Program
+from opd_jax.data.microbatches import width_of
 from opd_jax.errors import DataError
 from opd_jax.models import decoder
 from opd_jax.models.config import ModelConfig
@@ -36,7 +38,8 @@ class Shapes:
       replicas: number of replicas of the mesh.
       slots: number of sequences decoded concurrently.
       total: tokens per row, prompt and response together.
-      prompt_widths: possible widths of a prefill batch: quarters of the longest prompt allowed.
+      prompt_widths: possible widths of a prefill batch: quarters of the longest prompt allowed, rounded up
+        to the tile, at most `total`.
       many, few: rows of a prefill batch, when many slots are free (as at the start) and when few are.
       chunk: decode steps between two checks by the host.
     """
@@ -59,16 +62,18 @@ class Shapes:
         response_tokens: int,
         chunk: int | None,
         replicas: int = 1,
+        tile: int = 1,
     ) -> "Shapes":
-        """Return the shapes for `prompts` prompts; see `Batching` for `slots` and `chunk`."""
+        """Return the shapes for `prompts` prompts; see `Batching` for `slots`, `chunk` and `tile`."""
         slots = -(-min(slots or prompts, prompts) // replicas)
-        quarter = -(-prompt_tokens // 4)
+        total = prompt_tokens + response_tokens
+        widths = {min(width_of(i, prompt_tokens, tile), total) for i in (1, 2, 3, 4)}
         few = -(-slots // 16)
         return cls(
             replicas=replicas,
             slots=slots,
-            total=prompt_tokens + response_tokens,
-            prompt_widths=tuple(sorted({min(quarter * i, prompt_tokens) for i in (1, 2, 3, 4)})),
+            total=total,
+            prompt_widths=tuple(sorted(widths)),
             many=max(min(_PREFILL_TOKENS // prompt_tokens, slots), few),
             few=few,
             chunk=chunk or min(max(response_tokens // 16, 8), 128),
@@ -83,20 +88,26 @@ class Batching:
       slots: number of sequences decoded concurrently (vLLM: max_num_seqs); None for all prompts.
       max_prompt_tokens: longest prompt allowed. It fixes the width of the rows, so that batches of other
         prompts use the same compiled programs; None for the longest prompt of the batch.
+      largest_budget: most response tokens of any call. It fixes the width of the rows likewise, so that
+        other budgets use the same compiled programs; None for the largest budget of the batch.
       chunk: decode steps between two checks by the host; None for 1/16 of the budget, 8 to 128.
       mesh: devices that hold the weights; slots are divided among its replicas.
+      tile: widths of prefill batches are multiples of it (hardware.tile).
     """
 
     slots: int | None = None
     max_prompt_tokens: int | None = None
+    largest_budget: int | None = None
     chunk: int | None = None
     mesh: Mesh = ONE
+    tile: int = 1
 
     def shapes(self, prompts: int, prompt_tokens: int, response_tokens: int) -> Shapes:
         """Return the shapes of a generation of `prompts` prompts."""
         return Shapes.of(
             prompts, slots=self.slots, prompt_tokens=prompt_tokens,
             response_tokens=response_tokens, chunk=self.chunk, replicas=self.mesh.replicas,
+            tile=self.tile,
         )  # fmt: skip
 
 
@@ -151,7 +162,8 @@ def sample_responses(
       keys: PRNG keys [prompts]; row i samples with keys derived from (keys[i], position).
       on_finished: called with the number of finished responses whenever that number grows.
 
-    Returns: `Rollout` in the order of the prompts, with rows of max_prompt_tokens + the largest budget.
+    Returns: `Rollout` in the order of the prompts, with rows of max_prompt_tokens + the largest budget, or
+    that of `batching`.
 
     Raises DataError if there are no prompts, if a prompt is empty or too long or has token ids that the
     model lacks, if a budget is below 1, if rows need more positions than the model has, or if the
@@ -159,8 +171,8 @@ def sample_responses(
     """
     width = batching.max_prompt_tokens or max(map(len, prompts), default=0)
     budget_P = np.broadcast_to(np.asarray(sampling.max_response_tokens, np.int32), len(prompts))
-    _check(prompts, width, budget_P, model.config)
-    budget = int(budget_P.max())
+    budget = batching.largest_budget or int(budget_P.max(initial=0))
+    _check(prompts, width, budget_P, budget, model.config)
     stop_on_repetition, mesh = sampling.stop_on_repetition, batching.mesh
     if stop_on_repetition < 0 or (stop_on_repetition and sampling.repetition_period < 1):
         raise DataError(
@@ -263,7 +275,7 @@ def programs(
         Program("unstack", decode_state.unstack, (model, mesh)),
         Program("empty slots", decode_state.empty, (unstacked, *state_shape)),
     ]
-    for count in sorted({shapes.many, shapes.few} if prompts > shapes.slots else {shapes.many}):
+    for count in _prefill_counts(shapes, prompts):
         rows = count * shapes.replicas
         row = jax.ShapeDtypeStruct((rows,), jnp.int32)
         key_B2 = jax.eval_shape(
@@ -283,14 +295,35 @@ def programs(
     return out
 
 
+def _prefill_counts(shapes: Shapes, prompts: int) -> list[int]:
+    """Return the rows of a replica's prefill batches, as `_to_admit` finds them, in ascending order.
+
+    The first prompts fill all slots: `many` rows at a time, then `few` where fewer than `many` are left.
+    Prompts without a slot at the start are admitted `few` at a time, or `many` after many have finished.
+    """
+    share = -(-prompts // shapes.replicas)
+    waits = share > shapes.slots
+    left = min(share, shapes.slots) % shapes.many
+    return sorted({shapes.many, shapes.few} if waits or left else {shapes.many})
+
+
 def _check(
-    prompts: Sequence[Sequence[int]], width: int, budget_P: np.ndarray, config: ModelConfig
+    prompts: Sequence[Sequence[int]],
+    width: int,
+    budget_P: np.ndarray,
+    largest: int,
+    config: ModelConfig,
 ) -> None:
     """Raise DataError if a prompt or a budget does not fit the model or the width of the rows."""
     if not prompts:
         raise DataError("generate: there are no prompts; pass at least one")
     if budget_P.min() < 1:
         raise DataError(f"max_response_tokens={budget_P.min()} must be at least 1")
+    if budget_P.max() > largest:
+        raise DataError(
+            f"max_response_tokens={budget_P.max()} is more than the {largest} response tokens of a row; "
+            "lower it, or raise Batching.largest_budget"
+        )
     for i, prompt in enumerate(prompts):
         if not 1 <= len(prompt) <= width:
             raise DataError(
@@ -302,9 +335,9 @@ def _check(
                 f"prompt {i} has token ids {min(prompt)} to {max(prompt)}, but the model's are 0 to "
                 f"{config.vocab_size - 1}; use the model's own tokenizer"
             )
-    if width + budget_P.max() > config.max_position:
+    if width + largest > config.max_position:
         raise DataError(
-            f"prompt ({width}) + response ({budget_P.max()}) tokens exceed the model's "
+            f"prompt ({width}) + response ({largest}) tokens exceed the model's "
             f"{config.max_position} positions; lower the response budget or "
             "--config.rollout.max_prompt_tokens"
         )

@@ -2,6 +2,7 @@
 
 from opd_jax.scoring.chunked import Readout, align, map_tokens, sum_tokens, take
 from opd_jax.scoring.score import (
+    Models,
     ScoreSpec,
     programs,
     score,
@@ -11,6 +12,7 @@ from opd_jax.scoring.score import (
 )
 
 __all__ = [
+    "Models",
     "Readout",
     "ScoreSpec",
     "align",

@@ -34,11 +34,14 @@ class Readout(flax.struct.PyTreeNode):
         so that the gradient of a float32 one is summed in float32.
       hidden_BTD: final hidden states.
       role: student, teacher or reference: whose end tokens count as the end.
+      ids: of the first readout of `sum_tokens`: whether the function also receives `id_logprob`, the log-prob
+        of the token itself, for which every id is an event of its own.
     """
 
     head_VD: Array
     hidden_BTD: Array
     role: str = flax.struct.field(pytree_node=False, default="student")
+    ids: bool = flax.struct.field(pytree_node=False, default=False)
 
 
 def map_tokens(
@@ -49,7 +52,6 @@ def map_tokens(
     *,
     token_chunk: int,
     counts_BT: jax.Array | None = None,
-    vocabulary: int | None = None,
     events: Events = EVERY_ID,
 ) -> Any:
     """Apply `fn` to the next-token log-probs of each model, a chunk of tokens at a time.
@@ -62,9 +64,7 @@ def map_tokens(
       per_token: more [B, T, ...] arrays, aligned with `tokens_BT`.
       token_chunk: most tokens whose logits exist at one time.
       counts_BT: bool, the tokens to apply it to; None for all. Chunks without such tokens cost nothing.
-      vocabulary: V, the first ids that all models have, over which alone log-probs are normalised
-        (None: all of the heads; no slice of a head is copied).
-      events: which of them are scored, and which end a response and count as one.
+      events: the ids and end tokens over which log-probs are normalised.
 
     Returns: a tree of [B, T, ...], aligned with `tokens_BT`, 0 where no token counts and at position 0, which
     nothing predicts.
@@ -74,9 +74,7 @@ def map_tokens(
     @partial(jax.checkpoint, prevent_cse=False)
     @jax.named_scope("token_loss")
     def values_of(index_C: jax.Array) -> Any:
-        logprobs = [
-            _log_softmax(_logits(of, index_C), of.role, vocabulary, events) for of in readouts
-        ]
+        logprobs = [_log_softmax(_logits(of, index_C), of.role, events) for of in readouts]
         extras = {name: _at(x_BT, index_C) for name, x_BT in per_token.items()}
         return fn(*logprobs, token_C=events.of_tokens(_at(tokens_BT, index_C)), **extras)
 
@@ -102,7 +100,6 @@ def sum_tokens(
     scale: Mapping[str, Any],
     *,
     token_chunk: int,
-    vocabulary: int | None = None,
     events: Events = EVERY_ID,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Return (sum_k scale_k S_k, S), S_k = sum_t weight_t fn_k(t): a loss and its parts, float32 scalars.
@@ -116,7 +113,7 @@ def sum_tokens(
     """
     index_NC, chunks = _packed(tokens_BT, weight_BT > 0, token_chunk)
     student, *others = readouts
-    role = student.role
+    role, ids = student.role, student.ids
     inputs = _Inputs(
         index_NC, chunks, others, tokens_BT, dict(per_token), weight_BT, dict(scale), events
     )
@@ -124,11 +121,15 @@ def sum_tokens(
     def loss_of(
         logit_CV: jax.Array, inputs: _Inputs, index_C: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        log_softmax = partial(_log_softmax, vocabulary=vocabulary, events=inputs.events)
-        logprobs = [log_softmax(logit_CV, role)]
-        logprobs += [log_softmax(_logits(of, index_C), of.role) for of in inputs.others]
+        logprobs = [_log_softmax(logit_CV, role, inputs.events)]
+        for of in inputs.others:
+            logprobs.append(_log_softmax(_logits(of, index_C), of.role, inputs.events))
         extras = {name: _at(x_BT, index_C) for name, x_BT in inputs.per_token.items()}
         token_C = inputs.events.of_tokens(_at(inputs.tokens_BT, index_C))
+        if ids:
+            every_id = Events(vocabulary=inputs.events.vocabulary)
+            id_CV = _log_softmax(logit_CV, role, every_id)
+            extras["id_logprob"] = take(id_CV, _at(inputs.tokens_BT, index_C))
         values = fn(*logprobs, token_C=token_C, **extras)
         weight_C = _at(inputs.weight_BT, index_C)
         sums = {name: _weighted_sum(x_C, weight_C) for name, x_C in values.items()}
@@ -256,11 +257,8 @@ def _logits(of: Readout, index_C: jax.Array) -> jax.Array:
     return decoder.logits(of.head_VD.astype(hidden_CD.dtype), hidden_CD)
 
 
-def _log_softmax(
-    logit_CV: jax.Array, role: str, vocabulary: int | None, events: Events
-) -> jax.Array:
-    logit_CV = events.restrict(logit_CV, vocabulary=vocabulary, model=role)
-    return jax.nn.log_softmax(logit_CV, axis=-1)
+def _log_softmax(logit_CV: jax.Array, role: str, events: Events) -> jax.Array:
+    return jax.nn.log_softmax(events.restrict(logit_CV, model=role), axis=-1)
 
 
 def _weighted_sum(values_C: jax.Array, weight_C: jax.Array) -> jax.Array:

@@ -31,26 +31,40 @@ IN_FLIGHT = 3  # micro-batches whose scores are on the device at one time, at mo
 STATISTICS = ("teacher_mass", "student_accepted")
 
 
+class Models(flax.struct.PyTreeNode):
+    """The models that read the same rows; None where there is none.
+
+    Attributes:
+      student: the model whose rollouts the rows are.
+      teacher: scores the same responses, perhaps after prompts of its own (`TeacherRows`).
+      reference: reads the student's rows; only with a teacher, from which it extrapolates.
+    """
+
+    student: Model
+    teacher: Model | None = None
+    reference: Model | None = None
+
+
 class ScoreSpec(flax.struct.PyTreeNode):
     """What scoring is asked for. Numbers are static under jit, arrays are not.
 
     Attributes:
-      vocabulary: ids that both models have, the first of their logits.
       top_k: k of the overlap metrics.
       token_chunk: most tokens whose logits exist at one time, on one replica.
-      events: what log-probs are normalised over (see data.vocabulary).
+      events: the ids and end tokens over which log-probs are normalised (see data.vocabulary).
       support: the name of a support (topk.SUPPORTS) and its own k, for losses over one; None without.
       statistic: a name of `STATISTICS` and its k, for token weights; None without.
       keep_hidden: keep the teacher's hidden states, for losses over the whole vocabulary.
+      tile: widths of micro-batches are multiples of it (hardware.tile).
     """
 
-    vocabulary: int = flax.struct.field(pytree_node=False)
     top_k: int = flax.struct.field(pytree_node=False)
     token_chunk: int = flax.struct.field(pytree_node=False)
     events: Events = EVERY_ID
     support: tuple[str, int] | None = flax.struct.field(pytree_node=False, default=None)
     statistic: tuple[str, int] | None = flax.struct.field(pytree_node=False, default=None)
     keep_hidden: bool = flax.struct.field(pytree_node=False, default=False)
+    tile: int = flax.struct.field(pytree_node=False, default=1)
 
 
 def teacher_states(
@@ -83,14 +97,13 @@ def token_logprob(
         [Readout(decoder.head(params), decoder.hidden_states(params, config, tokens_BT, length_B))],
         tokens_BT,
         token_chunk=token_chunk,
-        vocabulary=vocabulary,
+        events=Events(vocabulary=vocabulary),
     )
     return jnp.where(jnp.arange(tokens_BT.shape[1])[None] < length_B[:, None], out["logprob"], 0.0)
 
 
 def score(
-    student: Model,
-    teacher: Model | None,
+    models: Models,
     tokens_BT: np.ndarray,
     length_B: np.ndarray,
     spec: ScoreSpec,
@@ -98,18 +111,15 @@ def score(
     microbatch_tokens: int,
     first_B: np.ndarray | None = None,
     teacher_rows: TeacherRows | None = None,
-    reference: Model | None = None,
     mesh: Mesh = ONE,
 ) -> Scores:
     """Score the same responses with all models, in one pass over chunks of tokens; see `Scores`.
 
-    Ten parameters, because three models read one set of rows. The tokens of row b that are scored are those
-    from `first_B[b]` on (None: all but the first, which nothing predicts); the statistics of others are 0.
-    `teacher_rows` holds the responses behind the teacher's own prompts, where those differ; a `reference`
-    reads the student's rows. Rows go
-    through the models in micro-batches of at most `microbatch_tokens` tokens, which bounds the
-    activations as `spec.token_chunk` bounds the logits; both apply to one replica of the `mesh`.
-    Returns host arrays of the shape of `tokens_BT`.
+    The tokens of row b that are scored are those from `first_B[b]` on (None: all but the first, which nothing
+    predicts); the statistics of others are 0. `teacher_rows` holds the responses behind the teacher's own
+    prompts, where those differ. Rows go through the models in micro-batches of at most `microbatch_tokens`
+    tokens, which bounds the activations as `spec.token_chunk` bounds the logits; both apply to one replica
+    of the `mesh`. Returns host arrays of the shape of `tokens_BT`.
     """
     tokens_BT, length_B = np.asarray(tokens_BT), np.asarray(length_B)
     first_B = np.ones_like(length_B) if first_B is None else np.asarray(first_B)
@@ -126,12 +136,12 @@ def score(
     in_flight = []
     for part in microbatches.split(
         length_B, width=tokens_BT.shape[1], tokens=microbatch_tokens, teacher=teacher_rows,
-        replicas=mesh.replicas,
+        replicas=mesh.replicas, tile=spec.tile,
     ):  # fmt: skip
         tokens, length, first = microbatches.gather((tokens_BT, length_B, first_B), part)
         other = None if teacher_rows is None else microbatches.gather_teacher(teacher_rows, part)
         rows = mesh.rows((tokens, length, first, other))
-        scores = score_part(student, teacher, *rows, spec, reference, mesh=mesh)
+        scores = score_part(models, *rows, spec, mesh=mesh)
         in_flight.append((part, scores))
         if len(in_flight) == IN_FLIGHT:  # two keep the device busy while one is fetched
             put(*in_flight.pop(0))
@@ -141,26 +151,24 @@ def score(
 
 
 def programs(
-    student: Model,
-    teacher: Model | None,
+    models: Models,
     batch: int,
     width: int,
     spec: ScoreSpec,
     *,
     microbatch_tokens: int,
     teacher_width: int = 0,
-    reference: Model | None = None,
     mesh: Mesh = ONE,
 ) -> list[Program]:
     """Return every program that `score` compiles for `batch` rows of `width`, whatever their lengths.
 
-    Nine parameters, those of `score`. `teacher_width` is that of the teacher's own rows, 0 where it has
-    none; the parameters may be shapes and dtypes alone.
+    `teacher_width` is that of the teacher's own rows, 0 where it has none; the models' parameters may be
+    shapes and dtypes alone.
     """
     out = []
     for part in microbatches.shapes(
         batch, width=width, tokens=microbatch_tokens, teacher_width=teacher_width,
-        replicas=mesh.replicas,
+        replicas=mesh.replicas, tile=spec.tile,
     ):  # fmt: skip
         length_B = np.zeros(part.count, np.int32)
         tokens_BT = np.zeros((part.count, part.width), np.int32)
@@ -169,7 +177,7 @@ def programs(
             theirs_BT = np.zeros((part.count, part.teacher_width), np.int32)
             other = TeacherRows(tokens_BT=theirs_BT, length_B=length_B, offset_B=length_B)
         rows = mesh.row_structs((tokens_BT, length_B, length_B, other))
-        given = (student, teacher, *rows, spec, reference)
+        given = (models, *rows, spec)
         name = f"score {part.count} x {part.width}"
         out.append(Program(name, score_part, given, {"mesh": mesh}))
     return out
@@ -177,33 +185,30 @@ def programs(
 
 @partial(jax.jit, static_argnames=("mesh",))
 def score_part(
-    student: Model,
-    teacher: Model | None,
+    models: Models,
     tokens_BT: jax.Array,
     length_B: jax.Array,
     first_B: jax.Array,
     other: TeacherRows | None,
     spec: ScoreSpec,
-    reference: Model | None = None,
     *,
     mesh: Mesh = ONE,
 ) -> Scores:
     """`score` of one micro-batch, traced once for each of its shapes."""
-    each = mesh.per_replica(_score_rows, (WHOLE, WHOLE, ROWS, ROWS, ROWS, ROWS, WHOLE, WHOLE), ROWS)
-    return each(student, teacher, tokens_BT, length_B, first_B, other, spec, reference)
+    each = mesh.per_replica(_score_rows, (WHOLE, ROWS, ROWS, ROWS, ROWS, WHOLE), ROWS)
+    return each(models, tokens_BT, length_B, first_B, other, spec)
 
 
 def _score_rows(
-    student: Model,
-    teacher: Model | None,
+    models: Models,
     tokens_BT: jax.Array,
     length_B: jax.Array,
     first_B: jax.Array,
     other: TeacherRows | None,
     spec: ScoreSpec,
-    reference: Model | None,
 ) -> Scores:
     """`score_part` on one replica."""
+    student, teacher, reference = models.student, models.teacher, models.reference
     position_1T = jnp.arange(tokens_BT.shape[1])[None]
     counts_BT = (position_1T >= first_B[:, None]) & (position_1T < length_B[:, None])
     hidden_BTD = decoder.hidden_states(student.params, student.config, tokens_BT, length_B)
@@ -222,7 +227,7 @@ def _score_rows(
         readouts.append(Readout(decoder.head(reference.params), states_BTD, "reference"))
     scores = map_tokens(
         fn, readouts, tokens_BT, counts_BT=counts_BT,
-        token_chunk=spec.token_chunk, vocabulary=spec.vocabulary, events=spec.events,
+        token_chunk=spec.token_chunk, events=spec.events,
     )  # fmt: skip
     if not spec.keep_hidden:
         return scores

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import itertools
 import json
+import math
 import os
 import signal
 import socket
@@ -23,8 +24,8 @@ import jax
 
 from opd_jax.errors import AGAIN, ConfigError, ProcessError
 
-GATHER_S = 45  # time limit for all processes to connect at the start
-HEARTBEAT_S = 20  # a process without a heartbeat for this long counts as lost
+CONNECT_S = 300.0  # time limit for all processes to connect at the start
+HEARTBEAT_S = 100  # a process without a heartbeat for this long counts as lost
 LOST = (
     "another process of the run is lost, or did not connect in time; see its last output, then start all "
     "processes again: with the same --workdir the run continues from its last checkpoint"
@@ -33,6 +34,7 @@ LOST = (
 _BROADCAST_S = 3600
 _SUPERVISED = "OPD_JAX_SUPERVISED"
 _STOP_KEY = "opd_jax/stop"
+_PROGRESS = "opd_jax/progress/"
 # Number of tasks, as SLURM, Open MPI, MPICH or Intel MPI, and MVAPICH set it. JAX connects only the tasks
 # of the first two.
 _LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -92,13 +94,21 @@ def require_alone() -> None:
         )
 
 
-def start(coordinator: str | None, count: int | None, index: int | None) -> None:
+def start(
+    coordinator: str | None,
+    count: int | None,
+    index: int | None,
+    *,
+    connect_s: float = CONNECT_S,
+    heartbeat_s: int = HEARTBEAT_S,
+) -> None:
     """Connect to the other processes; call this before any other use of JAX.
 
-    Raises ProcessError: the coordinator does not answer.
+    `connect_s`: time limit for all processes to connect. `heartbeat_s`: a process without a heartbeat for
+    this long counts as lost. Raises ProcessError: the coordinator does not answer.
     """
     if coordinator and index:
-        _await(coordinator)
+        _await(coordinator, connect_s)
     # JAX's service would catch SIGTERM (but not SIGINT, nor a deadline); see `agree_on_stop`.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
@@ -107,9 +117,9 @@ def start(coordinator: str | None, count: int | None, index: int | None) -> None
         index,
         local_device_ids=None if coordinator else _local_devices(),
         cluster_detection_method="deactivate" if coordinator else None,
-        initialization_timeout=GATHER_S,
-        heartbeat_timeout_seconds=HEARTBEAT_S,
-        shutdown_timeout_seconds=HEARTBEAT_S,
+        initialization_timeout=math.ceil(connect_s),
+        heartbeat_timeout_seconds=heartbeat_s,
+        shutdown_timeout_seconds=heartbeat_s,
     )
 
 
@@ -161,6 +171,11 @@ def first() -> bool:
     return not several() or jax.process_index() == 0
 
 
+def index() -> int:
+    """Return the index of this process, 0 where it is alone."""
+    return jax.process_index() if several() else 0
+
+
 def several() -> bool:
     """Return whether the run has more than one process."""
     return jax.distributed.is_initialized()
@@ -200,6 +215,18 @@ def agree_on_stop(reason: str | None) -> str | None:
     return from_first(any_reason)
 
 
+def exchange_progress(progress: Mapping[str, Any]) -> dict[int, Any]:
+    """Publish the progress of this process, and return what each process published last, by its index.
+
+    Not a barrier: a process that has published nothing is left out. `progress` is any value that JSON can
+    hold. Call this in one thread only.
+    """
+    client = _client()
+    client.key_value_set(f"{_PROGRESS}{index()}", json.dumps(progress), allow_overwrite=True)
+    published = client.key_value_dir_get(_PROGRESS)
+    return {int(key.removeprefix(_PROGRESS)): json.loads(text) for key, text in published}
+
+
 def all_gather(value: Mapping[str, Any]) -> list[Any]:
     """Return the values of all processes, in order of process; any values that JSON can hold."""
     text = json.dumps(value, default=str)
@@ -235,19 +262,29 @@ def agree(facts: Mapping[str, Any]) -> None:
 
 
 def _client() -> Any:
-    """Return JAX's key-value store, for which it has no public name."""
-    from jax._src import distributed
+    """Return JAX's key-value store, for which it has no public name.
 
-    return distributed.global_state.client
+    Raises ProcessError where this version of JAX has it in another place.
+    """
+    try:
+        from jax._src import distributed
+
+        return distributed.global_state.client
+    except (ImportError, AttributeError) as error:
+        raise ProcessError(
+            f"jax {jax.__version__} has no key-value store where opd_jax looks for it ({error}); a run of "
+            "several processes needs it: install another version of jax (tests/constraints.txt), or start "
+            "one process"
+        ) from None
 
 
-def _await(coordinator: str) -> None:
+def _await(coordinator: str, limit_s: float) -> None:
     """Wait until the coordinator accepts connections.
 
     Without this JAX would end the process with no message of ours.
     """
     host, _, port = coordinator.rpartition(":")
-    end, reason = time.monotonic() + GATHER_S, ""
+    end, reason = time.monotonic() + limit_s, ""
     while time.monotonic() < end:
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
@@ -256,8 +293,8 @@ def _await(coordinator: str) -> None:
             reason = error.strerror or str(error)
             time.sleep(0.2)
     raise ProcessError(
-        f"--coordinator={coordinator} does not answer within {GATHER_S} s ({reason}); start process 0 "
-        "there, or set --coordinator to its address"
+        f"--coordinator={coordinator} does not answer within {limit_s:g} s ({reason}); start process 0 "
+        "there, set --coordinator to its address, or raise --config.processes.connect_seconds"
     )
 
 

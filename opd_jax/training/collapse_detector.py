@@ -40,11 +40,13 @@ class Rules:
       rollouts: the effective number of independent rollouts per step.
       threshold: evidence (in nats) that counts as a rise; half of it suffices for a second signal.
       memory: steps of the baseline.
+      budget: tokens of a response that is not cut by a horizon (training/horizon.py); 0 without one.
     """
 
     rollouts: float
     threshold: float
     memory: int
+    budget: int = dataclasses.field(default=0, kw_only=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +60,7 @@ class State:
       pause: remaining steps without tests.
       alarmed: from an alarm until the guard ends it. healthy: consecutive healthy steps so far.
       collapses: alarms so far, without repeated ones. onset: of the current collapse, else 0.
+      horizon: budget of the last step's rollouts; 0 where it is fixed.
     """
 
     mean: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -70,6 +73,7 @@ class State:
     healthy: int = 0
     collapses: int = 0
     onset: int = 0
+    horizon: float = 0.0
 
 
 S = TypeVar("S", bound=State)
@@ -102,10 +106,18 @@ def observe(state: S, step: int, row: Mapping[str, float], rules: Rules) -> tupl
 
     An alarm is raised where truncation has certainly risen and repetition agrees, or where most of the
     rollouts that used to end do not end.
+
+    Another horizon makes other shares healthy: the baseline begins anew there. Below the full budget a
+    rollout that does not end was cut by design, so truncation alone is no signal.
     """
     values = _signals(row)
     if not {"truncation", "repetition"} <= values.keys():
         return state, None
+    horizon = row.get("rollout/horizon", 0.0)
+    if horizon != state.horizon:
+        state = dataclasses.replace(
+            state, mean={}, steps={}, recent=(), evidence={}, since={}, horizon=horizon
+        )
     if state.pause:
         state = dataclasses.replace(state, pause=state.pause - 1)
         return _remembered(state, values, rules), None
@@ -155,7 +167,7 @@ def _weighed(state: S, step: int, values: dict[str, float], rules: Rules) -> S:
         if signal not in values or state.steps.get(signal, 0) < WARMUP:
             continue
         base = _ceiling(state, signal, rules)
-        if name == "most truncated" and 1 - base < ROOM:
+        if name == "most truncated" and (1 - base < ROOM or state.horizon < rules.budget):
             evidence[name] = 0.0
             continue
         p0, p1 = (base + part * (1 - base) for part in (low, high))

@@ -76,6 +76,7 @@ def make_rules(config: Any) -> Rules:
         ),
         threshold=math.log(section.false_alarm_every),
         memory=section.memory,
+        budget=rollout.max_response_tokens if rollout.horizon else 0,
         action=section.action,
         patience=section.patience,
         factor=section.factor,

@@ -11,18 +11,19 @@ import numpy as np
 from opd_jax import data, metrics, models
 from opd_jax.grading.grader import Grade, Grader, decided
 from opd_jax.grading.rewards import RewardPool
+from opd_jax.losses import spans
 from opd_jax.metrics import repetition
 from opd_jax.metrics.timing import Clock
 from opd_jax.metrics.tracing import stage
 from opd_jax.rollout import Responses, read_responses
 from opd_jax.sharding import multihost
 from opd_jax.training import batch as rows
-from opd_jax.training import rewards
+from opd_jax.training import rewards, span_scores
 from opd_jax.training.replay import Recorded
 from opd_jax.training.rewards import Rewards
 from opd_jax.training.setup import Setup
 from opd_jax.training.step_functions import StepFunctions
-from opd_jax.types import Rollout, Scores, TeacherRows
+from opd_jax.types import Rollout, Scores, TeacherRows, TextRows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +63,11 @@ class Experience:
         """Rollouts whose answer is correct; known only where `graded_B` is true."""
         return np.array([grade is Grade.CORRECT for grade in self.grades])
 
+    def reward(self, group: int) -> rows.Reward:
+        """`rewards` as terms and gates read them, with `group` adjacent rollouts per prompt."""
+        found = self.rewards
+        return rows.Reward(found.reward_B, group, found.known_B)
+
 
 class Collector:
     """Collect `Experience` according to the config; stateless between steps."""
@@ -86,15 +92,17 @@ class Collector:
         key: jax.Array,
         clock: Clock,
         reference: models.Params | None = None,
+        budget: int | None = None,
     ) -> Experience:
         """Roll out, score, grade. All weights are in their compute dtypes.
 
+        `budget`: response tokens of this step; None for rollout.max_response_tokens.
         Raises RewardError where a reward function fails and the config does not leave its rollouts out.
         """
         group = self.config.rollout.samples_per_prompt
         with stage("rollout"):
             grouped = [prompt for prompt in batch.prompts for _ in range(group)]
-            rollout = self.functions.generate(student, grouped, key)
+            rollout = self.functions.generate(student, grouped, key, budget)
         clock.lap("rollout", rollout.response_length_B.sum())
         teacher_rows = self._teacher_rows(rollout, batch.teacher_prompts)
         reading = self._background.submit(self._read, rollout, batch.problems)  # while models score
@@ -133,6 +141,9 @@ class Collector:
     ) -> Experience:
         """Mark the tokens that count and those that repeat."""
         section, alignment = self.config.metrics, self.setup.alignment
+        mask_BT = rows.scored_mask(rollout, alignment.counted, self.setup.first_pieces)
+        if scores.spans is not None:  # a span counts where all of its tokens do
+            mask_BT = spans.closed(mask_BT=mask_BT, span_BT=scores.spans.span_BT)
         repeated_BT = repetition.repeated_mask(
             rollout,
             read.flagged_B,
@@ -144,7 +155,7 @@ class Collector:
         return Experience(
             rollout=rollout,
             scores=scores,
-            mask_BT=rows.scored_mask(rollout, alignment.counted, self.setup.first_pieces),
+            mask_BT=mask_BT,
             repeated_BT=repeated_BT,
             flagged_B=read.flagged_B,
             grades=read.grades,
@@ -171,17 +182,18 @@ class Collector:
 
     def _teacher_rows(
         self, rollout: Rollout, prompts: Sequence[Sequence[int]] | None
-    ) -> TeacherRows | None:
+    ) -> TeacherRows | TextRows | None:
         """Return the rollouts as the teacher reads them; None where it reads the student's rows."""
         setup, samples = self.setup, self.config.rollout.samples_per_prompt
         if prompts is None:
             return None
-        return rows.teacher_rows(
-            rollout,
-            [prompt for prompt in prompts for _ in range(samples)],
-            setup.alignment.teacher_ids,
-            width=setup.teacher_width,
-        )
+        grouped = [list(prompt) for prompt in prompts for _ in range(samples)]
+        width = setup.teacher_width
+        if setup.reader is not None:
+            return span_scores.text_rows(
+                rollout, grouped, setup.reader, width=width, response=setup.teacher_response
+            )
+        return rows.teacher_rows(rollout, grouped, setup.alignment.teacher_ids, width=width)
 
     def _read(
         self, rollout: Rollout, problems: Sequence[data.Problem] | None

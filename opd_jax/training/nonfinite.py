@@ -109,6 +109,7 @@ def bad_scores(rollout: Rollout, scores: Scores, mask_BT: np.ndarray) -> list[Ba
     logprobs = {
         "sampler": rollout.sampler_logprob_BT, "student": scores.student_logprob_BT,
         "teacher": scores.teacher_logprob_BT, "reference": scores.reference_logprob_BT,
+        "teacher, of its span": scores.spans and scores.spans.teacher_logprob_BT,
     }  # fmt: skip
     bad: dict[int, list[str]] = {}
     for name, logprob_BT in logprobs.items():

@@ -1,7 +1,7 @@
 """The terms of a run's loss. Their weights are arguments of the update.
 
     L = w_pg L_PG  +  w_div D(student, teacher)  +  beta_kl KL(student || reference)    on rollouts
-      + lambda_gold L_SFT                                                 on golden solutions
+      + lambda_gold L_SFT  +  golden_divergence D(student, teacher)        on golden solutions
 
 A method is a set of numbers. A term whose weight is 0 is not traced: no forward pass, no memory.
 """
@@ -18,13 +18,13 @@ from opd_jax.models import decoder
 from opd_jax.models.config import ModelConfig
 from opd_jax.models.end_tokens import EVERY_ID, Events
 from opd_jax.scoring import topk
-from opd_jax.training.terms import ON_ROLLOUTS, Terms
-from opd_jax.types import Frozen, GoldenRows, RolloutRows
+from opd_jax.training.terms import ON_GOLDEN, ON_ROLLOUTS, Divergence, Terms
+from opd_jax.types import Frozen, GoldenRows, RolloutRows, Support
 
 Parts = dict[str, jax.Array]  # by the name of the term: its mean over the tokens that count
 Loss = tuple[jax.Array, Parts]  # the weighted sum of the terms, which has a gradient, and the terms
 RolloutLoss = Callable[..., Loss]  # (params, frozen, rows, weights, sums=None)
-GoldenLoss = Callable[..., Loss]  # (params, rows, weights, sums=None)
+GoldenLoss = Callable[..., Loss]  # likewise
 
 
 def make_rollout_loss(
@@ -32,7 +32,6 @@ def make_rollout_loss(
     config: ModelConfig,
     reference_config: ModelConfig | None = None,
     *,
-    vocabulary: int,
     token_chunk: int,
     remat: str,
     events: Events = EVERY_ID,
@@ -60,7 +59,9 @@ def make_rollout_loss(
         if "opd" in names:
             out["opd"] = _surrogate(terms, student_CV, logprob_C, per_token)
         if "divergence" in names:
-            out["divergence"] = _divergence(terms, student_CV, other.get("teacher"), per_token)
+            out["divergence"] = _divergence(
+                terms.on_rollouts, student_CV, other.get("teacher"), per_token
+            )
             if "gate" in per_token:
                 out["divergence"] *= per_token["gate"]
         if "reference_kl" in names:
@@ -99,7 +100,6 @@ def make_rollout_loss(
             rows.weight_BT,
             weights,
             token_chunk=token_chunk,
-            vocabulary=vocabulary,
             events=events,
         )
 
@@ -107,15 +107,38 @@ def make_rollout_loss(
 
 
 def make_golden_loss(
-    config: ModelConfig, *, vocabulary: int, token_chunk: int, remat: str
+    terms: Terms,
+    config: ModelConfig,
+    *,
+    token_chunk: int,
+    remat: str,
+    events: Events = EVERY_ID,
 ) -> GoldenLoss:
-    """Make loss(params, rows, weights, sums=None) -> (weighted L_SFT, {"sft": L_SFT}).
+    """Make loss(params, frozen, rows, weights, sums=None) -> loss on golden solutions, and its terms.
 
-    Every id is an event of its own here, end tokens too: a golden solution teaches its own end token.
+    As `make_rollout_loss`. The divergence is over `events`. In the supervised term every id is an event of
+    its own, end tokens too: a golden solution teaches its own end token.
     """
+    names = [name for name in terms.names if name in ON_GOLDEN]
+    soft, both = "golden_divergence" in names, len(names) == 2
+
+    def token_terms(
+        student_CV: jax.Array, *teacher_CV: jax.Array, token_C: jax.Array, **per_token: jax.Array
+    ) -> Parts:
+        out = {}
+        if "sft" in names:
+            logprob_C = per_token["id_logprob"] if both else scoring.take(student_CV, token_C)
+            out["sft"] = losses.sft_nll(logprob_BT=logprob_C)
+        if soft:
+            kind, teacher = terms.on_golden, teacher_CV[0] if teacher_CV else None
+            out["golden_divergence"] = per_token["factor"] * _divergence(
+                kind, student_CV, teacher, per_token
+            )
+        return out
 
     def loss(
         params: decoder.Params,
+        frozen: Frozen,
         rows: GoldenRows,
         weights: Mapping[str, Any],
         sums: decoder.Params | None = None,
@@ -124,20 +147,41 @@ def make_golden_loss(
         hidden_BTD = decoder.hidden_states(
             params, config, rows.tokens_BT, rows.length_B, remat=remat, sums=sums
         )
+        readouts = [scoring.Readout(head_VD, hidden_BTD, ids=both)]
+        if terms.golden_over_vocabulary:
+            head_VD = decoder.head(frozen.teacher)
+            readouts.append(scoring.Readout(head_VD, rows.teacher_hidden_BTD, "teacher"))
         return scoring.sum_tokens(
-            lambda student_CV, token_C: {
-                "sft": losses.sft_nll(logprob_BT=scoring.take(student_CV, token_C))
-            },
-            [scoring.Readout(head_VD, hidden_BTD)],
+            token_terms,
+            readouts,
             rows.tokens_BT,
-            {},
+            _golden_per_token(rows) if soft else {},
             rows.weight_BT,
             weights,
             token_chunk=token_chunk,
-            vocabulary=vocabulary,
+            events=events if soft else Events(vocabulary=events.vocabulary),
         )
 
     return loss
+
+
+def _golden_per_token(rows: GoldenRows) -> dict[str, jax.Array]:
+    """Return the inputs of the divergence: as `_per_token`, and its weights over those of all tokens."""
+    counts_BT = rows.divergence_weight_BT > 0
+    weight_BT = jnp.where(counts_BT, rows.weight_BT, 1.0)
+    factor_BT = jnp.where(counts_BT, rows.divergence_weight_BT / weight_BT, 0.0)
+    return {"factor": factor_BT} | _support_inputs(rows.support, counts_BT)
+
+
+def _support_inputs(support: Support | None, counts_BT: jax.Array) -> dict[str, jax.Array]:
+    """Return what a divergence over a support reads; 0 where no token counts, because 0 * inf is nan."""
+    if support is None:
+        return {}
+    return {
+        "ids": jnp.where(counts_BT[..., None], support.ids_BTX, 0),
+        "support_teacher": jnp.where(counts_BT[..., None], support.teacher_BTX, 0.0),
+        "teacher_rest": jnp.where(counts_BT, support.teacher_rest_BT, 0.0),
+    }
 
 
 def _per_token(terms: Terms, rows: RolloutRows) -> dict[str, jax.Array]:
@@ -146,15 +190,9 @@ def _per_token(terms: Terms, rows: RolloutRows) -> dict[str, jax.Array]:
     inputs = {
         "advantage": jnp.where(counts_BT, rows.advantage_BT, 0.0),
         "sampler_logprob": jnp.where(counts_BT, rows.sampler_logprob_BT, 0.0),
-    }
-    support = rows.support
-    if support is not None:
-        inputs |= {
-            "ids": jnp.where(counts_BT[..., None], support.ids_BTX, 0),
-            "support_teacher": jnp.where(counts_BT[..., None], support.teacher_BTX, 0.0),
-            "support_sampler": jnp.where(counts_BT[..., None], support.student_BTX, 0.0),
-            "teacher_rest": jnp.where(counts_BT, support.teacher_rest_BT, 0.0),
-        }
+    } | _support_inputs(rows.support, counts_BT)
+    if rows.support is not None:
+        inputs["support_sampler"] = jnp.where(counts_BT[..., None], rows.support.student_BTX, 0.0)
     if rows.divergence_gate_BT is not None:
         inputs["gate"] = jnp.where(counts_BT, rows.divergence_gate_BT, 0.0)
     if terms.on_support:
@@ -194,23 +232,18 @@ def _surrogate(
 
 
 def _divergence(
-    terms: Terms,
+    of: Divergence,
     student_CV: jax.Array,
     teacher_CV: jax.Array | None,
     per_token: dict[str, jax.Array],
 ) -> jax.Array:
     """D(student, teacher) of a chunk of tokens, over the vocabulary or over the scored support. [C]."""
-    kind: dict[str, Any] = {
-        "direction": terms.direction,
-        "jsd_beta": terms.jsd_beta,
-        "skew": terms.skew,
-        "reverse_share": terms.reverse_share,
-    }
+    kind: dict[str, Any] = {"direction": of.direction, "share": of.share}
     if teacher_CV is not None:
         return losses.divergence(
             p_logprob_BTV=student_CV[None], q_logprob_BTV=teacher_CV[None], form="raw", **kind
         )[0]
-    if terms.form == "tail":
+    if of.form == "tail":
         kind |= {
             "p_rest_BT": topk.rest(student_CV, per_token["ids"])[None],
             "q_rest_BT": per_token["teacher_rest"][None],
@@ -218,7 +251,7 @@ def _divergence(
     return losses.divergence(
         p_logprob_BTV=topk.gather(student_CV, per_token["ids"])[None],
         q_logprob_BTV=per_token["support_teacher"][None],
-        form=terms.form,
+        form=of.form,
         **kind,
     )[0]
 

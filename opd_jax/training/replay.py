@@ -358,6 +358,16 @@ def check_problems(replay: Replay, problems: Sequence[Problem], field: str) -> N
                 )
 
 
+def check_rewards(replay: Replay) -> None:
+    """Raise ConfigError where no rollout of the first step has a verdict or a reward."""
+    recorded = replay.read(1)
+    if recorded.rewards is None and all(grade is None for grade in recorded.grades):
+        raise ConfigError(
+            f"replay.path={replay.folder} was recorded without a reward and from problems without answers, "
+            "and this loss needs the reward of each rollout; record again with this config"
+        )
+
+
 def student_fault(replay: Replay, path: str) -> str:
     """Return "" where the folder `path` holds the recorded student, else one line."""
     if replay.header["sha256"]["student"] == fingerprint(path):

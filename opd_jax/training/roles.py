@@ -86,6 +86,25 @@ def compute_dtype(name: str) -> jnp.dtype:
     return jnp.dtype(hardware.dtype_name(name, gpu=jax.default_backend() == "gpu"))
 
 
+def ask_for_full_products(names: Sequence[str]) -> list[str]:
+    """Let JAX multiply float32 numbers exactly where a model computes in float32 on a GPU.
+
+    `names`: fields `dtype` of the roles that a run has. Returns the line about it for the start of the run.
+    """
+    dtypes = [compute_dtype(name).name for name in names]
+    wanted = hardware.matmul_precision(
+        dtypes, gpu=jax.default_backend() == "gpu",
+        current=jax.config.values["jax_default_matmul_precision"],
+    )  # fmt: skip
+    if wanted is None:
+        return []
+    jax.config.update("jax_default_matmul_precision", wanted)
+    return [
+        "note: a model computes in float32, so every product of float32 numbers has full precision instead "
+        "of TF32, which takes several times as long; JAX_DEFAULT_MATMUL_PRECISION=tensorfloat32 undoes that"
+    ]
+
+
 def architecture(section: Any) -> models.ModelConfig:
     """Load a role's architecture, positions as configured; `section` is student, teacher or reference."""
     return models.load_config(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from opd_jax import data, hardware, host_memory, models
@@ -16,15 +17,19 @@ from opd_jax.data.length_filter import (
     prompt_misfit,
     teacher_misfit,
     unknown_id,
+    unread_misfit,
     without_misfits,
 )
 from opd_jax.errors import ConfigError, ModelError
+from opd_jax.sharding import multihost
 from opd_jax.sharding.mesh import Mesh, make_mesh
-from opd_jax.training import model_limits
-from opd_jax.training.replay import Replay, check_problems, open_replay
+from opd_jax.training import horizon, model_limits
+from opd_jax.training.model_limits import teacher_response
+from opd_jax.training.replay import Replay, check_problems, check_rewards, open_replay
 from opd_jax.training.rewards import column_value
 from opd_jax.training.roles import (
     architecture,
+    ask_for_full_products,
     compute_dtype,
     golden_end,
     open_model,
@@ -37,6 +42,7 @@ from opd_jax.training.step_functions import StepSpec
 from opd_jax.training.terms import Terms, make_terms, warnings
 
 _GENERATED_CHECKED = 2048  # of generated problems: their prompts are all alike
+_SPANS_CHECKED = 128  # texts in which spans are counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,10 +57,12 @@ class Setup:
       student_style, teacher_style: prompt templates of both.
       separate_prompts: whether the teacher reads prompts or ids of its own.
       alignment: which ids mean the same to both.
+      reader: how a teacher with another tokenizer reads responses; None where the two share ids.
       first_pieces: groups of ids whose first occurrence in a response is not scored.
       golden_end: end token of golden solutions.
       width, teacher_width: tokens of a row, prompt and response together.
       train, held_out: problems. prompts, teacher_prompts: ids of the held-out problems' prompts.
+      jump_problems, jump_prompts: training problems that are held for jumps, and their prompts.
       notes: lines for the start of the run.
       replay: the recording that training reads instead of sampling; None without. Then there is no teacher.
     """
@@ -72,6 +80,7 @@ class Setup:
     teacher_style: data.PromptStyle
     separate_prompts: bool
     alignment: data.Alignment
+    reader: data.Reader | None
     first_pieces: tuple[tuple[int, ...], ...]
     golden_end: int
     width: int
@@ -80,6 +89,8 @@ class Setup:
     held_out: Sequence[data.Problem]
     prompts: list[list[int]]
     teacher_prompts: list[list[int]]
+    jump_problems: list[data.Problem]
+    jump_prompts: list[list[int]]
     notes: list[str]
     replay: Replay | None = None
 
@@ -96,8 +107,14 @@ class Setup:
             dtype=compute_dtype(self.config.student.dtype),
             teacher_width=self.teacher_width if self.separate_prompts else 0,
             mesh=self.mesh,
+            tile=hardware.tile(gpu=jax.default_backend() == "gpu"),
             replayed=self.replay is not None,
         )
+
+    @property
+    def teacher_response(self) -> int:
+        """Most tokens of a response in the teacher's rows."""
+        return teacher_response(self.config, spans=self.reader is not None)
 
     def read(self, problems: list[data.Problem]) -> data.Batch:
         """Tokenize the problems of a step."""
@@ -134,8 +151,10 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
     reference_ends: tuple[int, ...] = ()
     if has_path:
         reference_ends = reference_end_ids(reference, reference_section.path, tokenizer)
-    teacher, teacher_tokenizer = None, tokenizer
-    notes = data.prompt_notes("student", tokenizer)
+    teacher, teacher_tokenizer, reader = None, tokenizer, None
+    used = ["student"] + terms.needs_teacher * ["teacher"] + terms.needs_reference * ["reference"]
+    notes = ask_for_full_products([config[role].dtype for role in used])
+    notes += data.prompt_notes("student", tokenizer)
     if terms.needs_teacher:
         teacher, teacher_tokenizer = open_model(config.teacher, today)
         notes += data.prompt_notes("teacher", teacher_tokenizer)
@@ -143,11 +162,17 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
             data.Vocabulary(tokenizer, student.vocab_size, student.eos_token_ids),
             data.Vocabulary(teacher_tokenizer, teacher.vocab_size, teacher.eos_token_ids),
         )
-        alignment = data.align(
-            *vocabularies, special_tokens=config.scoring.special_tokens,
-            end=end, reference_ends=reference_ends,
-        )  # fmt: skip
-        notes += data.alignment_report(alignment, *vocabularies)
+        if by_spans(config, *vocabularies):
+            model_limits.check_spans(config, terms)
+            alignment, reader = data.align_text(
+                *vocabularies, end=end, reference_ends=reference_ends
+            )
+        else:
+            alignment = data.align(
+                *vocabularies, special_tokens=config.scoring.special_tokens,
+                end=end, reference_ends=reference_ends,
+            )  # fmt: skip
+            notes += data.alignment_report(alignment, *vocabularies)
     else:
         vocabulary = min(tokenizer.size, student.vocab_size)
         alignment = data.alone(
@@ -170,6 +195,8 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
             config, tokenizer, teacher_tokenizer if terms.needs_teacher else None,
             places=terms.scored_support[1] if terms.scored_support else 0,
         )  # fmt: skip
+        if terms.needs_reward:
+            check_rewards(replay)
         teacher = None  # its tokenizer alone is read
         notes.append(replay.describe())
     if teacher is not None:
@@ -207,7 +234,8 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
     by_verdict = not (config.reward.function or config.reward.column)
     train = data.open_problems(
         config.data.train, field="data.train", columns=config.data.columns, size=config.data.size,
-        need_solution=needs_solution, need_answer=shows_answer or (terms.needs_reward and by_verdict),
+        need_solution=needs_solution,
+        need_answer=shows_answer or (terms.needs_reward and by_verdict) or bool(config.jump.problems),
         bad_rows=config.data.bad_rows, shown=tuple(dict.fromkeys(styles[0].columns + styles[1].columns)),
     )  # fmt: skip
     held_out = None
@@ -235,10 +263,12 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
         separate_prompts=teacher is not None
         and (
             styles[0] != styles[1]
+            or reader is not None
             or bool(alignment.differing)
             or not same_prompts(tokenizer, teacher_tokenizer)
         ),
         alignment=alignment,
+        reader=reader,
         first_pieces=first_pieces,
         golden_end=end,
         width=config.rollout.max_prompt_tokens + config.rollout.max_response_tokens,
@@ -247,16 +277,44 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
         held_out=[],
         prompts=[],
         teacher_prompts=[],
+        jump_problems=[],
+        jump_prompts=[],
         notes=notes,
         replay=replay,
     )
     setup = _with_data(setup, train, held_out)
     if replay is not None:
         check_problems(replay, setup.train, "data.train")
+    if reader is not None:
+        setup.notes.extend(_span_notes(setup, reader, *vocabularies))
     if setup.held_out:
-        longest = setup.teacher_width - config.rollout.max_response_tokens
+        longest = setup.teacher_width - setup.teacher_response
         model_limits.check_held_out(config, student, teacher, teacher_prompt=longest)
     return setup
+
+
+def by_spans(config: ConfigDict, student: data.Vocabulary, teacher: data.Vocabulary) -> bool:
+    """Return whether the two are compared by spans of text: as configured, or where ordinary ids differ."""
+    compare = config.scoring.compare
+    return compare == "spans" or (compare == "auto" and not data.share_ids(student, teacher))
+
+
+def _span_notes(
+    setup: Setup, reader: data.Reader, student: data.Vocabulary, teacher: data.Vocabulary
+) -> list[str]:
+    """Return what the start of a run logs about spans, measured on solutions or, without, on problems."""
+    problems = [setup.train[i] for i in range(min(len(setup.train), _SPANS_CHECKED))]
+    texts = [problem.solution for problem in problems if problem.solution]
+    what = "golden solutions" if texts else "problems"
+    texts = texts or [problem.question for problem in problems]
+    return data.spans_report(
+        setup.alignment,
+        reader,
+        student,
+        teacher,
+        texts,
+        source=f"{len(texts)} {what} of data.train",
+    )
 
 
 def _temperatures(config: ConfigDict, terms: Terms) -> list[str]:
@@ -289,6 +347,7 @@ def _with_data(setup: Setup, train: data.Problems, benchmark: data.Problems | No
     """Return the setup with the problems that fit, `steps` resolved, and the held-out prompts."""
     config = setup.config
     train, longest = _fitting(setup, train, "data.train", golden=setup.terms.needs_golden)
+    train, jump_problems = _held_for_jumps(config, train)
     notes = [*setup.notes, f"data: {train.describe()}"]
     held_out: list[data.Problem] = []
     if benchmark is not None:
@@ -304,6 +363,7 @@ def _with_data(setup: Setup, train: data.Problems, benchmark: data.Problems | No
             f"steps: {config.steps}, that is data.epochs={config.data.epochs:g} of "
             f"{len(train)} problems, {config.rollout.prompts_per_step} a step"
         )
+    notes += horizon.describe(horizon.make_rules(config), config.steps)
     if not setup.tokenizer.has_template:
         notes.append("prompts: plain text, because the student's tokenizer has no chat template")
     return dataclasses.replace(
@@ -312,9 +372,33 @@ def _with_data(setup: Setup, train: data.Problems, benchmark: data.Problems | No
         held_out=held_out,
         prompts=setup.student_style.prompts(held_out, setup.tokenizer),
         teacher_prompts=setup.teacher_style.prompts(held_out, setup.teacher_tokenizer),
-        teacher_width=longest + config.rollout.max_response_tokens,
+        jump_problems=jump_problems,
+        jump_prompts=setup.student_style.prompts(jump_problems, setup.tokenizer),
+        teacher_width=longest + setup.teacher_response,
         notes=notes,
     )
+
+
+def _held_for_jumps(
+    config: ConfigDict, train: data.Problems
+) -> tuple[data.Problems, list[data.Problem]]:
+    """Return the problems to train on and `jump.problems` others, drawn from the seed."""
+    count = config.jump.problems
+    if not count:
+        return train, []
+    if multihost.several():
+        raise ConfigError(
+            f"jump.problems={count} in a run of several processes, wanted one process: snapshots of weights "
+            "that are divided over processes are not built; set --config.jump.problems=0"
+        )
+    if count >= len(train):
+        raise ConfigError(
+            f"jump.problems={count} leaves none of the {len(train)} problems of data.train; set "
+            f"--config.jump.problems={max(len(train) // 10, 1)} or name a larger file"
+        )
+    indices = np.random.default_rng(config.seed).choice(len(train), count, replace=False)
+    held = [train[int(index)] for index in indices]
+    return train.without({"held for jumps": indices.tolist()}), held
 
 
 def _fitting(
@@ -331,6 +415,7 @@ def _fitting(
     count = min(len(problems), _GENERATED_CHECKED) if alike else len(problems)
     longest = setup.config.rollout.max_prompt_tokens
     rewarded = setup.config.reward.column if field == "data.train" else ""
+    unread = _unread_tokens(setup) if golden and setup.terms.golden_divergence else {}
 
     def misfits(block: list[data.Problem]) -> list[Misfit | None]:
         nonlocal longest
@@ -356,6 +441,11 @@ def _fitting(
                 )
                 for i, reason in enumerate(reasons)
             ]  # fmt: skip
+            if setup.terms.golden_divergence:
+                reasons = [
+                    reason or _unread(setup, problem, unread)
+                    for problem, reason in zip(block, reasons, strict=True)
+                ]
         pairs = zip(teacher_prompts, reasons, strict=True)
         longest = max([longest, *(len(ids) for ids, reason in pairs if reason is None)])
         return reasons
@@ -370,6 +460,24 @@ def _reward_misfit(problem: data.Problem, column: str) -> Misfit | None:
     return ("no reward", value) if isinstance(value, str) else None
 
 
+def _unread_tokens(setup: Setup) -> dict[int, str]:
+    """Return the text of each id that means something else to the teacher; rollouts never hold them."""
+    ids = np.flatnonzero(~setup.alignment.drawn).tolist()
+    texts = {i: setup.tokenizer.decode([i], special=True) for i in ids}
+    # A piece of a character has no text of its own: it may be in any solution.
+    return {i: "" if "\ufffd" in text else text for i, text in texts.items()}
+
+
+def _unread(setup: Setup, problem: data.Problem, unread: dict[int, str]) -> Misfit | None:
+    """Return why the teacher cannot read a golden solution as the student does, or None."""
+    return unread_misfit(
+        problem,
+        lambda: setup.student_style.golden([problem], setup.tokenizer)[0],
+        unread=unread,
+        response=setup.config.rollout.max_response_tokens if setup.separate_prompts else None,
+    )
+
+
 def _misfit(setup: Setup, prompt: list[int], teacher_prompt: list[int]) -> Misfit | None:
     """Return why a problem does not fit, or None; `teacher_prompt` is empty where it is the student's."""
     rollout = setup.config.rollout
@@ -381,8 +489,10 @@ def _misfit(setup: Setup, prompt: list[int], teacher_prompt: list[int]) -> Misfi
     if setup.teacher is not None:
         rows = {"teacher": setup.teacher.vocab_size}
         misfit = teacher_misfit(
-            len(teacher_prompt), setup.teacher.max_position, rollout.max_response_tokens
+            len(teacher_prompt), setup.teacher.max_position, setup.teacher_response
         )
+        if misfit and setup.reader is not None:
+            misfit = misfit[0], misfit[1] + ", or a smaller --config.scoring.span_room"
         misfit = misfit or unknown_id(
             teacher_prompt, setup.teacher_tokenizer, what="teacher's prompt", rows=rows
         )

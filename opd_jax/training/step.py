@@ -19,15 +19,15 @@ from opd_jax.models import decoder
 from opd_jax.rng import Stream, key_for
 from opd_jax.sharding import replica_check
 from opd_jax.training import batch as rows
-from opd_jax.training import nonfinite, update, variants
+from opd_jax.training import low_kl, nonfinite, update, variants
 from opd_jax.training.experience import Collector, Experience
 from opd_jax.training.replay import drift
 from opd_jax.training.setup import Setup
 from opd_jax.training.step_functions import StepFunctions
-from opd_jax.training.terms import Terms
+from opd_jax.training.terms import ON_GOLDEN, Terms
 from opd_jax.training.token_factor import divergence_gate, measured, token_factor
 from opd_jax.training.weights import Weights
-from opd_jax.types import Frozen, RolloutRows, TrainState
+from opd_jax.types import Frozen, GoldenRows, RolloutRows, TrainState
 
 Summary = dict[str, float]
 
@@ -39,10 +39,12 @@ class StepState:
     Attributes:
       train: parameters and optimizer state. The next step donates its buffers.
       numerics: updates skipped so far, and the running mean of gradient norms.
+      past_kl: the past rollouts that decide where the low-KL cut is.
     """
 
     train: TrainState
     numerics: nonfinite.State = dataclasses.field(default_factory=nonfinite.State)
+    past_kl: low_kl.State = dataclasses.field(default_factory=low_kl.State)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +81,7 @@ class Step:
         self.weights, self.folder = weights, folder
         self.collector = Collector(setup, functions, grader, pool)
         self.rules = nonfinite.make_rules(setup.config.guard)
+        self.cut = low_kl.make_rules(setup.config.loss)
 
     def __call__(
         self,
@@ -88,34 +91,45 @@ class Step:
         weights: Mapping[str, float],
         *,
         masking: bool = False,
+        budget: int | None = None,
     ) -> tuple[StepState, Summary, list[dict]]:
         """Train on one batch of prompts.
 
         `number` counts batches of prompts, `state.train.step` the updates that were applied; the learning
         rate follows the latter. A skipped update and a batch whose rollouts cannot be used have the same
         effect: parameters and optimizer do not change. `weights` are those of the terms, `masking` masks
-        repetitive tails in the loss: the collapse guard sets both.
+        repetitive tails in the loss: the collapse guard sets both. `budget` is the number of tokens that a
+        response may have at this step; None for rollout.max_response_tokens.
 
         Raises NonFiniteError where more updates would be skipped than the config allows.
         """
         terms, clock = self.setup.terms, Clock()
         before = update.applied(state.train)
-        experience = rollout_rows = golden_rows = student = head = None
+        experience = rollout_rows = golden_rows = student = teacher = None
         metrics, lines, tokens = Summary(), list[dict](), 0.0
+        if terms.needs_rollouts or terms.golden_divergence:
+            student, teacher = self._scorers(state.train)
         if terms.needs_rollouts:
-            experience, student, head = self._collect(number, state.train, batch, clock)
+            assert student is not None
+            experience = self._collect(number, student, teacher, batch, clock, budget)
             with stage("rows"):
-                rollout_rows, lines, news = self._rollout_rows(number, experience, batch, masking)
+                state, kept_BT, metrics = self._cut_low_kl(state, experience)
+                rollout_rows, lines, news = self._rollout_rows(
+                    number, experience, batch, masking, kept_BT
+                )
                 metrics |= measured(rollout_rows) | news
             if self.setup.replay is not None:
                 metrics["replay/age"] = float(before)
                 metrics |= drift(experience.rollout, experience.scores, experience.mask_BT)
-        if batch.golden and weights["sft"]:
-            golden = data.golden_rows(batch.prompts, batch.golden, width=self.setup.width)
-            golden_rows = rows.golden_rows(*golden, weigh=self.functions.weigh_golden)
+        if batch.golden and any(weights[name] for name in ON_GOLDEN):
+            golden_rows = self._golden_rows(batch, weights, student, teacher, clock)
             tokens += sum(map(len, batch.golden))
         reference = self.weights.reference if "reference_kl" in terms.names else None
-        inputs = update.Inputs(Frozen(reference, head), rollout_rows, golden_rows, weights)
+        frozen = Frozen(reference, self._head(teacher))
+        del teacher
+        if self.setup.mesh.devices is None:
+            student = None  # on one device the update casts layer by layer
+        inputs = update.Inputs(frozen, rollout_rows, golden_rows, weights)
         unusable = False
         if experience is not None:
             state, news, unusable = self._check_scores(number, state, experience)
@@ -140,36 +154,96 @@ class Step:
         # metrics.jsonl holds finite numbers only; guard/skipped counts the updates with others.
         return state, {k: x for k, x in metrics.items() if math.isfinite(x)}, lines
 
-    def _collect(
-        self, number: int, state: TrainState, batch: data.Batch, clock: Clock
-    ) -> tuple[Experience, models.Params | None, Any]:
-        """Roll out, score and grade; also return the weights that the update shares with scoring.
-
-        Those are the student's compute weights (on several devices), and the teacher's output matrix (for a
-        divergence over the full vocabulary).
-        """
+    def _scorers(self, state: TrainState) -> tuple[models.Params, models.Params | None]:
+        """Return the compute weights of the student and of the teacher, None where no term needs it."""
         student = self.functions.compute_weights(state.params)
-        teacher = self.functions.teacher_weights(self.weights.scorer, state, student)
+        return student, self.functions.teacher_weights(self.weights.scorer, state, student)
+
+    def _collect(
+        self,
+        number: int,
+        student: models.Params,
+        teacher: models.Params | None,
+        batch: data.Batch,
+        clock: Clock,
+        budget: int | None,
+    ) -> Experience:
+        """Roll out, score and grade; or read recorded rollouts and score them with the student."""
         key = key_for(self.config.seed, number, Stream.ROLLOUT)
         if self.setup.replay is not None:
             recorded = self.setup.replay.read(number)
-            experience = self.collector.recall(student, recorded, clock=clock)
-        else:
-            experience = self.collector.collect(
-                student, teacher, batch, key=key, clock=clock, reference=self.weights.reference
+            return self.collector.recall(student, recorded, clock=clock)
+        return self.collector.collect(
+            student, teacher, batch, key=key, clock=clock, reference=self.weights.reference,
+            budget=budget,
+        )  # fmt: skip
+
+    def _head(self, teacher: models.Params | None) -> Any:
+        """Return the teacher's output matrix, for a divergence over the full vocabulary; None without one."""
+        if teacher is None or not self.setup.terms.reads_head:
+            return None
+        head = decoder.head_alone(teacher)
+        if self.weights.scorer is None:  # the update may donate these buffers
+            head = jax.tree.map(jnp.copy, head)
+        return head
+
+    def _golden_rows(
+        self,
+        batch: data.Batch,
+        weights: Mapping[str, float],
+        student: models.Params | None,
+        teacher: models.Params | None,
+        clock: Clock,
+    ) -> GoldenRows:
+        """Return golden solutions as rows for the update, with both models' scores for a divergence.
+
+        Where that divergence is compiled in and its weight is 0, blank scores keep the program the same.
+        """
+        setup, weigh = self.setup, self.functions.weigh_golden
+        golden = rows.as_rollout(batch.prompts, batch.golden, width=setup.width)
+        if "golden_divergence" not in setup.terms.names:
+            return rows.golden_rows(golden, weigh=weigh)
+        assert student is not None
+        scored_BT = rows.scored_mask(golden, setup.alignment.counted, setup.first_pieces)
+        if not weights["golden_divergence"]:
+            scores = self.functions.blank_golden_scores(student, teacher, len(batch.golden))
+            return rows.golden_rows(
+                golden, weigh=weigh, scores=scores, scored_BT=np.zeros_like(scored_BT)
             )
-        head = None
-        if teacher is not None and self.setup.terms.over_vocabulary:
-            head = decoder.head_alone(teacher)
-            if self.weights.scorer is None:  # the update may donate these buffers
-                head = jax.tree.map(jnp.copy, head)
-        on_one_device = self.setup.mesh.devices is None  # there the update casts layer by layer
-        return experience, None if on_one_device else student, head
+        teacher_rows = None
+        if batch.teacher_prompts is not None:
+            teacher_rows = rows.teacher_rows(
+                golden, batch.teacher_prompts, setup.alignment.teacher_ids,
+                width=setup.teacher_width,
+            )  # fmt: skip
+        with stage("score"):
+            scores = self.functions.score_golden(student, teacher, golden, teacher_rows)
+        clock.lap("score_golden", golden.response_length_B.sum())
+        return rows.golden_rows(golden, weigh=weigh, scores=scores, scored_BT=scored_BT)
+
+    def _cut_low_kl(
+        self, state: StepState, experience: Experience
+    ) -> tuple[StepState, np.ndarray | None, Summary]:
+        """Return the tokens before the low-KL cut, None for all; the state then knows these rollouts too."""
+        if not self.cut.window:
+            return state, None, {}
+        scores, mask_BT = experience.scores, experience.mask_BT
+        kept_BT, news = low_kl.kept(state.past_kl, scores, mask_BT, self.cut)
+        after = low_kl.observe(state.past_kl, experience.rollout, scores, mask_BT, self.cut)
+        return dataclasses.replace(state, past_kl=after), kept_BT, news
 
     def _rollout_rows(
-        self, number: int, experience: Experience, batch: data.Batch, masking: bool
+        self,
+        number: int,
+        experience: Experience,
+        batch: data.Batch,
+        masking: bool,
+        kept_BT: np.ndarray | None = None,
     ) -> tuple[RolloutRows, list[dict], Summary]:
-        """Return rows for the update, lines for rollouts.jsonl, and now and then `variant/*`."""
+        """Return rows for the update, lines for rollouts.jsonl, and now and then `variant/*`.
+
+        `kept_BT`: tokens that may count, where that is not all of them.
+        """
         terms, loss = self.setup.terms, self.config.loss
         rollout, scores = experience.rollout, experience.scores
         group, decode = self.config.rollout.samples_per_prompt, self.setup.tokenizer.decode
@@ -178,7 +252,8 @@ class Step:
         )
         if loss.repeated == "mask" or masking:
             counted_BT = counted_BT & ~experience.repeated_BT
-        rewards = experience.rewards
+        if kept_BT is not None:
+            counted_BT = counted_BT & kept_BT
         key = key_for(self.config.seed, number, Stream.GATE)
         gate_BT = divergence_gate(scores, counted_BT, terms, key=key)
 
@@ -190,7 +265,7 @@ class Step:
             )  # fmt: skip
             advantage_BT = rows.advantages(
                 rollout, scores, experience.mask_BT, terms,
-                reward_B=rewards.reward_B, graded_B=rewards.known_B, group=group, step=number,
+                reward=experience.reward(group), step=number,
                 factor_BT=factor_BT if terms.token_weight_on == "teacher" else None,
             )  # fmt: skip
             rollout_rows = rows.rollout_rows(
@@ -213,7 +288,9 @@ class Step:
             decode=decode,
         )  # fmt: skip
         if experience.external is not None:
-            lines = [line | {"reward": rewards.shown(i)} for i, line in enumerate(lines)]
+            lines = [
+                line | {"reward": experience.external.shown(i)} for i, line in enumerate(lines)
+            ]
         return rollout_rows, lines, news
 
     def _check_scores(

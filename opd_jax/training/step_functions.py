@@ -21,10 +21,10 @@ from opd_jax.models import Model, ModelConfig, Params, decoder
 from opd_jax.models.end_tokens import Events
 from opd_jax.rollout import Batching, SamplingParams, row_keys, sample_responses
 from opd_jax.rollout import programs as rollout_programs
-from opd_jax.scoring import ScoreSpec
+from opd_jax.scoring import Models, ScoreSpec
 from opd_jax.sharding.mesh import ONE, Mesh
 from opd_jax.sharding.partition import unwrapped
-from opd_jax.training import batch, objective, update
+from opd_jax.training import batch, objective, span_scores, update
 from opd_jax.training.optimizer import make_optimizer, make_schedule
 from opd_jax.training.terms import Terms
 from opd_jax.types import (
@@ -35,6 +35,7 @@ from opd_jax.types import (
     Scores,
     Support,
     TeacherRows,
+    TextRows,
     TrainState,
 )
 
@@ -51,6 +52,7 @@ class StepSpec:
       dtype: compute dtype of the student.
       teacher_width: tokens of the teacher's own rows; 0 where it reads the student's.
       mesh: the devices.
+      tile: widths of batches are multiples of it (hardware.tile).
       replayed: whether rollouts are read from a recording; then there is no teacher.
     """
 
@@ -63,6 +65,7 @@ class StepSpec:
     dtype: Any
     teacher_width: int = 0
     mesh: Mesh = ONE
+    tile: int = 1
     replayed: bool = False
 
     @property
@@ -78,12 +81,7 @@ class StepSpec:
     @property
     def events(self) -> Events:
         """The outcomes over which the sampler, the scorer and the losses normalise log-probs."""
-        scored, ends = self.alignment.scored, self.alignment.ends
-        return Events(
-            scored_V=None if scored.all() else scored,
-            ends=None if ends is None or ends.one_token else ends,
-            temperature=self.config.scoring.temperature,
-        )
+        return _events(self.alignment, self.config.scoring.temperature)
 
     @property
     def sampling(self) -> SamplingParams:
@@ -109,37 +107,58 @@ class StepSpec:
         return Batching(
             slots=section.slots or None,
             max_prompt_tokens=section.max_prompt_tokens,
+            largest_budget=section.max_response_tokens,
             mesh=self.mesh,
+            tile=self.tile,
         )
 
     @property
     def scoring(self) -> ScoreSpec:
         """What is computed of each token of the rollouts."""
         return ScoreSpec(
-            vocabulary=self.alignment.vocabulary,
             top_k=self.config.scoring.overlap_top_k,
             token_chunk=self.config.scoring.token_chunk,
             events=self.events,
             support=self.terms.scored_support,
             statistic=self.terms.scored_statistic,
             keep_hidden=self.terms.over_vocabulary,
+            tile=self.tile,
         )
 
-    def models(self, student: Params, teacher: Params | None) -> tuple[Model, Model | None]:
-        """Student and teacher, each with its architecture; weights may be shapes and dtypes alone."""
-        other = None
-        if teacher is not None:
-            assert self.teacher is not None
-            other = Model(self.teacher, teacher)
-        return Model(self.student, student), other
+    @property
+    def golden_scoring(self) -> ScoreSpec:
+        """What is computed of each token of golden solutions."""
+        terms = self.terms
+        return self.scoring.replace(
+            support=terms.golden_scored_support,
+            statistic=None,
+            keep_hidden=terms.golden_over_vocabulary,
+        )
 
-    def scored_reference(self, reference: Params | None) -> Model | None:
-        """The reference with its architecture, where rollouts are scored with it; None elsewhere."""
-        if not self.terms.scores_reference:
+    @property
+    def text_scoring(self) -> ScoreSpec | None:
+        """What is computed of each token of the rows of a teacher with another tokenizer, if there is one."""
+        own = self.alignment.teacher
+        if own is None:
             return None
-        assert self.reference is not None
-        assert reference is not None
-        return Model(self.reference, reference)
+        section = self.config.scoring
+        events = _events(own, section.temperature)
+        return ScoreSpec(top_k=1, token_chunk=section.token_chunk, events=events)
+
+    def models(
+        self, student: Params, teacher: Params | None, reference: Params | None = None
+    ) -> Models:
+        """The models that score rollouts, with their architectures; weights may be shapes and dtypes alone.
+
+        The reference is among them only where a term scores rollouts with it.
+        """
+        if not self.terms.scores_reference:
+            reference = None
+        return Models(
+            Model(self.student, student),
+            _model(self.teacher, teacher),
+            _model(self.reference, reference),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,12 +204,23 @@ class StepFunctions:
         return self.compute_weights(state.params if state.average is None else state.average)
 
     def generate(
-        self, student: Params, prompts: Sequence[Sequence[int]], key: jax.Array
+        self,
+        student: Params,
+        prompts: Sequence[Sequence[int]],
+        key: jax.Array,
+        budget: int | None = None,
     ) -> Rollout:
-        """Sample one response to each prompt from the student's compute weights."""
+        """Sample one response to each prompt from the student's compute weights.
+
+        `budget`: tokens that a response of this step may have; None for rollout.max_response_tokens, the
+        most. It is an argument of the compiled programs: another one compiles nothing.
+        """
         spec = self.spec
+        sampling = spec.sampling
+        if budget is not None:
+            sampling = sampling.replace(max_response_tokens=budget)
         return sample_responses(
-            Model(spec.student, student), prompts, spec.sampling,
+            Model(spec.student, student), prompts, sampling,
             keys=row_keys(key, len(prompts)), batching=spec.batching,
         )  # fmt: skip
 
@@ -199,17 +229,62 @@ class StepFunctions:
         student: Params,
         teacher: Params | None,
         rollout: Rollout,
-        teacher_rows: TeacherRows | None = None,
+        teacher_rows: TeacherRows | TextRows | None = None,
         reference: Params | None = None,
     ) -> Scores:
-        """Score rollouts with the student and, where a term needs them, teacher and reference."""
+        """Score rollouts with the student and, where a term needs them, teacher and reference.
+
+        A teacher with another tokenizer scores rows of its own, and is compared by spans of text.
+        """
         spec = self.spec
+        if isinstance(teacher_rows, TextRows):
+            return self._score_text(student, teacher, rollout, teacher_rows)
         return scoring.score(
-            *spec.models(student, teacher), rollout.tokens_BT, rollout.length_B, spec.scoring,
+            spec.models(student, teacher, reference), rollout.tokens_BT, rollout.length_B, spec.scoring,
             first_B=rollout.prompt_length_B, teacher_rows=teacher_rows,
-            reference=spec.scored_reference(reference),
             microbatch_tokens=spec.config.optim.microbatch_tokens, mesh=spec.mesh,
         )  # fmt: skip
+
+    def score_golden(
+        self,
+        student: Params,
+        teacher: Params | None,
+        golden: Rollout,
+        teacher_rows: TeacherRows | None = None,
+    ) -> Scores:
+        """Score golden solutions (`batch.as_rollout`) with student and teacher, for their divergence."""
+        spec = self.spec
+        return scoring.score(
+            spec.models(student, teacher), golden.tokens_BT, golden.length_B, spec.golden_scoring,
+            first_B=golden.prompt_length_B, teacher_rows=teacher_rows,
+            microbatch_tokens=spec.config.optim.microbatch_tokens, mesh=spec.mesh,
+        )  # fmt: skip
+
+    def blank_golden_scores(self, student: Params, teacher: Params | None, count: int) -> Scores:
+        """Return zeros with the shapes and dtypes of the scores of so many golden solutions."""
+        models = self.spec.models(unwrapped(student), unwrapped(teacher))
+        return _blank_scores(self.spec, models, self.spec.golden_scoring, count)
+
+    def _score_text(
+        self, student: Params, teacher: Params | None, rollout: Rollout, rows: TextRows
+    ) -> Scores:
+        """Score rollouts with the student, and the teacher's rows of them with the teacher; join by spans."""
+        spec = self.spec
+        models = spec.models(student, teacher)
+        assert models.teacher is not None, "the rows of a teacher: there is none"
+        assert spec.text_scoring is not None
+        more: dict[str, Any] = {
+            "microbatch_tokens": spec.config.optim.microbatch_tokens, "mesh": spec.mesh,
+        }  # fmt: skip
+        mine = scoring.score(
+            Models(models.student), rollout.tokens_BT, rollout.length_B, spec.scoring,
+            first_B=rollout.prompt_length_B, **more,
+        )  # fmt: skip
+        theirs = scoring.score(
+            Models(models.teacher), rows.tokens_BT, rows.length_B, spec.text_scoring,
+            first_B=rows.first_B, **more,
+        )  # fmt: skip
+        return span_scores.joined(mine, theirs, rows)
 
     def weigh(self, counted_BT: np.ndarray) -> Any:
         """Return the weight of each rollout token in the loss; see `losses.token_weights`."""
@@ -241,23 +316,53 @@ class StepFunctions:
         rollout_rows = golden_rows = None
         if terms.needs_rollouts:
             rollout_rows = _blank_rollout_rows(spec, student, teacher, reference)
-            own, other = spec.models(student, teacher)
+            models = spec.models(student, teacher, reference)
             if not spec.replayed:
-                out += rollout_programs(own, spec.rollouts, spec.sampling, batching=spec.batching)
-            out += scoring.programs(
-                own, other, spec.rollouts, spec.width, spec.scoring,
-                teacher_width=spec.teacher_width, reference=spec.scored_reference(reference),
+                out += rollout_programs(
+                    models.student, spec.rollouts, spec.sampling, batching=spec.batching
+                )
+            out += self._score_programs(models)
+        if terms.golden_divergence:
+            scored = scoring.programs(
+                spec.models(student, teacher), spec.config.rollout.prompts_per_step, spec.width,
+                spec.golden_scoring, teacher_width=spec.teacher_width,
                 microbatch_tokens=spec.config.optim.microbatch_tokens, mesh=mesh,
             )  # fmt: skip
+            out += [dataclasses.replace(one, name=f"golden {one.name}") for one in scored]
         if terms.needs_golden:
-            golden_rows = _blank_golden_rows(spec)
-        head = decoder.head_alone(teacher) if teacher and terms.over_vocabulary else None
+            golden_rows = _blank_golden_rows(spec, student, teacher)
+        head = decoder.head_alone(teacher) if teacher and terms.reads_head else None
         frozen = Frozen(reference if "reference_kl" in terms.names else None, head)
         frozen = mesh.structs(frozen, mesh.weights(frozen))
         params = state.params if mesh.devices is None else student
         out += self.accumulate.programs(params, frozen, rollout_rows, golden_rows, weights)
         limited = bool(spec.config.guard.spike) and spec.config.guard.spike_action == "skip"
         return [*out, self.update.program(state, limited=limited)]
+
+    def _score_programs(self, models: Models) -> list[Program]:
+        """Return the programs that score: all models together, or each on its own rows."""
+        spec = self.spec
+        more: dict[str, Any] = {
+            "microbatch_tokens": spec.config.optim.microbatch_tokens, "mesh": spec.mesh,
+        }  # fmt: skip
+        if spec.text_scoring is None:
+            return scoring.programs(
+                models,
+                spec.rollouts,
+                spec.width,
+                spec.scoring,
+                teacher_width=spec.teacher_width,
+                **more,
+            )
+        assert models.teacher is not None, "the rows of a teacher: there is none"
+        out = []
+        for whose, model, width, asked in (
+            ("", models.student, spec.width, spec.scoring),
+            ("teacher: ", models.teacher, spec.teacher_width, spec.text_scoring),
+        ):
+            found = scoring.programs(Models(model), spec.rollouts, width, asked, **more)
+            out += [dataclasses.replace(one, name=whose + one.name) for one in found]
+        return out
 
     @property
     def _begin(self) -> Any:
@@ -268,21 +373,19 @@ class StepFunctions:
 def make_step_functions(spec: StepSpec) -> StepFunctions:
     """Wire sampler, scorer, losses and optimizer. Nothing compiles before its first call."""
     optim = spec.config.optim
-    shared: dict[str, Any] = {
-        "vocabulary": spec.alignment.vocabulary,
-        "token_chunk": optim.token_chunk,
-        "remat": optim.remat,
-    }
+    shared: dict[str, Any] = {"token_chunk": optim.token_chunk, "remat": optim.remat}
     rollout_loss = golden_loss = None
     if spec.terms.needs_rollouts:
         rollout_loss = objective.make_rollout_loss(
             spec.terms, spec.student, spec.reference, events=spec.events, **shared
         )
     if spec.terms.needs_golden:
-        golden_loss = objective.make_golden_loss(spec.student, **shared)
+        golden_loss = objective.make_golden_loss(
+            spec.terms, spec.student, events=spec.events, **shared
+        )
     accumulate = update.make_accumulate(
         rollout_loss, golden_loss,
-        microbatch_tokens=optim.microbatch_tokens, dtype=spec.dtype, mesh=spec.mesh,
+        microbatch_tokens=optim.microbatch_tokens, dtype=spec.dtype, mesh=spec.mesh, tile=spec.tile,
     )  # fmt: skip
     updates = spec.config.steps * optim.updates_per_rollout
     optimizer = make_optimizer(optim, updates)
@@ -302,31 +405,45 @@ def make_step_functions(spec: StepSpec) -> StepFunctions:
     )
 
 
+def _events(ids: data.Alignment, temperature: float) -> Events:
+    """Return the outcomes over which log-probs are normalised."""
+    return Events(
+        vocabulary=ids.vocabulary,
+        scored_V=None if ids.scored.all() else ids.scored,
+        ends=None if ids.ends is None or ids.ends.one_token else ids.ends,
+        temperature=temperature,
+    )
+
+
+def _model(config: ModelConfig | None, params: Params | None) -> Model | None:
+    """Join weights to their architecture; None without weights."""
+    if params is None:
+        return None
+    assert config is not None
+    return Model(config, params)
+
+
 def _blank_rollout_rows(spec: StepSpec, student: Any, teacher: Any, reference: Any) -> RolloutRows:
     """Return zeros with the shapes and dtypes of one update's minibatch of rollouts."""
     count = spec.rollouts // spec.config.optim.updates_per_rollout
-    shape = (count, spec.width)
-    tokens_BT, length_B = np.zeros(shape, np.int32), np.zeros(count, np.int32)
-    teacher_rows = None
-    if spec.teacher_width:
-        teacher_BT = np.zeros((count, spec.teacher_width), np.int32)
-        teacher_rows = TeacherRows(teacher_BT, length_B, length_B)
-    pair = spec.models(unwrapped(student), unwrapped(teacher))
-    scores = jax.eval_shape(
-        scoring.score_part, *pair, tokens_BT, length_B, length_B, teacher_rows, spec.scoring,
-        spec.scored_reference(unwrapped(reference)),
-    )  # fmt: skip
-    if spec.replayed and spec.terms.scored_support:
-        places_BTX = np.zeros((*shape, spec.terms.scored_support[1]), np.float32)
+    if spec.alignment.teacher is not None:
+        teacher = None  # its scores meet the student's on the host
+    models = spec.models(unwrapped(student), unwrapped(teacher), unwrapped(reference))
+    rollout = _blank_rollout(spec, count)
+    zeros_BT = rollout.sampler_logprob_BT
+    scores = _blank_scores(spec, models, spec.scoring, count)
+    if (
+        spec.replayed and spec.terms.scored_support
+    ):  # it comes from the recording, not from the scorer
+        places_BTX = np.zeros((*zeros_BT.shape, spec.terms.scored_support[1]), np.float32)
         ids_BTX = places_BTX.astype(np.int32)
         scores = scores.replace(
             support=Support(ids_BTX, places_BTX, places_BTX, places_BTX[..., 0])
         )
-    zeros_BT = np.zeros(shape, np.float32)
     return batch.rollout_rows(
-        Rollout(tokens_BT, length_B, length_B, zeros_BT, length_B),
-        jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), scores),
-        np.zeros(shape, bool),
+        rollout,
+        scores,
+        np.zeros(zeros_BT.shape, bool),
         zeros_BT,
         spec.terms,
         weigh=partial(losses.token_weights, aggregation="token", length=1),
@@ -334,10 +451,38 @@ def _blank_rollout_rows(spec: StepSpec, student: Any, teacher: Any, reference: A
     )
 
 
-def _blank_golden_rows(spec: StepSpec) -> GoldenRows:
+def _blank_golden_rows(spec: StepSpec, student: Any, teacher: Any) -> GoldenRows:
     """Return zeros with the shapes and dtypes of one update's minibatch of golden solutions."""
     count = spec.config.rollout.prompts_per_step // spec.config.optim.updates_per_rollout
-    shape = (count, spec.width)
-    return GoldenRows(
-        np.zeros(shape, np.int32), np.zeros(count, np.int32), np.zeros(shape, np.float32)
+    golden, scores = _blank_rollout(spec, count), None
+    if spec.terms.golden_divergence:
+        models = spec.models(unwrapped(student), unwrapped(teacher))
+        scores = _blank_scores(spec, models, spec.golden_scoring, count)
+    return batch.golden_rows(
+        golden,
+        weigh=partial(losses.token_weights, aggregation="token"),
+        scores=scores,
+        scored_BT=golden.response_mask_BT,
     )
+
+
+def _blank_rollout(spec: StepSpec, count: int) -> Rollout:
+    """Return so many empty rows."""
+    length_B = np.zeros(count, np.int32)
+    shape = (count, spec.width)
+    return Rollout(
+        np.zeros(shape, np.int32), length_B, length_B, np.zeros(shape, np.float32), length_B
+    )
+
+
+def _blank_scores(spec: StepSpec, models: Models, asked: ScoreSpec, count: int) -> Scores:
+    """Return zeros with the shapes and dtypes of the scores of so many rows."""
+    rows, teacher_rows = _blank_rollout(spec, count), None
+    length_B = rows.length_B
+    if spec.teacher_width:
+        teacher_BT = np.zeros((count, spec.teacher_width), np.int32)
+        teacher_rows = TeacherRows(teacher_BT, length_B, length_B)
+    scores = jax.eval_shape(
+        scoring.score_part, models, rows.tokens_BT, length_B, length_B, teacher_rows, asked
+    )
+    return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), scores)

@@ -4,14 +4,23 @@ A method is a set of these numbers; objective.py makes the loss from them.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from opd_jax import losses
 from opd_jax.config import default, guard_limits
 
 ON_ROLLOUTS = ("opd", "divergence", "reference_kl")
-ON_GOLDEN = ("sft",)
+ON_GOLDEN = ("sft", "golden_divergence")
+
+
+class Divergence(NamedTuple):
+    """What `losses.divergence` computes: direction and form, and the number of a direction that has one."""
+
+    direction: str
+    form: str
+    share: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +45,8 @@ class Terms:
     evidence_clip: float
     evidence_away: bool
     evidence_correct_only: bool
+    outcome: str
+    outcome_value: float
     support_weight: str
     clip_low: float
     clip_high: float
@@ -65,6 +76,12 @@ class Terms:
     rollout_gate_margin: float
     rollout_gate_reward: float
     lambda_gold: float
+    golden_divergence: float
+    golden_direction: str
+    golden_support: str
+    golden_top_k: int
+    golden_form: str
+    golden_steps: int
     beta_kl: float
     kl_estimator: str
     kl_clamp: float
@@ -72,13 +89,19 @@ class Terms:
 
     @property
     def weights(self) -> dict[str, float]:
-        """The weight of each term by its name in `loss/NAME`."""
+        """The weight of each term by its name in `loss/NAME`, as configured; see `weights_at`."""
         return {
             "opd": self.pg_weight,
             "divergence": self.divergence_weight,
             "reference_kl": self.beta_kl,
             "sft": self.lambda_gold,
+            "golden_divergence": self.golden_divergence,
         }
+
+    def weights_at(self, step: int) -> dict[str, float]:
+        """Return `weights` at step 1, 2, ... of the run: that of the golden divergence may fall."""
+        weight = losses.annealed(step, weight=self.golden_divergence, steps=self.golden_steps)
+        return self.weights | {"golden_divergence": weight}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -109,13 +132,19 @@ class Terms:
     @property
     def needs_teacher(self) -> bool:
         """Whether any term needs the teacher."""
+        return self.teaches_rollouts or self.golden_divergence != 0
+
+    @property
+    def teaches_rollouts(self) -> bool:
+        """Whether any term on rollouts needs the teacher."""
         by_teacher = self.teacher_coef or (self.group_coef and self.evidence_share)
         return bool(self.pg_weight and by_teacher) or self.divergence_weight != 0
 
     @property
     def needs_reward(self) -> bool:
-        """Whether any term or the rollouts' gate needs the reward of rollouts."""
-        return bool(self.pg_weight and self.group_coef) or self.rollout_gate != "none"
+        """Whether it must be known which rollouts are correct, or their reward, by any term or rule."""
+        by_rule = self.rollout_gate != "none" or self.outcome != "none"
+        return bool(self.pg_weight and self.group_coef) or by_rule
 
     @property
     def on_support(self) -> bool:
@@ -130,6 +159,22 @@ class Terms:
         return self.support, self.top_k
 
     @property
+    def on_rollouts(self) -> "Divergence":
+        """The divergence on rollouts."""
+        return Divergence(self.direction, self.form, self._share_of(self.direction))
+
+    @property
+    def on_golden(self) -> "Divergence":
+        """The divergence on golden solutions."""
+        direction = self.golden_direction
+        return Divergence(direction, self.golden_form, self._share_of(direction))
+
+    def _share_of(self, direction: str) -> float | None:
+        """The number that a direction has; None where it has none."""
+        skewed = {"skewed_reverse": self.skew, "skewed_forward": self.skew}
+        return ({"jsd": self.jsd_beta, "mixture": self.reverse_share} | skewed).get(direction)
+
+    @property
     def gated(self) -> bool:
         """Whether the divergence has a gate."""
         return self.divergence_weight != 0 and self.gate != "none"
@@ -138,7 +183,7 @@ class Terms:
     def token_rule(self) -> str:
         """The rule of the tokens' weights; none where no term of the teacher has them."""
         by_teacher = bool(self.pg_weight and self.teacher_coef)
-        weighed = by_teacher if self.token_weight_on == "teacher" else self.needs_teacher
+        weighed = by_teacher if self.token_weight_on == "teacher" else self.teaches_rollouts
         return self.token_weight if weighed else "none"
 
     @property
@@ -149,22 +194,53 @@ class Terms:
 
     @property
     def over_vocabulary(self) -> bool:
-        """Whether the update needs the teacher's full distribution (hidden states and output matrix)."""
+        """Whether the update needs the teacher's full distribution on rollouts.
+
+        It is computed from the teacher's hidden states and its output matrix.
+        """
         return self.divergence_weight != 0 and self.support == "full"
+
+    @property
+    def golden_over_vocabulary(self) -> bool:
+        """Whether the update needs the teacher's full distribution on golden solutions."""
+        return self.golden_divergence != 0 and self.golden_support == "full"
+
+    @property
+    def reads_head(self) -> bool:
+        """Whether the update reads the teacher's output matrix, on rollouts or on golden solutions."""
+        return self.over_vocabulary or self.golden_over_vocabulary
+
+    @property
+    def golden_scored_support(self) -> tuple[str, int] | None:
+        """The support that the scorer must record on golden solutions; None where no term has one."""
+        if self.golden_support == "full" or not self.golden_divergence:
+            return None
+        return self.golden_support, self.golden_top_k
 
 
 def warnings(terms: Terms) -> list[str]:
     """Return a line for each choice in `terms` that the papers found not to work."""
     notes = []
-    if terms.divergence_weight and terms.support != "full":
-        if terms.form == "raw" and terms.direction == "reverse":
+    kinds = [("", terms.support, terms.form, terms.direction, terms.top_k)] * bool(
+        terms.divergence_weight
+    ) + [
+        (
+            "golden_", terms.golden_support, terms.golden_form, terms.golden_direction,
+            terms.golden_top_k,
+        )
+    ] * bool(terms.golden_divergence)  # fmt: skip
+    for prefix, support, form, direction, k in kinds:
+        if support == "full":
+            continue
+        if form == "raw" and direction == "reverse":
             notes.append(
                 "note: the raw reverse KL over a support pushes all of its ids down, which made runs "
-                "collapse (2603.25562, 2605.11182); loss.form renormalised, tail and stop_gradient do not"
+                f"collapse (2603.25562, 2605.11182); loss.{prefix}form renormalised, tail and "
+                "stop_gradient do not"
             )
-        if terms.top_k == 1:
+        if k == 1:
             notes.append(
-                "note: loss.top_k=1 was the one size that did clearly worse (2604.13016, 6.3)"
+                f"note: loss.{prefix}top_k=1 was the one size that did clearly worse (2604.13016, 6.3)"
             )
     if terms.beta_kl and terms.kl_estimator == "k1":
         notes.append(

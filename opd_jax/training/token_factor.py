@@ -9,10 +9,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from opd_jax import losses
 from opd_jax.losses import gates, token_factors
 from opd_jax.training.batch import Weigh
 from opd_jax.training.experience import Experience
@@ -142,18 +140,16 @@ def _open_rollouts(
     experience: Experience, counted_BT: np.ndarray, terms: Terms, group: int
 ) -> np.ndarray:
     """Return the rollouts that the gate leaves open; bool [B]. A rollout without a reward is closed."""
-    reward_B, known_B = experience.rewards.reward_B, experience.rewards.known_B
+    reward = experience.reward(group)
     if terms.rollout_gate == "correct":
-        return known_B & (reward_B >= np.float32(terms.rollout_gate_reward))
-    group_B = losses.group_advantage(
-        reward_B=jnp.asarray(reward_B), group=group, normalise=False, counted_B=jnp.asarray(known_B)
-    )  # fmt: skip
+        return reward.correct_B(terms.rollout_gate_reward)
+    group_B = reward.advantage(normalise=False)
     open_B = gates.agreement_gate(
         teacher_logprob_BT=experience.scores.teacher_logprob_BT,
         student_logprob_BT=experience.scores.student_logprob_BT,
         mask_BT=counted_BT, group_B=np.asarray(group_B), margin=terms.rollout_gate_margin,
     )  # fmt: skip
-    return open_B & known_B
+    return open_B & reward.known_B
 
 
 def _by_token(

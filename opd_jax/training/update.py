@@ -79,6 +79,7 @@ class Gradients:
     on_golden: Callable | None
     microbatch_tokens: int
     mesh: Mesh = ONE
+    tile: int = 1  # widths are multiples of it (hardware.tile)
 
     def __call__(
         self,
@@ -105,7 +106,7 @@ class Gradients:
         """Split rows into micro-batches."""
         return microbatches.split(
             rows.length_B, width=rows.tokens_BT.shape[1], tokens=self.microbatch_tokens,
-            replicas=self.mesh.replicas,
+            replicas=self.mesh.replicas, tile=self.tile,
         )  # fmt: skip
 
     def programs(
@@ -116,7 +117,7 @@ class Gradients:
         for name, add, rows, of_kind in self.kinds(rollout_rows, golden_rows, weights):
             for part in microbatches.shapes(
                 len(rows.length_B), width=rows.tokens_BT.shape[1], tokens=self.microbatch_tokens,
-                replicas=self.mesh.replicas,
+                replicas=self.mesh.replicas, tile=self.tile,
             ):  # fmt: skip
                 microbatch = self.mesh.row_structs(microbatches.gather(rows, part))
                 args = (params, frozen, microbatch, of_kind, grads)
@@ -144,6 +145,7 @@ def make_accumulate(
     microbatch_tokens: int,
     dtype: jnp.dtype,
     mesh: Mesh = ONE,
+    tile: int = 1,
 ) -> Gradients:
     """Make the gradient of the losses; see `Gradients`.
 
@@ -151,9 +153,10 @@ def make_accumulate(
     """
     return Gradients(
         on_rollouts=make_add(rollout_loss, dtype, mesh) if rollout_loss else None,
-        on_golden=make_add(_without_frozen(golden_loss), dtype, mesh) if golden_loss else None,
+        on_golden=make_add(golden_loss, dtype, mesh) if golden_loss else None,
         microbatch_tokens=microbatch_tokens,
         mesh=mesh,
+        tile=tile,
     )
 
 
@@ -309,7 +312,3 @@ def make_add(loss: Callable, dtype: jnp.dtype, mesh: Mesh = ONE) -> Callable:
 
 def _in(dtype: Any, params: Any) -> Any:
     return jax.tree.map(lambda w: w.astype(dtype), params)
-
-
-def _without_frozen(loss: GoldenLoss) -> Callable:
-    return lambda params, _, rows, weights, *sums: loss(params, rows, weights, *sums)

@@ -26,7 +26,8 @@ class Progress:
             left = int(sum(self._recent) / len(self._recent) * (self._steps - step))
             shown.append(f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left")
         for name, key, form in (
-            ("reverse KL", "score/reverse_kl", ".3f"), ("SFT", "loss/sft", ".3f"),
+            ("reverse KL", "score/reverse_kl", ".3f"),
+            ("span log-ratio", "score/span_log_ratio", "+.3f"), ("SFT", "loss/sft", ".3f"),
             ("truncated", "rollout/truncation_rate", ".0%"),
             ("repetitive", "rollout/repetition_rate", ".0%"),
             ("length", "rollout/length_mean", ".0f"), ("grad", "optim/grad_norm", ".2f"),

@@ -5,6 +5,7 @@ import pytest
 
 from opd_jax import checkpoint, data, train
 from opd_jax.checkpoint import manifest
+from opd_jax.sharding import multihost
 from opd_jax.types import TrainState
 from tests.support.small_run import small
 
@@ -65,3 +66,19 @@ def test_the_checkpoint_of_the_end_pushes_no_other_out(folders, tmp_path):
         config.steps = steps
         train.run(config, str(tmp_path / "run"), command=[])
         assert manifest.steps(tmp_path / "run" / "checkpoints") == left
+
+
+def test_process_0_decides_which_checkpoints_are_removed(tmp_path, monkeypatch):
+    """Process 1 of two: its listing of a network disk is older, and it takes part all the same."""
+    barriers = []
+    with checkpoint.Checkpoints(tmp_path, keep=1) as saved:
+        monkeypatch.setattr(multihost, "from_first", lambda make: [7])  # make() has none to remove
+        monkeypatch.setattr(multihost, "first", lambda: False)
+        monkeypatch.setattr(multihost, "agree", barriers.append)
+        saved._unscheduled = {7, 8}
+        saved._remove([])
+        assert saved._unscheduled == {8}
+        assert barriers == [{}]
+        monkeypatch.setattr(multihost, "from_first", lambda make: [])
+        saved._remove([7])
+        assert barriers == [{}]

@@ -104,6 +104,37 @@ def test_what_cannot_be_combined(loss, expected):
     assert expected in line(opd.get_config(), **loss)
 
 
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        ({"outcome": "margins"}, "set --config.loss.outcome=margin"),
+        ({"outcome": "route"}, "loss.outcome_value=0.0 with loss.outcome=route, wanted a finite number"),
+        ({"outcome": "margin", "outcome_value": -0.4}, "loss.outcome_value=-0.4"),
+        ({"outcome_value": 0.4}, "loss.outcome_value=0.4 has no effect: loss.outcome=none has no number"),
+        (
+            {"outcome": "margin", "outcome_value": 0.4, "advantage": "support", "support": "student"},
+            "loss.outcome=margin has no effect: it applies to the sampled token's advantage",
+        ),
+        (
+            {"outcome": "route", "outcome_value": 1.0, "teacher_coef": 0.0, "group_coef": 1.0},
+            "loss.outcome=route has no effect: loss.pg_weight=1 and loss.teacher_coef=0",
+        ),
+    ],
+)  # fmt: skip
+def test_outcomes_that_cannot_be_used(loss, expected):
+    assert expected in line(opd.get_config(), **loss)
+
+
+def test_outcomes_of_one_rollout_of_a_prompt():
+    config = opd.get_config()
+    config.rollout.samples_per_prompt = 1
+    got = line(config, outcome="margin", outcome_value=0.4)
+    assert got.endswith("set --config.rollout.samples_per_prompt=4")
+    config = opd.get_config()
+    config.rollout.samples_per_prompt = 1
+    assert not line(config, outcome="route", outcome_value=1.0)
+
+
 def test_evidence_without_a_teacher():
     got = line(grpo.get_config(), evidence_share=0.5)
     assert got.startswith("teacher.path='', wanted a Hugging Face folder")

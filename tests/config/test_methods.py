@@ -36,10 +36,12 @@ def test_every_method_is_a_valid_config_of_every_recipe(name, recipe):
 def test_a_method_changes_its_own_numbers_and_what_tiny_needs(name):
     changed = difference(methods.get_config(name), opd.get_config())
     own = methods.METHODS[name].numbers
-    of_tiny = {"loss.top_k", "loss.token_weight_window", "rollout.prompts_per_step",
-               "rollout.max_prompt_tokens",
+    of_tiny = {"loss.top_k", "loss.golden_top_k", "sample.choose_top_k", "loss.low_kl_window",
+               "loss.token_weight_window", "rollout.prompts_per_step", "rollout.max_prompt_tokens",
                "data.prompt_template", "data.teacher_prompt_template", "data.teacher_system_prompt",
                "teacher.path", "eval.teacher"}  # fmt: skip
+    if methods.METHODS[name].horizon or "rollout.max_response_tokens" in own:
+        of_tiny |= {"rollout.horizon", "rollout.max_response_tokens", "eval.max_response_tokens"}
     assert changed.keys() - own.keys() <= of_tiny
     config = flat(methods.get_config(name))
     assert all(config[field] == own[field] for field in own.keys() - of_tiny)
@@ -58,6 +60,18 @@ def test_numbers_of_a_papers_run_are_left_out_of_small_recipes():
     assert (large.rollout.prompts_per_step, large.rollout.max_response_tokens) == (1024, 16_384)
     assert large.loss.importance_cap == 5.0
     assert large.optim.microbatch_tokens >= 1024 + 16_384
+
+
+@pytest.mark.parametrize(
+    ("name", "horizon", "last", "answers"),
+    [("topd", (), 16, 160), ("esr", (), 100, 160), ("popd", (20, 40, 80), 160, 0)],
+)
+def test_short_rollouts_leave_the_answers_to_held_out_problems_their_budget(
+    name, horizon, last, answers
+):  # fmt: skip
+    config = methods.get_config(name)  # tiny: 160 tokens
+    assert (config.rollout.horizon, config.rollout.max_response_tokens) == (horizon, last)
+    assert config.eval.max_response_tokens == answers
 
 
 @pytest.mark.parametrize(

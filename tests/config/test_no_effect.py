@@ -15,7 +15,8 @@ from opd_jax.config.validate import validate
 from opd_jax.errors import ConfigError
 from opd_jax.grading.grader import Grade
 from opd_jax.models import decoder
-from opd_jax.training import objective
+from opd_jax.training import batch as rows_of
+from opd_jax.training import low_kl, objective
 from opd_jax.training.experience import Experience
 from opd_jax.training.step import Step
 from opd_jax.training.terms import make_terms
@@ -41,6 +42,11 @@ OTHER = {
     "token_weight_least": 0.3, "token_weight_keep": 0.3, "token_weight_quantile": 0.7,
     "token_weight_top_k": 3, "token_weight_window": 2, "rollout_gate": "correct",
     "rollout_gate_margin": 3.0, "rollout_gate_reward": 0.9,
+    "golden_divergence": 0.5, "golden_direction": "reverse",
+    "golden_support": "student", "golden_top_k": 3, "golden_form": "renormalised", "golden_steps": 7,
+    "outcome": "margin", "outcome_value": 2.5,
+    "low_kl_window": 2, "low_kl_run": 2, "low_kl_share": 0.4, "low_kl_history": 99,
+    "low_kl_rollouts": 9, "low_kl_steps": 9,
 }  # fmt: skip
 NO_SURROGATE = {"pg_weight": 0.0}
 DIVERGENCE = NO_SURROGATE | {"divergence_weight": 1.0}
@@ -84,7 +90,18 @@ METHODS = {
     },
     "TA-OPD": {"token_weight": "ta", "token_weight_keep": 0.1},
     "SelecTKD": {"token_weight": "selectkd", "token_weight_least": 0.1},
+    "KAT": {"low_kl_window": 3},
+    "Uni-OPD": {"outcome": "margin", "outcome_value": 0.4, "advantage_clamp": 10.0},
+    "SCOPE": {"outcome": "route", "outcome_value": 1.0},
     "SFT": NO_SURROGATE | {"lambda_gold": 1.0},
+    "soft labels": NO_SURROGATE | {"golden_divergence": 1.0, "golden_direction": "jsd"},
+    "BRTS": {
+        "advantage": "support",
+        "support": "student",
+        "golden_divergence": 10.0,
+        "golden_support": "teacher",
+        "golden_form": "teacher_renormalised",
+    },
 }
 
 FAST = ("OPD", "SFT")  # the others in the slow lane
@@ -142,19 +159,33 @@ def computed(config) -> tuple:
             rows = rows.replace(support=None)
         params = decoder.abstract_params(CONFIG)
         frozen = Frozen(teacher=decoder.head_alone(params), reference=params)
-        made = objective.make_rollout_loss(
-            terms, CONFIG, CONFIG, vocabulary=CONFIG.vocab_size, token_chunk=7, remat="none"
-        )
+        made = objective.make_rollout_loss(terms, CONFIG, CONFIG, token_chunk=7, remat="none")
         jaxpr = jax.make_jaxpr(jax.grad(made, has_aux=True))(params, frozen, rows, terms.weights)
         programs = re.sub(r"0x[0-9a-f]+", "", str(jaxpr))
-    golden = losses.token_weights(MASK, loss.gold_aggregation) if terms.needs_golden else None
+    golden = None
+    if terms.needs_golden:
+        weigh = functools.partial(losses.token_weights, aggregation=loss.gold_aggregation)
+        scores = given.scores.replace(
+            support=given.scores.support if terms.golden_scored_support else None
+        )
+        golden = rows_of.golden_rows(SAMPLED, weigh=weigh, scores=scores, scored_BT=MASK)
+    if terms.golden_divergence:  # the supervised term has no number but its weight
+        params = decoder.abstract_params(CONFIG)
+        made = objective.make_golden_loss(terms, CONFIG, token_chunk=7, remat="none")
+        frozen = Frozen(teacher=decoder.head_alone(params))
+        jaxpr = jax.make_jaxpr(jax.grad(made, has_aux=True))(params, frozen, golden, terms.weights)
+        programs += re.sub(r"0x[0-9a-f]+", "", str(jaxpr))
     arrays = [(x.shape, np.asarray(x).tobytes()) for x in jax.tree.leaves((rows, golden))]
+    cut = low_kl.make_rules(loss) if loss.low_kl_window and terms.needs_teacher else None
     return (
         programs,
         arrays,
+        cut,
         terms.scored_support,
         terms.scored_statistic,
-        tuple(terms.weights.items()),
+        terms.golden_scored_support,
+        # Weights at the first step and at a later one, at which some have fallen.
+        *(tuple(terms.weights_at(step).items()) for step in (1, 3)),
     )
 
 

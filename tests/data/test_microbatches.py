@@ -1,9 +1,11 @@
 """Micro-batches by length: every row once, in few shapes, within the budget of tokens."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from opd_jax import hardware
 from opd_jax.data import microbatches
 from opd_jax.types import TeacherRows
 
@@ -105,3 +107,48 @@ def test_padded_lengths_are_the_widths_of_micro_batches():
     length_B = np.arange(0, 12)
     alone = [microbatches.split(np.array([n]), width=11, tokens=11)[0].width for n in length_B]
     assert microbatches.padded_lengths(length_B, 11).tolist() == alone
+
+
+@pytest.mark.parametrize(
+    ("whole", "widths"),
+    [
+        (9216, [2304, 4608, 6912, 9216]),  # the paper's rows: quarters are 18 tiles
+        (5000, [1280, 2560, 3840, 5120]),  # 1,250 is no multiple
+        (192, [128, 256, 256, 256]),
+        (100, [128, 128, 128, 128]),
+    ],
+)
+def test_widths_on_a_gpu_are_multiples_of_128(whole, widths):
+    tile = hardware.tile(gpu=True)
+    assert tile == 128
+    assert [microbatches.width_of(i, whole, tile) for i in (1, 2, 3, 4)] == widths
+    shapes = microbatches.shapes(64, width=whole, tokens=20_000, teacher_width=whole + 7, tile=tile)
+    assert {part.width for part in shapes} == set(widths)
+    assert all(part.teacher_width % 128 == 0 for part in shapes)
+    assert hardware.tile(gpu=False) == 1
+    quarter = -(-whole // 4)
+    assert [microbatches.width_of(i, whole) for i in (1, 2, 3, 4)] == [
+        min(quarter * i, whole) for i in (1, 2, 3, 4)
+    ]
+
+
+def test_rows_are_padded_to_the_tile_and_cut_again():
+    """Rows of 10 tokens in tiles of 8: a quarter is one tile, the whole is two, 6 columns are blank."""
+    tokens_BT = np.arange(1, 31).reshape(3, 10)
+    length_B = np.array([10, 3, 9])
+    parts = microbatches.split(length_B, width=10, tokens=32, tile=8)
+    assert [(part.rows.tolist(), part.count, part.width) for part in parts] == [
+        ([0, 2], 2, 16),
+        ([1], 3, 8),
+    ]
+    wide, length = microbatches.gather((tokens_BT, length_B), parts[0])
+    assert wide.shape == (2, 16)
+    assert length.tolist() == [10, 9]
+    assert (wide[:, :10] == tokens_BT[[0, 2]]).all()
+    assert not wide[:, 10:].any()
+    out_BT = np.zeros_like(tokens_BT)
+    for part in parts:
+        microbatches.scatter(out_BT, jnp.asarray(microbatches.gather(tokens_BT, part)), part)
+    assert (out_BT[:, :8] == tokens_BT[:, :8]).all()
+    assert (out_BT[[0, 2]] == tokens_BT[[0, 2]]).all()
+    assert (microbatches.padded_lengths(length_B, 10, 8) == [16, 8, 16]).all()

@@ -4,8 +4,6 @@ Needs Qwen's list of ordinary tokens, `qwen.tiktoken` (QwenLM publishes it; the 
 holds a copy): OPD_JAX_QWEN_TIKTOKEN=FILE pytest -m real tests/data/test_two_vocabularies.py
 """
 
-import base64
-import itertools
 import json
 import os
 import pathlib
@@ -13,37 +11,22 @@ import pathlib
 import jax
 import numpy as np
 import pytest
-from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
-from tokenizers import models as bpe
 from transformers import PreTrainedTokenizerFast
 
 from opd_jax import config as configuration
 from opd_jax import models, train
 from opd_jax.models import decoder
+from tests.support import qwen_tokenizer
 from tests.support.families import CHATML, QWEN, R1
+from tests.support.qwen_tokenizer import ORDINARY
 
 pytestmark = pytest.mark.real
 
-ORDINARY = 151_643
 R1_TEMPLATE = (
     "<｜begin▁of▁sentence｜>{% for m in messages %}{% if m.role == 'user' %}<｜User｜>{{ m.content }}"
     "{% else %}{{ m.content }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<｜Assistant｜><think>\n{% endif %}"
 )
-SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-def merge_of(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
-    """The two parts that byte-pair encoding joins last to make the token."""
-    parts = [bytes([byte]) for byte in token]
-    while len(parts) > 2:
-        pairs = [ranks.get(a + b, ORDINARY) for a, b in itertools.pairwise(parts)]
-        at = pairs.index(min(pairs))
-        parts[at : at + 2] = [parts[at] + parts[at + 1]]
-    return parts[0], parts[1]
 
 
 @pytest.fixture(scope="module")
@@ -51,31 +34,12 @@ def ordinary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Vocabulary and merges of Qwen in the byte-level alphabet."""
     file = os.environ.get("OPD_JAX_QWEN_TIKTOKEN")
     assert file, "set OPD_JAX_QWEN_TIKTOKEN to Qwen's qwen.tiktoken"
-    lines = pathlib.Path(file).read_text().splitlines()
-    ranks = {base64.b64decode(text): int(rank) for text, rank in map(str.split, lines)}
-    assert len(ranks) == ORDINARY
-    spare = iter(range(256, 512))
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    letter = {byte: chr(byte) if byte in printable else chr(next(spare)) for byte in range(256)}
-
-    def spell(token: bytes) -> str:
-        return "".join(letter[byte] for byte in token)
-
-    pairs = (merge_of(token, ranks) for token in ranks if len(token) > 1)
-    return {spell(t): i for t, i in ranks.items()}, [(spell(a), spell(b)) for a, b in pairs]
+    return qwen_tokenizer.ordinary(pathlib.Path(file))
 
 
 def make_folder(folder: pathlib.Path, ordinary, special, template, rows: int, end: int, seed: int):
     vocabulary, merges = ordinary
-    inner = Tokenizer(bpe.BPE(vocab=vocabulary, merges=merges))
-    inner.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    inner.decoder = decoders.ByteLevel()
-    inner.add_special_tokens(list(special))
+    inner = qwen_tokenizer.inner(vocabulary, merges, special)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=inner, chat_template=template, eos_token=special[end - ORDINARY]
     )

@@ -20,7 +20,7 @@ def compile_gradient(on_h200, remat: str, token_chunk: int = 1024):
     """A micro-batch's pass of the update: float32 masters, bfloat16 compute, gradients summed."""
     loss = objective.make_rollout_loss(
         default_terms(pg_weight=1.0), QWEN_1_5B,
-        vocabulary=QWEN_1_5B.vocab_size, token_chunk=token_chunk, remat=remat,
+        token_chunk=token_chunk, remat=remat,
     )  # fmt: skip
     array_BT = np.zeros((ROWS, WIDTH), np.float32)
     rows = RolloutRows(

@@ -22,7 +22,7 @@ CASES = {
     "discounted": ({"reward_BT": TOKEN_P, "discount": 0.5}, ("reward_BT",)),
     "divergence": (
         PAIR | {
-            "direction": "jsd", "jsd_beta": 0.5, "form": "tail", "p_rest_BT": TOKEN_P, "q_rest_BT": TOKEN_Q,
+            "direction": "jsd", "share": 0.5, "form": "tail", "p_rest_BT": TOKEN_P, "q_rest_BT": TOKEN_Q,
         },
         ("q_logprob_BTV", "q_rest_BT"),
     ),
@@ -92,5 +92,5 @@ def test_constants_have_no_gradient_and_all_else_has(name):
 
 def test_every_function_of_the_package_is_here():
     functions = {name for name in losses.__all__ if name.islower()}
-    # The mask of the first is of booleans, and the second is about a step's number.
-    assert functions - {"token_weights", "share_at"} == CASES.keys()
+    # The mask of the first is of booleans, and the others are about the number of a step.
+    assert functions - {"token_weights", "share_at", "annealed"} == CASES.keys()

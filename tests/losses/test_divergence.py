@@ -83,15 +83,16 @@ def test_exact_kl_of_impossible_ids_is_finite_backwards(logits):
 # forward_kl, generalised_jsd, divergence
 
 
+SHARES = {"skewed_reverse": 0.1, "skewed_forward": 0.1, "mixture": 0.25}
+
+
 def directed(x_TV, y_TV, direction: str, beta: float = 0.5):
     return losses.divergence(
         p_logprob_BTV=jax.nn.log_softmax(x_TV)[None],
         q_logprob_BTV=jax.nn.log_softmax(y_TV)[None],
         direction=direction,
         form="raw",
-        jsd_beta=beta,
-        skew=0.1,
-        reverse_share=0.25,
+        share=SHARES.get(direction, beta),
     )[0]
 
 
@@ -133,7 +134,7 @@ def test_skewed_gradients_by_finite_differences_and_their_limits(logits, directi
             "p_logprob_BTV": jax.nn.log_softmax(student)[None],
             "q_logprob_BTV": jax.nn.log_softmax(other)[None],
         }
-        got = losses.divergence(**pair, direction=direction, form="raw", skew=1e-9)[0]
+        got = losses.divergence(**pair, direction=direction, form="raw", share=1e-9)[0]
         np.testing.assert_allclose(got, kl, rtol=1e-6)  # a -> 0 is the plain one
 
 
@@ -145,7 +146,7 @@ def test_skewed_reverse_kl_is_bounded_where_reverse_kl_is_not():
         q_logprob_BTV=other,
         direction="skewed_reverse",
         form="raw",
-        skew=0.1,
+        share=0.1,
     )
     np.testing.assert_allclose(got, [[2.302585]], rtol=1e-6)
 
@@ -208,7 +209,7 @@ def test_the_ends_of_the_mixture_are_the_two_directions_to_the_bit(logits):
             return jnp.sum(losses.divergence(p_logprob_BTV=p, **pair, **kind))
 
         p = jax.nn.log_softmax(p)[None]
-        got = jax.value_and_grad(value)(p, direction="mixture", reverse_share=share)
+        got = jax.value_and_grad(value)(p, direction="mixture", share=share)
         want = jax.value_and_grad(value)(p, direction=direction)
         np.testing.assert_array_equal(got[0], want[0])
         np.testing.assert_array_equal(got[1], want[1])
@@ -244,9 +245,7 @@ def on_first_two(x, y, direction: str, form: str):
         q_rest_BT=q[2][None, None],
         direction=direction,
         form=form,
-        jsd_beta=0.5,
-        skew=0.1,
-        reverse_share=0.25,
+        share=SHARES.get(direction, 0.5),
     )[0, 0]
 
 
@@ -330,7 +329,7 @@ def test_over_the_whole_vocabulary_all_forms_agree(logits, direction, form):
                 p_logprob_BTV=jax.nn.log_softmax(x)[None],
                 q_logprob_BTV=jax.nn.log_softmax(y)[None],
                 p_rest_BT=empty, q_rest_BT=empty, direction=direction, form=form,
-                jsd_beta=0.5, skew=0.1, reverse_share=0.25,
+                share=SHARES.get(direction, 0.5),
             )
         )  # fmt: skip
 
@@ -349,8 +348,8 @@ def test_an_empty_support_is_zero_without_a_gradient(direction, form):
     def value(p):
         return losses.divergence(
             p_logprob_BTV=p, q_logprob_BTV=nothing, p_rest_BT=jnp.zeros((1, 1)),
-            q_rest_BT=jnp.zeros((1, 1)), direction=direction, form=form, jsd_beta=0.5,
-            skew=0.1, reverse_share=0.25,
+            q_rest_BT=jnp.zeros((1, 1)), direction=direction, form=form,
+            share=SHARES.get(direction, 0.5),
         )[0, 0]  # fmt: skip
 
     got, gradient = jax.value_and_grad(value)(nothing)

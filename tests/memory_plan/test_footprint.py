@@ -40,6 +40,20 @@ def test_what_several_devices_add():
 
 
 @pytest.mark.short
+def test_a_teacher_with_another_tokenizer_scores_alone():
+    """20 ids of its own, one row of 3 + 9 tokens in 16, where the student has two of 8."""
+    given = workload(score_chunk=16, teacher_vocabulary=20, teacher_width=12, teacher_response=9)
+    student, teacher = map(footprint.score, given.alone)
+    assert student.arguments == {"student": 2 * P, "rows": 4 * 16}
+    assert student.temporaries["logits"] == 2 * CHUNK
+    assert teacher.arguments == {"student": 2 * P, "rows": 4 * 12}
+    assert teacher.temporaries["logits"] == 4 * 12 * 20
+    assert footprint.score(given) == teacher
+    assert given.score_rows == 2
+    assert set(report.programs(given)) >= {"score", "teacher: score"}
+
+
+@pytest.mark.short
 def test_scoring_is_busiest_in_its_logits():
     found = footprint.score(workload(score_chunk=16))
     assert found.arguments == {"student": 2 * P, "teacher": 2 * P, "rows": 4 * 16}
@@ -131,6 +145,36 @@ def test_the_update_over_the_vocabulary_has_the_head_and_the_states_of_the_teach
     assert footprint.gradient(golden, golden=True).temporaries["logits"] == 2 * 4 * 16 * 90
     fewer = workload(student=tall, vocabulary=80, token_chunk=16, remat="full")
     assert footprint.gradient(fewer).temporaries["logits"] == 3 * 4 * 16 * 80
+
+
+@pytest.mark.short
+def test_soft_labels_on_golden_solutions():
+    given = workload(
+        golden=2, golden_divergence=True, golden_over_vocabulary=True, token_chunk=16, remat="full",
+        score_chunk=16, reference=MODEL, reference_scores=True, gated=True, support=3,
+    )  # fmt: skip
+    # As on rollouts over the vocabulary; arrays of tokens: ids, two kinds of weights.
+    found = footprint.gradient(given, golden=True)
+    assert found.arguments == {
+        "master": 4 * P, "gradients": 4 * P, "rows": 4 * 3 * 16 + 16 * 8, "teacher": 40 * 2,
+    }  # fmt: skip
+    assert found.temporaries["logits"] == 3 * 2 * CHUNK
+    # The supervised term has a log-softmax of its own.
+    both = dataclasses.replace(given, terms=("sft", "golden_divergence"))
+    tall = dataclasses.replace(MODEL, vocab_size=90)
+    wide = [dataclasses.replace(one, student=tall, vocabulary=90) for one in (given, both)]
+    logits = [footprint.gradient(one, golden=True).temporaries["logits"] for one in wide]
+    assert logits[1] - logits[0] == 4 * 16 * 90
+    # Over a set: ids and the teacher's log-probs of its places.
+    some = dataclasses.replace(given, golden_over_vocabulary=False, golden_support=5)
+    assert footprint.gradient(some, golden=True).arguments["rows"] == 4 * (3 + 2 * 5) * 16
+    # They are scored without the reference, whatever rollouts are scored with.
+    alone = footprint.score(given.of_golden)
+    assert alone.arguments == footprint.score(workload(batch=2)).arguments
+    assert alone.temporaries["activations"] == 16 * 8  # the teacher's states are handed out
+    assert footprint.score(workload(batch=2)).temporaries["activations"] == 2 * 16 * 8
+    assert report.programs(given).keys() >= {"golden score", "gradient on golden", "score"}
+    assert "golden score" not in report.programs(workload(golden=2))
 
 
 @pytest.mark.short

@@ -17,6 +17,18 @@ DEVICE = Device("toy", 1.0, 1e9, 1e9, 1e9, 1e9, 8, 0.0, True, "by hand", {})
 P = 316  # parameters; 40 of them the embedding
 
 
+@pytest.fixture(autouse=True)
+def no_margin(request, monkeypatch):
+    """Bytes are compared to the last one, unless a test is about the margin."""
+    if "with_margin" not in request.fixturenames:
+        monkeypatch.setattr(memory, "MARGIN", 0.0)
+
+
+@pytest.fixture
+def with_margin():
+    """The margin as it is."""
+
+
 def held(name, given):
     return next(stage.held for stage in memory.stages(given) if stage.name == name)
 
@@ -98,6 +110,16 @@ def test_scoring_keeps_the_teachers_states_for_the_update():
     assert kept["rows"] - alone["rows"] == 4 * 8 * 8  # 4 rows of 8 tokens, 4 numbers of 2 bytes
     live = held("update", workload(over_vocabulary=True, teacher_follows="live"))
     assert live["teacher"] == 40 * 2  # a copy of the output matrix; the weights are the state's
+
+
+def test_golden_solutions_with_soft_labels_have_a_stage_of_their_own():
+    soft = {"golden": 2, "golden_divergence": True, "golden_over_vocabulary": True}
+    kept = held("score golden", workload(**soft))
+    assert kept == held("score", workload(batch=2, over_vocabulary=True))
+    alone = workload(**soft, rollouts=False, teacher_follows="live")
+    assert next(stage.name for stage in memory.stages(alone)) == "score golden"
+    assert held("update", alone)["teacher"] == 40 * 2  # a copy of the output matrix
+    assert "score golden" not in [stage.name for stage in memory.stages(workload(golden=2))]
 
 
 def test_gradients_of_each_term_lie_beside_one_another():
@@ -225,3 +247,35 @@ def test_a_gpu_has_its_share_for_arrays(monkeypatch):
     assert memory.usable_bytes(DEVICE, Layout()) == 0.92 * GIB
     cpu = dataclasses.replace(DEVICE, gpu=False)
     assert memory.usable_bytes(cpu, Layout(data=2)) == GIB / 2
+
+
+@pytest.mark.usefixtures("with_margin")
+def test_a_plan_for_a_gpu_keeps_a_twentieth_free():
+    """100 bytes are asked for: with 105 of them 5.25 are the margin, and 5 are to spare."""
+    given = workload()
+    most = max(stage.total for stage in memory.stages(given))
+    tight, roomy = (memory.plan(given, DEVICE, usable=share * most) for share in (1.05, 1.06))
+    assert tight.margin == 0.05 * 1.05 * most
+    assert tight.fits
+    assert not tight.keeps_margin
+    memory.require_fit(tight)  # it is told, not refused
+    assert roomy.keeps_margin
+    cpu = dataclasses.replace(DEVICE, gpu=False)
+    assert memory.plan(given, cpu, usable=most).margin == 0.0  # the system moves pages
+
+    def line(plan):
+        return next(x for x in report.lines(report.make(plan)) if x.startswith("  fits"))
+
+    assert ", more than the margin of " in line(roomy)
+    assert "(5%) for holes in the pool" in line(roomy)
+    assert ", less than the margin of " in line(tight)
+    assert "set --config.mesh.allocator=vmm, which has none, or set --config." in line(tight)
+    assert report.to_json(report.make(tight))["margin_bytes"] == tight.margin
+
+
+@pytest.mark.usefixtures("with_margin")
+def test_the_largest_sizes_leave_the_margin_free():
+    given = workload(batch=64, slots=64, microbatch_tokens=512)
+    planned = memory.plan(given, DEVICE, usable=60_000.0)
+    assert planned.largest["rollout.slots"] == memory.largest_slots(given, 57_000.0)
+    assert planned.largest["optim.microbatch_tokens"] == memory.largest_microbatch(given, 57_000.0)

@@ -81,6 +81,20 @@ def test_a_loss_over_the_vocabulary_is_the_teachers_logits_again():
     assert more[1] - more[0] == pytest.approx(2 * 20 * 40 / 1000)
 
 
+def test_golden_solutions_with_soft_labels_are_scored_as_rollouts_are():
+    plain = workload(golden=4)
+    soft = workload(golden=4, golden_divergence=True, golden_over_vocabulary=True)
+    before, after = (
+        {stage.name: stage for stage in step_time.step_time(one, DEVICE).stages}
+        for one in (plain, soft)
+    )
+    assert after.keys() - before.keys() == {"score golden"}
+    assert after["score golden"].compute_s == before["score"].compute_s  # as many, as long
+    assert after["score golden"].expected_s == before["score"].expected_s
+    more = after["update"].compute_s - before["update"].compute_s
+    assert more == pytest.approx(2 * 20 * 40 / 1000)  # the teacher's logits again
+
+
 def test_gradients_are_reduced_and_weights_gathered_once_a_step():
     two = step_time.update(workload(layout=Layout(data=2)), DEVICE, FOUR[:2])
     # Of 316 float32 gradients and 316 weights of 2 bytes, half goes over the link.

@@ -1,6 +1,10 @@
 """Hub names: local folders first, then the cache, then the network, then one line."""
 
 import json
+import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import huggingface_hub
 import pytest
@@ -76,3 +80,35 @@ def test_a_name_that_is_nowhere_is_one_line(hub):
     ) as e:
         locate("o/typo")
     assert "\n" not in str(e.value)
+
+
+def test_of_two_that_need_a_model_at_the_same_time_one_downloads_it(hub, tmp_path, monkeypatch):
+    asked, cache, network = hub
+    network["o/large"] = "/cache/large"
+    monkeypatch.setattr(hub_module.tempfile, "gettempdir", lambda: str(tmp_path))
+    download, begun, go_on = hub_module._download, threading.Event(), threading.Event()
+
+    def slow(path):
+        begun.set()
+        assert go_on.wait(10)
+        found = download(path)
+        cache[path] = found
+        return found
+
+    monkeypatch.setattr(hub_module, "_download", slow)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(locate, "o/large")
+        assert begun.wait(10)
+        second = pool.submit(locate, "o/large")
+        while ("o/large", True) not in asked[1:]:  # it has looked into the cache and found nothing
+            time.sleep(0.01)
+        go_on.set()
+        assert (first.result(10), second.result(10)) == ("/cache/large", "/cache/large")
+    assert asked.count(("o/large", False)) == 1
+    assert [file.name for file in tmp_path.iterdir()] == [f"opd_jax-{os.getuid()}-o--large.lock"]
+
+
+def test_without_a_place_for_the_lock_the_model_is_fetched_all_the_same(hub, tmp_path, monkeypatch):
+    hub[2]["o/model"] = "/cache/1"
+    monkeypatch.setattr(hub_module.tempfile, "gettempdir", lambda: str(tmp_path / "missing"))
+    assert locate("o/model") == "/cache/1"

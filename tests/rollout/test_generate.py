@@ -7,9 +7,17 @@ import pytest
 
 from opd_jax import scoring
 from opd_jax.errors import DataError
-from opd_jax.models import decoder
-from opd_jax.rollout import decode_state, generate
+from opd_jax.models import Model, decoder
+from opd_jax.rollout import (
+    Batching,
+    SamplingParams,
+    decode_state,
+    generate,
+    row_keys,
+    sample_responses,
+)
 from opd_jax.rollout.decode_state import decode_chunk, prefill
+from opd_jax.rollout.generate import Shapes, _assign, _prefill_counts, _to_admit
 from opd_jax.types import Outcome, Rollout
 from tests.conftest import noisy_params, tiny_config
 from tests.support import calls
@@ -185,6 +193,21 @@ def test_other_prompts_of_the_same_count_do_not_compile_again(params, plain):
     assert (decode_chunk._cache_size(), prefill._cache_size()) == compiled
 
 
+def test_a_smaller_budget_in_the_same_rows_compiles_nothing_and_ends_the_same_responses_earlier(
+    params, plain
+):  # fmt: skip
+    compiled = decode_chunk._cache_size(), prefill._cache_size()
+    short = roll(params, max_response_tokens=4, largest_budget=BUDGET)
+    assert (decode_chunk._cache_size(), prefill._cache_size()) == compiled
+    assert short.tokens_BT.shape == plain.tokens_BT.shape
+    for row in range(len(PROMPTS)):
+        assert short.response(row) == plain.response(row)[:4]
+    with pytest.raises(
+        DataError, match=r"max_response_tokens=10 is more than the 9 response tokens"
+    ):
+        roll(params, max_response_tokens=BUDGET + 1, largest_budget=BUDGET)
+
+
 @pytest.mark.slow
 def test_a_budget_for_each_prompt(params, plain):
     """A row with a smaller budget is the beginning of the row with the whole one; slots do not matter."""
@@ -206,3 +229,55 @@ def test_short_prompts_are_prefilled_in_narrow_rows(params, plain):
     again = roll(params, [[6], [12, 13]])
     assert_same_rows(short, again)
     assert prefill._cache_size() > wide
+
+
+@pytest.mark.parametrize(
+    ("prompts", "slots", "replicas"),
+    [(64, 64, 1), (70, 70, 1), (64, 16, 1), (256, 256, 4), (250, 250, 4), (3, 8, 4), (40, 33, 2)],
+)
+def test_the_prefill_batches_that_are_listed_are_those_that_are_met(prompts, slots, replicas):
+    """Every row ends after one chunk, or only the first row of a replica does."""
+    shapes = Shapes.of(
+        prompts, slots=slots, prompt_tokens=512, response_tokens=64, chunk=None, replicas=replicas
+    )
+    for ending in (shapes.slots, 1):
+        met = set()
+        owner = np.full((replicas, shapes.slots), -1)
+        waiting = list(range(prompts))[::-1]
+        while waiting or (owner >= 0).any():
+            while (count := _to_admit(shapes, owner, len(waiting))) > 0:
+                met.add(count)
+                _assign(owner, waiting, count)
+            owner[:, :ending] = -1
+            owner = np.sort(owner, axis=1)[:, ::-1].copy()  # those that go on come first
+        assert met <= set(_prefill_counts(shapes, prompts))
+        if prompts <= slots:
+            assert met == set(_prefill_counts(shapes, prompts))
+
+
+def test_prompt_widths_on_a_gpu_are_multiples_of_128(params, plain):
+    def widths(prompt: int, response: int, tile: int) -> tuple[int, ...]:
+        return Shapes.of(
+            8, slots=None, prompt_tokens=prompt, response_tokens=response, chunk=None, tile=tile
+        ).prompt_widths
+
+    assert widths(1024, 8192, 128) == (256, 512, 768, 1024)
+    assert widths(1000, 8192, 128) == (256, 512, 768, 1024)
+    assert widths(200, 8192, 128) == (128, 256)
+    assert widths(200, 8192, 1) == (50, 100, 150, 200)
+    assert widths(64, 32, 128) == (96,)  # no wider than the row
+    assert_same_rows(roll(params, tile=4), plain)
+
+
+def test_a_width_for_larger_budgets_changes_only_the_padding(params, plain):
+    with pytest.raises(DataError, match="more than the 4 response tokens"):
+        sample_responses(
+            Model(QWEN2, params), PROMPTS, SamplingParams(BUDGET), keys=row_keys(KEY, len(PROMPTS)),
+            batching=Batching(largest_budget=4),
+        )  # fmt: skip
+    roomy = sample_responses(
+        Model(QWEN2, params), PROMPTS, SamplingParams(BUDGET, stop_ids=STOPS),
+        keys=row_keys(KEY, len(PROMPTS)), batching=Batching(largest_budget=BUDGET + 3),
+    )  # fmt: skip
+    assert roomy.tokens_BT.shape[1] == WIDTH + BUDGET + 3
+    assert_same_rows(roomy, plain)

@@ -277,8 +277,8 @@ def test_no_array_of_batch_time_vocabulary(student):
         return scoring.token_logprob(params, config, TOKENS, LENGTH, token_chunk=8).sum()
 
     def pair(params):
-        model, spec = decoder.Model(config, params), scoring.ScoreSpec(1000, 4, 8)
-        return scoring.score_part(model, model, TOKENS, LENGTH, LENGTH, None, spec)
+        model, spec = decoder.Model(config, params), scoring.ScoreSpec(4, 8)
+        return scoring.score_part(scoring.Models(model, model), TOKENS, LENGTH, LENGTH, None, spec)
 
     def everything(params):
         return decoder.forward(params, config, TOKENS, LENGTH)

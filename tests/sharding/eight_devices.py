@@ -17,7 +17,6 @@ from opd_jax.data import microbatches
 from opd_jax.errors import CopiesError
 from opd_jax.models import decoder
 from opd_jax.models.end_tokens import Events
-from opd_jax.rollout import SamplingParams, decode_state
 from opd_jax.sharding import mesh, replica_check
 from opd_jax.sharding.mesh import ONE, Mesh
 from opd_jax.sharding.partition import Slice
@@ -25,7 +24,6 @@ from opd_jax.training import objective, optimizer, update
 from opd_jax.training.terms import ON_ROLLOUTS, default_terms
 from opd_jax.types import Ends, Frozen, GoldenRows, RolloutRows, Support
 from tests.conftest import distance, noisy_params, random_rows, tiny_config
-from tests.support import calls
 
 # Neither 5 rows nor 11 prompts divide among 8; nothing of the model is divided by more than 4.
 CONFIG = tiny_config(num_layers=2, num_kv_heads=4)
@@ -71,110 +69,6 @@ def on(devices: Mesh, params: decoder.Params) -> decoder.Params:
     return devices.reshard(params, "teacher")
 
 
-# Rollouts.
-
-
-def roll(devices: Mesh, params: decoder.Params, count: int, **settings: int):
-    generator = np.random.default_rng(0)
-    prompts = [generator.integers(2, 99, 1 + i % 6).tolist() for i in range(count)]
-    return calls.roll(
-        on(devices, params), CONFIG, prompts, key=jax.random.key(3), max_response_tokens=14,
-        max_prompt_tokens=6, stop_ids=tuple(range(8)), chunk=4, mesh=devices,
-        events=Events(ends=Ends(id=3, student=tuple(range(8)))), **settings,
-    )  # fmt: skip
-
-
-@functools.cache
-def roll_alone(**settings: int):
-    return roll(ONE, noisy_params(CONFIG), **settings)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"count": 5},  # more devices than rows
-        pytest.param({"count": 11, "slots": 3}, marks=pytest.mark.slow),
-        pytest.param({"count": 37, "slots": 17, "stop_on_repetition": 2}, marks=pytest.mark.slow),
-    ],
-    ids=["five", "three slots", "refilled"],
-)
-def test_rollouts_are_the_same_on_any_mesh(devices, params, settings):
-    want, got = roll_alone(**settings), roll(devices, params, **settings)
-    for name in ("tokens_BT", "length_B", "prompt_length_B", "outcome_B"):
-        np.testing.assert_array_equal(getattr(got, name), getattr(want, name), err_msg=name)
-    np.testing.assert_allclose(got.sampler_logprob_BT, want.sampler_logprob_BT, atol=1e-5)
-    assert len(set(want.length_B - want.prompt_length_B)) > 2  # rows end at different times
-
-
-def test_decoding_moves_no_cache_between_devices(devices, params):
-    slots, total = 4, 256
-    model = decode_state.unstack(decoder.Model(CONFIG, on(devices, params)), devices)
-    state = decode_state.empty(model, slots, total, 0, devices)
-    sampling = SamplingParams(0, stop_ids=(1,))
-    rows = 2 * devices.replicas
-    row, wide = np.zeros(rows, np.int32), np.zeros((rows, 6), np.int32)
-    keys_B2 = np.zeros((rows, 2), np.uint32)
-    admitted = devices.rows(decode_state.Admitted(wide, row + 1, row + 9, row, keys_B2))
-    texts = [
-        decode_state.decode_chunk.lower(
-            model, state, np.int32(0), sampling, steps=4, mesh=devices
-        ).compile(),
-        decode_state.prefill.lower(model, state, admitted, mesh=devices).compile(),
-    ]
-    _, values = state.caches[0][0]
-    part = values.sharding.shard_shape(values.shape)
-    assert part[:2] == (slots, CONFIG.num_kv_heads // devices.devices.shape["tensor"])
-    whole = np.prod(part)
-    for compiled in texts:
-        moved = collectives(compiled.as_text())
-        if devices.devices.shape["tensor"] == 1:
-            assert moved == []  # not a word
-        assert all(size < whole / 4 for _, size in moved), moved
-        places = jax.tree.map(lambda x: x.sharding, state)
-        same = jax.tree.map(
-            lambda leaf, a, b: a.is_equivalent_to(b, leaf.ndim), state, places,
-            compiled.output_shardings,
-        )  # fmt: skip
-        assert all(jax.tree.leaves(same))
-
-
-# Scoring.
-
-
-def score(devices: Mesh, student: decoder.Params, teacher: decoder.Params, **settings):
-    tokens_BT, length_B = random_rows(CONFIG, B, T)
-    return calls.score(
-        on(devices, student), CONFIG, on(devices, teacher), TEACHER, tokens_BT, length_B,
-        vocabulary=90, top_k=3, token_chunk=7, microbatch_tokens=2 * T, mesh=devices,
-        support=("union", 2), events=EVENTS, **settings,
-    )  # fmt: skip
-
-
-@functools.cache
-def score_alone():
-    return score(ONE, noisy_params(CONFIG), noisy_params(TEACHER, seed=1))
-
-
-def test_scores_are_the_same_on_any_mesh(devices, params):
-    teacher = noisy_params(TEACHER, seed=1)
-    want, got = score_alone(), score(devices, params, teacher)
-    inside_BT = np.arange(T)[None] < random_rows(CONFIG, B, T)[1][:, None]
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(a[inside_BT], b[inside_BT], atol=2e-5)
-
-
-def test_the_reference_scores_alike_on_a_mesh(params):
-    teacher, reference = noisy_params(TEACHER, seed=1), noisy_params(CONFIG, seed=2)
-    results = [
-        score(devices, own, teacher, reference=decoder.Model(CONFIG, on(devices, reference)))
-        for devices, own in ((ONE, noisy_params(CONFIG)), (make("2x2x2"), params))
-    ]
-    inside_BT = np.arange(T)[None] < random_rows(CONFIG, B, T)[1][:, None]
-    want, got = (scores.reference_logprob_BT[inside_BT] for scores in results)
-    np.testing.assert_allclose(got, want, atol=2e-5)
-    assert np.abs(want).max() > 1.0
-
-
 # The update.
 
 
@@ -200,11 +94,12 @@ class Learner:
     """An update on a mesh, from the same weights; 2 rows of a replica at a time."""
 
     def __init__(self, devices: Mesh, params: decoder.Params, tx, dtype=jnp.float32):
-        shared = {"vocabulary": 90, "token_chunk": 7, "remat": "none"}
+        shared = {"token_chunk": 7, "remat": "none"}
+        events = EVENTS.replace(vocabulary=90)
         self.devices, self.dtype = devices, dtype
         self.accumulate = update.make_accumulate(
-            objective.make_rollout_loss(TERMS, CONFIG, CONFIG, events=EVENTS, **shared),
-            objective.make_golden_loss(CONFIG, **shared),
+            objective.make_rollout_loss(TERMS, CONFIG, CONFIG, events=events, **shared),
+            objective.make_golden_loss(TERMS, CONFIG, events=events, **shared),
             microbatch_tokens=2 * T,
             dtype=dtype,
             mesh=devices,
@@ -263,7 +158,7 @@ def test_a_gated_divergence_is_the_same_on_a_mesh(params):
         form="teacher_renormalised", gate="acceptance",
     )  # fmt: skip
     loss = objective.make_rollout_loss(
-        terms, CONFIG, vocabulary=90, token_chunk=7, remat="none", events=EVENTS
+        terms, CONFIG, token_chunk=7, remat="none", events=EVENTS.replace(vocabulary=90)
     )
     results = []
     for devices in (ONE, make("2x2x2")):
@@ -276,6 +171,35 @@ def test_a_gated_divergence_is_the_same_on_a_mesh(params):
     assert distance(got, want) < 1e-5
     assert distance(sums, wanted) < 1e-5
     assert abs(float(wanted["divergence"])) > 1e-3
+
+
+def test_soft_labels_on_golden_solutions_are_the_same_on_a_mesh(params):
+    """Beside the supervised term; hidden states are rows as well, the teacher's head is sharded."""
+    scored_BT = np.array(GOLDEN.weight_BT > 0)
+    scored_BT[0] = False
+    noise = np.random.default_rng(6).normal(size=(B, T, CONFIG.hidden_size)).astype(np.float32)
+    given = GOLDEN.replace(
+        divergence_weight_BT=np.asarray(losses.token_weights(scored_BT, "token")),
+        teacher_hidden_BTD=noise,
+    )
+    terms = default_terms(pg_weight=0.0, lambda_gold=0.3, golden_divergence=1.0)
+    loss = objective.make_golden_loss(
+        terms, CONFIG, token_chunk=7, remat="none", events=EVENTS.replace(vocabulary=90)
+    )
+    results = []
+    for devices in (ONE, make("2x2x2")):
+        accumulate = update.make_accumulate(
+            None, loss, microbatch_tokens=2 * T, dtype=jnp.float32, mesh=devices
+        )
+        own, teacher = params, noisy_params(CONFIG, seed=2)
+        if devices is not ONE:
+            own, teacher = on(devices, own), on(devices, teacher)
+        frozen = Frozen(teacher=decoder.head_alone(teacher))
+        results.append(accumulate(own, frozen, None, given, terms.weights))
+    (want, wanted), (got, sums) = results
+    assert distance(got, want) < 1e-5
+    assert distance(sums, wanted) < 1e-5
+    assert float(wanted["golden_divergence"]) > 1e-3
 
 
 def test_updates_are_the_same_on_any_mesh(devices, params):

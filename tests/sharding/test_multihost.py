@@ -1,8 +1,11 @@
 """Several real processes: the same run as one, killed and resumed; what is lost or differs is said."""
 
+import inspect
 import json
 import os
 import pathlib
+import re
+import signal
 import socket
 import subprocess
 import sys
@@ -13,6 +16,7 @@ import numpy as np
 import pytest
 
 from opd_jax import checkpoint, models
+from opd_jax import config as configuration
 from opd_jax.errors import ConfigError, ProcessError
 from opd_jax.models import decoder
 from opd_jax.sharding import multihost
@@ -143,7 +147,10 @@ def test_two_processes_killed_and_resumed_match_the_run_of_one(alone, tmp_path):
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_process_that_is_lost_ends_the_other(tmp_path, victim):
     workdir = tmp_path / "run"
-    pair = start_two(tmp_path, *SMALL, "--config.steps=500", f"--workdir={workdir}")
+    pair = start_two(
+        tmp_path, *SMALL, "--config.steps=500", "--config.processes.heartbeat_seconds=20",
+        f"--workdir={workdir}",
+    )  # fmt: skip
     wait_for(pair, lambda: (workdir / "checkpoints" / "1").is_dir())
     pair[victim].process.kill()
     began = time.monotonic()
@@ -202,11 +209,119 @@ def wait_for(pair: list[Started], ready, timeout: float = 500) -> None:
 
 
 @pytest.mark.short
-def test_a_coordinator_that_does_not_answer_is_refused(monkeypatch):
-    monkeypatch.setattr(multihost, "GATHER_S", 0.5)
+def test_a_coordinator_that_does_not_answer_is_refused():
     port = free_port()
-    with pytest.raises(ProcessError, match=rf"--coordinator=127.0.0.1:{port} does not answer"):
-        multihost.start(f"127.0.0.1:{port}", 2, 1)
+    with pytest.raises(
+        ProcessError,
+        match=rf"--coordinator=127.0.0.1:{port} does not answer within 0.5 s .*connect_seconds",
+    ):
+        multihost.start(f"127.0.0.1:{port}", 2, 1, connect_s=0.5)
+
+
+@pytest.mark.short
+def test_the_limits_are_those_of_jax(monkeypatch):
+    """JAX's own defaults, which its function names; a cold start on a network disk takes minutes."""
+    parameters = inspect.signature(jax.distributed.initialize).parameters
+    assert parameters["initialization_timeout"].default <= multihost.CONNECT_S
+    assert parameters["heartbeat_timeout_seconds"].default <= multihost.HEARTBEAT_S
+    processes = configuration.default().processes
+    assert processes.connect_seconds == multihost.CONNECT_S
+    assert processes.heartbeat_seconds == multihost.HEARTBEAT_S
+    given = {}
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **more: given.update(more))
+    multihost.start("127.0.0.1:1", 2, 0, connect_s=1.5, heartbeat_s=7)
+    assert given["initialization_timeout"] == 2
+    assert given["heartbeat_timeout_seconds"] == given["shutdown_timeout_seconds"] == 7
+
+
+@pytest.mark.short
+def test_a_jax_without_the_key_value_store_is_refused(monkeypatch):
+    monkeypatch.delattr("jax._src.distributed.global_state")
+    with pytest.raises(ProcessError, match=r"has no key-value store .* or start one process"):
+        multihost._client()
+
+
+@pytest.mark.slow
+def test_limits_that_cannot_be_are_refused_before_anything_connects(tmp_path):
+    one = Started(
+        tmp_path / "log", *SMALL, "--config.processes.heartbeat_seconds=0",
+        "--coordinator=127.0.0.1:1", "--num_processes=2", "--process_id=1", devices=1,
+    )  # fmt: skip
+    assert one.end(60) == 1
+    assert one.said.startswith(
+        "error: processes.heartbeat_seconds=0, wanted a whole number, at least 1; set --config."
+    )
+
+
+@pytest.mark.slow
+def test_a_coordinator_that_accepts_and_says_nothing_ends_the_process(tmp_path):
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        one = Started(
+            tmp_path / "log", *SMALL, f"--workdir={tmp_path / 'run'}",
+            "--config.processes.connect_seconds=5", "--num_processes=2", "--process_id=1",
+            f"--coordinator=127.0.0.1:{silent.getsockname()[1]}", devices=1,
+        )  # fmt: skip
+        began = time.monotonic()
+        assert one.end(60) == 1
+    print(f"silent coordinator: ended after {time.monotonic() - began:.1f} s", one.said[-500:])
+    assert f"error: {multihost.LOST}" in one.said.splitlines()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_process_that_never_comes_ends_process_0(tmp_path):
+    one = Started(
+        tmp_path / "log", *SMALL, f"--workdir={tmp_path / 'run'}",
+        "--config.processes.connect_seconds=5", "--num_processes=2", "--process_id=0",
+        f"--coordinator=127.0.0.1:{free_port()}", devices=1,
+    )  # fmt: skip
+    assert one.end(60) == 1
+    assert f"error: {multihost.LOST}" in one.said.splitlines()
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_stopped_process_is_reported_and_the_run_resumes(tmp_path, victim):
+    """SIGSTOP: no error, no end of a connection, and with JAX's limits 100 s until anything happens."""
+    workdir = tmp_path / "run"
+    arguments = (*SMALL, f"--workdir={workdir}")
+    pair = start_two(
+        tmp_path, *arguments, "--config.steps=500", "--config.watchdog.action=end",
+        "--config.watchdog.factor=2", "--config.watchdog.seconds=5",
+    )  # fmt: skip
+    wait_for(pair, lambda: (workdir / "checkpoints" / "4").is_dir())
+    worker, other = child_of(pair[victim].process.pid), pair[1 - victim]
+    os.kill(worker, signal.SIGSTOP)
+    began = time.monotonic()
+    while "late: step" not in other.said:
+        assert time.monotonic() < began + 60, other.said
+        time.sleep(0.1)
+    seconds = time.monotonic() - began
+    assert other.end(60) == AGAIN
+    print(f"late after {seconds:.1f} s, ended after {time.monotonic() - began:.1f} s\n{other.said}")
+    line = next(line for line in other.said.splitlines() if line.startswith("late: step"))
+    assert "s of it in stage " in line
+    assert f"; process {1 - victim} on " in line
+    assert re.search(rf"late: process {victim} was last heard from \d+ s ago, in ", other.said)
+    assert "Thread 0x" in other.said  # the stacks of all threads
+    assert "in __call__" in other.said
+    os.kill(worker, signal.SIGKILL)
+    pair[victim].end()
+    last = checkpoint.latest_step(workdir)
+    assert last >= 4
+    pair = start_two(tmp_path, *arguments, f"--config.steps={last + 1}")
+    assert [one.end() for one in pair] == [0, 0], pair[0].said + pair[1].said
+    assert f"resumed at step {last}" in pair[0].said
+
+
+def child_of(pid: int) -> int:
+    """The process that does the work: the other one only waits for it."""
+    children = pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    assert len(children) == 1
+    return int(children[0])
 
 
 @pytest.mark.short

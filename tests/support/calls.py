@@ -9,6 +9,7 @@ import numpy as np
 
 from opd_jax import scoring
 from opd_jax.models import Model, ModelConfig, Params
+from opd_jax.models.end_tokens import EVERY_ID
 from opd_jax.rollout import Batching, SamplingParams, row_keys, sample_responses
 from opd_jax.types import Rollout, Scores
 
@@ -39,6 +40,8 @@ def score(
     teacher_config: ModelConfig | None,
     tokens_BT: np.ndarray,
     length_B: np.ndarray,
+    vocabulary: int,
+    reference: Model | None = None,
     **settings: Any,
 ) -> Scores:
     """`scoring.score`; `settings` are its own and the fields of ScoreSpec."""
@@ -47,7 +50,8 @@ def score(
     if teacher is not None:
         assert teacher_config is not None
         other = Model(teacher_config, teacher)
+    events = spec.pop("events", EVERY_ID).replace(vocabulary=vocabulary)
     return scoring.score(
-        Model(student_config, student), other, tokens_BT, length_B,
-        scoring.ScoreSpec(**spec), **settings,
+        scoring.Models(Model(student_config, student), other, reference), tokens_BT, length_B,
+        scoring.ScoreSpec(events=events, **spec), **settings,
     )  # fmt: skip

@@ -11,17 +11,18 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from opd_jax import scoring
 from opd_jax.models import decoder
+from opd_jax.models.end_tokens import Events
 from opd_jax.training import objective
 from opd_jax.training.terms import ON_ROLLOUTS, default_terms
 from opd_jax.training.update import make_add
-from opd_jax.types import Frozen, RolloutRows
+from opd_jax.types import Frozen, RolloutRows, Support
 from tests.conftest import tiny_config
 
 VOCABULARY, SMALL, WIDTH, CHUNK = 152_000, 256, 256, 256
@@ -52,21 +53,17 @@ def score(vocabulary: int, tokens: int) -> Case:
     """Student and teacher, everything that the objective and the metrics need."""
     config = model(vocabulary)
     params, given = decoder.abstract_params(config), rows(tokens)
-    model_of, spec = decoder.Model(config, params), scoring.ScoreSpec(vocabulary, 16, CHUNK)
-    one = jax.jit(lambda s, t, tokens_BT, length_B: scoring.score_part(
-        s, t, tokens_BT, length_B, jnp.ones_like(length_B), None, spec
+    one, spec = decoder.Model(config, params), scoring.ScoreSpec(16, CHUNK, Events(vocabulary))
+    step = jax.jit(lambda models, tokens_BT, length_B: scoring.score_part(
+        models, tokens_BT, length_B, jnp.ones_like(length_B), None, spec
     ))  # fmt: skip
-    return one, (model_of, model_of, given.tokens_BT, given.length_B)
+    return step, (scoring.Models(one, one), given.tokens_BT, given.length_B)
 
 
 def score_with_reference(vocabulary: int, tokens: int) -> Case:
     """The same with the log-prob of a third model, from which an advantage is extrapolated."""
-    _, (pair, _, tokens_BT, length_B) = score(vocabulary, tokens)
-    spec = scoring.ScoreSpec(vocabulary, 16, CHUNK)
-    one = jax.jit(lambda s, t, tokens_BT, length_B, reference: scoring.score_part(
-        s, t, tokens_BT, length_B, jnp.ones_like(length_B), None, spec, reference
-    ))  # fmt: skip
-    return one, (pair, pair, tokens_BT, length_B, pair)
+    step, (pair, *arrays) = score(vocabulary, tokens)
+    return step, (pair.replace(reference=pair.student), *arrays)
 
 
 def naive_score(vocabulary: int, tokens: int) -> Case:
@@ -92,10 +89,41 @@ def update(vocabulary: int, tokens: int) -> Case:
     config = model(vocabulary)
     loss = objective.make_rollout_loss(
         default_terms(pg_weight=1.0), config,
-        vocabulary=vocabulary, token_chunk=CHUNK, remat="none",
+        token_chunk=CHUNK, remat="none", events=Events(vocabulary),
     )  # fmt: skip
     params, weights = decoder.abstract_params(config), {n: shape() for n in ON_ROLLOUTS}
     return make_add(loss, jnp.float32), (params, Frozen(), rows(tokens), weights, params)
+
+
+def update_of(numbers: dict, vocabulary: int, tokens: int) -> Case:
+    """The same with a divergence, over a support of the teacher's top 16 or over the vocabulary."""
+    config, terms = (
+        model(vocabulary),
+        default_terms(pg_weight=1.0, divergence_weight=1.0, **numbers),
+    )
+    loss = objective.make_rollout_loss(
+        terms, config, token_chunk=CHUNK, remat="none", events=Events(vocabulary)
+    )
+    given, frozen = rows(tokens), Frozen()
+    array_BT, params = given.weight_BT, decoder.abstract_params(config)
+    if terms.over_vocabulary:
+        frozen = Frozen(teacher=decoder.head_alone(params))
+        hidden_BTD = shape(*array_BT.shape, config.hidden_size)
+        given = given.replace(teacher_hidden_BTD=hidden_BTD)
+    else:
+        ids, logs = (shape(*array_BT.shape, 16, dtype=dtype) for dtype in (jnp.int32, jnp.float32))
+        given = given.replace(support=Support(ids, logs, logs, array_BT))
+    if terms.gated:
+        given = given.replace(divergence_gate_BT=array_BT)
+    weights = {n: shape() for n in ON_ROLLOUTS}
+    return make_add(loss, jnp.float32), (params, frozen, given, weights, params)
+
+
+FORWARD = {"direction": "forward", "support": "teacher"}
+update_eopd = partial(update_of, FORWARD | {"form": "teacher_renormalised", "gate": "entropy"})
+update_tropd = partial(update_of, FORWARD | {"gate": "acceptance"})
+update_reverse = partial(update_of, {"direction": "reverse"})
+update_mixture = partial(update_of, {"direction": "mixture", "reverse_share": 0.25})
 
 
 def naive_update(vocabulary: int, tokens: int) -> Case:
@@ -117,7 +145,9 @@ def naive_update(vocabulary: int, tokens: int) -> Case:
 
 CASES = {
     "score": score, "score with a reference": score_with_reference, "naive score": naive_score,
-    "update": update, "naive update": naive_update,
+    "update": update, "update, EOPD": update_eopd, "update, TrOPD": update_tropd,
+    "update, full reverse": update_reverse, "update, full mixture": update_mixture,
+    "naive update": naive_update,
 }  # fmt: skip
 
 
@@ -129,13 +159,17 @@ def reserved(case: str, vocabulary: int, tokens: int) -> int:
     return memory.temp_size_in_bytes + results
 
 
+def filled(x: jax.ShapeDtypeStruct) -> jax.Array:
+    """An array of small numbers. Rows have their full length: of a shorter one nothing is scored."""
+    is_length = x.dtype == jnp.int32 and len(x.shape) == 1
+    return jnp.full(x.shape, WIDTH if is_length else 1e-3, x.dtype)
+
+
 def grown(case: str, vocabulary: int, tokens: int) -> int:
     """Bytes by which this process's peak grew while it ran the case once."""
     fn, arguments = CASES[case](vocabulary, tokens)
     compiled = fn.lower(*arguments).compile()
-    arguments = jax.tree.map(
-        lambda x: jnp.asarray(np.zeros(x.shape, x.dtype) + 1e-3).astype(x.dtype), arguments
-    )
+    arguments = jax.tree.map(filled, arguments)
     jax.block_until_ready(arguments)
     with open("/proc/self/status") as status:
         before = next(int(line.split()[1]) for line in status if line.startswith("VmRSS")) * 1024
@@ -164,7 +198,7 @@ def main() -> None:
         beyond = [(a - b) for a, b in zip(large, small, strict=True)]
         slope = (beyond[-1] - beyond[0]) / (counts[-1] - counts[0])
         cells = ", ".join(f"{n}: {b / 2**20:.0f} MiB" for n, b in zip(counts, large, strict=True))
-        print(f"{case:13s} {cells}; a token beyond activations {slope / 1e3:.2f} kB", flush=True)
+        print(f"{case:22s} {cells}; a token beyond activations {slope / 1e3:.2f} kB", flush=True)
 
 
 if __name__ == "__main__":

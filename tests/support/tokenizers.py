@@ -55,6 +55,28 @@ def byte_level(
     return data.Tokenizer(str(folder))
 
 
+def merged(
+    folder: pathlib.Path,
+    merges: tuple[str, ...],
+    *,
+    special: tuple[str, ...] = SPECIAL,
+    template: str | None = CHATML,
+    turn: int = 0,
+) -> data.Tokenizer:
+    """Byte-level BPE of whole texts: merges such as "a+b", in this order; `turn` moves the letters' ids."""
+    letters = [*LETTERS[turn:], *LETTERS[:turn]]
+    pairs = [(a, b) for a, _, b in (merge.partition("+") for merge in merges)]
+    vocab = {t: i for i, t in enumerate([*letters, *(a + b for a, b in pairs)])}
+    inner = Tokenizer(kinds.BPE(vocab=vocab, merges=pairs))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens(list(special))
+    PreTrainedTokenizerFast(
+        tokenizer_object=inner, chat_template=template, eos_token=special[-1]
+    ).save_pretrained(folder)
+    return data.Tokenizer(str(folder))
+
+
 def sentencepiece(
     folder: pathlib.Path, template: str | None, *, kind: str, config: dict | None = None
 ) -> data.Tokenizer:

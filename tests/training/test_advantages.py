@@ -31,7 +31,7 @@ SCORES = Scores(
 def advantages(*, reward=(True, False), step: int = 1, scores: Scores = SCORES, **loss):
     got = batch.advantages(
         ROLLOUT, scores, MASK, default_terms(pg_weight=1.0, **loss),
-        reward_B=np.array(reward), group=2, step=step,
+        reward=batch.Reward(np.array(reward), 2), step=step,
     )  # fmt: skip
     assert got.dtype == np.float32
     assert not got[~MASK].any()
@@ -122,6 +122,33 @@ def test_evidence_needs_the_teacher_and_its_share_decides():
     assert not default_terms(pg_weight=1.0, teacher_coef=0.0, evidence_share=0.5).needs_teacher
 
 
+def test_a_margin_between_outcomes_by_hand():
+    """Means of (.5, -3, 0) and -2: gap 1.1667. A margin of 2 is .8333 short, half of it each way."""
+    plain = advantages(advantage_clamp=10.0)
+    long, short = advantages(outcome="margin", outcome_value=2.0)
+    np.testing.assert_allclose(long, plain[0] + 0.416667, rtol=1e-5)
+    np.testing.assert_allclose(short, plain[1] - 0.416667, rtol=1e-5)
+    for reward, margin in (((True, False), 1.0), ((True, True), 9.0), ((False, False), 9.0)):
+        got = advantages(reward=reward, outcome="margin", outcome_value=margin)
+        for one, two in zip(got, plain, strict=True):  # wide enough, or one outcome: plain OPD
+            np.testing.assert_array_equal(one, two)
+    clamped, _ = advantages(outcome="margin", outcome_value=2.0, advantage_clamp=1.0)
+    # (.5, -1, 0) and -1: gap .8333, short by 1.1667
+    np.testing.assert_allclose(clamped, [1.083333, -0.416667, 0.583333], rtol=1e-5)
+
+
+def test_routes_by_hand():
+    """Correct: 1 for every token. Not: log-ratios. One of each in a prompt: weight 2, the group."""
+    long, short = advantages(outcome="route", outcome_value=1.0)
+    np.testing.assert_array_equal(long, 2.0)
+    assert short == np.float32(-4.0)
+    long, short = advantages(reward=(False, False), outcome="route", outcome_value=1.0)
+    # mean log q -2 and -3: weights 2 e / (1 + e) and 2 / (1 + e)
+    np.testing.assert_allclose(long, 1.462117 * np.array([0.5, -3.0, 0.0]), rtol=1e-5)
+    np.testing.assert_allclose(short, 0.537883 * -2.0, rtol=1e-5)
+    assert default_terms(pg_weight=1.0, outcome="route").needs_reward
+
+
 def test_opct_by_hand():
     """2605.21834's test: log p (-1, -2), log q (-2, -1), coefficient 2, discount .5: A = (-1, 2)."""
     student = np.array([[NAN, -1.0, -2.0, NAN], [NAN, -1.0, NAN, NAN]], np.float32)
@@ -129,7 +156,6 @@ def test_opct_by_hand():
     scores = SCORES.replace(student_logprob_BT=student, teacher_logprob_BT=teacher)
     mask = MASK & np.isfinite(student)
     got = batch.advantages(
-        ROLLOUT, scores, mask, default_terms(pg_weight=1.0, teacher_coef=2.0, discount=0.5),
-        reward_B=None, group=1,
-    )  # fmt: skip
+        ROLLOUT, scores, mask, default_terms(pg_weight=1.0, teacher_coef=2.0, discount=0.5)
+    )
     np.testing.assert_allclose(got[0, 1:3], [-1.0, 2.0])

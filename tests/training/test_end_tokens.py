@@ -265,6 +265,9 @@ CASES: dict[str, tuple[Terms, Formula]] = {
     "reverse KL": (default_terms(pg_weight=0.0, **DIVERGES), kl_to("teacher")),
     "forward KL": (default_terms(pg_weight=0.0, **DIVERGES, direction="forward"), forward),
 }
+_GOLDEN = {"pg_weight": 0.0, "golden_divergence": 1.0}
+CASES["reverse KL, golden"] = default_terms(**_GOLDEN, golden_direction="reverse"), kl_to("teacher")
+CASES["forward KL, golden"] = default_terms(**_GOLDEN), forward
 for _support in SUPPORTS[1:]:
     _over = {"support": _support, "top_k": K}
     CASES[f"KL over {_support}"] = (
@@ -277,12 +280,15 @@ for _support in SUPPORTS[1:]:
 
 def gradient(terms: Terms) -> np.ndarray:
     """The code's gradient in the student's output matrix [96, D]."""
-    given = scores(support=terms.scored_support, keep_hidden=terms.over_vocabulary)
-    advantage = batch.advantages(ROLLOUT, given, MASK, terms, reward_B=REWARD, group=4)
-    made = batch.rollout_rows(ROLLOUT, given, MASK, advantage, terms, weigh=lambda _: WEIGHT)
-    loss = objective.make_rollout_loss(
-        terms, STUDENT, STUDENT, vocabulary=SHARED, token_chunk=7, remat="none", events=EVENTS
-    )
+    given = scores(support=terms.scored_support, keep_hidden=terms.reads_head)
+    settings = {"token_chunk": 7, "remat": "none", "events": EVENTS.replace(vocabulary=SHARED)}
+    if terms.needs_golden:
+        made = batch.golden_rows(ROLLOUT, weigh=lambda _: WEIGHT, scores=given, scored_BT=MASK)
+        loss = objective.make_golden_loss(terms, STUDENT, **settings)
+    else:
+        advantage = batch.advantages(ROLLOUT, given, MASK, terms, reward=batch.Reward(REWARD, 4))
+        made = batch.rollout_rows(ROLLOUT, given, MASK, advantage, terms, weigh=lambda _: WEIGHT)
+        loss = objective.make_rollout_loss(terms, STUDENT, STUDENT, **settings)
     frozen = Frozen(reference=weights("reference"), teacher=decoder.head_alone(weights("teacher")))
 
     def of_head(kernel):

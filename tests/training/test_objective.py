@@ -10,6 +10,7 @@ import pytest
 
 from opd_jax import losses, scoring
 from opd_jax.models import decoder
+from opd_jax.models.end_tokens import Events
 from opd_jax.training import objective
 from opd_jax.training.terms import default_terms
 from opd_jax.types import Frozen, GoldenRows, RolloutRows, TeacherRows
@@ -34,7 +35,7 @@ def weighted(loss, terms):
 def rollout_loss(estimator: str = "full", vocabulary: int = VOCABULARY):
     """((total, parts), gradient) of (params, reference, rows), jitted once for all tests."""
     terms = dataclasses.replace(TERMS, kl_estimator=estimator)
-    loss = objective.make_rollout_loss(terms, CONFIG, CONFIG, vocabulary=vocabulary, **SHARED)
+    loss = objective.make_rollout_loss(terms, CONFIG, CONFIG, events=Events(vocabulary), **SHARED)
     made = jax.jit(jax.value_and_grad(weighted(loss, terms), has_aux=True))
     return lambda params, reference, rows: made(params, Frozen(reference=reference), rows)
 
@@ -146,7 +147,7 @@ def test_a_teacher_equal_to_the_student_teaches_nothing(rows):
     np.testing.assert_array_equal(advantage_BT, 0.0)
     rows = rows.replace(advantage_BT=advantage_BT, sampler_logprob_BT=scores.student_logprob_BT)
     terms = dataclasses.replace(TERMS, beta_kl=0.0)
-    loss = objective.make_rollout_loss(terms, CONFIG, vocabulary=VOCABULARY, **SHARED)
+    loss = objective.make_rollout_loss(terms, CONFIG, **SHARED)
     (total, parts), gradient = jax.jit(jax.value_and_grad(weighted(loss, terms), has_aux=True))(
         STUDENT, Frozen(), rows
     )
@@ -217,9 +218,9 @@ def test_golden_loss_equals_the_direct_sum(rows):
     def direct(params):
         return -0.3 * jnp.sum(golden.weight_BT[:, 1:] * token_logprobs(params, golden)[0])
 
-    loss = objective.make_golden_loss(CONFIG, vocabulary=VOCABULARY, token_chunk=7, remat="full")
+    loss = objective.make_golden_loss(TERMS, CONFIG, token_chunk=7, remat="full")
     (total, parts), gradient = jax.jit(jax.value_and_grad(weighted(loss, TERMS), has_aux=True))(
-        STUDENT, golden
+        STUDENT, Frozen(), golden
     )
     expected, expected_gradient = jax.jit(jax.value_and_grad(direct))(STUDENT)
     np.testing.assert_allclose(total, expected, rtol=1e-5)
@@ -263,7 +264,7 @@ def test_divergence_equals_the_direct_sum_behind_a_prompt_of_the_teachers_own(ro
         STUDENT, CONFIG, REFERENCE, CONFIG, rows.tokens_BT, rows.length_B, teacher_rows=own,
         keep_hidden=True, vocabulary=VOCABULARY, top_k=2, token_chunk=7, microbatch_tokens=40,
     )  # fmt: skip
-    loss = objective.make_rollout_loss(terms, CONFIG, vocabulary=VOCABULARY, **SHARED)
+    loss = objective.make_rollout_loss(terms, CONFIG, **SHARED)
     (total, parts), gradient = jax.jit(jax.value_and_grad(weighted(loss, terms), has_aux=True))(
         STUDENT,
         Frozen(teacher=decoder.head_alone(REFERENCE)),

@@ -23,9 +23,10 @@ from opd_jax.memory_plan.step_time import step_time
 from opd_jax.memory_plan.workload import of_config
 from opd_jax.models.fingerprint import fingerprint
 from opd_jax.tools import record
-from opd_jax.training import precompile, replay
+from opd_jax.training import model_limits, precompile, replay, selftest
 from opd_jax.training.rewards import Rewards
 from opd_jax.training.setup import make_setup
+from opd_jax.training.terms import make_terms
 from opd_jax.types import Outcome, Rollout, Scores, Support
 from opd_jax.workdir import atomic
 from opd_jax.workdir.stop import Stop
@@ -151,6 +152,14 @@ def test_a_fingerprint_is_of_the_tensors_and_not_of_the_files(tmp_path):
         ({"teacher.path": "student", "teacher.follow": "live"}, "a teacher that changes"),
         ({"guard.action": "warn"}, "which watches rollouts of the current student"),
         ({"log.variants": 1}, "set --config.log.variants=0"),
+        (
+            {"loss.golden_divergence": 1.0},
+            "loss.golden_divergence=1, which scores golden solutions",
+        ),
+        ({"loss.low_kl_window": 8}, "set --config.loss.low_kl_window=0"),
+        ({"rollout.horizon": (8, 16)}, "rollout.horizon=(8, 16), which bounds responses while"),
+        ({"jump.problems": 4}, "set --config.jump.problems=0"),
+        ({"guard.self_test": "always"}, "guard.self_test=always, which compares the sampler"),
         ({"replay.path": "", "replay.other_student": True}, "replay.other_student=True has no"),
     ],
 )
@@ -165,6 +174,29 @@ def test_what_a_recording_does_not_have_is_refused_in_one_line(changes, says):
         validate(config)
     assert says in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_teacher_with_another_tokenizer_is_refused_in_one_line():
+    config = opd.get_config()
+    model_limits.check_spans(config, make_terms(config))
+    config.replay.path = "somewhere"
+    with pytest.raises(
+        ConfigError, match=r"^replay.path=somewhere, .*; set --config.replay.path=$"
+    ):
+        model_limits.check_spans(config, make_terms(config))
+
+
+def test_a_recording_without_rewards_is_refused_where_the_loss_needs_them(tmp_path):
+    def written(name: str, **found) -> replay.Replay:
+        writer = replay.Writer(tmp_path / name, {"format": 1})
+        writer.add(replay.pack(rollout(), scores(), **found), [(0, "a"), (1, "b")])
+        return replay.Replay(tmp_path / name, {}, writer.shards, WIDTH)
+
+    known = Rewards(np.array([0.5, 0.0], np.float32), np.array([True, False]))
+    replay.check_rewards(written("graded", grades=[None, Grade.WRONG]))
+    replay.check_rewards(written("rewarded", grades=[None, None], rewards=known))
+    with pytest.raises(ConfigError, match="needs the reward of each rollout; record again"):
+        replay.check_rewards(written("neither", grades=[None, None]))
 
 
 def test_the_plan_has_no_rollout_and_no_teacher():
@@ -214,10 +246,11 @@ def replayed(config: ConfigDict, folder: pathlib.Path) -> ConfigDict:
 
 
 @pytest.mark.slow
-def test_the_first_step_of_a_replay_is_the_live_one(folders, recorded, tmp_path):
+@pytest.mark.parametrize("loss", [{}, {"outcome": "route", "outcome_value": 1.0}])
+def test_the_first_step_of_a_replay_is_the_live_one(folders, recorded, tmp_path, loss):
     config = recording_config(folders, "stable_opd")
     config.steps = 1
-    config.loss.importance_cap = 2.0
+    config.loss.update({"importance_cap": 2.0} | loss)
     live = train.run(config, str(tmp_path / "live"), command=[])
     again = train.run(replayed(config, recorded), str(tmp_path / "replay"), command=[])
     assert distance(again.state.params, live.state.params) < 1e-6
@@ -394,6 +427,9 @@ def test_a_replay_meets_no_program_that_was_not_compiled_ahead(
         caplog.clear()
         return seconds
 
+    monkeypatch.setattr(
+        selftest, "wanted", lambda *_: True
+    )  # it samples, so a replay leaves it out
     monkeypatch.setattr(precompile, "worthwhile", lambda: True)
     monkeypatch.setattr(precompile, "compile_all", compile_all)
     config.log.gradients = 1

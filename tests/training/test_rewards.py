@@ -13,12 +13,14 @@ from opd_jax.data.problem import Problem
 from opd_jax.errors import ConfigError, DataError, RewardError
 from opd_jax.grading.grader import Grade
 from opd_jax.training import rewards
+from opd_jax.training.batch import Reward, advantages
 from opd_jax.training.rewards import Rewards
 from opd_jax.training.setup import make_setup
 from opd_jax.training.terms import default_terms
 from opd_jax.training.token_factor import token_factor
 from tests.support.small_run import lines, questions, small, without_times
 from tests.training.test_token_factor import MASK, experience, scores, weigh
+from tests.training.test_topk_objective import SAMPLED
 
 FUNCTIONS = "tests.support.reward_functions"
 GRADES = [Grade.CORRECT, Grade.WRONG, Grade.TIMEOUT, None, Grade.UNPARSED]
@@ -79,6 +81,25 @@ def test_the_gate_of_correct_rollouts_opens_from_a_reward_on():
     assert high == [True, False, False, False]
 
 
+@pytest.mark.parametrize("rule", [{"outcome": "margin", "outcome_value": 9.0},
+                                  {"outcome": "route", "outcome_value": 1.0}])  # fmt: skip
+@pytest.mark.parametrize(
+    ("least", "correct"), [(0.5, [1, 1, 0, 0]), (0.6, [1, 0, 0, 0]), (0.8, [0, 0, 0, 0])]
+)
+def test_outcomes_take_as_correct_what_the_gate_lets_pass(rule, least, correct):
+    """Rewards (.7, .5), (unknown, .3): advantages are those of the verdicts `correct`, bit for bit."""
+    known_B = np.array([True, True, False, True])
+    reward = Reward(np.array([0.7, 0.5, 0.9, 0.3], np.float32), 2, known_B)
+    verdict = Reward(np.array(correct, np.float32), 2, known_B)
+    assert reward.correct_B(least).tolist() == [bool(x) for x in correct]
+    own = default_terms(**rule, rollout_gate_reward=least)
+    got = advantages(SAMPLED, scores(), MASK, own, reward=reward)
+    wanted = advantages(SAMPLED, scores(), MASK, default_terms(**rule), reward=verdict)
+    np.testing.assert_array_equal(got, wanted)
+    other = Reward(np.array([0.0, 1.0, 0.0, 1.0], np.float32), 2, known_B)
+    assert not np.array_equal(got, advantages(SAMPLED, scores(), MASK, own, reward=other))
+
+
 def test_a_column_is_one_reward_of_a_problem():
     found = rewards.of_column([problem(ok=1), problem(ok=0.25)], "ok", group=2)
     assert found.reward_B.tolist() == [1.0, 1.0, 0.25, 0.25]
@@ -111,10 +132,14 @@ def test_a_column_without_a_reward(fields, says):
         ({"on_error": "zero"}, {}, "wanted one of stop, leave_out"),
         ({"column": "x"}, {"group_coef": 1.0}, "gives every rollout of a problem the same reward"),
         ({"column": "x"}, {"rollout_gate": "agreement"}, "gives every rollout of a problem the"),
+        ({"column": "x"}, {"outcome": "margin", "outcome_value": 0.4}, "gives every rollout of a"),
         ({"column": "x"}, {}, "no term of this loss reads a reward"),
         ({"function": "m:f"}, {"pg_weight": 0.0, "lambda_gold": 1.0}, "this loss makes no rollouts"),
         ({}, {"rollout_gate": "correct", "rollout_gate_reward": 0.7},
          "loss.rollout_gate_reward=0.7 has no effect"),
+        ({}, {"outcome": "route", "outcome_value": 1.0, "rollout_gate_reward": 0.7},
+         "loss.rollout_gate_reward=0.7 has no effect"),
+        ({"function": "m:f"}, {"rollout_gate_reward": 0.7}, "loss.rollout_gate_reward=0.7 has no"),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_refused_in_one_line(reward, loss, says):
@@ -132,6 +157,7 @@ def test_what_works_is_accepted():
         ({"function": "m.n:f", "seconds": 5.0, "processes": 3, "on_error": "leave_out"}, {}),
         ({"function": "m:f"}, {"rollout_gate": "correct", "rollout_gate_reward": 0.7}),
         ({"column": "x"}, {"rollout_gate": "correct", "rollout_gate_reward": 1.0}),
+        ({"column": "x"}, {"outcome": "route", "outcome_value": 1.0, "rollout_gate_reward": 0.7}),
     ):
         config = grpo.get_config() if "column" not in reward else opd.get_config()
         config.reward.update(reward)

@@ -1,9 +1,12 @@
 """What a run's setup makes of golden solutions and of the templates of its prompts."""
 
+import json
+
 import pytest
 
 from opd_jax.errors import DataError
 from opd_jax.training.setup import make_setup
+from tests.support.small_run import small
 from tests.support.thoughts import THOUGHTS, sft
 from tests.support.tokenizers import CHATML, LLAMA3, OPENS, TURNS
 
@@ -60,3 +63,21 @@ def test_the_start_of_a_run_says_what_its_prompts_do(folders, tmp_path, template
     config.rollout.max_prompt_tokens = 100
     config.rollout.max_response_tokens = 60
     assert says.replace("\\\\", "\\") in "\n".join(make_setup(config).notes)
+
+
+def test_a_teacher_with_its_own_prompt_has_room_for_the_budget_of_a_response(folders, tmp_path):
+    """A solution may use what a short prompt leaves of a row, unless the teacher reads rows of its own."""
+    file = tmp_path / "rows.jsonl"
+    row = {"problem": "1+1?", "solution": "2" * 30, "answer": "2"}
+    file.write_text(json.dumps(row) + "\n")
+    config = small(folders, "opd")
+    config.data.train, config.eval.data = str(file), ""
+    config.rollout.max_prompt_tokens, config.rollout.max_response_tokens = 36, 25
+    config.loss.golden_divergence = 1.0
+    assert len(make_setup(config).train) == 1
+    config.data.teacher_prompt_template = "Think. {problem}"
+    with pytest.raises(DataError, match="golden solution has 31 tokens") as error:
+        make_setup(config)
+    assert "--config.rollout.max_response_tokens=31" in str(error.value)
+    config.loss.update({"golden_divergence": 0.0, "lambda_gold": 1.0})
+    assert len(make_setup(config).train) == 1  # the supervised term asks no teacher

@@ -65,7 +65,7 @@ def factor(counted=MASK, grades=GRADES, **numbers) -> np.ndarray | None:
 
 def rows(terms: Terms, factor_BT=None, gate_BT=None, counted=MASK):
     advantage = batch.advantages(
-        SAMPLED, scores(), MASK, terms, reward_B=None, group=2,
+        SAMPLED, scores(), MASK, terms,
         factor_BT=factor_BT if terms.token_weight_on == "teacher" else None,
     )  # fmt: skip
     return batch.rollout_rows(
@@ -165,15 +165,14 @@ def test_a_weight_on_a_support():
 
 def test_a_group_advantage_keeps_its_weight_where_the_teachers_is_weighed():
     """SOD: A_group + coef w_t l_t."""
-    reward = np.array([True, False, True, True])
+    reward = batch.Reward(np.array([True, False, True, True]), 2)
     w = factor(token_weight="step", token_weight_window=2)
-    kind = {"reward_B": reward, "group": 2}
     both = default_terms(
         pg_weight=1.0, group_coef=1.0, token_weight="step", token_weight_on="teacher"
     )
-    got = batch.advantages(SAMPLED, scores(), MASK, both, factor_BT=w, **kind)
+    got = batch.advantages(SAMPLED, scores(), MASK, both, factor_BT=w, reward=reward)
     group = batch.advantages(
-        SAMPLED, scores(), MASK, dataclasses.replace(both, teacher_coef=0.0), **kind
+        SAMPLED, scores(), MASK, dataclasses.replace(both, teacher_coef=0.0), reward=reward
     )
     ratio = np.where(MASK, scores().teacher_logprob_BT - scores().student_logprob_BT, 0.0)
     np.testing.assert_allclose(got, group + w * ratio, atol=1e-6)

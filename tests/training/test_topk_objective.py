@@ -123,9 +123,7 @@ def test_scores_do_not_depend_on_the_support():
 
 def loss_of(terms: Terms):
     """jitted (value by name, gradient of the sum) of (params, frozen, rows)."""
-    loss = objective.make_rollout_loss(
-        terms, CONFIG, vocabulary=VOCABULARY, token_chunk=7, remat="none"
-    )
+    loss = objective.make_rollout_loss(terms, CONFIG, token_chunk=7, remat="none")
 
     def total(params, frozen, given):
         return loss(params, frozen, given, dict.fromkeys(terms.weights, 1.0))
@@ -133,9 +131,9 @@ def loss_of(terms: Terms):
     return jax.jit(jax.value_and_grad(total, has_aux=True))
 
 
-def make_rows(terms: Terms, support: str, reward=None, group: int = 2) -> RolloutRows:
+def make_rows(terms: Terms, support: str, reward: batch.Reward | None = None) -> RolloutRows:
     scores = scored(None if support == "full" else support)
-    advantage = batch.advantages(SAMPLED, scores, MASK, terms, reward_B=reward, group=group)
+    advantage = batch.advantages(SAMPLED, scores, MASK, terms, reward=reward)
     return batch.rollout_rows(SAMPLED, scores, MASK, advantage, terms, weigh=lambda _: WEIGHT)
 
 
@@ -151,7 +149,7 @@ def every_divergence(support: str):
     made = [
         objective.make_rollout_loss(
             dataclasses.replace(base, direction=d, form=f), CONFIG,
-            vocabulary=VOCABULARY, token_chunk=7, remat="none",
+            token_chunk=7, remat="none",
         )
         for d, f in kinds
     ]  # fmt: skip
@@ -237,16 +235,16 @@ def test_the_published_top_k_surrogate(support):
 
 
 def test_group_advantage_stands_beside_the_teachers():
-    reward = np.array([True, False, True, True])
+    reward = batch.Reward(np.array([True, False, True, True]), 2)
     terms = default_terms(pg_weight=1.0, teacher_coef=0.5, group_coef=2.0)
     scores = scored(None)
-    got = batch.advantages(SAMPLED, scores, MASK, terms, reward_B=reward, group=2)
+    got = batch.advantages(SAMPLED, scores, MASK, terms, reward=reward)
     ratio = scores.teacher_logprob_BT - scores.student_logprob_BT
     # (1, 0): mean 1/2, unbiased deviation sqrt(1/2): +-0.707106; (1, 1): 0
     group = np.array([0.707106, -0.707106, 0.0, 0.0])[:, None]
     np.testing.assert_allclose(got, np.where(MASK, 0.5 * ratio + 2.0 * group, 0.0), atol=1e-5)
     alone = dataclasses.replace(terms, teacher_coef=0.0, group_normalise=False)
-    got = batch.advantages(SAMPLED, scores, MASK, alone, reward_B=reward, group=2)
+    got = batch.advantages(SAMPLED, scores, MASK, alone, reward=reward)
     np.testing.assert_allclose(
         got, np.where(MASK, np.array([1.0, -1.0, 0, 0])[:, None], 0.0), atol=1e-6
     )
@@ -255,7 +253,7 @@ def test_group_advantage_stands_beside_the_teachers():
 @pytest.mark.slow
 def test_group_advantage_beside_a_support():
     """Both surrogates, of the sampled token and of the support, in one term."""
-    reward = np.array([True, False, True, True])
+    reward = batch.Reward(np.array([True, False, True, True]), 2)
     both = default_terms(
         pg_weight=1.0, advantage="support", support="teacher", top_k=K, group_coef=1.0
     )
@@ -283,7 +281,7 @@ def test_clamp_discount_and_importance_by_hand():
 
     def advantage(**changes: float) -> np.ndarray:
         terms = default_terms(pg_weight=1.0, **changes)
-        return batch.advantages(made, scores, mask, terms, reward_B=None, group=1)[0]
+        return batch.advantages(made, scores, mask, terms)[0]
 
     np.testing.assert_allclose(advantage(), [0, -8, 1, 2, 0], atol=1e-5)
     np.testing.assert_allclose(advantage(advantage_clamp=5.0), [0, -5, 1, 2, 0], atol=1e-5)
@@ -356,7 +354,7 @@ def test_what_terms_need():
 def test_no_array_of_batch_time_vocabulary_with_supports(numbers):
     terms = dataclasses.replace(TERMS, **numbers)
     config = tiny_config(num_layers=1, vocab_size=2000)
-    loss = objective.make_rollout_loss(terms, config, vocabulary=2000, token_chunk=8, remat="none")
+    loss = objective.make_rollout_loss(terms, config, token_chunk=8, remat="none")
     given = make_rows(dataclasses.replace(TERMS, support="union"), "union")
     if terms.gated:
         given = given.replace(divergence_gate_BT=np.ones(MASK.shape, np.float32))

@@ -81,12 +81,12 @@ def toy_rollout_loss(params, reference, rows, weights):
     return weighted({"opd": jnp.sum(rows.weight_BT * y_BT**2)}, weights)
 
 
-def toy_golden_loss(params, rows, weights):
+def toy_golden_loss(params, _, rows, weights):
     bias = params["dense"]["bias"][None, : rows.tokens_BT.shape[1]]
     return weighted({"sft": jnp.sum(rows.weight_BT * rows.tokens_BT * bias**2)}, weights)
 
 
-ONES = {"opd": 1.0, "divergence": 0.0, "reference_kl": 0.0, "sft": 1.0}
+ONES = {"opd": 1.0, "divergence": 0.0, "reference_kl": 0.0, "sft": 1.0, "golden_divergence": 0.0}
 
 
 def make_step(
@@ -113,11 +113,11 @@ def model_update(*, golden: float, beta: float, limbs: bool, rows: int = B):
         beta_kl=beta,
         traced_at_zero=("reference_kl", "sft") if limbs else (),
     )
-    shared = {"vocabulary": CONFIG.vocab_size, "token_chunk": 16, "remat": "none"}
+    shared = {"token_chunk": 16, "remat": "none"}
     return make_step(
         OPTIMIZERS["sgd"],
         objective.make_rollout_loss(terms, CONFIG, CONFIG, **shared),
-        objective.make_golden_loss(CONFIG, **shared) if limbs else None,
+        objective.make_golden_loss(terms, CONFIG, **shared) if limbs else None,
         tokens=rows * T,
         weights=terms.weights,
     )
@@ -293,14 +293,20 @@ def test_term_gradients_by_hand():
         parts = {"opd": 3.0 * x + 4.0 * y, "reference_kl": 4.0 * x - 3.0 * y}
         return weighted(parts, weights)
 
-    def on_golden(params, rows, weights):
+    def on_golden(params, frozen, rows, weights):
         x, y = params["w"][0]
         return weighted({"sft": 6.0 * x + 8.0 * y}, weights)
 
     accumulate = update.make_accumulate(
         on_rollouts, on_golden, microbatch_tokens=2, dtype=jnp.float32
     )
-    weights = {"opd": 1.0, "divergence": 0.0, "reference_kl": 2.0, "sft": 0.5}
+    weights = {
+        "opd": 1.0,
+        "divergence": 0.0,
+        "reference_kl": 2.0,
+        "sft": 0.5,
+        "golden_divergence": 0.0,
+    }
     got = update.term_gradients(accumulate, params, Frozen(), rows, golden, weights)
     expected = {
         "optim/grad_norm_opd": 5.0,
@@ -393,15 +399,14 @@ def test_in_bfloat16_the_gradients_of_embedding_and_head_add_up_in_float32():
     """600 times the same token: summed in bfloat16, 1 + 1 + ... gets no further than 256."""
     config = tiny_config(num_layers=1, tie_embeddings=False, max_position=600)
     params = random_params(config, seed=3)
-    loss = objective.make_golden_loss(
-        config, vocabulary=config.vocab_size, token_chunk=1, remat="none"
-    )
+    terms = default_terms(pg_weight=0.0, lambda_gold=1.0)
+    loss = objective.make_golden_loss(terms, config, token_chunk=1, remat="none")
     rows = GoldenRows(
         np.full((1, 600), 7, np.int32), np.array([600], np.int32), np.ones((1, 600), np.float32)
     )
     gradients = {}
     for dtype in (jnp.bfloat16, jnp.float32):
-        add = update.make_add(lambda params, _, rows, *rest: loss(params, rows, *rest), dtype)
+        add = update.make_add(loss, dtype)
         zeros = jax.tree.map(jnp.zeros_like, params)
         _, _, gradients[dtype] = add(params, Frozen(), rows, {"sft": 1.0}, zeros)
     rough, exact = gradients[jnp.bfloat16], gradients[jnp.float32]

@@ -6,6 +6,7 @@ import pytest
 
 from opd_jax import losses, train
 from opd_jax.errors import DataError
+from opd_jax.grading.grader import Grade, Grader
 from opd_jax.training.setup import make_setup
 from tests.support.small_run import lines, questions, small, without_times
 
@@ -45,6 +46,27 @@ def test_a_gated_run_logs_its_gate_and_resumes_exactly(folders, tmp_path, name):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("rule", "value"), [("margin", 5.0), ("route", 1.0)])
+def test_a_run_by_outcomes(folders, tmp_path, monkeypatch, rule, value):
+    """Every other rollout is correct: a margin is reached exactly; correct rollouts have one advantage."""
+    config = config_of(folders, outcome=rule, outcome_value=value)
+    config.log.rollouts = 8
+    every_other = [Grade.CORRECT, Grade.WRONG] * 4
+    monkeypatch.setattr(Grader, "grade", lambda self, pairs, **how: every_other)
+    train.run(config, str(tmp_path / "run"), command=[])
+    found = lines(tmp_path / "run", "rollouts.jsonl")
+    assert len(found) == 16
+    for right, wrong in zip(found[::2], found[1::2], strict=True):
+        if rule == "margin":
+            gap = np.mean(right["advantage"]) - np.mean(wrong["advantage"])
+            np.testing.assert_allclose(gap, 5.0, atol=1e-3)
+        else:  # one rollout of each outcome: both have the weight 2
+            np.testing.assert_array_equal(right["advantage"], 2.0)
+            ratio = np.subtract(wrong["teacher_logprob"], wrong["student_logprob"])
+            np.testing.assert_allclose(wrong["advantage"], 2.0 * ratio, atol=1e-3)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("on", losses.WEIGHTED)
 @pytest.mark.parametrize("rule", RULES)
 def test_a_run_with_a_token_weight(folders, tmp_path, rule, on):
@@ -58,9 +80,16 @@ def test_a_run_with_a_token_weight(folders, tmp_path, rule, on):
         assert all(0.4 < row["loss/unweighted_tokens"] <= 0.5 for row in rows)
 
 
-@pytest.mark.parametrize("gate", ["correct", "agreement"])
-def test_a_gate_by_rewards_needs_answers(folders, tmp_path, gate):
-    config = config_of(folders, rollout_gate=gate)
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        {"rollout_gate": "correct"}, {"rollout_gate": "agreement"},
+        {"outcome": "margin", "outcome_value": 0.4}, {"outcome": "route", "outcome_value": 1.0},
+        {"group_coef": 1.0, "evidence_share": 0.5},
+    ],
+)  # fmt: skip
+def test_what_reads_rewards_needs_answers(folders, tmp_path, numbers):
+    config = config_of(folders, **numbers)
     config.data.train = questions(tmp_path)
     with pytest.raises(DataError) as error:
         make_setup(config)

@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from opd_jax.models import ModelConfig, flops
+from opd_jax.models import Model, ModelConfig, flops
 from opd_jax.models.flops import Work
-from opd_jax.tools.bench import workloads
+from opd_jax.rollout import decode_state
+from opd_jax.tools.bench import floors, workloads
 from opd_jax.tools.bench.ceilings import Ceilings
+from opd_jax.tools.bench.floors import Floors
 from opd_jax.tools.bench.measure import (
     Peak,
     Row,
@@ -26,13 +28,14 @@ _SHORT = 8  # tokens of the shorter of two runs whose difference is the time of 
 
 @dataclasses.dataclass
 class Bench:
-    """State shared by the cases of a suite: settings, the measured limits, and rows by name."""
+    """State shared by the cases of a suite: settings, the measured limits and floors, and rows by name."""
 
     repeats: int
     most_s: float  # no further repeat of a case starts after this many seconds
     microbatch_tokens: int
     token_chunk: int
     ceilings: Ceilings | None = None
+    floors: Floors | None = None  # None: no row is compared with its own products
     kept: dict[str, Row] = dataclasses.field(default_factory=dict)
 
     def time(self, fn: Any, *, warm: bool = False) -> Timing:
@@ -49,14 +52,15 @@ class Bench:
         works: Sequence[Work],
         peak: Peak,
         note: str = "",
+        floor_s: float | None = None,
     ) -> list[Row]:
-        """Return the row, compared with the measured limits; `kept` has it by name."""
+        """Return the row, compared with the measured limits and its floor; `kept` has it by name."""
         limits = self.ceilings.limits() if self.ceilings else {}
         row = make_row(
             name, shape, timing,
             tokens=tokens, works=works if self.ceilings else (), peak=peak, **limits,
         )  # fmt: skip
-        self.kept[name] = dataclasses.replace(row, note=note)
+        self.kept[name] = dataclasses.replace(row, note=note, floor_s=floor_s)
         return [self.kept[name]]
 
 
@@ -76,6 +80,7 @@ def generation(
     return bench.row(
         f"generate, batch {batch}", f"{prompt}+{new}", timing,
         tokens=batch * new, works=works, peak=peak(),
+        floor_s=_rollout_floor(bench, subject, batch=batch, prompt=prompt, new=new),
     )  # fmt: skip
 
 
@@ -171,9 +176,18 @@ def scoring(
         flops.forward(m.config, batch_rows.length_B, itemsize=m.itemsize)
         for m in (student, teacher)
     ]
+    floor_s = None
+    if bench.floors:
+        floor_s = sum(
+            bench.floors.forward(
+                m.config, rows, width, logits=width, most_tokens=bench.microbatch_tokens
+            )
+            for m in (student, teacher)
+        )
     return bench.row(
-        name, f"{rows} x {width}", timing, tokens=rows * width, works=works, peak=peak()
-    )
+        name, f"{rows} x {width}", timing,
+        tokens=rows * width, works=works, peak=peak(), floor_s=floor_s,
+    )  # fmt: skip
 
 
 def updating(
@@ -192,9 +206,14 @@ def updating(
 
         timing = bench.time(run)
     works = flops.update(config, batch_rows.length_B, itemsize=np.dtype(dtype).itemsize)
+    floor_s = None
+    if bench.floors:
+        sizes = {"logits": width, "most_tokens": bench.microbatch_tokens}
+        floor_s = bench.floors.forward(config, rows, width, **sizes)
+        floor_s += bench.floors.backward(config, rows, width, **sizes)
     return bench.row(
         name, f"{rows} x {width}, remat {remat}", timing,
-        tokens=rows * width, works=works, peak=peak(),
+        tokens=rows * width, works=works, peak=peak(), floor_s=floor_s,
     )  # fmt: skip
 
 
@@ -231,9 +250,34 @@ def whole_step(
         flops.forward(teacher.config, full, itemsize=teacher.itemsize),
         *flops.update(config, full, itemsize=itemsize),
     ]
+    floor_s = _rollout_floor(bench, teacher, batch=batch, prompt=prompt, new=new)
+    if bench.floors and floor_s:
+        sizes = {"logits": new, "most_tokens": bench.microbatch_tokens}
+        floor_s += bench.floors.forward(teacher.config, batch, prompt + new, **sizes)
+        # The student scores its rollouts, and computes them again in the update.
+        floor_s += 2 * bench.floors.forward(config, batch, prompt + new, **sizes)
+        floor_s += bench.floors.backward(config, batch, prompt + new, **sizes)
     return bench.row(
-        name, f"{batch} x {prompt}+{new}", timing, tokens=batch * new, works=works, peak=peak()
+        name, f"{batch} x {prompt}+{new}", timing,
+        tokens=batch * new, works=works, peak=peak(), floor_s=floor_s,
+    )  # fmt: skip
+
+
+def _rollout_floor(
+    bench: Bench, subject: Subject, *, batch: int, prompt: int, new: int
+) -> float | None:
+    """Return the seconds of the products of prefill and of `new` decode steps; None without floors.
+
+    A decode step is measured once, at the mean of the positions that the steps read.
+    """
+    if bench.floors is None:
+        return None
+    prefill = bench.floors.forward(
+        subject.config, batch, prompt, logits=0, most_tokens=batch * prompt
     )
+    model = decode_state.unstack(Model(subject.config, subject.params))
+    step = floors.decode_step(model, batch, prompt + new, prompt + -(-new // 2))
+    return prefill + new * floors.least(step)
 
 
 def decode_seconds(

@@ -73,12 +73,8 @@ def gradients(dtype: str) -> list[Row]:
     tokens_BT, length_B = _batch(rows)
     mask_BT = np.arange(WIDTH)[None] < length_B[:, None]
     mask_BT[:, 0] = False
-    loss = objective.make_golden_loss(
-        CONFIG,
-        vocabulary=CONFIG.vocab_size,
-        token_chunk=256,
-        remat="none",
-    )
+    terms = default_terms(pg_weight=0.0, lambda_gold=1.0)
+    loss = objective.make_golden_loss(terms, CONFIG, token_chunk=256, remat="none")
     accumulate = update.make_accumulate(
         None, loss, microbatch_tokens=len(rows) * WIDTH, dtype=jnp.dtype(dtype)
     )
@@ -86,7 +82,7 @@ def gradients(dtype: str) -> list[Row]:
     gradient, _ = accumulate(
         jax.tree.map(jnp.asarray, params), Frozen(), None,
         GoldenRows(tokens_BT=tokens_BT, length_B=length_B, weight_BT=weight_BT),
-        default_terms(pg_weight=0.0, lambda_gold=1.0).weights,
+        terms.weights,
     )  # fmt: skip
     gradient = jax.tree.map(lambda g: np.asarray(g, np.float64), gradient)
     draw, errors = np.random.default_rng(2), []

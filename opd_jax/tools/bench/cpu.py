@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import opd_jax
 from opd_jax.tools.bench import cases, ceilings, workloads
 from opd_jax.tools.bench.cases import Bench
+from opd_jax.tools.bench.floors import Floors
 from opd_jax.tools.bench.measure import Row
 from opd_jax.tools.bench.run import Case, Options, run_cases, toy_if
 
@@ -24,6 +25,7 @@ def run(options: Options) -> list[Row]:
         most_s=20.0,
         microbatch_tokens=2048,
         token_chunk=toy_if(dry, 256, 32),
+        floors=Floors(),
     )
     prompt, new = toy_if(dry, 64, 8), toy_if(dry, 128, 8)
     rows, width = toy_if(dry, 8, 2), toy_if(dry, 256, 16)

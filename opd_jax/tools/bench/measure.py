@@ -49,6 +49,7 @@ class Row:
         the note; "error": the case raised; "not run": no time was left.
       median_s, min_s, max_s, repeats: of the repeats. first_s: of the first call, including compilation.
       tokens_per_s: throughput in the tokens that the name refers to.
+      floor_s: seconds of the row's own matrix products alone, measured in the same run (floors.py).
       fraction: minimum seconds (`flops` and `bytes` at the measured limits) / median_s.
       bound: the limit that dominates the minimum seconds, "memory" or "compute".
       peak_gib, peak_of: see `Peak`.
@@ -65,6 +66,7 @@ class Row:
     repeats: int | None = None
     first_s: float | None = None
     tokens_per_s: float | None = None
+    floor_s: float | None = None
     fraction: float | None = None
     bound: str | None = None
     flops: float | None = None

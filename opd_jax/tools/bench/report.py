@@ -52,7 +52,7 @@ def read(path: pathlib.Path) -> list[Row]:
 
 def table(rows: Sequence[Row]) -> str:
     """Format rows as an aligned table at most 100 columns wide; a note follows its row."""
-    head = ("what", "shape", "median s", "first s", "tok/s", "roof", "bound", "GiB")
+    head = ("what", "shape", "median s", "first s", "tok/s", "x floor", "roof", "bound", "GiB")
     lines = [head, *(_cells(row) for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     spare = WIDTH - sum(widths[2:]) - 2 * (len(head) - 1)
@@ -70,13 +70,14 @@ def table(rows: Sequence[Row]) -> str:
 
 def _cells(row: Row) -> tuple[str, ...]:
     if row.status not in ("ok", "missed") or row.limit is not None:
-        return (row.name, row.shape, row.status, "", "", "", "", "")
+        return (row.name, row.shape, row.status, *[""] * 6)
     return (
         row.name,
         row.shape,
         _number(row.median_s),
         _number(row.first_s),
         "" if row.tokens_per_s is None else f"{row.tokens_per_s:,.0f}",
+        f"{row.median_s / row.floor_s:.2f}" if row.median_s and row.floor_s else "",
         "" if row.fraction is None else f"{row.fraction:.0%}",
         row.bound or "",
         "" if row.peak_gib is None else f"{row.peak_gib:.2f}",

@@ -17,6 +17,7 @@ import numpy as np
 from opd_jax import data, scoring
 from opd_jax.config import default
 from opd_jax.models import Model, ModelConfig, Params, decoder, load, with_head_rows
+from opd_jax.models.end_tokens import Events
 from opd_jax.rollout import generate
 from opd_jax.training import batch
 from opd_jax.training.step_functions import StepSpec, make_step_functions
@@ -126,11 +127,12 @@ def score(
     token_chunk: int,
 ) -> Scores:
     """Score rows with both models, with everything that the objective and the metrics of a run need."""
-    spec = scoring.ScoreSpec(student.config.vocab_size, TOP_K, token_chunk)
-    return scoring.score(
-        Model(student.config, student.params), Model(teacher.config, teacher.params) if teacher else None,
-        tokens_BT, length_B, spec, microbatch_tokens=microbatch_tokens,
-    )  # fmt: skip
+    models = scoring.Models(
+        Model(student.config, student.params),
+        Model(teacher.config, teacher.params) if teacher else None,
+    )
+    spec = scoring.ScoreSpec(TOP_K, token_chunk, Events(vocabulary=student.config.vocab_size))
+    return scoring.score(models, tokens_BT, length_B, spec, microbatch_tokens=microbatch_tokens)
 
 
 class Learner:
@@ -178,7 +180,7 @@ class Learner:
         scores = functions.score(student, teacher, rollout)
         del student  # the update does not need it
         mask_BT = rollout.response_mask_BT
-        advantage_BT = batch.advantages(rollout, scores, mask_BT, TERMS, reward_B=None, group=1)
+        advantage_BT = batch.advantages(rollout, scores, mask_BT, TERMS)
         return self.update(
             batch.rollout_rows(rollout, scores, mask_BT, advantage_BT, TERMS, weigh=functions.weigh)
         )

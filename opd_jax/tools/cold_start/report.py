@@ -22,7 +22,19 @@ class Fate(Enum):
     UNPARSED = "unparsed"
     TIMEOUT = "timeout"
     REPETITIVE = "repetitive"
+    NOT_CHOSEN = (
+        "not chosen"  # sample.choose: another solution to the problem is nearer to the student
+    )
     KEPT = "kept"
+
+
+class Tier(Enum):
+    """How the chosen solution of a problem was found: the tiers of 2605.09725, and one without an answer."""
+
+    CORRECT = "correct"
+    HINTED = "correct after the answer was shown"
+    WRONG = "wrong"  # the nearest one; only with sample.keep_wrong
+    UNGRADED = "ungraded"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,12 +46,16 @@ class Batch:
       fates: value of the `Fate` of each solution.
       grades: value of the `Grade` of each solution, None where it was not graded.
       seconds: duration of sampling.
+      tiers: with sample.choose, of each problem the value of the `Tier` of its solution; None without one.
+      hinted: tokens of each solution to a problem whose prompt showed the answer.
     """
 
     lengths: list[int]
     fates: list[str]
     grades: list[str | None]
     seconds: float
+    tiers: list[str | None] = dataclasses.field(default_factory=list)
+    hinted: list[int] = dataclasses.field(default_factory=list)
 
 
 def summary(batches: Sequence[Batch], *, samples: int, skipped: dict[str, int]) -> dict[str, Any]:
@@ -54,11 +70,14 @@ def summary(batches: Sequence[Batch], *, samples: int, skipped: dict[str, int]) 
     by_fate = collections.Counter(fates)
     by_grade = collections.Counter(grades)
     problems = [fates[i : i + samples] for i in range(0, len(fates), samples)]
+    solved = sum(Fate.KEPT.value in names for names in problems)
+    tiers = collections.Counter(tier for batch in batches for tier in batch.tiers)
+    chosen = {"chosen": {tier.value: tiers[tier.value] for tier in Tier}} if tiers else {}
     finished = len(fates) - by_fate[Fate.TRUNCATED.value] - by_fate[Fate.EMPTY.value]
     seconds = sum(batch.seconds for batch in batches)
     return {
         "problems": len(problems),
-        "problems_with_a_solution": sum(Fate.KEPT.value in names for names in problems),
+        "problems_with_a_solution": solved + tiers[Tier.HINTED.value],
         "rows_left_out": skipped,
         "solutions": len(fates),
         "fates": {name.value: by_fate[name.value] for name in Fate},
@@ -67,7 +86,7 @@ def summary(batches: Sequence[Batch], *, samples: int, skipped: dict[str, int]) 
         "tokens": {"all": _lengths(lengths), "kept": _lengths(kept)},
         "seconds": round(seconds, 3),
         "tokens_per_s": round(sum(lengths) / max(seconds, 1e-9), 1),
-    }
+    } | chosen
 
 
 def table(report: dict[str, Any]) -> str:
@@ -87,6 +106,9 @@ def table(report: dict[str, Any]) -> str:
             lines.append(f"{count:,} {name.lower()} solutions are not dropped (keep_wrong)")
     if count := report["grades"]["ungraded"]:
         lines.append(f"{count:,} solutions are ungraded: their problems have no answer")
+    if chosen := report.get("chosen"):
+        counts = ", ".join(f"{count:,} {name}" for name, count in chosen.items() if count)
+        lines.append(f"chosen: {counts or 'none'}")
     lines.append(
         f"{report['problems_with_a_solution']:,} of {report['problems']:,} problems have a solution; "
         f"{report['tokens_per_s']:,.0f} tokens/s"

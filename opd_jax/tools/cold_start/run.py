@@ -9,54 +9,44 @@ that was killed resumes at the next batch and produces the same file.
 """
 
 import dataclasses
-import hashlib
 import json
 import pathlib
 import time
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from ml_collections import ConfigDict
 
 from opd_jax import config as configuration
 from opd_jax import data, hardware, metrics, models, workdir
-from opd_jax.config.validate import validate_sampling
-from opd_jax.data import length_filter
-from opd_jax.errors import ConfigError, DataError, ModelError
+from opd_jax.errors import DataError
 from opd_jax.grading.grader import Grade, Grader, make_grader
 from opd_jax.rng import Stream, key_for
 from opd_jax.rollout import Batching, SamplingParams, read_responses, row_keys, sample_responses
-from opd_jax.tools.cold_start import report, sample_file
-from opd_jax.tools.cold_start.report import Batch, Fate, table
+from opd_jax.tools.cold_start import choose, report, sample_file
+from opd_jax.tools.cold_start.plan import Plan, make_plan
+from opd_jax.tools.cold_start.report import Batch, Fate, Tier, table
 from opd_jax.training import roles
 from opd_jax.types import Outcome
 from opd_jax.workdir import console
 
 
+class Weights(NamedTuple):
+    """The loaded models; `student` only where solutions are chosen for it."""
+
+    teacher: models.Params
+    student: models.Params | None = None
+
+
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """A checked config and the values derived from it, before weights are loaded.
+class Solutions:
+    """Sampled solutions, so many to each problem, adjacent: results of the filter, and texts."""
 
-    Attributes:
-      config: the config, with teacher and token budget resolved.
-      teacher, tokenizer, style: model config, tokenizer and prompt style of the teacher.
-      problems: problems that fit their token budgets; the first `count` are sampled.
-      sha256: digest of these `count` problems, as rendered in prompts.
-      width: tokens of the longest prompt.
-      vocabulary: number of ids that the tokenizer knows. stop_ids: end tokens among them.
-    """
-
-    config: ConfigDict
-    teacher: models.ModelConfig
-    tokenizer: data.Tokenizer
-    style: data.PromptStyle
-    problems: data.Problems
-    count: int
-    sha256: str
-    width: int
-    vocabulary: int
-    stop_ids: tuple[int, ...]
+    lengths: list[int]
+    fates: list[Fate]
+    grades: list[Grade | None]
+    texts: list[str]
+    seconds: float
 
 
 def run(config: ConfigDict, out: str, *, command: list[str]) -> dict[str, Any]:
@@ -79,7 +69,11 @@ def run(config: ConfigDict, out: str, *, command: list[str]) -> dict[str, Any]:
         print(f"{file} is complete already", table(complete), sep="\n", flush=True)
         return complete
     unread = models.check_weights(plan.config.teacher.path, plan.teacher)
-    print(f"sampling from {plan.config.teacher.path}", *unread, f"data: {plan.problems.describe()}",
+    choice = []
+    if plan.student is not None:
+        choice = [f"chosen by {plan.config.sample.choose} for {plan.config.student.path}"]
+        choice += models.check_weights(plan.config.student.path, plan.student.config)
+    print(f"sampling from {plan.config.teacher.path}", *unread, *choice, f"data: {plan.problems.describe()}",
           f"problems sampled: {plan.count}", *data.prompt_notes("teacher", plan.tokenizer),
           sep="\n", flush=True)  # fmt: skip
     with sample_file.Partial(file, header) as partial:
@@ -89,81 +83,169 @@ def run(config: ConfigDict, out: str, *, command: list[str]) -> dict[str, Any]:
             done, samples=plan.config.sample.samples, skipped=plan.problems.skipped
         )
         full = counts | header | {"run": workdir.provenance(command)}
-        kept = full["fates"][Fate.KEPT.value]
-        partial.finish(full, write=kept > 0)
+        kept = full["problems_with_a_solution"] > 0
+        partial.finish(full, write=kept)
     if not kept:
         raise DataError(report.nothing_kept(file, full))
     print(f"\n{table(full)}\n\nwritten to {file} and {sample_file.report_path(file)}", flush=True)
     return full
 
 
-def make_plan(config: ConfigDict) -> Plan:
-    """Read and check everything except the weights. Writes and compiles nothing. Raises an OpdError."""
-    validate_sampling(config)
-    hardware.require_supported(jax.default_backend())
-    config = roles.resolved(config, ["teacher"])
-    if not config.teacher.path:
-        raise ConfigError(
-            "teacher.path='' names no model to sample from; set --config.teacher.path=DIR, or use a "
-            "config with a teacher, such as configs/opd.py"
-        )
-    budget = config.sample.max_response_tokens or config.rollout.max_response_tokens
-    config.sample.max_response_tokens = budget
-    teacher, tokenizer = roles.open_model(config.teacher, config.data.date)
-    if tokenizer.prints_date:
-        config.data.date = str(tokenizer.day)
-    vocabulary = min(tokenizer.size, teacher.vocab_size)
-    stop_ids = tuple(i for i in teacher.eos_token_ids if i < vocabulary)
-    if not stop_ids:
-        raise ModelError(
-            f"{config.teacher.path}: neither config.json nor generation_config.json has an eos_token_id "
-            "that the tokenizer knows; add one to generation_config.json"
-        )
-    student_style, style = roles.prompt_styles(config.data)
-    problems = data.open_problems(
-        config.data.train, field="data.train", columns=config.data.columns, size=config.data.size,
-        need_solution="{solution}" in style.template, need_answer="{answer}" in style.template,
-        bad_rows=config.data.bad_rows, shown=style.columns,
-    )  # fmt: skip
-    limit = config.rollout.max_prompt_tokens
-
-    def misfit(ids: list[int]) -> length_filter.Misfit | None:
-        tokens, rows = len(ids), {"teacher": teacher.vocab_size}
-        if style == student_style or tokens < 1:
-            reason = length_filter.prompt_misfit(tokens, limit)
-        else:  # `limit` applies to the student's prompt, which differs
-            reason = length_filter.teacher_misfit(tokens, teacher.max_position, budget)
-        return reason or length_filter.unknown_id(ids, tokenizer, what="prompt", rows=rows)
-
-    problems, width = _without_misfits(problems, style, tokenizer, config, misfit)
-    room = teacher.max_position - budget
-    if width > room:
-        raise ConfigError(
-            f"prompts of {width} tokens and sample.max_response_tokens={budget} exceed the teacher's "
-            f"{teacher.max_position} positions; set --config.sample.max_response_tokens="
-            f"{max(room + budget - width, 1)} or less, or extend the context: "
-            f"--config.teacher.max_position={width + budget}"
-        )
-    count = min(config.sample.problems or len(problems), len(problems))
-    return Plan(
-        config, teacher, tokenizer, style, problems, count,
-        _sha256(problems, count, style, tokenizer), width, vocabulary, stop_ids,
-    )  # fmt: skip
-
-
 def sample_batch(
-    plan: Plan, number: int, params: models.Params, grader: Grader
+    plan: Plan, number: int, params: Weights, grader: Grader
 ) -> tuple[Batch, list[dict[str, Any]]]:
     """Sample, grade and filter batch `number` of the problems; return its results and the rows to write."""
     section = plan.config.sample
     first = number * section.batch
     problems = plan.problems[first : min(first + section.batch, plan.count)]
     rendered = plan.style.prompts(problems, plan.tokenizer)
-    prompts = [prompt for prompt in rendered for _ in range(section.samples)]
     key = key_for(plan.config.seed, number, Stream.SAMPLE)
+    found = _solve(
+        plan, problems, rendered, params.teacher, grader,
+        samples=section.samples, width=plan.width, key=key,
+    )  # fmt: skip
+    if plan.student is not None:
+        return _chosen(plan, number, problems, found, params, grader)
+    rows = [
+        row(
+            problems[i // section.samples],
+            found.texts[i],
+            i % section.samples,
+            section.samples,
+        )
+        for i, name in enumerate(found.fates)
+        if name is Fate.KEPT
+    ]
+    return _results(found), rows
+
+
+def _results(found: Solutions) -> Batch:
+    return Batch(
+        lengths=found.lengths,
+        fates=[name.value for name in found.fates],
+        grades=[grade and grade.value for grade in found.grades],
+        seconds=found.seconds,
+    )
+
+
+def _chosen(
+    plan: Plan,
+    number: int,
+    problems: list[data.Problem],
+    found: Solutions,
+    params: Weights,
+    grader: Grader,
+) -> tuple[Batch, list[dict[str, Any]]]:
+    """Choose one solution to each problem, after one more try at those without a correct one."""
+    section = plan.config.sample
+    several = range(section.samples)
+    places = [[i * section.samples + j for j in several] for i in range(len(problems))]
+    kept = [[n for n in ours if found.fates[n] is Fate.KEPT] for ours in places]
+    right = [grade is Grade.CORRECT for grade in found.grades]
+    tried = [
+        i
+        for i, ours in enumerate(kept)
+        if plan.hint is not None and problems[i].answer and not any(right[n] for n in ours)
+    ]
+    hinted, lengths = _second_try(plan, number, problems, tried, params.teacher, grader)
+    score = _agreement(plan, number, problems, found, kept, params.student)
+    fates, tiers, rows = list(found.fates), list[Tier | None](), list[dict[str, Any]]()
+    for i, problem in enumerate(problems):
+        best = None
+        if kept[i] and i not in hinted:
+            best = kept[i][choose.choose([right[n] for n in kept[i]], [score[n] for n in kept[i]])]
+        for n in kept[i]:
+            fates[n] = Fate.KEPT if n == best else Fate.NOT_CHOSEN
+        if best is None and i not in hinted:
+            tiers.append(None)
+            continue
+        if best is None:
+            tier, text = Tier.HINTED, hinted[i]
+        else:
+            tier = Tier.CORRECT if right[best] else Tier.WRONG
+            tier, text = tier if problem.answer else Tier.UNGRADED, found.texts[best]
+        tiers.append(tier)
+        rows.append(row(problem, text, 0, 1) | {"tier": tier.value})
+    batch = dataclasses.replace(
+        _results(dataclasses.replace(found, fates=fates)),
+        tiers=[tier and tier.value for tier in tiers], hinted=lengths,
+    )  # fmt: skip
+    return batch, rows
+
+
+def _second_try(
+    plan: Plan,
+    number: int,
+    problems: list[data.Problem],
+    tried: list[int],
+    teacher: models.Params,
+    grader: Grader,
+) -> tuple[dict[int, str], list[int]]:
+    """Ask once more with the answer in the prompt: {index: text} of correct solutions, and all lengths."""
+    if not tried:
+        return {}, []
+    assert plan.hint is not None
+    style, width = plan.hint
+    # Padded to a power of two, so that few programs are compiled; the first ones do not change.
+    count = 1 << (len(tried) - 1).bit_length()
+    asked = [problems[i] for i in (tried + tried[-1:] * count)[:count]]
+    found = _solve(
+        plan, asked, style.prompts(asked, plan.tokenizer), teacher, grader,
+        samples=1, width=width, key=key_for(plan.config.seed, number, Stream.HINT),
+    )  # fmt: skip
+    hinted = {
+        i: text
+        for i, text, name, grade in zip(tried, found.texts, found.fates, found.grades, strict=False)
+        if name is Fate.KEPT and grade is Grade.CORRECT
+    }
+    return hinted, found.lengths[: len(tried)]
+
+
+def _agreement(
+    plan: Plan,
+    number: int,
+    problems: list[data.Problem],
+    found: Solutions,
+    kept: list[list[int]],
+    student: models.Params | None,
+) -> list[float]:
+    """Return how near each solution is to the student, by sample.choose; only those that are kept matter."""
+    section = plan.config.sample
+    assert plan.student is not None
+    assert student is not None
+    stay = {n for ours in kept for n in ours}
+    texts = [text if n in stay else "" for n, text in enumerate(found.texts)]
+    solutions = [
+        texts[i * section.samples : (i + 1) * section.samples] for i in range(len(problems))
+    ]
+    if section.choose == "likelihood":
+        scores = choose.likelihoods(plan.student, student, problems, solutions)
+    else:
+        scores = choose.overlaps(
+            plan.student, student, problems, solutions,
+            key=key_for(plan.config.seed, number, Stream.AGREEMENT),
+            top_k=section.choose_top_k, budget=section.max_response_tokens,
+        )  # fmt: skip
+    return [x for ours in scores for x in ours]
+
+
+def _solve(
+    plan: Plan,
+    problems: list[data.Problem],
+    rendered: list[list[int]],
+    teacher: models.Params,
+    grader: Grader,
+    *,
+    samples: int,
+    width: int,
+    key: jax.Array,
+) -> Solutions:
+    """Sample, grade and filter `samples` solutions to each problem, whose prompts are `rendered`."""
+    section = plan.config.sample
+    prompts = [prompt for prompt in rendered for _ in range(samples)]
     began = time.perf_counter()
     sampled = sample_responses(
-        models.Model(plan.teacher, params),
+        models.Model(plan.teacher, teacher),
         prompts,
         SamplingParams(
             section.max_response_tokens,
@@ -174,12 +256,16 @@ def sample_batch(
             vocabulary=plan.vocabulary,
         ),
         keys=row_keys(key, len(prompts)),
-        batching=Batching(slots=section.slots or None, max_prompt_tokens=plan.width),
+        batching=Batching(
+            slots=section.slots or None,
+            max_prompt_tokens=width,
+            tile=hardware.tile(gpu=jax.default_backend() == "gpu"),
+        ),
     )
     seconds = time.perf_counter() - began
     # Rollouts that decoding stopped because of repetition count as truncated too.
     truncated = (sampled.outcome_B != Outcome.EOS).tolist()
-    golds = [problem.answer for problem in problems for _ in range(section.samples)]
+    golds = [problem.answer for problem in problems for _ in range(samples)]
     read = read_responses(
         sampled.responses(),
         ["" if cut else gold for gold, cut in zip(golds, truncated, strict=True)],
@@ -193,23 +279,13 @@ def sample_batch(
         fate(text, truncated=truncated[i], grade=grades[i], repetitive=repetitive, section=section)
         for i, (text, repetitive) in enumerate(zip(read.texts, read.flagged_B, strict=True))
     ]
-    batch = Batch(
-        lengths=sampled.response_length_B.tolist(),
-        fates=[name.value for name in fates],
-        grades=[grade and grade.value for grade in grades],
-        seconds=seconds,
-    )
-    rows = [
-        row(
-            problems[i // section.samples],
-            data.response_text(plan.tokenizer, sampled.prompt(i), sampled.response(i)),
-            i % section.samples,
-            section.samples,
-        )
-        for i, name in enumerate(fates)
+    texts = [
+        data.response_text(plan.tokenizer, sampled.prompt(i), sampled.response(i))
         if name is Fate.KEPT
+        else ""
+        for i, name in enumerate(fates)
     ]
-    return batch, rows
+    return Solutions(sampled.response_length_B.tolist(), fates, grades, texts, seconds)
 
 
 def fate(
@@ -233,47 +309,6 @@ def row(problem: data.Problem, solution: str, number: int, samples: int) -> dict
     return dataclasses.replace(problem, id=name, solution=solution).row()
 
 
-def _without_misfits(
-    problems: data.Problems,
-    style: data.PromptStyle,
-    tokenizer: data.Tokenizer,
-    config: ConfigDict,
-    misfit: Callable[[list[int]], length_filter.Misfit | None],
-) -> tuple[data.Problems, int]:
-    """Return the problems whose prompts `misfit` accepts, and the length of the longest prompt."""
-    longest = 1
-
-    def misfits(block: list[data.Problem]) -> list[length_filter.Misfit | None]:
-        nonlocal longest
-        prompts = style.prompts(block, tokenizer)
-        reasons = [misfit(ids) for ids in prompts]
-        fitting = [len(ids) for ids, why in zip(prompts, reasons, strict=True) if why is None]
-        longest = max([longest, *fitting])
-        return reasons
-
-    count = len(problems)
-    if problems.generated:
-        count = min(config.sample.problems or count, count)
-    skip = config.data.bad_rows == "skip"
-    kept = length_filter.without_misfits(
-        problems, misfits, field="data.train", count=count, skip=skip
-    )
-    return kept, longest
-
-
-def _sha256(
-    problems: data.Problems, count: int, style: data.PromptStyle, tokenizer: data.Tokenizer
-) -> str:
-    """Return a digest of the problems to sample as rendered in prompts, to detect changed data."""
-    digest = hashlib.sha256()
-    for i in range(count):
-        problem = problems[i]
-        text, system, history = style.turns(problem)
-        prompt = tokenizer.render(text, system=system, history=history)
-        digest.update(json.dumps([problem.id, prompt, problem.answer]).encode())
-    return digest.hexdigest()
-
-
 def _sample_rest(plan: Plan, partial: sample_file.Partial, done: list[Batch]) -> None:
     """Sample the batches that are not in `done`; append each to it and to the partial file."""
     total = -(-plan.count // plan.config.sample.batch)
@@ -284,7 +319,11 @@ def _sample_rest(plan: Plan, partial: sample_file.Partial, done: list[Batch]) ->
     if first == total:
         return
     dtype = roles.compute_dtype(plan.config.teacher.dtype)
-    _, params = models.load(plan.config.teacher.path, dtype=dtype)
+    _, teacher = models.load(plan.config.teacher.path, dtype=dtype)
+    params = Weights(teacher)
+    if plan.student is not None:
+        dtype = roles.compute_dtype(plan.config.student.dtype)
+        params = Weights(teacher, models.load(plan.config.student.path, dtype=dtype)[1])
     with make_grader(plan.config.grading) as grader:
         began = time.perf_counter()
         for number in range(first, total):

@@ -18,7 +18,8 @@ from opd_jax.errors import WorkdirError
 from opd_jax.workdir import atomic
 from opd_jax.workdir.jsonl import JsonlFile, encoded
 
-# Prefixes of fields that samples depend on, and exceptions among them that do not affect samples.
+# Prefixes of fields that samples depend on (those of the student where they are chosen for it), and
+# exceptions among them that do not affect samples.
 _RELEVANT = ("seed", "teacher.", "data.", "rollout.max_prompt_tokens", "sample.", "grading.grader",
             "metrics.repetition_")  # fmt: skip
 _SAFE = ("sample.slots",)
@@ -165,7 +166,8 @@ def _identity(header: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     flat = defaults | configuration.flatten(header["config"])
     # Older files have all fields of an experiment. Unknown names remain in the comparison.
     unread = FIELDS.keys() - configuration.SAMPLING.fields.keys()
-    relevant = {n: x for n, x in flat.items() if n.startswith(_RELEVANT) and n not in unread}
+    starts = _RELEVANT + ("student.",) * (flat["sample.choose"] != "all")
+    relevant = {n: x for n, x in flat.items() if n.startswith(starts) and n not in unread}
     fields = {name: x for name, x in relevant.items() if not name.startswith(_SAFE)}
     return fields, {"the problems' sha256": header["sha256"][:12]}
 

@@ -216,14 +216,12 @@ def _score(
 ) -> tuple[Scores, np.ndarray]:
     """Return the scores of both models on the rollouts, and a mask of the tokens that count."""
     config, alignment = plan.config, setup.alignment
-    assert setup.teacher is not None  # a plan has a teacher
     teacher_rows = None
     if setup.separate_prompts:
         width = max(map(len, prompts)) + config.rollout.max_response_tokens
         teacher_rows = batch.teacher_rows(rollout, prompts, alignment.teacher_ids, width=width)
     scores = scoring.score(
-        models.Model(setup.student, student),
-        models.Model(setup.teacher, scorer),
+        setup.spec.models(student, scorer),
         rollout.tokens_BT,
         rollout.length_B,
         setup.spec.scoring.replace(support=None, keep_hidden=False),

@@ -103,7 +103,7 @@ def make_plan(
     setups = []
     for path in teachers or [config.teacher.path]:
         config.teacher.path = path
-        setups.append(make_setup(config, ONE))
+        setups.append(_comparable(make_setup(config, ONE)))
     problems = _problems(setups, need_answers=need_answers)
     notes = list(dict.fromkeys(note for setup in setups for note in setup.notes))
     return Plan(setups, problems, pathlib.Path(folder) if folder else None, step, notes)
@@ -131,6 +131,17 @@ def load_teacher(setup: Setup, student: models.Params) -> tuple[models.Params, m
     assert weights.teacher is not None  # a plan has a teacher
     assert weights.scorer is not None
     return weights.teacher, weights.scorer
+
+
+def _comparable(setup: Setup) -> Setup:
+    """Return the setup. Raises ConfigError for a teacher with another tokenizer."""
+    if setup.reader is not None:
+        raise ConfigError(
+            f"teacher {setup.config.teacher.path} has another tokenizer than the student, wanted the same: "
+            "probes compare distributions over one vocabulary; a short training run logs score/span_* "
+            "(docs/spans.md)"
+        )
+    return setup
 
 
 def _for_probing(config: ConfigDict) -> ConfigDict:

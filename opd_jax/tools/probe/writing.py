@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from opd_jax import data, metrics, models
+from opd_jax import data, hardware, metrics, models
 from opd_jax.data import template_boundary
 from opd_jax.grading.grader import Grade, Grader
 from opd_jax.rng import Stream, key_for
@@ -146,7 +146,11 @@ def write(
             full,
             sampling,
             keys=row_keys(jax.random.fold_in(key, batch), len(full)),
-            batching=Batching(slots=section.slots or None, max_prompt_tokens=width),
+            batching=Batching(
+                slots=section.slots or None,
+                max_prompt_tokens=width,
+                tile=hardware.tile(gpu=jax.default_backend() == "gpu"),
+            ),
         )
         parts.append(jax.tree.map(operator.itemgetter(slice(len(chunk))), sampled))
         done, seconds = min(start + size, len(rows)), time.perf_counter() - began

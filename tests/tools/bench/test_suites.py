@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -62,6 +63,14 @@ def test_a_counting_model_counts(model):
     assert rollout.response(1) == list(range(stop - 4, stop + 1))
 
 
+@pytest.mark.short
+def test_a_jax_without_target_descriptions_loses_one_row(monkeypatch, tmp_path):
+    monkeypatch.delattr("jax._src.lib.xla_client.get_topology_for_devices")
+    (row,) = h200._write_target(tmp_path / "target")
+    assert row.note.startswith(f"not written: jax {jax.__version__} has no such call")
+    assert not (tmp_path / "target").exists()
+
+
 @pytest.mark.slow
 def test_cpu_suite_at_toy_shapes(tmp_path):
     rows = cpu.run(Options(out=tmp_path / "cpu.json", repeats=1, dry=True))
@@ -69,6 +78,7 @@ def test_cpu_suite_at_toy_shapes(tmp_path):
     assert report.read(tmp_path / "cpu.json") == rows
     timed = [row for row in rows if not row.name.startswith("ceiling")]
     assert all(row.tokens_per_s and row.fraction and row.peak_gib for row in timed)
+    assert all(row.floor_s for row in timed if not row.name.startswith("slots"))
 
 
 @pytest.mark.long

@@ -321,7 +321,7 @@ def test_only_what_ended_can_be_kept():
 
     with pytest.MonkeyPatch.context() as patch, Grader() as grader:
         patch.setattr(sample, "sample_responses", written)
-        batch, kept = sample.sample_batch(plan, 0, {}, grader)
+        batch, kept = sample.sample_batch(plan, 0, sample.Weights({}), grader)
     assert batch.fates == ["kept", "truncated", "truncated"]
     assert len(kept) == 1
 

@@ -68,7 +68,7 @@ def main() -> None:
         del weights
         scored = time.perf_counter()
         mask_BT = rollout.response_mask_BT
-        advantage_BT = batch.advantages(rollout, scores, mask_BT, terms, reward_B=None, group=1)
+        advantage_BT = batch.advantages(rollout, scores, mask_BT, terms)
         rows = batch.rollout_rows(
             rollout, scores, mask_BT, advantage_BT, terms, weigh=functions.weigh
         )

@@ -80,16 +80,18 @@ def _score(case: Any) -> Step:
 def _score_all(case: Any) -> Step:
     from opd_jax import config as fields
     from opd_jax import models, scoring
+    from opd_jax.models.end_tokens import Events
 
     (student_config, student), (teacher_config, teacher) = _pair(case)
     config = fields.default()
     tokens_BT, length_B = _rows(case)
     step = partial(
         scoring.score,
-        models.Model(student_config, student), models.Model(teacher_config, teacher),
+        scoring.Models(models.Model(student_config, student), models.Model(teacher_config, teacher)),
         tokens_BT, length_B,
         scoring.ScoreSpec(
-            student_config.vocab_size, config.scoring.overlap_top_k, config.scoring.token_chunk
+            config.scoring.overlap_top_k, config.scoring.token_chunk,
+            Events(vocabulary=student_config.vocab_size),
         ),
         microbatch_tokens=config.optim.microbatch_tokens,
     )  # fmt: skip
@@ -116,8 +118,9 @@ def _update(case: Any) -> Step:
     optim.learning_rate = case.learning_rate
     config, params = models.load(case.model, dtype=jnp.float32)
     tx = optimizer.make_optimizer(optim, 1000)
+    terms = default_terms(pg_weight=0.0, lambda_gold=1.0)
     loss = objective.make_golden_loss(
-        config, vocabulary=config.vocab_size, token_chunk=optim.token_chunk, remat=optim.remat
+        terms, config, token_chunk=optim.token_chunk, remat=optim.remat
     )
     accumulate = update.make_accumulate(
         None, loss, microbatch_tokens=optim.microbatch_tokens, dtype=jnp.float32
@@ -127,12 +130,11 @@ def _update(case: Any) -> Step:
     weight_BT = np.full(tokens_BT.shape, 1 / (case.batch * (case.prompt - 1)), np.float32)
     weight_BT[:, 0] = 0.0  # the first token is not predicted
     rows = GoldenRows(tokens_BT=tokens_BT, length_B=length_B, weight_BT=weight_BT)
-    weights = default_terms(pg_weight=0.0, lambda_gold=1.0).weights
     states = [update.init_state(params, tx)]
     del params
 
     def step() -> dict[str, float]:
-        state, metrics = apply(states.pop(), Frozen(), None, rows, weights)
+        state, metrics = apply(states.pop(), Frozen(), None, rows, terms.weights)
         states.append(jax.block_until_ready(state))
         return {name: float(x) for name, x in metrics.items()}
 

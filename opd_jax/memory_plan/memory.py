@@ -81,7 +81,7 @@ def stages(workload: Workload) -> list[Stage]:
             alone = dataclasses.replace(
                 workload, student=workload.teacher, itemsize=workload.teacher_itemsize,
                 response=workload.answer,
-                prompt=(workload.teacher_width or workload.width) 
+                prompt=(workload.teacher_width or workload.width)
                 - (workload.teacher_response or workload.response),
             )  # fmt: skip
             answering = _decoding(alone, workload.device_answers)

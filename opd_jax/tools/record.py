@@ -64,10 +64,10 @@ def run(config: ConfigDict, out: str, *, stop: Stop | None = None) -> pathlib.Pa
     config, terms = setup.config, setup.terms
     if setup.reader is not None:
         raise ConfigError(
-            f"teacher.path={config.teacher.path} has another tokenizer than student.path="
-            f"{config.student.path}: the two are compared by spans of text (docs/spans.md), and a recording "
-            "has the teacher's log-probs of the student's own tokens; set --config.teacher.path to a "
-            "model with the student's tokenizer"
+            f"teacher.path={config.teacher.path} and student.path={config.student.path} are compared by "
+            "spans of text (docs/spans.md), and a recording has the teacher's log-probs of the student's own "
+            "tokens; set --config.scoring.compare=auto and --config.teacher.path to a model with the "
+            "student's tokenizer"
         )
     places = terms.scored_support[1] if terms.scored_support else 0
     teacher_tokenizer = setup.teacher_tokenizer if terms.needs_teacher else None

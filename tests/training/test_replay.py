@@ -229,6 +229,17 @@ def recording_config(folders, method: str = "opd") -> ConfigDict:
     return config
 
 
+def test_spans_of_text_are_not_recorded_and_not_replayed(folders, tmp_path):
+    config = recording_config(folders)
+    config.scoring.compare, config.scoring.span_room = "spans", 1.0
+    with pytest.raises(ConfigError, match=r"spans of text .*set --config") as error:
+        record.run(config, str(tmp_path / "out"))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ConfigError, match=r"^replay.path=.*set --config.replay.path=$"):
+        make_setup(replayed(config, tmp_path / "out"))
+
+
 @pytest.fixture(scope="module")
 def recorded(folders, tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("recordings") / "plain"

@@ -143,7 +143,7 @@ class StepSpec:
             return None
         section = self.config.scoring
         events = _events(own, section.temperature)
-        return ScoreSpec(top_k=1, token_chunk=section.token_chunk, events=events)
+        return ScoreSpec(top_k=1, token_chunk=section.token_chunk, events=events, tile=self.tile)
 
     def models(
         self, student: Params, teacher: Params | None, reference: Params | None = None
@@ -426,8 +426,6 @@ def _model(config: ModelConfig | None, params: Params | None) -> Model | None:
 def _blank_rollout_rows(spec: StepSpec, student: Any, teacher: Any, reference: Any) -> RolloutRows:
     """Return zeros with the shapes and dtypes of one update's minibatch of rollouts."""
     count = spec.rollouts // spec.config.optim.updates_per_rollout
-    if spec.alignment.teacher is not None:
-        teacher = None  # its scores meet the student's on the host
     models = spec.models(unwrapped(student), unwrapped(teacher), unwrapped(reference))
     rollout = _blank_rollout(spec, count)
     zeros_BT = rollout.sampler_logprob_BT
@@ -479,7 +477,9 @@ def _blank_scores(spec: StepSpec, models: Models, asked: ScoreSpec, count: int) 
     """Return zeros with the shapes and dtypes of the scores of so many rows."""
     rows, teacher_rows = _blank_rollout(spec, count), None
     length_B = rows.length_B
-    if spec.teacher_width:
+    if spec.alignment.teacher is not None:
+        models = models.replace(teacher=None)  # its scores meet the student's on the host
+    elif spec.teacher_width:
         teacher_BT = np.zeros((count, spec.teacher_width), np.int32)
         teacher_rows = TeacherRows(teacher_BT, length_B, length_B)
     scores = jax.eval_shape(

@@ -162,7 +162,7 @@ def test_golden_rows_are_scored_as_rollouts_are(support, direction, form):
         float(expected["divergence"]), abs=1e-6
     )
     assert distance(gradient, expected_gradient) < 1e-6
-    assert abs(float(expected["divergence"])) > 1e-3
+    assert abs(float(expected["divergence"])) > 1e-4
 
 
 def certain_rows() -> GoldenRows:
@@ -374,7 +374,9 @@ def test_micro_batches_and_the_teachers_own_prompts(folders, tmp_path):
         config = soft_run(folders, pg_weight=0.0)
         config.steps, config.optim.microbatch_tokens = 1, tokens
         config.data.teacher_prompt_template = prompt
+        config.teacher.max_position = 200  # its prompts are longer
+        config.data.size = 64  # without a solution that is longer than a response may be
         train.run(config, str(tmp_path / name), command=[])
         values[name] = lines(tmp_path / name, "metrics.jsonl")[-1]["loss/golden_divergence"]
     assert values["parts"] == pytest.approx(values["whole"], rel=1e-5)
-    assert abs(values["asked"] - values["whole"]) > 1e-3
+    assert values["asked"] != pytest.approx(values["whole"], rel=1e-4)  # random models

@@ -156,6 +156,7 @@ def test_metrics_by_hand():
             {"loss.divergence_weight": 1.0},
             r"divergence_weight=1\.0, which compares distributions over one",
         ),
+        ({"loss.golden_divergence": 1.0}, r"golden_divergence=1\.0, which compares distributions"),
         (
             {"loss.advantage": "support", "loss.support": "student"},
             "loss.advantage=support, which compares",
@@ -166,7 +167,6 @@ def test_metrics_by_hand():
         ({"loss.group_coef": 1.0, "loss.evidence_share": 0.5}, "loss.evidence_share=0.5"),
         ({"loss.token_weight": "iw"}, "loss.token_weight=iw"),
         ({"loss.rollout_gate": "agreement"}, "loss.rollout_gate=agreement"),
-        ({"loss.golden_divergence": 1.0}, r"loss.golden_divergence=1\.0, which compares"),
         ({"loss.low_kl_window": 64}, "loss.low_kl_window=64, which reads a KL"),
         ({"loss.outcome": "route", "loss.outcome_value": 1.0}, "loss.outcome=route"),
         ({"log.variants": 2}, "log.variants=2"),

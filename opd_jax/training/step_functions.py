@@ -430,9 +430,7 @@ def _blank_rollout_rows(spec: StepSpec, student: Any, teacher: Any, reference: A
     rollout = _blank_rollout(spec, count)
     zeros_BT = rollout.sampler_logprob_BT
     scores = _blank_scores(spec, models, spec.scoring, count)
-    if (
-        spec.replayed and spec.terms.scored_support
-    ):  # it comes from the recording, not from the scorer
+    if spec.replayed and spec.terms.scored_support:  # recorded, so no result of the scorer
         places_BTX = np.zeros((*zeros_BT.shape, spec.terms.scored_support[1]), np.float32)
         ids_BTX = places_BTX.astype(np.int32)
         scores = scores.replace(

@@ -36,6 +36,10 @@ class GradingError(OpdError, RuntimeError):
     """The processes that grade answers cannot be started."""
 
 
+class RewardError(OpdError, RuntimeError):
+    """A reward function cannot be called, or returned something that is not a reward."""
+
+
 class ProcessError(OpdError, ConnectionError):
     """The processes of a run cannot connect to each other, or differ in their settings."""
 

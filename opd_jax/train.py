@@ -16,9 +16,11 @@ from ml_collections import ConfigDict
 from opd_jax import checkpoint, data, workdir
 from opd_jax import config as configuration
 from opd_jax.checkpoint import manifest, resume
-from opd_jax.errors import ConfigError, Interrupted
+from opd_jax.errors import ConfigError, Interrupted, RewardError
 from opd_jax.evaluation.held_out import HeldOut, discard_after
+from opd_jax.grading import rewards
 from opd_jax.grading.grader import Grader, make_grader
+from opd_jax.grading.rewards import RewardPool
 from opd_jax.memory_plan import failures
 from opd_jax.memory_plan import run as planning
 from opd_jax.metrics.timing import used_bytes
@@ -34,6 +36,7 @@ from opd_jax.training import (
     precompile,
     selftest,
 )
+from opd_jax.training.replay import student_fault
 from opd_jax.training.setup import Setup, make_setup
 from opd_jax.training.step import Step, StepState, Summary, require_equal_replicas
 from opd_jax.training.step_functions import StepFunctions, make_step_functions
@@ -99,6 +102,8 @@ def run(
     if multihost.first():
         print(*planning.say(plan), sep="\n", flush=True)
     planning.require_fit(plan)
+    if fault := multihost.from_first(lambda: _fault_outside(setup)):
+        raise ConfigError(fault)
     functions = make_step_functions(setup.spec)
     resume.require_disk(functions, folder, first or 0)
     _end_if_requested(stop, "before anything was loaded")
@@ -114,11 +119,17 @@ def run(
             discard_after(folder, first or 0)
         with (
             make_grader(config.grading) as grader,
+            contextlib.ExitStack() as stack,
             checkpoint.Checkpoints(folder, keep=config.checkpoint.keep) as saved,
         ):
-            if multihost.first():  # only process 0 grades
+            pool = None
+            if multihost.first():  # only process 0 grades and calls the reward function
                 grader.start()
-            training = _Run(setup, functions, weights, folder, grader, saved, stop, watchdog)
+                if setup.replay is None:
+                    pool = rewards.make_pool(config.reward, log=folder / "reward.log")
+                if pool is not None:
+                    stack.enter_context(pool)
+            training = _Run(setup, functions, weights, folder, grader, saved, stop, watchdog, pool)
             with contextlib.closing(training.log), contextlib.closing(training.samples):
                 return training.loop()
 
@@ -136,12 +147,13 @@ class _Run:
         saved: checkpoint.Checkpoints,
         stop: Stop,
         watchdog: Watchdog,
+        pool: RewardPool | None = None,
     ):
         config = setup.config
         self.setup, self.config, self.folder = setup, config, folder
         self.saved, self.stop, self.watchdog = saved, stop, watchdog
         self.weights, self.functions = weights, functions
-        self.step = Step(setup, self.functions, weights, grader, folder)
+        self.step = Step(setup, self.functions, weights, grader, folder, pool)
         self.held_out = HeldOut(setup, self.functions, weights, folder, grader)
         self.batches = data.make_batches(
             setup.train,
@@ -149,6 +161,7 @@ class _Run:
             seed=config.seed,
             shuffle=config.data.shuffle,
             read=setup.read,
+            order=None if setup.replay is None else setup.replay.order,
         )
         self.rules = collapse_guard.make_rules(config)
         self.guard = collapse_guard.State()
@@ -217,14 +230,7 @@ class _Run:
             step += 1
             self.watchdog.begin("step", step)
             with tracer.step(step):
-                self.state, row, sampled = self.step(
-                    step,
-                    self.state,
-                    next(self.batches),
-                    self._weights(step),
-                    masking=collapse_guard.masking(self.guard, self.rules),
-                    budget=self.horizon.length,
-                )
+                self.state, row, sampled = self._train(step)
             row |= horizon.keys(self.horizon, self.stairs)
             if config.guard.copies and step % config.guard.copies == 0:
                 require_equal_replicas(step, self.state.train, self.functions, self.weights)
@@ -264,6 +270,28 @@ class _Run:
         self.saved.wait()  # a failed write raises here, before the line that reports success
         progress.say(f"written to {self.folder}")
         return Result(self.state.train, table)
+
+    def _train(self, step: int) -> tuple[StepState, Summary, list[dict]]:
+        """Train on the next batch. Where its rewards fail, save the state before it and raise RewardError."""
+        before = self.batches.get_state() if self.config.reward.function else None
+        try:
+            return self.step(
+                step,
+                self.state,
+                next(self.batches),
+                self._weights(step),
+                masking=collapse_guard.masking(self.guard, self.rules),
+                budget=self.horizon.length,
+            )
+        except RewardError as error:  # before the update: the state has not changed
+            self.batches.set_state(before)
+            if step == 1:
+                raise RewardError(f"step 1: {error}") from None
+            self._save(step - 1)
+            self.saved.wait()
+            raise RewardError(
+                f"step {step}: {error}; step {step - 1} is saved, and the same command goes on from there"
+            ) from None
 
     def _test_itself(self) -> None:
         """Compare sampler and scorer before the first step. Raises SelfTestError where they differ."""
@@ -398,6 +426,16 @@ class _Run:
         """Return the weight of each term at a step, as configured or as strengthened by the guard."""
         beta_kl, lambda_gold = collapse_guard.terms(self.guard, self.rules)
         return self.setup.terms.weights_at(step) | {"reference_kl": beta_kl, "sft": lambda_gold}
+
+
+def _fault_outside(setup: Setup) -> str:
+    """Return "" or one line: a reward function that is not there, or a student that was not recorded."""
+    config = setup.config
+    if setup.replay is None:
+        return rewards.fault_of(config.reward)
+    if config.replay.other_student:
+        return ""
+    return student_fault(setup.replay, config.student.path)
 
 
 def _facts(config: ConfigDict, path: str) -> dict[str, Any]:

@@ -80,6 +80,10 @@ PATTERN = Rule("a regular expression", _is_pattern)
 TEMPLATE = Rule("a text that holds {problem} or a {column} of its row", _shows_problem)
 TEXTS = Rule('texts, such as ("<","think")', lambda texts: all(isinstance(x, str) and x for x in texts))
 POSITIONS = Rule("whole numbers above 0, each above the one before, such as (256,512)", _rising)
+FUNCTION = Rule(
+    "a function as module:function, such as my_rewards:score",
+    lambda text: not text or re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", text) is not None,
+)
 WORDS = Rule('words of letters, such as ("wait","but")', _words)
 DEPTHS = Rule("different whole numbers, at least 1, such as 64,256", _counts)
 TRAINING_FILE = Rule("a file of problems (.jsonl, .json, .parquet), or tiny:train", bool)
@@ -296,6 +300,25 @@ SECTIONS = (
               "Grading processes; 0 = one per core that the run may use, at most 8."),
         Field("seconds", 5.0, Range(0.1, 30),
               "Processor time that an answer may take; beyond it the grade is TIMEOUT."),
+    )),
+    Section("reward", "Rewards of rollouts from a function or a column, in place of the verdict of `grading` "
+            "(docs/rewards.md).", (
+        Field("function", "", FUNCTION,
+              "module:function that returns the rewards of a problem's rollouts; empty = the verdict."),
+        Field("column", "", None,
+              "Column of the data with the reward of every rollout of its problem; empty = none."),
+        Field("seconds", 60.0, Range(0.1, 86_400),
+              "Time that the function may take for one problem; then its process is replaced."),
+        Field("processes", 1, COUNT, "Processes that call the function."),
+        Field("on_error", "stop", Choices("opd_jax.grading.rewards:ON_ERROR"),
+              "What is done where the function fails for a problem: save and end (stop), or leave its "
+              "rollouts out of the reward, count them and go on (leave_out)."),
+    )),
+    Section("replay", "Recorded rollouts in place of sampled ones (docs/replay.md).", (
+        Field("path", "", None, "Folder that launch/record.py has written; empty = rollouts are sampled."),
+        Field("other_student", False, None,
+              "Whether the student may be another one than the recorded: then training is off-policy from "
+              "the first step on."),
     )),
     Section("metrics", "What is measured on responses (docs/metrics.md).", (
         Field("repetition_tail", 10_000, COUNT,

@@ -124,6 +124,9 @@ LOSS = Section("loss", "The loss: a method is a set of these numbers (docs/objec
           "(2607.04037)."),
     Field("rollout_gate_margin", 0.0, FROM_ZERO,
           "Least difference of the rollout's log-likelihoods for agreement, in nats (2607.04037: 0)."),
+    Field("rollout_gate_reward", 0.5, Range(above=0, high=1),
+          "Least reward of a rollout that counts as correct, for rollout_gate=correct and for outcome, where "
+          "the reward comes from a function or a column."),
     Field("lambda_gold", 0.0, FROM_ZERO, "Weight of the supervised loss on golden solutions."),
     Field("golden_divergence", 0.0, FROM_ZERO,
           "Weight of the divergence D(student, teacher) on golden solutions (soft labels)."),

@@ -165,6 +165,16 @@ def unused(config: Any) -> dict[str, tuple[str, str]]:
             ("rollout_gate_margin",), loss.rollout_gate == "agreement",
             (f"loss.rollout_gate={loss.rollout_gate}", "--config.loss.rollout_gate=agreement"),
         ),
+        (
+            ("rollout_gate_reward",),
+            (loss.rollout_gate == "correct" or loss.outcome != "none")
+            and bool(config.reward.function or config.reward.column),
+            (
+                f"loss.rollout_gate={loss.rollout_gate} and loss.outcome={loss.outcome}, or the reward is a "
+                "verdict, 0 or 1",
+                "--config.loss.rollout_gate=correct with --config.reward.function",
+            ),
+        ),
         (("form",), loss.support != "full", whole),
         (
             ("jsd_beta",), "jsd" in directions,

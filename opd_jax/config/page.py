@@ -16,9 +16,9 @@ holds the two equal. `python launch/train.py --fields` prints the same for one e
 
 A config file (`configs/`) starts from these defaults and sets some; the command line sets any field that
 the entry point reads: `--config.rollout.temperature=0.8`. The last column has who reads a field: **t**
-`launch/train.py` (and plan.py, profile.py), **e** `launch/evaluate.py`, **s** `launch/sample.py`, **p**
-`launch/probe.py`. A field means the same to all of them. What must hold between fields is checked before
-anything is loaded (`opd_jax/config/validate.py`)."""
+`launch/train.py` (and plan.py, profile.py, record.py), **e** `launch/evaluate.py`, **s** `launch/sample.py`,
+**p** `launch/probe.py`. A field means the same to all of them. What must hold between fields is checked
+before anything is loaded (`opd_jax/config/validate.py`)."""
 _READERS = {"t": TRAINING, "e": EVALUATION, "s": SAMPLING, "p": PROBING}
 
 

@@ -38,6 +38,14 @@ def validate(config: ConfigDict) -> None:
     _check_loss(config)
     _check_gates(config)
     _check_variants(config)
+    _check_reward(config)
+    if config.replay.path:
+        check_replayable(config, f"replay.path={config.replay.path}")
+    elif config.replay.other_student:
+        raise ConfigError(
+            "replay.other_student=True has no effect: there is no replay.path; set "
+            "--config.replay.other_student=False, or --config.replay.path=FOLDER"
+        )
     if config.loss.pg_weight and config.rollout.temperature == 0:
         raise wrong("rollout.temperature", 0, "a number above 0: greedy rollouts do not explore")
     prompts, updates = config.rollout.prompts_per_step, config.optim.updates_per_rollout
@@ -295,6 +303,99 @@ def _check_variants(config: ConfigDict) -> None:
             f"{loss.pg_weight:g}, loss.teacher_coef={loss.teacher_coef:g} and loss.advantage="
             f"{loss.advantage}, wanted both numbers above 0 and sampled; set --config.log.variants=0"
         )
+
+
+def _check_reward(config: ConfigDict) -> None:
+    """Rules about a reward from outside: one source, and a use for it."""
+    reward, loss = config.reward, config.loss
+    if reward.function and reward.column:
+        raise ConfigError(
+            f"reward.function={reward.function} and reward.column={reward.column}, wanted one source of the "
+            "reward; set --config.reward.column= or --config.reward.function="
+        )
+    if not reward.function:
+        for name in ("seconds", "processes", "on_error"):
+            if reward[name] != (usual := FIELDS[f"reward.{name}"].default):
+                raise ConfigError(
+                    f"reward.{name}={reward[name]} has no effect: there is no reward.function; leave it at "
+                    f"{usual}, or set --config.reward.function=MODULE:FUNCTION"
+                )
+    source = next((name for name in ("function", "column") if reward[name]), "")
+    if source and not (loss.pg_weight or loss.divergence_weight or loss.beta_kl):
+        raise ConfigError(
+            f"reward.{source}={reward[source]} has no effect: this loss makes no rollouts (loss.pg_weight, "
+            f"loss.divergence_weight and loss.beta_kl are 0); set --config.reward.{source}="
+        )
+    if not reward.column:
+        return
+    compares = bool(loss.pg_weight and loss.group_coef) or loss.outcome == "margin"
+    if compares or loss.rollout_gate == "agreement":
+        raise ConfigError(
+            f"reward.column={reward.column} gives every rollout of a problem the same reward, and "
+            "loss.group_coef, loss.outcome=margin and loss.rollout_gate=agreement compare the rollouts of a "
+            "problem, so the reward would teach nothing; set --config.reward.function=MODULE:FUNCTION, or "
+            "use the column with --config.loss.group_coef=0 --config.loss.outcome=none "
+            "--config.loss.rollout_gate=correct"
+        )
+    if loss.rollout_gate != "correct" and loss.outcome == "none":
+        raise ConfigError(
+            f"reward.column={reward.column} has no effect: no term of this loss reads a reward; set "
+            "--config.loss.rollout_gate=correct, which leaves out the problems below "
+            "loss.rollout_gate_reward, or --config.reward.column="
+        )
+
+
+def check_replayable(config: ConfigDict, what: str) -> None:
+    """Refuse a loss that needs more of the teacher, or of fresh rollouts, than a recording has.
+
+    `what` begins the line. Raises ConfigError: the field, what a recording has instead, the fix.
+    """
+    loss, teacher = config.loss, config.teacher.follow
+    divergence = bool(loss.divergence_weight)
+    by_teacher = bool(loss.pg_weight and loss.teacher_coef)
+    faults = (
+        (not (loss.pg_weight or divergence or loss.beta_kl), "a loss without rollouts",
+         "loss.pg_weight=1"),
+        (divergence and loss.support != "teacher",
+         f"loss.support={loss.support}, and has the teacher's own top-k ids alone",
+         "loss.support=teacher"),
+        (by_teacher and loss.advantage == "support",
+         "loss.advantage=support, which needs the current student's log-probs of recorded ids",
+         "loss.advantage=sampled"),
+        (by_teacher and loss.advantage_shape == "baseline",
+         "loss.advantage_shape=baseline, which needs the exact reverse KL",
+         "loss.advantage_shape=log_ratio"),
+        (by_teacher and loss.extrapolation != 1,
+         f"loss.extrapolation={loss.extrapolation:g}, which scores with the reference",
+         "loss.extrapolation=1"),
+        (loss.token_weight in ("prune", "tip", "ta", "selectkd"),
+         f"loss.token_weight={loss.token_weight}, which needs both models' distributions",
+         "loss.token_weight=none"),
+        (teacher != "frozen", f"teacher.follow={teacher}, a teacher that changes",
+         "teacher.follow=frozen"),
+        (config.guard.action != "off",
+         f"guard.action={config.guard.action}, which watches rollouts of the current student",
+         "guard.action=off"),
+        (config.log.variants, f"log.variants={config.log.variants}, which needs the exact reverse KL",
+         "log.variants=0"),
+        (loss.golden_divergence,
+         f"loss.golden_divergence={loss.golden_divergence:g}, which scores golden solutions with the teacher",
+         "loss.golden_divergence=0"),
+        (loss.low_kl_window,
+         f"loss.low_kl_window={loss.low_kl_window}, which needs the exact reverse KL",
+         "loss.low_kl_window=0"),
+        (config.rollout.horizon,
+         f"rollout.horizon={tuple(config.rollout.horizon)}, which bounds responses while they are sampled",
+         "rollout.horizon='()'"),
+        (config.jump.problems,
+         f"jump.problems={config.jump.problems}, which samples answers of the current student",
+         "jump.problems=0"),
+        (config.guard.self_test == "always",
+         "guard.self_test=always, which compares the sampler with the scorer", "guard.self_test=off"),
+    )  # fmt: skip
+    for wrong_here, got, fix in faults:
+        if wrong_here:
+            raise ConfigError(f"{what} cannot be used with {got}; set --config.{fix}")
 
 
 def _check_repetition(rollout: ConfigDict) -> None:

@@ -27,12 +27,13 @@ class Batch:
 
 
 def make_batches(
-    problems: Sequence[Problem],
+    problems: Sequence[Any],
     *,
     batch: int,
     seed: int,
     shuffle: bool,
-    read: Callable[[list[Problem]], Any] = list,
+    read: Callable[[list[Any]], Any] = list,
+    order: Sequence[int] | None = None,
 ) -> "grain.DatasetIterator":
     """Endless batches, each what `read` makes of a list of `Problem`, two of them ahead of time.
 
@@ -41,11 +42,14 @@ def make_batches(
 
     Every epoch visits each problem once, in an order of its own drawn from the seed; batches run on
     over the end of an epoch. Every process reads whole batches; its devices take their rows of them.
+    `order` are the places of the problems to visit instead, again and again; nothing is drawn then.
     """
     import grain  # only here: benchmarks of the models run where it is not installed
 
     dataset = grain.MapDataset.range(len(problems)).seed(seed)
-    if shuffle:
+    if order is not None:
+        dataset = grain.MapDataset.source(list(order))
+    elif shuffle:
         dataset = dataset.shuffle()
     endless = dataset.repeat().map(lambda i: problems[int(i)])
     batches = endless.batch(batch, drop_remainder=True, batch_fn=list).map(read)

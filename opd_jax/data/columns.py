@@ -126,6 +126,7 @@ def read_problem(
         system=question.system,
         history=question.history,
         columns=tuple((name, _shown_text(row, name, where)) for name in shown),
+        fields=row,
     )
     return problem, Columns(taken_problem, taken_solution, taken_answer, taken_id)
 

@@ -13,7 +13,7 @@ class Problem:
     `solution` and `answer` are "" where the source has none; `system` is the text of a system turn
     that the source prescribes for this problem, "" for none. `history` holds (role, text) of the turns
     between the two: user's and assistant's. `columns` holds (name, text) of further columns of the row,
-    those that a prompt template shows.
+    those that a prompt template shows. `fields` is the row itself, None for generated problems.
     """
 
     id: str
@@ -23,11 +23,18 @@ class Problem:
     system: str = ""
     history: History = ()
     columns: tuple[tuple[str, str], ...] = ()
+    fields: dict[str, Any] | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @property
     def question(self) -> str:
         """The text of all turns except the system's, which identifies duplicates."""
         return "\n".join([*(text for _, text in self.history), self.prompt])
+
+    def reward_row(self) -> dict[str, Any]:
+        """Return what a reward function reads: the row, with id, problem, solution and answer as read."""
+        return (self.fields or {}) | {
+            "id": self.id, "problem": self.prompt, "solution": self.solution, "answer": self.answer,
+        }  # fmt: skip
 
     def row(self) -> dict[str, Any]:
         """Return the row of a file that `data.open_problems` reads as this problem."""

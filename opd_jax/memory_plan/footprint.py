@@ -110,7 +110,7 @@ def score(workload: Workload) -> Footprint:
     chunks = (len(roles) - alone) * xla.LOGITS_SCORE_PLAIN.count + alone
     if workload.fused:
         chunks = (len(roles) - alone) * xla.LOGITS_SCORE.count + alone
-        chunks += xla.LOGITS_SUPPORT.count * (workload.support > 0)
+        chunks += xla.LOGITS_SUPPORT.count * (workload.support > 0 and not workload.replayed)
     # Hidden states that the update will read are results of the program: no temporary.
     returned = hidden_for_update(workload, rows) if workload.over_vocabulary else 0.0
     moments.append({

@@ -48,7 +48,8 @@ def stages(workload: Workload) -> list[Stage]:
     found = []
     if workload.rollouts:
         decoding = _decoding(workload, workload.device_slots)
-        found.append(Stage("rollout", _sum(base, live, decoding)))
+        if workload.samples:
+            found.append(Stage("rollout", _sum(base, live, decoding)))
         found.append(Stage("score", _sum(base, live, _scoring(workload))))
     if workload.golden_divergence:
         found.append(Stage("score golden", _sum(base, live, _scoring(workload.of_golden))))
@@ -80,7 +81,7 @@ def stages(workload: Workload) -> list[Stage]:
             alone = dataclasses.replace(
                 workload, student=workload.teacher, itemsize=workload.teacher_itemsize,
                 response=workload.answer,
-                prompt=(workload.teacher_width or workload.width) 
+                prompt=(workload.teacher_width or workload.width)
                 - (workload.teacher_response or workload.response),
             )  # fmt: skip
             answering = _decoding(alone, workload.device_answers)
@@ -163,7 +164,7 @@ def plan(workload: Workload, device: Device, *, usable: float | None = None) -> 
     margin = MARGIN * usable if device.gpu else 0.0
     largest = {
         "optim.microbatch_tokens": largest_microbatch(workload, usable - margin),
-        "rollout.slots": largest_slots(workload, usable - margin) if workload.rollouts else 0,
+        "rollout.slots": largest_slots(workload, usable - margin) if workload.samples else 0,
     }
     return Memory(workload, device, usable, tuple(stages(workload)), largest, margin)
 
@@ -297,7 +298,9 @@ def _changes(workload: Workload) -> list[tuple[dict[str, Any], Workload]]:
 
 def _scoring(workload: Workload) -> dict[str, float]:
     """Scores of the micro-batches in flight, and what scoring one of them takes."""
-    kept = 1 + footprint.arrays_per_token(Scores) + 3 * workload.support  # an id, and scores
+    # An id, and scores. Of a recording the support stays on the host until the update.
+    kept = 1 + footprint.arrays_per_token(Scores)
+    kept += 3 * workload.support * (not workload.replayed)
     kept -= not workload.reference_scores  # reference_logprob_BT
     rows = min(IN_FLIGHT * workload.score_rows, workload.device_batch)
     scored = {"rows": 4.0 * kept * rows * workload.width}

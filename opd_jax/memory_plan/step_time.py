@@ -96,7 +96,8 @@ def step_time(
     length_B = _lengths(rows, workload.response, mean_response)
     stages = []
     if workload.rollouts:
-        stages = [rollout(workload, device, length_B), score(workload, device, length_B)]
+        stages = [rollout(workload, device, length_B)] * workload.samples
+        stages.append(score(workload, device, length_B))
     if workload.golden_divergence:
         scored = score(workload.of_golden, device, _golden(workload, length_B))
         stages.append(dataclasses.replace(scored, name="score golden"))

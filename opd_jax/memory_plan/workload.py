@@ -100,6 +100,7 @@ class Workload:
       tile: widths of batches are multiples of it.
       teacher_vocabulary: ids of a teacher with another tokenizer, which scores its own rows alone; 0 where
         the two share ids. teacher_response: its token budget of a response there.
+      replayed: whether rollouts are read from a recording: nothing is sampled, and no teacher scores.
     """
 
     student: ModelConfig
@@ -148,6 +149,12 @@ class Workload:
     tile: int = 1
     teacher_vocabulary: int = 0
     teacher_response: int = 0
+    replayed: bool = False
+
+    @property
+    def samples(self) -> bool:
+        """Whether the run samples rollouts."""
+        return self.rollouts and not self.replayed
 
     @property
     def of_golden(self) -> "Workload":
@@ -264,7 +271,7 @@ def of_config(config: ConfigDict, device: Device, devices: int) -> Workload:
     tokens, others = own, 0
     teacher = reference = None
     itself = config.teacher.path in ("student", config.student.path)
-    if terms.needs_teacher:
+    if terms.needs_teacher and not config.replay.path:
         section = config.student if config.teacher.path == "student" else config.teacher
         teacher, others = _architecture(section)
         tokens = min(tokens, others)
@@ -355,6 +362,7 @@ def _workload(
         golden_support=_places(terms.golden_scored_support),
         teacher_vocabulary=roles.teacher_vocabulary,
         teacher_response=teacher_response(config, spans=bool(roles.teacher_vocabulary)),
+        replayed=bool(config.replay.path),
     )  # fmt: skip
 
 

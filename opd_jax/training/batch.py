@@ -71,10 +71,10 @@ def counted(rollout: Rollout, mask_BT: np.ndarray, *, truncated: str, tail: int)
 
 @dataclasses.dataclass(frozen=True)
 class Reward:
-    """The verifiable reward of a step's rollouts.
+    """The reward of a step's rollouts, whatever its source.
 
     Attributes:
-      reward_B: of each rollout, or whether it is correct.
+      reward_B: of each rollout, from 0 to 1: its verdict, or the number from a function or a column.
       group: rollouts of a prompt, which are adjacent.
       graded_B: bool, the rollouts whose reward is known; None for all.
     """
@@ -82,6 +82,19 @@ class Reward:
     reward_B: np.ndarray
     group: int
     graded_B: np.ndarray | None = None
+
+    @property
+    def known_B(self) -> np.ndarray:
+        """The rollouts whose reward is known; bool [B]."""
+        return np.ones(len(self.reward_B), bool) if self.graded_B is None else self.graded_B
+
+    def correct_B(self, least: float) -> np.ndarray:
+        """Return the rollouts that gates and outcomes take as correct; bool [B], False where not known.
+
+        `least` is loss.rollout_gate_reward: the least reward of a correct rollout. A verdict is 0 or 1, so
+        that every `least` leaves it as it is.
+        """
+        return self.known_B & (np.asarray(self.reward_B, np.float32) >= np.float32(least))
 
     def advantage(self, *, normalise: bool) -> jax.Array:
         """Return `losses.group_advantage` of the reward; float32 [B]."""
@@ -193,9 +206,10 @@ def _by_outcome(
     Means are over the tokens of `mask_BT`, of what the shape, the clamp and the discount return.
     """
     length_B = np.sum(mask_BT, axis=1)
-    correct_B, known_B = np.asarray(reward.reward_B) > 0, length_B > 0
-    if reward.graded_B is not None:
-        known_B = known_B & reward.graded_B
+    correct_B, known_B = (
+        reward.correct_B(terms.rollout_gate_reward),
+        reward.known_B & (length_B > 0),
+    )
 
     def mean(values_BT: np.ndarray) -> np.ndarray:
         total_B = np.sum(np.where(mask_BT, values_BT, 0.0), axis=1, dtype=float)

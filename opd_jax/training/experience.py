@@ -3,12 +3,14 @@
 import dataclasses
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import numpy as np
 
 from opd_jax import data, metrics, models
 from opd_jax.grading.grader import Grade, Grader, decided
+from opd_jax.grading.rewards import RewardPool
 from opd_jax.losses import spans
 from opd_jax.metrics import repetition
 from opd_jax.metrics.timing import Clock
@@ -16,7 +18,9 @@ from opd_jax.metrics.tracing import stage
 from opd_jax.rollout import Responses, read_responses
 from opd_jax.sharding import multihost
 from opd_jax.training import batch as rows
-from opd_jax.training import span_scores
+from opd_jax.training import rewards, span_scores
+from opd_jax.training.replay import Recorded
+from opd_jax.training.rewards import Rewards
 from opd_jax.training.setup import Setup
 from opd_jax.training.step_functions import StepFunctions
 from opd_jax.types import Rollout, Scores, TeacherRows, TextRows
@@ -32,6 +36,7 @@ class Experience:
       flagged_B: repetitive rollouts.
       grades: of the responses; None where a problem has no answer.
       texts: of the responses.
+      external: rewards from a function or a column; None where the verdicts are the rewards.
     """
 
     rollout: Rollout
@@ -41,6 +46,12 @@ class Experience:
     flagged_B: np.ndarray
     grades: Sequence[Grade | None]
     texts: list[str]
+    external: Rewards | None = None
+
+    @property
+    def rewards(self) -> Rewards:
+        """The reward of each rollout, from 0 to 1, and whether it is known."""
+        return rewards.of_verdicts(self.grades) if self.external is None else self.external
 
     @property
     def graded_B(self) -> np.ndarray:
@@ -53,15 +64,22 @@ class Experience:
         return np.array([grade is Grade.CORRECT for grade in self.grades])
 
     def reward(self, group: int) -> rows.Reward:
-        """The reward of each rollout, 1 where it is correct, of `group` adjacent ones per prompt."""
-        return rows.Reward(self.correct_B, group, self.graded_B)
+        """`rewards` as terms and gates read them, with `group` adjacent rollouts per prompt."""
+        found = self.rewards
+        return rows.Reward(found.reward_B, group, found.known_B)
 
 
 class Collector:
     """Collect `Experience` according to the config; stateless between steps."""
 
-    def __init__(self, setup: Setup, functions: StepFunctions, grader: Grader):
-        self.setup, self.config, self.grader = setup, setup.config, grader
+    def __init__(
+        self,
+        setup: Setup,
+        functions: StepFunctions,
+        grader: Grader,
+        pool: RewardPool | None = None,
+    ):
+        self.setup, self.config, self.grader, self.pool = setup, setup.config, grader, pool
         self.functions = functions
         self._background = ThreadPoolExecutor(max_workers=1)  # decodes and grades
 
@@ -79,6 +97,7 @@ class Collector:
         """Roll out, score, grade. All weights are in their compute dtypes.
 
         `budget`: response tokens of this step; None for rollout.max_response_tokens.
+        Raises RewardError where a reward function fails and the config does not leave its rollouts out.
         """
         group = self.config.rollout.samples_per_prompt
         with stage("rollout"):
@@ -86,20 +105,40 @@ class Collector:
             rollout = self.functions.generate(student, grouped, key, budget)
         clock.lap("rollout", rollout.response_length_B.sum())
         teacher_rows = self._teacher_rows(rollout, batch.teacher_prompts)
-        answers = [problem.answer for problem in batch.problems for _ in range(group)]
-        reading = self._background.submit(self._read, rollout, answers)  # while the models score
+        reading = self._background.submit(self._read, rollout, batch.problems)  # while models score
         with stage("score"):
             scores = self.functions.score(student, teacher, rollout, teacher_rows, reference)
         clock.lap("score", rollout.response_length_B.sum())
         with stage("read"):
-            read = reading.result()
+            read, asked = reading.result()
             if multihost.several():  # an answer that timed out in one might not in another
                 told = multihost.from_first(lambda: [g and g.value for g in read.grades])
                 grades = [value and Grade(value) for value in told]
                 read = dataclasses.replace(read, grades=grades)
-            return self.understand(rollout, scores, read)
+            external = None
+            if self.config.reward.column:
+                column = self.config.reward.column
+                external = rewards.of_column(batch.problems, column, group=group)
+            elif self.config.reward.function:
+                external = rewards.of_answers(
+                    multihost.from_first(lambda: asked), on_error=self.config.reward.on_error
+                )
+            return self.understand(rollout, scores, read, external)
 
-    def understand(self, rollout: Rollout, scores: Scores, read: Responses) -> Experience:
+    def recall(self, student: models.Params, recorded: Recorded, *, clock: Clock) -> Experience:
+        """Score recorded rollouts with the student's compute weights; the teacher's scores are recorded."""
+        rollout = recorded.rollout
+        with stage("score"):
+            scores = recorded.scores(self.functions.score(student, None, rollout))
+        clock.lap("score", rollout.response_length_B.sum())
+        with stage("read"):
+            read, _ = self._read(rollout, None)
+            read = dataclasses.replace(read, grades=recorded.grades)
+            return self.understand(rollout, scores, read, recorded.rewards)
+
+    def understand(
+        self, rollout: Rollout, scores: Scores, read: Responses, external: Rewards | None = None
+    ) -> Experience:
         """Mark the tokens that count and those that repeat."""
         section, alignment = self.config.metrics, self.setup.alignment
         mask_BT = rows.scored_mask(rollout, alignment.counted, self.setup.first_pieces)
@@ -121,6 +160,7 @@ class Collector:
             flagged_B=read.flagged_B,
             grades=read.grades,
             texts=read.texts,
+            external=external,
         )
 
     def measure(self, experience: Experience) -> dict[str, float]:
@@ -138,7 +178,7 @@ class Collector:
         )  # fmt: skip
         if has_grades:
             row["rollout/grading_timeouts"] = float(experience.grades.count(Grade.TIMEOUT))
-        return row
+        return row | experience.rewards.metrics()
 
     def _teacher_rows(
         self, rollout: Rollout, prompts: Sequence[Sequence[int]] | None
@@ -155,12 +195,24 @@ class Collector:
             )
         return rows.teacher_rows(rollout, grouped, setup.alignment.teacher_ids, width=width)
 
-    def _read(self, rollout: Rollout, answers: list[str]) -> Responses:
-        """Decode, grade and flag the responses; of several processes only the first one grades."""
-        return read_responses(
+    def _read(
+        self, rollout: Rollout, problems: Sequence[data.Problem] | None
+    ) -> tuple[Responses, dict[str, Any] | None]:
+        """Decode, grade and flag the responses, and ask the reward function about them.
+
+        Of several processes only the first one grades and asks; without `problems`, none does.
+        """
+        group = self.config.rollout.samples_per_prompt
+        answers = [""] * len(rollout.length_B)
+        if problems is not None:
+            answers = [problem.answer for problem in problems for _ in range(group)]
+        read = read_responses(
             rollout.responses(),
             answers,
             self.setup.tokenizer,
-            grader=self.grader if multihost.first() else None,
+            grader=self.grader if problems is not None and multihost.first() else None,
             repetition=metrics.make_repetition_rule(self.config.metrics),
         )
+        if self.pool is None or problems is None:
+            return read, None
+        return read, rewards.asked(self.pool, problems, read.texts)

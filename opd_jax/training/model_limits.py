@@ -47,6 +47,8 @@ def check_spans(config: ConfigDict, terms: Terms) -> None:
         ("scoring.special_tokens", config.scoring.special_tokens != "remap" and
          config.scoring.special_tokens, "which concerns ids that both models share",
          "--config.scoring.special_tokens=remap"),
+        ("replay.path", config.replay.path, "which has the teacher's log-probs of the student's own tokens",
+         "--config.replay.path="),
     ):  # fmt: skip
         if value:
             raise ConfigError(f"{field}={value}, {why}, but {alone}; set {change}")

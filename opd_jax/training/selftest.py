@@ -82,12 +82,12 @@ def run(
     teacher: models.Params | None,
     reference: models.Params | None,
 ) -> Found | None:
-    """Sample a few tokens from the first problems and score them; None where a run makes no rollouts.
+    """Sample a few tokens from the first problems and score them; None where a run samples no rollouts.
 
     The weights are those that a step samples and scores with. All processes of a run call this together.
     """
     spec = functions.spec
-    if not spec.terms.needs_rollouts:
+    if not spec.terms.needs_rollouts or spec.replayed:
         return None
     began = time.perf_counter()
     group = spec.config.rollout.samples_per_prompt

@@ -25,6 +25,8 @@ from opd_jax.sharding import multihost
 from opd_jax.sharding.mesh import Mesh, make_mesh
 from opd_jax.training import horizon, model_limits
 from opd_jax.training.model_limits import teacher_response
+from opd_jax.training.replay import Replay, check_problems, check_rewards, open_replay
+from opd_jax.training.rewards import column_value
 from opd_jax.training.roles import (
     architecture,
     ask_for_full_products,
@@ -62,6 +64,7 @@ class Setup:
       train, held_out: problems. prompts, teacher_prompts: ids of the held-out problems' prompts.
       jump_problems, jump_prompts: training problems that are held for jumps, and their prompts.
       notes: lines for the start of the run.
+      replay: the recording that training reads instead of sampling; None without. Then there is no teacher.
     """
 
     config: ConfigDict
@@ -89,6 +92,7 @@ class Setup:
     jump_problems: list[data.Problem]
     jump_prompts: list[list[int]]
     notes: list[str]
+    replay: Replay | None = None
 
     @property
     def spec(self) -> StepSpec:
@@ -104,6 +108,7 @@ class Setup:
             teacher_width=self.teacher_width if self.separate_prompts else 0,
             mesh=self.mesh,
             tile=hardware.tile(gpu=jax.default_backend() == "gpu"),
+            replayed=self.replay is not None,
         )
 
     @property
@@ -184,6 +189,16 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
         config.data.date = today
     model_limits.check_rollouts(config, terms, student, teacher, reference, alignment)
     folders = {config.student.path: ("student", student)}
+    replay = None
+    if config.replay.path:
+        replay = open_replay(
+            config, tokenizer, teacher_tokenizer if terms.needs_teacher else None,
+            places=terms.scored_support[1] if terms.scored_support else 0,
+        )  # fmt: skip
+        if terms.needs_reward:
+            check_rewards(replay)
+        teacher = None  # its tokenizer alone is read
+        notes.append(replay.describe())
     if teacher is not None:
         folders.setdefault(config.teacher.path, ("teacher", teacher))
     if terms.needs_reference:
@@ -216,10 +231,11 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
     styles = prompt_styles(config.data)
     shows_answer = any("{answer}" in style.template for style in styles)
     needs_solution = terms.needs_golden or any("{solution}" in s.template for s in styles)
+    by_verdict = not (config.reward.function or config.reward.column)
     train = data.open_problems(
         config.data.train, field="data.train", columns=config.data.columns, size=config.data.size,
         need_solution=needs_solution,
-        need_answer=shows_answer or terms.needs_reward or bool(config.jump.problems),
+        need_answer=shows_answer or (terms.needs_reward and by_verdict) or bool(config.jump.problems),
         bad_rows=config.data.bad_rows, shown=tuple(dict.fromkeys(styles[0].columns + styles[1].columns)),
     )  # fmt: skip
     held_out = None
@@ -264,8 +280,11 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
         jump_problems=[],
         jump_prompts=[],
         notes=notes,
+        replay=replay,
     )
     setup = _with_data(setup, train, held_out)
+    if replay is not None:
+        check_problems(replay, setup.train, "data.train")
     if reader is not None:
         setup.notes.extend(_span_notes(setup, reader, *vocabularies))
     if setup.held_out:
@@ -395,6 +414,7 @@ def _fitting(
     alike = problems.generated and not shows_solution and not golden
     count = min(len(problems), _GENERATED_CHECKED) if alike else len(problems)
     longest = setup.config.rollout.max_prompt_tokens
+    rewarded = setup.config.reward.column if field == "data.train" else ""
     unread = _unread_tokens(setup) if golden and setup.terms.golden_divergence else {}
 
     def misfits(block: list[data.Problem]) -> list[Misfit | None]:
@@ -405,6 +425,11 @@ def _fitting(
         if setup.separate_prompts:
             teacher_prompts = setup.teacher_style.prompts(block, setup.teacher_tokenizer)
         reasons = [_misfit(setup, *ids) for ids in zip(prompts, teacher_prompts, strict=True)]
+        if rewarded:
+            reasons = [
+                reason or _reward_misfit(problem, rewarded)
+                for reason, problem in zip(reasons, block, strict=True)
+            ]
         if golden:
             rollout = setup.config.rollout
             reasons = [
@@ -427,6 +452,12 @@ def _fitting(
 
     skip = setup.config.data.bad_rows == "skip"
     return without_misfits(problems, misfits, field=field, count=count, skip=skip), longest
+
+
+def _reward_misfit(problem: data.Problem, column: str) -> Misfit | None:
+    """Return why the column of the reward cannot be used for a problem, or None."""
+    value = column_value(problem, column)
+    return ("no reward", value) if isinstance(value, str) else None
 
 
 def _unread_tokens(setup: Setup) -> dict[int, str]:

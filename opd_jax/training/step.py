@@ -12,6 +12,7 @@ import numpy as np
 
 from opd_jax import data, models
 from opd_jax.grading.grader import Grader
+from opd_jax.grading.rewards import RewardPool
 from opd_jax.metrics.timing import Clock, peak_gib
 from opd_jax.metrics.tracing import stage
 from opd_jax.models import decoder
@@ -20,6 +21,7 @@ from opd_jax.sharding import replica_check
 from opd_jax.training import batch as rows
 from opd_jax.training import low_kl, nonfinite, update, variants
 from opd_jax.training.experience import Collector, Experience
+from opd_jax.training.replay import drift
 from opd_jax.training.setup import Setup
 from opd_jax.training.step_functions import StepFunctions
 from opd_jax.training.terms import ON_GOLDEN, Terms
@@ -73,10 +75,11 @@ class Step:
         weights: Weights,
         grader: Grader,
         folder: pathlib.Path,
+        pool: RewardPool | None = None,
     ):
         self.setup, self.config, self.functions = setup, setup.config, functions
         self.weights, self.folder = weights, folder
-        self.collector = Collector(setup, functions, grader)
+        self.collector = Collector(setup, functions, grader, pool)
         self.rules = nonfinite.make_rules(setup.config.guard)
         self.cut = low_kl.make_rules(setup.config.loss)
 
@@ -115,6 +118,9 @@ class Step:
                     number, experience, batch, masking, kept_BT
                 )
                 metrics |= measured(rollout_rows) | news
+            if self.setup.replay is not None:
+                metrics["replay/age"] = float(before)
+                metrics |= drift(experience.rollout, experience.scores, experience.mask_BT)
         if batch.golden and any(weights[name] for name in ON_GOLDEN):
             golden_rows = self._golden_rows(batch, weights, student, teacher, clock)
             tokens += sum(map(len, batch.golden))
@@ -162,8 +168,11 @@ class Step:
         clock: Clock,
         budget: int | None,
     ) -> Experience:
-        """Roll out, score and grade."""
+        """Roll out, score and grade; or read recorded rollouts and score them with the student."""
         key = key_for(self.config.seed, number, Stream.ROLLOUT)
+        if self.setup.replay is not None:
+            recorded = self.setup.replay.read(number)
+            return self.collector.recall(student, recorded, clock=clock)
         return self.collector.collect(
             student, teacher, batch, key=key, clock=clock, reference=self.weights.reference,
             budget=budget,
@@ -278,6 +287,10 @@ class Step:
             count=min(self.config.log.rollouts, len(experience.texts)),
             decode=decode,
         )  # fmt: skip
+        if experience.external is not None:
+            lines = [
+                line | {"reward": experience.external.shown(i)} for i, line in enumerate(lines)
+            ]
         return rollout_rows, lines, news
 
     def _check_scores(

@@ -33,6 +33,7 @@ from opd_jax.types import (
     Rollout,
     RolloutRows,
     Scores,
+    Support,
     TeacherRows,
     TextRows,
     TrainState,
@@ -52,6 +53,7 @@ class StepSpec:
       teacher_width: tokens of the teacher's own rows; 0 where it reads the student's.
       mesh: the devices.
       tile: widths of batches are multiples of it (hardware.tile).
+      replayed: whether rollouts are read from a recording; then there is no teacher.
     """
 
     config: ConfigDict
@@ -64,6 +66,7 @@ class StepSpec:
     teacher_width: int = 0
     mesh: Mesh = ONE
     tile: int = 1
+    replayed: bool = False
 
     @property
     def width(self) -> int:
@@ -314,9 +317,10 @@ class StepFunctions:
         if terms.needs_rollouts:
             rollout_rows = _blank_rollout_rows(spec, student, teacher, reference)
             models = spec.models(student, teacher, reference)
-            out += rollout_programs(
-                models.student, spec.rollouts, spec.sampling, batching=spec.batching
-            )
+            if not spec.replayed:
+                out += rollout_programs(
+                    models.student, spec.rollouts, spec.sampling, batching=spec.batching
+                )
             out += self._score_programs(models)
         if terms.golden_divergence:
             scored = scoring.programs(
@@ -425,9 +429,16 @@ def _blank_rollout_rows(spec: StepSpec, student: Any, teacher: Any, reference: A
     models = spec.models(unwrapped(student), unwrapped(teacher), unwrapped(reference))
     rollout = _blank_rollout(spec, count)
     zeros_BT = rollout.sampler_logprob_BT
+    scores = _blank_scores(spec, models, spec.scoring, count)
+    if spec.replayed and spec.terms.scored_support:  # recorded, so no result of the scorer
+        places_BTX = np.zeros((*zeros_BT.shape, spec.terms.scored_support[1]), np.float32)
+        ids_BTX = places_BTX.astype(np.int32)
+        scores = scores.replace(
+            support=Support(ids_BTX, places_BTX, places_BTX, places_BTX[..., 0])
+        )
     return batch.rollout_rows(
         rollout,
-        _blank_scores(spec, models, spec.scoring, count),
+        scores,
         np.zeros(zeros_BT.shape, bool),
         zeros_BT,
         spec.terms,

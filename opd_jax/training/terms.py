@@ -74,6 +74,7 @@ class Terms:
     token_weight_window: int
     rollout_gate: str
     rollout_gate_margin: float
+    rollout_gate_reward: float
     lambda_gold: float
     golden_divergence: float
     golden_direction: str
@@ -141,7 +142,7 @@ class Terms:
 
     @property
     def needs_reward(self) -> bool:
-        """Whether it must be known which rollouts are correct, by any term or rule."""
+        """Whether it must be known which rollouts are correct, or their reward, by any term or rule."""
         by_rule = self.rollout_gate != "none" or self.outcome != "none"
         return bool(self.pg_weight and self.group_coef) or by_rule
 

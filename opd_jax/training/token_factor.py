@@ -139,16 +139,17 @@ def _paragraphs(ids: list[int], pieces: dict[int, _Piece], decode: Decode) -> li
 def _open_rollouts(
     experience: Experience, counted_BT: np.ndarray, terms: Terms, group: int
 ) -> np.ndarray:
-    """Return the rollouts that the gate leaves open; bool [B]. A rollout without a grade is closed."""
+    """Return the rollouts that the gate leaves open; bool [B]. A rollout without a reward is closed."""
+    reward = experience.reward(group)
     if terms.rollout_gate == "correct":
-        return experience.correct_B & experience.graded_B
-    group_B = experience.reward(group).advantage(normalise=False)
+        return reward.correct_B(terms.rollout_gate_reward)
+    group_B = reward.advantage(normalise=False)
     open_B = gates.agreement_gate(
         teacher_logprob_BT=experience.scores.teacher_logprob_BT,
         student_logprob_BT=experience.scores.student_logprob_BT,
         mask_BT=counted_BT, group_B=np.asarray(group_B), margin=terms.rollout_gate_margin,
     )  # fmt: skip
-    return open_B & experience.graded_B
+    return open_B & reward.known_B
 
 
 def _by_token(

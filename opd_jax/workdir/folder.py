@@ -25,7 +25,8 @@ from opd_jax.workdir import atomic
 
 # Fields that may change when a run is resumed, because they do not affect training.
 _SAFE = ("steps", "data.epochs", "eval.", "checkpoint.", "log.", "mesh.", "processes.",
-         "watchdog.", "profile.", "grading.processes", "guard.self_test")  # fmt: skip
+         "watchdog.", "profile.", "grading.processes", "guard.self_test",
+         "reward.processes", "reward.seconds", "reward.on_error")  # fmt: skip
 # Secrets: NAME=VALUE with a name such as token, USER:PASSWORD@ in a URL, and tokens in the formats of
 # Hugging Face, W&B, OpenAI and GitHub.
 _SECRET = re.compile(

@@ -22,6 +22,7 @@ from tests.support.paths import ROOT
 
 FILE = str(ROOT / "configs/opd.py")
 CONFIG = f"--config={FILE}"
+OWN = ("config", "fields", "coordinator", "num_processes", "process_id")  # flags defined by cli
 
 
 @pytest.fixture(autouse=True)
@@ -37,8 +38,13 @@ def isolated(monkeypatch):
     monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.5")
     # absl's own also redirects logging and names the process.
     monkeypatch.setattr(cli.app, "run", lambda main, flags_parser: main(flags_parser(sys.argv)))
+    others = {name: flags.FLAGS[name] for name in OWN if name in flags.FLAGS}  # of launch/plan.py
+    for name in others:
+        delattr(flags.FLAGS, name)
     with flagsaver.flagsaver():
         yield
+    for name, flag in others.items():
+        flags.FLAGS[name] = flag
     logging.set_verbosity(verbosity)
     if not parsed:
         flags.FLAGS.unparse_flags()

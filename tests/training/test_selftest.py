@@ -113,7 +113,8 @@ def test_sound_programs_pass(peaked, dtype):
 def test_faults_are_found(peaked, dtype, fault):
     result, text = measure(peaked(dtype), fault)
     print(dtype, fault.__name__, text)
-    with pytest.raises(SelfTestError, match="sampler and scorer differ by"):
+    # A fault of the scorer that depends on the width of its rows shows between two micro-batches first.
+    with pytest.raises(SelfTestError, match=r"(sampler and scorer|two micro-batches .*) differ by"):
         selftest.require(result)
 
 

@@ -161,7 +161,9 @@ def qwen25_math_7b(config: ConfigDict) -> None:
     _stable_opd_paper(config)
     config.student.path = "Qwen/Qwen2.5-Math-7B"
     config.optim.microbatch_tokens = 18_432  # two rows of a device
-    config.log.gradients = 0  # they need 14.2 GiB more, and leave 4 x H200 less than the plan's margin
+    config.log.gradients = (
+        0  # they need 14.2 GiB more, and leave 4 x H200 less than the plan's margin
+    )
 
 
 def qwen3_1_7b(config: ConfigDict) -> None:

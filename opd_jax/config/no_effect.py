@@ -125,7 +125,7 @@ def unused(config: Any) -> dict[str, tuple[str, str]]:
         (("support", "top_k"), on_support or divergence, no_support),
         (("top_k",), loss.support != "full", whole),
         (
-            ("direction", "form", "gate", "gate_threshold"), divergence, no_divergence,
+            ("direction", "form", "gate", "gate_threshold", "span_events"), divergence, no_divergence,
         ),
         (("jsd_beta", "skew", "reverse_share"), divergence or soft, no_divergence),
         (

@@ -56,15 +56,6 @@ def check_spans(config: ConfigDict, terms: Terms) -> None:
             raise ConfigError(f"{field}={value}, {why}, but {alone}; set {change}")
 
 
-def check_ids(terms: Terms) -> None:
-    """Raise ConfigError where a field of spans has no effect, because student and teacher share ids."""
-    if terms.span_events != "candidates":
-        raise ConfigError(
-            f"loss.span_events={terms.span_events} has no effect: student and teacher are compared by ids; "
-            "leave it at candidates, or set --config.scoring.compare=spans (docs/spans.md)"
-        )
-
-
 def check_rollouts(
     config: ConfigDict,
     terms: Terms,

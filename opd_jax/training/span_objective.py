@@ -1,11 +1,12 @@
 """The divergence at spans of text in the update: a span's tokens meet, though tokens are taken in chunks.
 
 The divergence D of a span is a function of both models' distributions at its anchor, one token of the span,
-and of the log-probs of its other tokens (losses/span_divergence.py). These may be in another chunk. So, before
-the gradient, one pass over the tokens of longer spans takes their log-probs, and one over the anchors of such
-spans takes dD/dr, r the sum of the log-probs of the other tokens. Then each token has its own part of the
-gradient: an anchor that of D with r constant, another token dD/dr grad log p(y_t). The sum is the gradient of
-D; it is exact at the weights of the update, whichever weights have sampled. Spans of one token need neither.
+and of the log-probs of its other tokens (losses/span_divergence.py), which may be in another chunk. So a pass
+over the tokens of longer spans first takes their log-probs, and one over the anchors of such spans takes
+dD/dr, where r is the sum of the log-probs of the other tokens. Then each token has its own part of the
+gradient: an anchor that of D with r constant, another token dD/dr grad log p(y_t). They sum to the gradient
+of D, which is exact at the weights of the update, whichever weights have sampled. Spans of one token need
+neither pass.
 """
 
 import dataclasses
@@ -54,15 +55,20 @@ class SpanTerm:
         `rest_C`: sum of the student's log-probs of the other tokens of each span; `at`: see `span_inputs`.
         """
         mine, theirs = (jnp.asarray(ids) for ids in self.shared)
-        student = losses.Side(student_CV, token_C, rest_C, at["size"], mine)
+        # Tokens of no span, and the places that fill the last chunk, have size 0: 0 / 0 has no gradient.
+        size_C, other_C = (jnp.maximum(at[name], 1.0) for name in ("size", "teacher_size"))
+        student = losses.Side(student_CV, token_C, rest_C, size_C, mine)
         teacher = losses.Side(
-            jax.lax.stop_gradient(teacher_CU), at["teacher_token"], at["teacher_rest"],
-            at["teacher_size"], theirs,
-        )  # fmt: skip
+            jax.lax.stop_gradient(teacher_CU),
+            at["teacher_token"],
+            at["teacher_rest"],
+            other_C,
+            theirs,
+        )
         if self.compared == "sorted":
             return losses.sorted_divergence(student, teacher)
         kind = {"direction": self.of.direction, "share": self.of.share}
-        joint_C = (at["size"] > 1) | (at["teacher_size"] > 1)
+        joint_C = (size_C > 1) | (other_C > 1)
         if self.compared == "candidates":
             return losses.candidate_divergence(student, teacher, joint_C, **kind)
         weight = self.shared.shape[1] / self.teacher_ids
@@ -108,8 +114,8 @@ def span_inputs(
     )
     others_BT = longer_BT & ~anchor_BT
     inputs = {
-        "size": jnp.maximum(spans.size_BT, 1.0),
-        "teacher_size": jnp.maximum(spans.teacher_size_BT, 1.0),
+        "size": spans.size_BT,
+        "teacher_size": spans.teacher_size_BT,
         "teacher_token": spans.teacher_token_BT,
         "teacher_rest": jnp.where(anchor_BT, spans.teacher_rest_BT, 0.0),
         "rest": losses.span_sums(jnp.where(others_BT, logprob_BT, 0.0), spans.span_BT, longer_BT),

@@ -1,4 +1,4 @@
-"""Divergences at spans by hand, their gradients, and GOLD's numbers from TRL 1.16 (tests/support/trl_gold.py)."""
+"""Divergences at spans by hand, their gradients, and GOLD's numbers from TRL 1.16 (support/trl_gold.py)."""
 
 import jax
 import jax.numpy as jnp

@@ -80,8 +80,8 @@ def main() -> None:
 
 def _trl(case: Case, merge: str, *, hybrid: bool) -> float:
     """TRL's distillation loss of one row: a prompt token, the response, and nothing behind it."""
-    import torch  # noqa: PLC0415
-    from trl.experimental.gold.gold_trainer import ULDLoss  # noqa: PLC0415
+    import torch
+    from trl.experimental.gold.gold_trainer import ULDLoss
 
     numbers = types.SimpleNamespace(
         uld_crossentropy_weight=0.0, uld_distillation_weight=1.0, uld_student_temperature=1.0,

@@ -12,6 +12,7 @@ neither pass.
 import dataclasses
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +68,7 @@ class SpanTerm:
         )
         if self.compared == "sorted":
             return losses.sorted_divergence(student, teacher)
-        kind = {"direction": self.of.direction, "share": self.of.share}
+        kind: dict[str, Any] = {"direction": self.of.direction, "share": self.of.share}
         joint_C = (size_C > 1) | (other_C > 1)
         if self.compared == "candidates":
             return losses.candidate_divergence(student, teacher, joint_C, **kind)
@@ -108,7 +109,7 @@ def span_inputs(
     counts_BT = (rows.weight_BT > 0) & (spans.span_BT >= 0)
     anchor_BT, longer_BT = counts_BT & spans.anchor_BT, counts_BT & (spans.size_BT > 1)
     student, teacher = jax.lax.stop_gradient((student, teacher))
-    more = {"token_chunk": token_chunk, "events": events}
+    more: dict[str, Any] = {"token_chunk": token_chunk, "events": events}
     logprob_BT = scoring.map_tokens(
         scoring.take, [student], rows.tokens_BT, counts_BT=longer_BT, **more
     )

@@ -38,7 +38,7 @@ class Side(NamedTuple):
     @property
     def span_C(self) -> jax.Array:
         """log P(span | its prefix) by the chain rule, exact for these tokens; [C]."""
-        own_C1 = jnp.take_along_axis(self.logprob_CV, self.token_C[:, None], axis=-1)
+        own_C1 = jnp.take_along_axis(self.logprob_CV, self.token_C[:, None], axis=-1, mode="clip")
         return own_C1[:, 0] + self.rest_C
 
 

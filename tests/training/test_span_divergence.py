@@ -151,9 +151,9 @@ def test_chunks_have_value_and_gradient_of_whole_logits(name, token_chunk):
             assert np.abs(theirs).max() > 1e-3
 
 
-def learned(config, mesh=None) -> tuple[dict[str, jax.Array], jax.Array, np.ndarray]:
+def learned(config) -> tuple[dict[str, jax.Array], jax.Array, np.ndarray]:
     """Parts of the loss on golden solutions taken as rollouts, its gradient as one vector, and the mask."""
-    setup = make_setup(config, mesh)
+    setup = make_setup(config)
     rollout, prompts = golden_rollout(setup)
     teacher_rows = None
     if setup.reader is not None:
@@ -162,9 +162,6 @@ def learned(config, mesh=None) -> tuple[dict[str, jax.Array], jax.Array, np.ndar
         )  # fmt: skip
     student, teacher = (models.load(config[role].path)[1] for role in ("student", "teacher"))
     functions = make_step_functions(setup.spec)
-    if setup.mesh.devices is not None:
-        student = setup.mesh.place(student)
-        teacher = setup.mesh.place(teacher)
     scores = functions.score(student, teacher, rollout, teacher_rows)
     mask_BT = batch.scored_mask(rollout, setup.alignment.counted)
     mask_BT[1, rollout.length_B[1] - 1] = (

@@ -154,7 +154,7 @@ def gradient(workload: Workload, *, golden: bool = False) -> Footprint:
     model, tokens = workload.student, rows * workload.width
     one = workload.layout.devices == 1
     trained = resident.masters(workload) if one else resident.weight_bytes(workload, "student")
-    arrays = arrays_per_token(GoldenRows if golden else RolloutRows)
+    arrays = 1.0 * arrays_per_token(GoldenRows if golden else RolloutRows)
     arrays += workload.gated + _ANCHORS * bool(workload.span_events)
     given = {"master" if one else "student": trained,
              "gradients": resident.gradients(workload),

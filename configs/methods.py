@@ -108,6 +108,37 @@ METHODS: dict[str, Method] = {
         "2402.03898, skewed reverse KL",
         _DIVERGENCE | {"loss.direction": "skewed_reverse", "loss.skew": 0.1},  # found
     ),
+    # Texts of a teacher with another tokenizer (docs/spans.md).
+    "simct": Method(
+        "2605.07711v2 and its code, sunjie279/SimCT- at 4dae6fc",
+        _DIVERGENCE
+        | {
+            "loss.span_events": "candidates",  # found
+            "loss.aggregation": "token",  # found in the code: divided by the tokens of the batch
+        },
+        run={
+            "optim.learning_rate": 1e-6,  # found in the paper; 5e-7 in the code
+            "rollout.prompts_per_step": 64,  # found in the code
+            "rollout.samples_per_prompt": 1,  # found in the code
+            "rollout.max_response_tokens": 4096,  # found
+            "rollout.temperature": 0.6,  # found
+            "rollout.top_p": 0.95,  # found
+        },
+    ),
+    "uld": Method(
+        "2402.12030, as GOLD in TRL 1.16 has it, uld_token_merge_strategy=bayesian",
+        _DIVERGENCE | {"loss.span_events": "sorted", "scoring.compare": "spans"},
+    ),
+    "gold": Method(
+        "GOLD, uld_use_hybrid_loss, in TRL 1.16, uld_token_merge_strategy=bayesian; its JSD is 2306.13649's",
+        _DIVERGENCE
+        | {
+            "loss.span_events": "matched",
+            "loss.direction": "jsd",
+            "loss.jsd_beta": 0.5,  # TRL's default
+            "scoring.compare": "spans",
+        },
+    ),
     # Shapes of the teacher's advantage.
     "clamped_opd": Method("2603.25562", {"loss.advantage_clamp": 5.0}),  # found
     "vopd": Method("2605.07865, Eq. 9", {"loss.advantage_shape": "baseline"}),  # second-hand

@@ -103,6 +103,28 @@ class Support(flax.struct.PyTreeNode):
     teacher_rest_BT: Array
 
 
+class SpanAnchors(flax.struct.PyTreeNode):
+    """Where the divergence of each span stands, and the teacher's side of it; arrays [B, T].
+
+    The anchor of a span is one token of each model: its first, or its last (losses.span_divergence).
+
+    Attributes:
+      span_BT: int32, the span of each of the student's tokens in its row; -1 where none is compared.
+      anchor_BT: bool, the student's anchors.
+      size_BT: float32, the student's tokens in the span of each token.
+      teacher_token_BT: int32, at the student's anchors: the teacher's token at its own anchor.
+      teacher_rest_BT, teacher_size_BT: float32, there: the sum of the log-probs of the teacher's other tokens
+        of the span, and how many tokens it has.
+    """
+
+    span_BT: Array
+    anchor_BT: Array
+    size_BT: Array
+    teacher_token_BT: Array
+    teacher_rest_BT: Array
+    teacher_size_BT: Array
+
+
 class SpanScores(flax.struct.PyTreeNode):
     """Log-probs of spans of text, where student and teacher have different tokenizers; host arrays [B, T].
 
@@ -111,6 +133,7 @@ class SpanScores(flax.struct.PyTreeNode):
       bytes_BT: int32, bytes of text of each token.
       size_BT, teacher_size_BT: float32, the student's and the teacher's tokens in the span of each token.
       student_logprob_BT, teacher_logprob_BT: float32, of the span of each token: the sum over its tokens.
+      anchors: inputs of a divergence by spans; None where no term has one.
     """
 
     span_BT: Array
@@ -119,6 +142,7 @@ class SpanScores(flax.struct.PyTreeNode):
     teacher_size_BT: Array
     student_logprob_BT: Array
     teacher_logprob_BT: Array
+    anchors: SpanAnchors | None = None
 
 
 class Scores(flax.struct.PyTreeNode):
@@ -134,7 +158,8 @@ class Scores(flax.struct.PyTreeNode):
       statistic_BT: one more number, which a token weight asks for (see scoring.ScoreSpec); None without.
       support: inputs of a loss over a support; None where no term has one.
       teacher_hidden_BTD: the teacher's final hidden states, in its compute dtype, laid out as the
-        student's rows, for losses over the full vocabulary; None where no term needs them.
+        student's rows, for losses over the full vocabulary; None where no term needs them. With another
+        tokenizer the states before a span's anchors stand at the same place, and others are 0.
       reference_logprob_BT: of the sampled token; None where nothing is extrapolated.
       spans: of a teacher with another tokenizer, which has no log-prob of a single token of the student's:
         all other fields of the teacher are None then. None where the two share ids.
@@ -216,6 +241,7 @@ class RolloutRows(flax.struct.PyTreeNode):
       divergence_gate_BT: float32, factor of each token's divergence; None without a gate.
       token_factor_BT: float32, factor of each token's weight in every term; None without. On the host only:
         `training.batch.share` multiplies it into `weight_BT`.
+      spans: for a divergence by spans of text; None without.
     """
 
     tokens_BT: Array
@@ -228,6 +254,7 @@ class RolloutRows(flax.struct.PyTreeNode):
     support_advantage_BTX: Array = None
     divergence_gate_BT: Array = None
     token_factor_BT: Array = None
+    spans: SpanAnchors | None = None
 
 
 class GoldenRows(flax.struct.PyTreeNode):

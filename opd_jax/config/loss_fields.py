@@ -88,6 +88,11 @@ LOSS = Section("loss", "The loss: a method is a set of these numbers (docs/objec
     Field("skew", 0.1, Range(above=0, below=1), "a of the skewed divergences (2402.03898)."),
     Field("reverse_share", 0.5, SHARE, "Share of KL(student || teacher) in the mixture; the rest is "
           "KL(teacher || student)."),
+    Field("span_events", "candidates", Choices("opd_jax.losses.span_divergence:SPAN_EVENTS"),
+          "What the divergence compares at a span of text, where student and teacher have different "
+          "tokenizers (docs/spans.md): the shared ids and the span itself (candidates, 2605.07711), or the "
+          "distributions at its last token, by sorted probabilities (sorted, ULD) or by shared ids where "
+          "there are some and sorted elsewhere (matched, GOLD)."),
     Field("gate", "none", Choices("opd_jax.losses:GATES"),
           "Tokens that have the divergence: all, those whose teacher is unsure (entropy, beside the "
           "surrogate), or, instead of the surrogate, those that the teacher likes less (advantage) or "

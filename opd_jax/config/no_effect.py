@@ -125,7 +125,21 @@ def unused(config: Any) -> dict[str, tuple[str, str]]:
         (("support", "top_k"), on_support or divergence, no_support),
         (("top_k",), loss.support != "full", whole),
         (
-            ("direction", "form", "gate", "gate_threshold"), divergence, no_divergence,
+            ("direction", "form", "gate", "gate_threshold", "span_events"), divergence, no_divergence,
+        ),
+        (
+            ("span_events",), config.scoring.compare == "spans",
+            (
+                f"scoring.compare={config.scoring.compare} need not compare by spans of text",
+                "--config.scoring.compare=spans",
+            ),
+        ),
+        (
+            ("direction",), loss.span_events != "sorted",
+            (
+                "loss.span_events=sorted compares sorted probabilities, which has no direction",
+                "--config.loss.span_events=matched",
+            ),
         ),
         (("jsd_beta", "skew", "reverse_share"), divergence or soft, no_divergence),
         (

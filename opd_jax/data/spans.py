@@ -167,8 +167,13 @@ def align_text(
     added = {i: j for i, j in added.items() if i not in left_out and j not in theirs.stop_ids}
     mine = _over(mine, spellings[0], added.keys(), [*mine.foreign_ends, *foreign])
     theirs = _over(theirs, spellings[1], added.values(), [])
-    mine = dataclasses.replace(mine, teacher_ids=np.full(sizes[0], -1, np.int32), teacher=theirs)
     assert theirs.ends is not None
+    mine = dataclasses.replace(
+        mine,
+        teacher_ids=np.full(sizes[0], -1, np.int32),
+        teacher=theirs,
+        shared=_shared(mine, theirs, *spellings, added),
+    )
     return mine, Reader(*spellings, frozenset(mine.stop_ids), theirs.ends.id, added)
 
 
@@ -186,6 +191,32 @@ def _over(
     return dataclasses.replace(
         alignment, scored=scored, drawn=drawn, foreign_ends=tuple(dict.fromkeys(foreign))
     )
+
+
+def _shared(
+    student: Alignment,
+    teacher: Alignment,
+    student_spelling: Spelling,
+    teacher_spelling: Spelling,
+    added: Mapping[int, int],
+) -> np.ndarray:
+    """Return pairs of scored ids of one text, by the student's ids; int32 [2, X].
+
+    The end of a response is one such pair, and so is an added token of both. Of several ids with the same
+    bytes (SentencePiece's letters and single bytes) the first ones are a pair, then the second ones.
+    """
+    pairs = dict(added)
+    if student.ends is not None and teacher.ends is not None:
+        pairs[student.ends.id] = teacher.ends.id
+    taken = set(pairs.values())
+    by_bytes: dict[bytes, list[int]] = {}
+    for i in reversed(np.flatnonzero(teacher.scored).tolist()):
+        if i not in taken and (piece := teacher_spelling.pieces[i]):
+            by_bytes.setdefault(piece, []).append(i)
+    for i in np.flatnonzero(student.scored).tolist():
+        if i not in pairs and (piece := student_spelling.pieces[i]) and by_bytes.get(piece):
+            pairs[i] = by_bytes[piece].pop()
+    return np.array(sorted(pairs.items()), np.int32).reshape(-1, 2).T
 
 
 def report(

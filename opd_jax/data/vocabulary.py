@@ -69,6 +69,7 @@ class Alignment:
       missing: how many of the student's ids the teacher does not have.
       teacher: the ids of a teacher with another tokenizer, which is compared by spans of text (spans.py);
         None where the two share ids. With it, `teacher_ids`, `head_rows` and `ends.teacher` are not used.
+      shared: int32 [2, X], pairs of the student's and that teacher's scored ids of one text; None without.
     """
 
     vocabulary: int
@@ -82,6 +83,7 @@ class Alignment:
     differing: tuple[Differing, ...] = ()
     missing: int = 0
     teacher: "Alignment | None" = None
+    shared: np.ndarray | None = None
 
     @property
     def counted(self) -> np.ndarray:

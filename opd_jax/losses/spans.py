@@ -31,3 +31,9 @@ def closed(*, mask_BT: np.ndarray, span_BT: np.ndarray) -> np.ndarray:
     spans = int(span_BT.max(initial=-1)) + 1
     left_out_BX = span_logprob(token_logprob_BT=~mask_BT, span_BT=span_BT, spans=spans)
     return mask_BT & (span_BT >= 0) & (at_tokens(values_BX=left_out_BX, span_BT=span_BT) == 0)
+
+
+def anchors(span_BT: np.ndarray, *, last: bool) -> np.ndarray:
+    """Return the first token of each span, or its last; bool [B, T]. The tokens of a span are adjacent."""
+    beyond = {"append": -1} if last else {"prepend": -1}
+    return (span_BT >= 0) & (np.diff(span_BT, axis=1, **beyond) != 0)

@@ -19,6 +19,10 @@ from opd_jax.types import GoldenRows, RolloutRows
 
 Bytes = Mapping[str, float]
 # Of a layer the weights that make keys and values: all that a prefill reads of the last one.
+_ANCHORS = 5.25  # arrays [B, T] of 4 bytes a number in a SpanAnchors: five, and one of bools
+_LOGITS_OF_SPANS = {
+    "candidates": xla.LOGITS_CANDIDATES, "sorted": xla.LOGITS_SORTED, "matched": xla.LOGITS_MATCHED,
+}  # fmt: skip
 _KEYS_AND_VALUES = ("attention_norm", "key", "key_norm", "value")
 
 
@@ -130,9 +134,12 @@ def arrays_per_token(rows: Any) -> int:
 
 
 def hidden_for_update(workload: Workload, rows: int) -> float:
-    """Return the bytes of the teacher's final hidden states of so many rows, laid out as the student's."""
-    assert workload.teacher is not None
-    size = workload.teacher.hidden_size * workload.teacher_itemsize
+    """Return the bytes of the teacher's final hidden states of so many rows, laid out as the student's.
+
+    Of a workload without a teacher, which is one of two models that score alone, they are its own.
+    """
+    role = "student" if workload.teacher is None else "teacher"
+    size = getattr(workload, role).hidden_size * workload.itemsize_of(role)
     return 1.0 * rows * workload.width * size
 
 
@@ -147,8 +154,8 @@ def gradient(workload: Workload, *, golden: bool = False) -> Footprint:
     model, tokens = workload.student, rows * workload.width
     one = workload.layout.devices == 1
     trained = resident.masters(workload) if one else resident.weight_bytes(workload, "student")
-    arrays = arrays_per_token(GoldenRows if golden else RolloutRows)
-    arrays += workload.gated
+    arrays = 1.0 * arrays_per_token(GoldenRows if golden else RolloutRows)
+    arrays += workload.gated + _ANCHORS * bool(workload.span_events)
     given = {"master" if one else "student": trained,
              "gradients": resident.gradients(workload),
              "rows": 4.0 * arrays * tokens}  # fmt: skip
@@ -177,10 +184,14 @@ def gradient(workload: Workload, *, golden: bool = False) -> Footprint:
     copies += sum(resident.gathered_head(workload, role) for role in ("student", *others))
     # The supervised term and the divergence have one log-softmax each of the student's logits.
     logits = _logits_of_update(workload, models + twice)
+    chunk = _chunk(workload, workload.token_chunk, tokens)
+    if workload.span_events:
+        logits = _LOGITS_OF_SPANS[workload.span_events].count
+        chunk *= max(1.0, workload.teacher_vocabulary / workload.vocabulary)
     moments = [
         {
             "activations": layers + hidden,
-            "logits": logits * _chunk(workload, workload.token_chunk, tokens),
+            "logits": logits * chunk,
             "weight copies": cast + copies + 4.0 * matrix,
         },
         _with(_backward_layer(workload, tokens), activations=layers, weight_copies=4.0 * matrix),

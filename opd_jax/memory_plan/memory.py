@@ -306,7 +306,8 @@ def _scoring(workload: Workload) -> dict[str, float]:
     rows = min(IN_FLIGHT * workload.score_rows, workload.device_batch)
     scored = {"rows": 4.0 * kept * rows * workload.width}
     if workload.over_vocabulary:
-        scored["rows"] += footprint.hidden_for_update(workload, rows)
+        reads = workload.alone[1] if workload.span_events else workload
+        scored["rows"] += footprint.hidden_for_update(reads, rows)
     return _sum(scored, footprint.score(workload).temporaries)
 
 

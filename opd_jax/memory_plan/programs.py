@@ -41,7 +41,9 @@ def _programs(config: ConfigDict, workload: Workload, mesh: Mesh) -> list[Progra
         assert workload.teacher is not None
         ends = workload.teacher.eos_token_ids or (0,)
         theirs = data.alone(workload.teacher_vocabulary, ends)
-        alignment = dataclasses.replace(alignment, teacher=theirs)
+        ids = np.arange(min(workload.vocabulary, workload.teacher_vocabulary), dtype=np.int32)
+        shared = np.stack([ids, ids])  # at most so many
+        alignment = dataclasses.replace(alignment, teacher=theirs, shared=shared)
     spec = StepSpec(
         config=config, terms=make_terms(config), student=workload.student, teacher=workload.teacher,
         reference=workload.reference or workload.student, alignment=alignment,

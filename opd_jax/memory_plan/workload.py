@@ -62,6 +62,7 @@ class Workload:
       tile: widths of batches are multiples of it.
       teacher_vocabulary: ids of a teacher with another tokenizer, which scores its own rows alone; 0 where
         the two share ids. teacher_response: its token budget of a response there.
+      span_events: what a divergence by spans of text compares; "" where there is none.
       replayed: whether rollouts are read from a recording: nothing is sampled, and no teacher scores.
     """
 
@@ -112,6 +113,7 @@ class Workload:
     teacher_vocabulary: int = 0
     teacher_response: int = 0
     replayed: bool = False
+    span_events: str = ""
 
     @property
     def samples(self) -> bool:
@@ -149,7 +151,7 @@ class Workload:
             prompt=self.teacher_width - self.teacher_response, response=self.teacher_response,
             layout=dataclasses.replace(self.layout, student=self.layout.teacher), **none,
         )  # fmt: skip
-        return dataclasses.replace(self, **none), teacher
+        return dataclasses.replace(self, over_vocabulary=False, **none), teacher
 
     @property
     def score_rows(self) -> int:
@@ -325,6 +327,7 @@ def _workload(
         teacher_vocabulary=roles.teacher_vocabulary,
         teacher_response=teacher_response(config, spans=bool(roles.teacher_vocabulary)),
         replayed=bool(config.replay.path),
+        span_events=terms.span_events if roles.teacher_vocabulary and terms.over_vocabulary else "",
     )  # fmt: skip
 
 

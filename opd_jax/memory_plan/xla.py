@@ -45,6 +45,11 @@ LOGITS_SCORE_PLAIN = Count(3.0, "chunks of logits in scoring, for each model, wi
 LOGITS_UPDATE = Count(1.0, "chunks of logits in the update beside one for each model", _GPU)
 LOGITS_CUT = Count(1.0, "least of these for a student whose logits are cut to the scored ids", _GPU)
 LOGITS_UPDATE_PLAIN = Count(2.0, "chunks of logits in the update, for each model", _CPU)
+LOGITS_CANDIDATES = Count(
+    4.0, "chunks of the larger vocabulary's logits in an update by span_events=candidates", _CPU
+)
+LOGITS_SORTED = Count(8.5, "the same by span_events=sorted, which sorts both distributions", _CPU)
+LOGITS_MATCHED = Count(10.0, "the same by span_events=matched", _CPU)
 HIDDEN_UPDATE = Count(3.0, "final hidden states: as made, cut into chunks, their cotangent", _BOTH)
 STATISTICS_KEPT = Count(1.0, "float32 numbers a head and token that fused attention keeps", _GPU)
 MLP_KEPT_DOTS = Count(2.0, "MLP activations that remat=dots keeps of a layer: gate and up", _BOTH)

@@ -1,6 +1,6 @@
 """Scoring of given rows by student and teacher: log-probs, entropies, divergences, top-k sets."""
 
-from opd_jax.scoring.chunked import Readout, align, map_tokens, sum_tokens, take
+from opd_jax.scoring.chunked import Readout, align, map_tokens, move, sum_tokens, take
 from opd_jax.scoring.score import (
     Models,
     ScoreSpec,
@@ -17,6 +17,7 @@ __all__ = [
     "ScoreSpec",
     "align",
     "map_tokens",
+    "move",
     "programs",
     "score",
     "score_part",

@@ -8,6 +8,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from opd_jax.models import decoder
 from opd_jax.models.end_tokens import EVERY_ID, Events
@@ -15,6 +16,7 @@ from opd_jax.types import Array
 
 TokenFn = Callable[..., Any]
 PerToken = Mapping[str, jax.Array]
+Places = tuple[np.ndarray, np.ndarray]
 
 
 def chunk_shape(tokens: int, token_chunk: int) -> tuple[int, int]:
@@ -36,12 +38,18 @@ class Readout(flax.struct.PyTreeNode):
       role: student, teacher or reference: whose end tokens count as the end.
       ids: of the first readout of `sum_tokens`: whether the function also receives `id_logprob`, the log-prob
         of the token itself, for which every id is an event of its own.
+      events: what this model's log-probs are normalised over, where that is not what the others' are.
     """
 
     head_VD: Array
     hidden_BTD: Array
     role: str = flax.struct.field(pytree_node=False, default="student")
     ids: bool = flax.struct.field(pytree_node=False, default=False)
+    events: Events | None = None
+
+    def logprob(self, logit_CV: jax.Array, events: Events) -> jax.Array:
+        """Return the log-softmax of a chunk's logits over its own events, or else over `events`."""
+        return _log_softmax(logit_CV, self.role, events if self.events is None else self.events)
 
 
 def map_tokens(
@@ -74,7 +82,7 @@ def map_tokens(
     @partial(jax.checkpoint, prevent_cse=False)
     @jax.named_scope("token_loss")
     def values_of(index_C: jax.Array) -> Any:
-        logprobs = [_log_softmax(_logits(of, index_C), of.role, events) for of in readouts]
+        logprobs = [of.logprob(_logits(of, index_C), events) for of in readouts]
         extras = {name: _at(x_BT, index_C) for name, x_BT in per_token.items()}
         return fn(*logprobs, token_C=events.of_tokens(_at(tokens_BT, index_C)), **extras)
 
@@ -123,7 +131,7 @@ def sum_tokens(
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         logprobs = [_log_softmax(logit_CV, role, inputs.events)]
         for of in inputs.others:
-            logprobs.append(_log_softmax(_logits(of, index_C), of.role, inputs.events))
+            logprobs.append(of.logprob(_logits(of, index_C), inputs.events))
         extras = {name: _at(x_BT, index_C) for name, x_BT in inputs.per_token.items()}
         token_C = inputs.events.of_tokens(_at(inputs.tokens_BT, index_C))
         if ids:
@@ -275,6 +283,19 @@ def align(hidden_BTD: jax.Array, offset_B: jax.Array, width: int) -> jax.Array:
     index_BT = jnp.arange(width)[None] + offset_B[:, None]
     index_BT = jnp.clip(index_BT, 0, hidden_BTD.shape[1] - 1)
     return jnp.take_along_axis(hidden_BTD, index_BT[:, :, None], axis=1)
+
+
+def move(
+    hidden_BTD: np.ndarray, places: Places, other_places: Places, shape: tuple[int, int]
+) -> np.ndarray:
+    """Move the states that predict tokens of some rows to where those of tokens of other rows stand.
+
+    `places`, `other_places`: row and position of each token, from and to; host arrays. Returns an array of
+    `shape`, 0 elsewhere.
+    """
+    out = np.zeros((*shape, hidden_BTD.shape[-1]), hidden_BTD.dtype)
+    out[other_places[0], other_places[1] - 1] = hidden_BTD[places[0], places[1] - 1]
+    return out
 
 
 def take(logprob_CV: jax.Array, token_C: jax.Array) -> jax.Array:

@@ -54,7 +54,8 @@ class ScoreSpec(flax.struct.PyTreeNode):
       events: the ids and end tokens over which log-probs are normalised (see data.vocabulary).
       support: the name of a support (topk.SUPPORTS) and its own k, for losses over one; None without.
       statistic: a name of `STATISTICS` and its k, for token weights; None without.
-      keep_hidden: keep the teacher's hidden states, for losses over the whole vocabulary.
+      keep_hidden: keep the teacher's hidden states, for losses over the whole vocabulary; where one model
+        scores alone, its own.
       tile: widths of micro-batches are multiples of it (hardware.tile).
     """
 
@@ -231,7 +232,6 @@ def _score_rows(
     )  # fmt: skip
     if not spec.keep_hidden:
         return scores
-    assert teacher is not None, "keep_hidden: there are no hidden states of a teacher"
     return scores.replace(teacher_hidden_BTD=hidden_BTD)
 
 

@@ -10,10 +10,19 @@ import numpy as np
 from opd_jax import data, losses, metrics
 from opd_jax.errors import ShapeError
 from opd_jax.grading.grader import Grade, decided
+from opd_jax.losses import spans
 from opd_jax.losses.gates import REPLACING
 from opd_jax.models import decoder
 from opd_jax.training.terms import Terms
-from opd_jax.types import GoldenRows, Outcome, Rollout, RolloutRows, Scores, TeacherRows
+from opd_jax.types import (
+    GoldenRows,
+    Outcome,
+    Rollout,
+    RolloutRows,
+    Scores,
+    SpanAnchors,
+    TeacherRows,
+)
 
 Rows = TypeVar("Rows", RolloutRows, GoldenRows)
 Weigh = Callable[[np.ndarray], Any]  # bool [B, T] -> weight of each token, float32 [B, T]
@@ -116,7 +125,17 @@ def rollout_rows(
         support_advantage_BTX=None if on_support is None else np.asarray(on_support),
         divergence_gate_BT=gate_BT,
         token_factor_BT=factor_BT if terms.token_weight_on == "all" else None,
+        spans=counted_spans(scores, counted_BT),
     )
+
+
+def counted_spans(scores: Scores, counted_BT: np.ndarray) -> SpanAnchors | None:
+    """Return the spans all of whose tokens count, for a divergence by spans; None where there is none."""
+    if scores.spans is None or scores.spans.anchors is None:
+        return None
+    anchors = scores.spans.anchors
+    whole_BT = spans.closed(mask_BT=counted_BT, span_BT=anchors.span_BT)
+    return anchors.replace(span_BT=np.where(whole_BT, anchors.span_BT, -1).astype(np.int32))
 
 
 def as_rollout(

@@ -9,7 +9,7 @@ import numpy as np
 from opd_jax import losses, scoring
 from opd_jax.scoring import Models, ScoreSpec
 from opd_jax.sharding.partition import unwrapped
-from opd_jax.training import batch
+from opd_jax.training import batch, span_scores
 from opd_jax.training.step_spec import StepSpec
 from opd_jax.types import (
     GoldenRows,
@@ -18,6 +18,7 @@ from opd_jax.types import (
     Scores,
     Support,
     TeacherRows,
+    TextRows,
 )
 
 
@@ -34,6 +35,8 @@ def rollout_rows(spec: StepSpec, student: Any, teacher: Any, reference: Any) -> 
         scores = scores.replace(
             support=Support(ids_BTX, places_BTX, places_BTX, places_BTX[..., 0])
         )
+    if spec.span_term is not None:
+        scores = _with_spans(spec, models, scores)
     return batch.rollout_rows(
         rollout,
         scores,
@@ -43,6 +46,21 @@ def rollout_rows(spec: StepSpec, student: Any, teacher: Any, reference: Any) -> 
         weigh=partial(losses.token_weights, aggregation="token", length=1),
         gate_BT=zeros_BT if spec.terms.gated else None,
     )
+
+
+def _with_spans(spec: StepSpec, models: Models, scores: Scores) -> Scores:
+    """Return the scores with the arrays that `span_scores.joined` adds for a divergence by spans."""
+    assert models.teacher is not None
+    assert spec.text_scoring is not None
+    tokens_BT = np.zeros(scores.student_logprob_BT.shape, np.int32)
+    length_B = np.zeros(len(tokens_BT), np.int32)
+    theirs = jax.eval_shape(
+        scoring.score_part, Models(models.teacher), tokens_BT, length_B, length_B, None,
+        spec.text_scoring,
+    )  # fmt: skip
+    theirs = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), theirs)
+    rows = TextRows(tokens_BT, length_B, length_B, tokens_BT - 1, tokens_BT - 1, tokens_BT)
+    return span_scores.joined(scores, theirs, rows, compared=spec.terms.span_events)
 
 
 def golden_rows(spec: StepSpec, student: Any, teacher: Any) -> GoldenRows:

@@ -209,7 +209,7 @@ def _span_notes(
     texts = [problem.solution for problem in problems if problem.solution]
     what = "golden solutions" if texts else "problems"
     texts = texts or [problem.question for problem in problems]
-    return data.spans_report(
+    lines = data.spans_report(
         setup.alignment,
         reader,
         student,
@@ -217,6 +217,13 @@ def _span_notes(
         texts,
         source=f"{len(texts)} {what} of data.train",
     )
+    if setup.terms.divergence_weight:
+        assert setup.alignment.shared is not None
+        lines.append(
+            f"  loss.span_events={setup.terms.span_events}: {setup.alignment.shared.shape[1]:,} ids of one "
+            "text in both vocabularies"
+        )
+    return lines
 
 
 def _temperatures(config: ConfigDict, terms: Terms) -> list[str]:

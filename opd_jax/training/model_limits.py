@@ -16,16 +16,18 @@ def teacher_response(config: ConfigDict, *, spans: bool) -> int:
 
 
 def check_spans(config: ConfigDict, terms: Terms) -> None:
-    """Raise ConfigError where the loss reads more of the teacher than log-probs of spans of text.
+    """Raise ConfigError where the loss reads more of the teacher than it has at spans of text.
 
     With another tokenizer the teacher has no distribution over the student's vocabulary, and no log-prob of
-    a single token.
+    a single token. A divergence on rollouts is one of `losses.SPAN_EVENTS`.
     """
     loss, alone = config.loss, "student and teacher are compared by spans of text (docs/spans.md)"
     over_ids = "which compares distributions over one vocabulary"
     one_token = "which needs both models' log-prob of a single token"
     for field, value, why, change in (
-        ("loss.divergence_weight", terms.divergence_weight, over_ids, "--config.loss.divergence_weight=0"),
+        ("loss.support", terms.divergence_weight and loss.support != "full" and loss.support,
+         "which has top-k ids of one vocabulary", "--config.loss.support=full"),
+        ("loss.gate", terms.gated and loss.gate, one_token, "--config.loss.gate=none"),
         ("loss.golden_divergence", terms.golden_divergence, over_ids, "--config.loss.golden_divergence=0"),
         ("loss.low_kl_window", loss.low_kl_window, "which reads a KL over one vocabulary",
          "--config.loss.low_kl_window=0"),

@@ -18,6 +18,7 @@ from opd_jax.models import decoder
 from opd_jax.models.config import ModelConfig
 from opd_jax.models.end_tokens import EVERY_ID, Events
 from opd_jax.scoring import topk
+from opd_jax.training.span_objective import SpanTerm, span_inputs
 from opd_jax.training.terms import ON_GOLDEN, ON_ROLLOUTS, Divergence, Terms
 from opd_jax.types import Frozen, GoldenRows, RolloutRows, Support
 
@@ -35,13 +36,14 @@ def make_rollout_loss(
     token_chunk: int,
     remat: str,
     events: Events = EVERY_ID,
+    span_term: SpanTerm | None = None,
 ) -> RolloutLoss:
     """Make loss(params, frozen, rows, weights, sums=None) -> loss on rollouts, and its unweighted terms.
 
     `weights` are those of the terms; a term is a sum over tokens by their weights in the rows.
     `frozen` holds the reference where its term is present (`reference_config` is its architecture), and the
     teacher's output matrix where `terms.over_vocabulary`; the rows then hold the teacher's hidden states.
-    Log-probs are normalised over `events`.
+    Log-probs are normalised over `events`. `span_term`: the divergence is one by spans of text.
     """
     names = [name for name in terms.names if name in ON_ROLLOUTS]
     others = ["teacher"] * terms.over_vocabulary + ["reference"] * ("reference_kl" in names)
@@ -58,7 +60,11 @@ def make_rollout_loss(
         out = {}
         if "opd" in names:
             out["opd"] = _surrogate(terms, student_CV, logprob_C, per_token)
-        if "divergence" in names:
+        if "divergence" in names and span_term is not None:
+            out["divergence"] = span_term.part(
+                student_CV, other["teacher"], logprob_C, token_C=token_C, at=per_token
+            )
+        elif "divergence" in names:
             out["divergence"] = _divergence(
                 terms.on_rollouts, student_CV, other.get("teacher"), per_token
             )
@@ -82,9 +88,17 @@ def make_rollout_loss(
             params, config, rows.tokens_BT, rows.length_B, remat=remat, sums=sums
         )
         student, readouts = scoring.Readout(head_VD, hidden_BTD), []
+        per_token = _per_token(terms, rows)
         if "teacher" in others:
             head_VD = decoder.head(frozen.teacher)
-            readouts.append(scoring.Readout(head_VD, rows.teacher_hidden_BTD, "teacher"))
+            of: dict[str, Any] = {"role": "teacher"}
+            if span_term is not None:  # it has ids and end tokens of its own
+                of = {"events": span_term.teacher_events}
+            readouts.append(scoring.Readout(head_VD, rows.teacher_hidden_BTD, **of))
+            if span_term is not None:
+                per_token |= span_inputs(
+                    span_term, student, readouts[0], rows, token_chunk=token_chunk, events=events
+                )
         if "reference" in others:
             assert reference_config is not None
             head_VD = decoder.head(frozen.reference)
@@ -96,7 +110,7 @@ def make_rollout_loss(
             token_terms,
             [student, *readouts],
             rows.tokens_BT,
-            _per_token(terms, rows),
+            per_token,
             rows.weight_BT,
             weights,
             token_chunk=token_chunk,

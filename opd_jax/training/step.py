@@ -280,7 +280,8 @@ class Step:
             news = variants.compare(rollout_rows, terms, scores, lambda other: build(other)[0])
         logged_BT = advantage_BT
         if terms.needs_teacher and (terms.on_support or not terms.pg_weight):
-            logged_BT = scores.teacher_logprob_BT - scores.student_logprob_BT
+            by = scores if scores.spans is None else scores.spans
+            logged_BT = by.teacher_logprob_BT - by.student_logprob_BT
         lines = rows.as_lines(
             number, rollout, scores, logged_BT,
             ids=[problem.id for problem in batch.problems], grades=experience.grades,

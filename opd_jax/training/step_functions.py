@@ -157,7 +157,8 @@ class StepFunctions:
             Models(models.teacher), rows.tokens_BT, rows.length_B, spec.text_scoring,
             first_B=rows.first_B, **more,
         )  # fmt: skip
-        return span_scores.joined(mine, theirs, rows)
+        compared = spec.terms.span_events if spec.terms.over_vocabulary else None
+        return span_scores.joined(mine, theirs, rows, compared=compared)
 
     def weigh(self, counted_BT: np.ndarray) -> Any:
         """Return the weight of each rollout token in the loss; see `losses.token_weights`."""
@@ -250,8 +251,9 @@ def make_step_functions(spec: StepSpec) -> StepFunctions:
     rollout_loss = golden_loss = None
     if spec.terms.needs_rollouts:
         rollout_loss = objective.make_rollout_loss(
-            spec.terms, spec.student, spec.reference, events=spec.events, **shared
-        )
+            spec.terms, spec.student, spec.reference, events=spec.events, span_term=spec.span_term,
+            **shared,
+        )  # fmt: skip
     if spec.terms.needs_golden:
         golden_loss = objective.make_golden_loss(
             spec.terms, spec.student, events=spec.events, **shared

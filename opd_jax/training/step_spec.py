@@ -11,6 +11,7 @@ from opd_jax.models.end_tokens import Events
 from opd_jax.rollout import Batching, SamplingParams
 from opd_jax.scoring import Models, ScoreSpec
 from opd_jax.sharding.mesh import ONE, Mesh
+from opd_jax.training.span_objective import SpanTerm
 from opd_jax.training.terms import Terms
 
 
@@ -95,7 +96,7 @@ class StepSpec:
             events=self.events,
             support=self.terms.scored_support,
             statistic=self.terms.scored_statistic,
-            keep_hidden=self.terms.over_vocabulary,
+            keep_hidden=self.terms.over_vocabulary and self.alignment.teacher is None,
             tile=self.tile,
         )
 
@@ -116,8 +117,28 @@ class StepSpec:
         if own is None:
             return None
         section = self.config.scoring
-        events = _events(own, section.temperature)
-        return ScoreSpec(top_k=1, token_chunk=section.token_chunk, events=events, tile=self.tile)
+        return ScoreSpec(
+            top_k=1,
+            token_chunk=section.token_chunk,
+            events=_events(own, section.temperature),
+            keep_hidden=self.terms.over_vocabulary,
+            tile=self.tile,
+        )
+
+    @property
+    def span_term(self) -> SpanTerm | None:
+        """The divergence by spans of text, where the teacher has another tokenizer and a term has one."""
+        own, terms = self.alignment.teacher, self.terms
+        if own is None or not terms.over_vocabulary:
+            return None
+        assert self.alignment.shared is not None
+        return SpanTerm(
+            compared=terms.span_events,
+            of=terms.on_rollouts,
+            shared=self.alignment.shared,
+            teacher_events=_events(own, self.config.scoring.temperature),
+            teacher_ids=int(own.scored.sum()),
+        )
 
     def models(
         self, student: Params, teacher: Params | None, reference: Params | None = None

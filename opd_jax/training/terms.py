@@ -60,6 +60,7 @@ class Terms:
     jsd_beta: float
     skew: float
     reverse_share: float
+    span_events: str
     gate: str
     gate_threshold: float
     token_weight: str

@@ -47,7 +47,7 @@ OTHER = {
     "golden_support": "student", "golden_top_k": 3, "golden_form": "renormalised", "golden_steps": 7,
     "outcome": "margin", "outcome_value": 2.5,
     "low_kl_window": 2, "low_kl_run": 2, "low_kl_share": 0.4, "low_kl_history": 99,
-    "low_kl_rollouts": 9, "low_kl_steps": 9,
+    "low_kl_rollouts": 9, "low_kl_steps": 9, "span_events": "sorted",
 }  # fmt: skip
 # A margin of 0 shifts only prompts whose wrong rollouts are above the correct ones.
 ITS_NUMBER = {"outcome": {"outcome_value": 2.5}}

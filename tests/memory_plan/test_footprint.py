@@ -149,6 +149,27 @@ def test_the_update_over_the_vocabulary_has_the_head_and_the_states_of_the_teach
 
 
 @pytest.mark.short
+def test_a_divergence_by_spans_has_states_of_the_teachers_rows_and_logits_of_both_vocabularies():
+    """20 ids of the teacher's own: chunks are of 20 columns where the student has 10."""
+    given = workload(
+        over_vocabulary=True, span_events="sorted", teacher_vocabulary=20, teacher_width=12,
+        teacher_response=9, token_chunk=16, score_chunk=16, remat="full",
+    )  # fmt: skip
+    found = footprint.gradient(given)
+    assert found.arguments["rows"] == 16 * 16 + 16 * 8 + 21 * 16  # as above, and the anchors
+    assert found.temporaries["logits"] == 8.5 * 2 * 2 * CHUNK
+    other = dataclasses.replace(given, span_events="candidates")
+    assert footprint.gradient(other).temporaries["logits"] == 4 * 2 * 2 * CHUNK
+    # The hidden states of its rows are a result where the teacher scores; the student has none.
+    alone = dataclasses.replace(given, over_vocabulary=False, span_events="")
+    student, teacher = zip(given.alone, alone.alone, strict=True)
+    assert footprint.score(student[0]) == footprint.score(student[1])
+    kept = [footprint.score(one).temporaries["activations"] for one in teacher]
+    assert kept[1] - kept[0] == 12 * 8
+    assert footprint.hidden_for_update(teacher[0], 1) == 12 * 8
+
+
+@pytest.mark.short
 def test_soft_labels_on_golden_solutions():
     given = workload(
         golden=2, golden_divergence=True, golden_over_vocabulary=True, token_chunk=16, remat="full",

@@ -36,8 +36,9 @@ def shapes(program):
         {},
         {"loss.divergence_weight": 1.0, "rollout.slots": 3, "optim.updates_per_rollout": 2,
          "data.teacher_prompt_template": "{problem}?", "data.bad_rows": "skip"},
+        {"loss.divergence_weight": 1.0, "scoring.compare": "spans", "scoring.span_room": 1.0},
     ],
-    ids=["stable_opd", "full, slots, two updates, other prompts"],
+    ids=["stable_opd", "full, slots, two updates, other prompts", "by spans"],
 )  # fmt: skip
 def test_the_programs_are_those_that_training_compiles(folders, tmp_path, monkeypatch, changes):
     config = small(folders)

@@ -15,14 +15,16 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from opd_jax import scoring
 from opd_jax.models import decoder
 from opd_jax.models.end_tokens import Events
 from opd_jax.training import objective
+from opd_jax.training.span_objective import SpanTerm
 from opd_jax.training.terms import ON_ROLLOUTS, default_terms
 from opd_jax.training.update import make_add
-from opd_jax.types import Frozen, RolloutRows, Support
+from opd_jax.types import Frozen, RolloutRows, SpanAnchors, Support
 from tests.conftest import tiny_config
 
 VOCABULARY, SMALL, WIDTH, CHUNK = 152_000, 256, 256, 256
@@ -126,6 +128,27 @@ update_reverse = partial(update_of, {"direction": "reverse"})
 update_mixture = partial(update_of, {"direction": "mixture", "reverse_share": 0.25})
 
 
+def update_by_spans(compared: str, vocabulary: int, tokens: int) -> Case:
+    """The same with a divergence by spans alone, of a teacher with a third of the ids, all of them shared."""
+    config, others = model(vocabulary), vocabulary // 3
+    terms = default_terms(pg_weight=0.0, divergence_weight=1.0, span_events=compared)
+    ids = np.arange(others, dtype=np.int32)
+    term = SpanTerm(compared, terms.on_rollouts, np.stack([ids, ids]), Events(others), others + 1)
+    loss = objective.make_rollout_loss(
+        terms, config, token_chunk=CHUNK, remat="none", events=Events(vocabulary), span_term=term
+    )
+    given = rows(tokens)
+    whole_BT, array_BT = given.tokens_BT, given.weight_BT
+    bool_BT = shape(*array_BT.shape, dtype=jnp.bool_)
+    given = given.replace(
+        teacher_hidden_BTD=shape(*array_BT.shape, config.hidden_size),
+        spans=SpanAnchors(whole_BT, bool_BT, array_BT, whole_BT, array_BT, array_BT),
+    )
+    frozen = Frozen(teacher=decoder.head_alone(decoder.abstract_params(model(others))))
+    params, weights = decoder.abstract_params(config), {n: shape() for n in ON_ROLLOUTS}
+    return make_add(loss, jnp.float32), (params, frozen, given, weights, params)
+
+
 def naive_update(vocabulary: int, tokens: int) -> Case:
     """The same through whole arrays of logits."""
     config = model(vocabulary)
@@ -147,6 +170,9 @@ CASES = {
     "score": score, "score with a reference": score_with_reference, "naive score": naive_score,
     "update": update, "update, EOPD": update_eopd, "update, TrOPD": update_tropd,
     "update, full reverse": update_reverse, "update, full mixture": update_mixture,
+    "update, SimCT": partial(update_by_spans, "candidates"),
+    "update, ULD": partial(update_by_spans, "sorted"),
+    "update, GOLD": partial(update_by_spans, "matched"),
     "naive update": naive_update,
 }  # fmt: skip
 

@@ -109,10 +109,16 @@ def settings(**values):
             marks=pytest.mark.slow,
         ),
         pytest.param({"scoring.compare": "spans", "scoring.span_room": 1.0}, marks=pytest.mark.slow),
+        pytest.param(
+            {"scoring.compare": "spans", "scoring.span_room": 1.0, "loss.divergence_weight": 1.0,
+             "loss.span_events": "matched", "optim.updates_per_rollout": 2},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["stable_opd", "full, slots, two updates", "extrapolation, evidence, copies",
          "support, other prompts", "gate, token weight", "horizon, jumps, cut",
-         "soft labels that fall to 0", "soft labels alone", "spans of text"],
+         "soft labels that fall to 0", "soft labels alone", "spans of text",
+         "divergence by spans"],
 )  # fmt: skip
 def test_a_run_meets_no_program_that_was_not_compiled_ahead(
     folders, tmp_path, own_cache, changes, monkeypatch, caplog

@@ -153,10 +153,6 @@ def test_metrics_by_hand():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"loss.divergence_weight": 1.0},
-            r"divergence_weight=1\.0, which compares distributions over one",
-        ),
         ({"loss.golden_divergence": 1.0}, r"golden_divergence=1\.0, which compares distributions"),
         (
             {"loss.advantage": "support", "loss.support": "student"},

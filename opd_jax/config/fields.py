@@ -38,6 +38,7 @@ from opd_jax.config.rules import (
     TRAINING_FILE,
     WORDS,
 )
+from opd_jax.config.teacher_fields import TEACHERS
 
 # Metrics by which a best checkpoint is kept; True where more is better.
 BEST = {
@@ -77,6 +78,7 @@ SECTIONS = (
                  "average, the student's own at every step (live), or a copy made now and then (every)."),
            Field("decay", 0.99, SHARE, "Decay of that moving average, per update."),
            Field("every", 10, COUNT, "Updates of the optimizer between two such copies.")),
+    TEACHERS,
     _model("reference", Field("path", "", None,
                               "Hugging Face folder or hub name; empty = the student at step 0."),
            "The model that KL(student || reference) is measured against."),

@@ -13,12 +13,17 @@ def parse(text: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for item in text.split(",") if text else ():
         name, equals, path = (part.strip() for part in item.partition("="))
-        if not (equals and path and _NAME.fullmatch(name)):
+        if not (equals and path and is_name(name)):
             raise ValueError(f"{item.strip()!r} is no NAME=PATH")
         if name in found:
             raise ValueError(f"two teachers have the name {name!r}")
         found[name] = path
     return found
+
+
+def is_name(text: str) -> bool:
+    """Return whether a teacher may be called so."""
+    return _NAME.fullmatch(text) is not None
 
 
 def joined(teachers: dict[str, str]) -> str:

@@ -42,6 +42,7 @@ def split(
     teacher: TeacherRows | None = None,
     replicas: int = 1,
     tile: int = 1,
+    batch: int | None = None,
 ) -> list[MicroBatch]:
     """Split rows of the given lengths into micro-batches of at most `tokens` tokens (at least one row).
 
@@ -49,21 +50,23 @@ def split(
 
     `width` is that of the full batch. `teacher`, the teacher's own rows, counts as well: no
     micro-batch has more than `tokens` of its tokens either. The number of rows of a micro-batch of some
-    width depends on the size of the batch alone, so that later batches have the same shapes.
+    width depends on the size of the batch alone, so that later batches have the same shapes. Rows whose
+    number changes from step to step have those of `batch` rows, which `shapes` lists.
     """
     length_B = np.asarray(length_B)
+    batch = len(length_B) if batch is None else batch
     teacher_width = 0 if teacher is None else teacher.tokens_BT.shape[1]
     quarters_B = _quarters(length_B, width, tile)
     if teacher is not None:
         quarters_B = np.maximum(quarters_B, _quarters(teacher.length_B, teacher_width, tile))
-    step = _step(len(length_B), max(width, teacher_width))
+    step = _step(batch, max(width, teacher_width))
     quarters_B = -(-quarters_B // step) * step
     order = np.lexsort((-length_B, -quarters_B))
     parts = []
     start = 0
     while start < len(order):
         quarters = int(quarters_B[order[start]])
-        shape = _shape(quarters, len(order), width, teacher_width, tokens, replicas, tile)
+        shape = _shape(quarters, batch, width, teacher_width, tokens, replicas, tile)
         parts.append(dataclasses.replace(shape, rows=order[start : start + shape.count]))
         start += shape.count
     return parts

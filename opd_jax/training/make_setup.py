@@ -11,6 +11,7 @@ from opd_jax.errors import ConfigError, ModelError
 from opd_jax.sharding.mesh import Mesh, make_mesh
 from opd_jax.training import model_limits
 from opd_jax.training.fitting import with_data
+from opd_jax.training.other_teachers import OtherTeacher, describe, locate_others, open_others
 from opd_jax.training.replay import check_problems, check_rewards, open_replay
 from opd_jax.training.roles import (
     architecture,
@@ -41,6 +42,7 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
         config,
         ["student"] + terms.needs_teacher * ["teacher"] + terms.needs_reference * ["reference"],
     )
+    locate_others(config)
     config.eval.samples = config.eval.samples or 1  # a file of one's own has no number of its own
     today = config.data.date or datetime.date.today().isoformat()
     student, tokenizer = open_model(config.student, today)
@@ -52,6 +54,7 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
     if has_path:
         reference_ends = reference_end_ids(reference, reference_section.path, tokenizer)
     teacher, teacher_tokenizer, reader = None, tokenizer, None
+    others: list[OtherTeacher] = []
     used = ["student"] + terms.needs_teacher * ["teacher"] + terms.needs_reference * ["reference"]
     notes = ask_for_full_products([config[role].dtype for role in used])
     notes += data.prompt_notes("student", tokenizer)
@@ -73,6 +76,11 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
                 end=end, reference_ends=reference_ends,
             )  # fmt: skip
             notes += data.alignment_report(alignment, *vocabularies)
+        others = open_others(
+            config, today, student=vocabularies[0], first=vocabularies[1], alignment=alignment,
+            reference_ends=reference_ends,
+        )  # fmt: skip
+        notes += describe(config)
     else:
         vocabulary = min(tokenizer.size, student.vocab_size)
         alignment = data.alone(
@@ -101,6 +109,10 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
         notes.append(replay.describe())
     if teacher is not None:
         folders.setdefault(config.teacher.path, ("teacher", teacher))
+    for other in others:
+        folders.setdefault(other.path, (f"teacher {other.name}", other.model))
+        model_limits.check_rollouts(config, terms, student, other.model, reference, alignment)
+        mesh.check("teacher", other.model)
     if terms.needs_reference:
         folders.setdefault(reference_section.path, ("reference", reference))
     for path, (role, model_config) in folders.items():
@@ -181,6 +193,7 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
         jump_prompts=[],
         notes=notes,
         replay=replay,
+        others=tuple(others),
     )
     setup = with_data(setup, train, held_out)
     if replay is not None:

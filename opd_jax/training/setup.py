@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from opd_jax import data, hardware, models
 from opd_jax.sharding.mesh import Mesh
 from opd_jax.training.model_limits import teacher_response
+from opd_jax.training.other_teachers import OtherTeacher
 from opd_jax.training.replay import Replay
 from opd_jax.training.roles import (
     compute_dtype,
@@ -38,6 +39,7 @@ class Setup:
       jump_problems, jump_prompts: training problems that are held for jumps, and their prompts.
       notes: lines for the start of the run.
       replay: the recording that training reads instead of sampling; None without. Then there is no teacher.
+      others: further teachers, which read what the first one reads.
     """
 
     config: ConfigDict
@@ -66,6 +68,7 @@ class Setup:
     jump_prompts: list[list[int]]
     notes: list[str]
     replay: Replay | None = None
+    others: tuple[OtherTeacher, ...] = ()
 
     @property
     def spec(self) -> StepSpec:
@@ -82,6 +85,7 @@ class Setup:
             mesh=self.mesh,
             tile=hardware.tile(gpu=jax.default_backend() == "gpu"),
             replayed=self.replay is not None,
+            others=tuple(other.model for other in self.others),
         )
 
     @property

@@ -24,6 +24,7 @@ from opd_jax.training.experience import Collector, Experience
 from opd_jax.training.recording import drift
 from opd_jax.training.setup import Setup
 from opd_jax.training.step_functions import StepFunctions
+from opd_jax.training.teachers import Teachers
 from opd_jax.training.terms import ON_GOLDEN, Terms
 from opd_jax.training.token_factor import divergence_gate, measured, token_factor
 from opd_jax.training.weights import Weights
@@ -79,7 +80,8 @@ class Step:
     ):
         self.setup, self.config, self.functions = setup, setup.config, functions
         self.weights, self.folder = weights, folder
-        self.collector = Collector(setup, functions, grader, pool)
+        self.teachers = Teachers(setup, functions, weights)
+        self.collector = Collector(setup, functions, grader, pool, self.teachers)
         self.rules = nonfinite.make_rules(setup.config.guard)
         self.cut = low_kl.make_rules(setup.config.loss)
 
@@ -217,7 +219,11 @@ class Step:
                 width=setup.teacher_width,
             )  # fmt: skip
         with stage("score"):
-            scores = self.functions.score_golden(student, teacher, golden, teacher_rows)
+            if self.teachers:
+                teacher_B = self.teachers.of(batch.problems, group=1)
+                scores = self.teachers.score_golden(student, golden, teacher_rows, teacher_B)
+            else:
+                scores = self.functions.score_golden(student, teacher, golden, teacher_rows)
         clock.lap("score_golden", golden.response_length_B.sum())
         return rows.golden_rows(golden, weigh=weigh, scores=scores, scored_BT=scored_BT)
 

@@ -109,10 +109,15 @@ def settings(**values):
             marks=pytest.mark.slow,
         ),
         pytest.param({"scoring.compare": "spans", "scoring.span_room": 1.0}, marks=pytest.mark.slow),
+        pytest.param(
+            {"teachers.others": "itself=student", "teachers.weights": (3.0, 1.0),
+             "teachers.wait": "host"},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["stable_opd", "full, slots, two updates", "extrapolation, evidence, copies",
          "support, other prompts", "gate, token weight", "horizon, jumps, cut",
-         "soft labels that fall to 0", "soft labels alone", "spans of text"],
+         "soft labels that fall to 0", "soft labels alone", "spans of text", "two teachers"],
 )  # fmt: skip
 def test_a_run_meets_no_program_that_was_not_compiled_ahead(
     folders, tmp_path, own_cache, changes, monkeypatch, caplog

@@ -9,12 +9,10 @@ import jax
 import numpy as np
 import pytest
 
-from launch.make_tiny import make_tokenizer
-from opd_jax import models, train
+from opd_jax import scoring, train
 from opd_jax.config.validate import validate
 from opd_jax.data import Problem
 from opd_jax.errors import ConfigError, DataError, ModelError
-from opd_jax.models import decoder
 from opd_jax.tools import record
 from opd_jax.training.make_setup import make_setup
 from opd_jax.training.other_teachers import names_of, teacher_of
@@ -22,39 +20,13 @@ from opd_jax.training.step_functions import make_step_functions
 from opd_jax.training.teachers import Teachers
 from opd_jax.training.weights import load_weights
 from opd_jax.types import Rollout
+from tests.support.experts import make_expert, of_teachers
 from tests.support.small_run import lines, lines_of, small, without_times
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def expert(folders, tmp_path_factory) -> pathlib.Path:
-    """A second teacher: of another size, with the same tokenizer."""
-    folder = tmp_path_factory.mktemp("expert") / "expert"
-    model, _ = models.load(str(folders / "teacher"))
-    model = dataclasses.replace(model, num_layers=1)
-    models.save(str(folder), model, decoder.init(jax.random.key(7), model), make_tokenizer())
-    return folder
-
-
-def of_teachers(folders, tmp_path, others: str, method: str = "opd", **fields):
-    """A small run with a column `domain` that is math, code, math, code, ..."""
-    config = small(folders, method)
-    rows = [
-        {
-            "problem": f"Start with {i}, add 2.",
-            "answer": str(i + 2),
-            "domain": ["math", "code"][i % 2],
-        }
-        for i in range(24)
-    ]
-    file = tmp_path / "problems.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config.data.train, config.eval.data = str(file), ""
-    config.steps, config.log.gradients = 3, 0
-    config.teachers.others = others
-    for name, value in fields.items():
-        section, _, field = name.partition("__")
-        config[section][field] = value
-    return config
+    return make_expert(folders, tmp_path_factory.mktemp("expert") / "expert")
 
 
 def run_of(config, folder) -> tuple[list[dict], object]:
@@ -81,7 +53,7 @@ def test_routed_rollouts_are_scored_by_the_teacher_that_they_name(folders, tmp_p
     """As each of the two scores all of them; and the same bits where teachers wait in host memory."""
     setup = make_setup(
         of_teachers(
-            folders, tmp_path, f"code={expert}", teachers__column="domain", teachers__first="math",
+            folders, tmp_path, f"code={expert}", teachers__column="domain", teachers__first="math"
         )
     )  # fmt: skip
     assert names_of(setup.config) == ("math", "code")
@@ -115,8 +87,28 @@ def test_routed_rollouts_are_scored_by_the_teacher_that_they_name(folders, tmp_p
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(waiting.scorers))
     again = Teachers(setup, functions, waiting).score(student, rollout, None, teacher_B)
     equal(again, got)
-    everyone = teachers.score(student, rollout, None, np.ones(8, np.int32))  # a share of its own
-    assert everyone.teacher_logprob_BT.shape == rollout.tokens_BT.shape
+
+
+def test_no_split_of_the_rollouts_compiles_a_program_that_is_not_listed(folders, tmp_path, expert):
+    setup = make_setup(of_teachers(folders, tmp_path, f"code={expert}", teachers__column="domain",
+                                    teachers__first="math"))  # fmt: skip
+    functions = make_step_functions(setup.spec)
+    weights = load_weights(setup, student=True)
+    listed = functions.programs(weights.scorer, None, setup.terms.weights, weights.others)
+    names = [program.name for program in listed if "score" in program.name]
+    assert any("teacher 2" in name for name in names)
+    assert len(names) == len(set(names))
+    student = functions.compute_weights(weights.student)
+    teachers = Teachers(setup, functions, weights)
+    tokens_BT = np.full((8, setup.width), 5, np.int32)
+    scoring.score_part.clear_cache()
+    for seed in range(12):  # lengths and numbers of rows of each teacher
+        generator = np.random.default_rng(seed)
+        length_B = generator.integers(2, setup.width + 1, 8).astype(np.int32)
+        rollout = Rollout(tokens_BT, length_B, length_B // 2, np.zeros(tokens_BT.shape), length_B)
+        teacher_B = (generator.uniform(size=8) < generator.uniform()).astype(np.int32)
+        teachers.score(student, rollout, None, teacher_B)
+    assert scoring.score_part._cache_size() <= len(names)
 
 
 def test_a_mixture_of_two_is_the_mean_of_their_scores(folders, tmp_path, expert):
@@ -140,6 +132,7 @@ def test_a_mixture_of_two_is_the_mean_of_their_scores(folders, tmp_path, expert)
     equal(got.student_logprob_BT, each[0].student_logprob_BT)
 
 
+@pytest.mark.slow
 def test_a_run_with_routes_resumes_to_the_same_bits(folders, tmp_path, expert):
     fields = {"teachers__column": "domain", "teachers__first": "math", "teachers__wait": "host"}
     config = of_teachers(folders, tmp_path, f"code={expert}", **fields)
@@ -154,6 +147,7 @@ def test_a_run_with_routes_resumes_to_the_same_bits(folders, tmp_path, expert):
     assert again == rows
 
 
+@pytest.mark.slow
 def test_routes_with_a_support_train(folders, tmp_path, expert):
     """Divergences on rollouts and on golden solutions, over ids of each row's own teacher."""
     config = of_teachers(

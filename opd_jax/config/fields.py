@@ -12,6 +12,7 @@ configs/recipes.py and configs/methods.py.
 from ml_collections import ConfigDict
 
 from opd_jax.config import guard_limits
+from opd_jax.config.harness_fields import HARNESS
 from opd_jax.config.loss_fields import LOSS
 from opd_jax.config.record import (
     ABOVE_ZERO,
@@ -107,6 +108,7 @@ SECTIONS = (
         Field("epochs", 0.0, FROM_ZERO, "Passes over the data that set `steps`; 0 = `steps` counts."),
         Field("size", 20_000, COUNT, "Problems of the generated data set before it repeats."),
     )),
+    HARNESS,
     Section("rollout", "Responses that the student samples in training.", (
         Field("prompts_per_step", 16, COUNT, "Prompts of one step."),
         Field("samples_per_prompt", 4, COUNT, "Responses to each prompt."),

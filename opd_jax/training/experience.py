@@ -72,6 +72,13 @@ class Experience:
         found = self.rewards
         return Reward(found.reward_B, group, found.known_B)
 
+    def with_rewards(self, lines: list[dict]) -> list[dict]:
+        """Return lines of rollouts.jsonl with the reward of each rollout, where it is no verdict."""
+        external = self.external
+        if external is None:
+            return lines
+        return [line | {"reward": external.shown(i)} for i, line in enumerate(lines)]
+
 
 class Collector:
     """Collect `Experience` according to the config; stateless between steps."""

@@ -9,6 +9,7 @@ from opd_jax import data
 from opd_jax.data.length_filter import (
     Misfit,
     golden_misfit,
+    harness_misfit,
     prompt_misfit,
     teacher_misfit,
     unknown_id,
@@ -56,7 +57,7 @@ def with_data(setup: Setup, train: data.Problems, benchmark: data.Problems | Non
         teacher_prompts=setup.teacher_style.prompts(held_out, setup.teacher_tokenizer),
         jump_problems=jump_problems,
         jump_prompts=setup.student_style.prompts(jump_problems, setup.tokenizer),
-        teacher_width=longest + setup.teacher_response,
+        teacher_width=longest + setup.harness_room + setup.teacher_response,
         notes=notes,
     )
 
@@ -118,6 +119,13 @@ def _fitting(
         if setup.separate_prompts:
             teacher_prompts = setup.teacher_style.prompts(block, setup.teacher_tokenizer)
         reasons = [_misfit(setup, *ids) for ids in zip(prompts, teacher_prompts, strict=True)]
+        if setup.harness_style is not None and field == "data.train":
+            written = setup.harness_style.prompts(block, setup.tokenizer)
+            most = setup.config.harness.max_prompt_tokens
+            reasons = [
+                reason or harness_misfit(len(ids), most)
+                for reason, ids in zip(reasons, written, strict=True)
+            ]
         if rewarded:
             reasons = [
                 reason or _reward_misfit(problem, rewarded)
@@ -194,7 +202,10 @@ def _misfit(setup: Setup, prompt: list[int], teacher_prompt: list[int]) -> Misfi
         teachers = (setup.teacher, *(other.model for other in setup.others))
         rows = {"teacher": min(teacher.vocab_size for teacher in teachers)}
         positions = min(teacher.max_position for teacher in teachers)
-        misfit = teacher_misfit(len(teacher_prompt), positions, setup.teacher_response)
+        room = setup.harness_room
+        misfit = teacher_misfit(len(teacher_prompt) + room, positions, setup.teacher_response)
+        if misfit and room:
+            misfit = misfit[0], f"{misfit[1]}, or a smaller --config.harness.max_tokens"
         if misfit and setup.reader is not None:
             misfit = misfit[0], misfit[1] + ", or a smaller --config.scoring.span_room"
         misfit = misfit or unknown_id(

@@ -17,6 +17,7 @@ from opd_jax.training.roles import (
     architecture,
     ask_for_full_products,
     golden_end,
+    harness_style,
     open_model,
     prompt_styles,
     reference_end_ids,
@@ -133,6 +134,11 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
         if model is not None:
             mesh.check(role, model)
     notes += [mesh.describe()] * (mesh.devices is not None)
+    if config.harness.prompt:
+        notes.append(
+            f"harness: before the rollouts of a step the student writes {{{config.harness.field}}} of the "
+            f"teacher's prompts, {config.harness.max_tokens} tokens at most"
+        )
     notes += host_memory.lines()
     if terms.needs_reference and reference.vocab_size < alignment.vocabulary:
         raise ModelError(
@@ -141,14 +147,19 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
             "student's tokenizer"
         )
     styles = prompt_styles(config.data)
-    shows_answer = any("{answer}" in style.template for style in styles)
-    needs_solution = terms.needs_golden or any("{solution}" in s.template for s in styles)
+    writing = harness_style(config)
+    asking = (*styles, *([writing] if writing else []))
+    columns = dict.fromkeys(name for style in asking for name in style.columns)
+    if writing is not None:
+        columns.pop(config.harness.field)  # the student writes it
+    shows_answer = any("{answer}" in style.template for style in asking)
+    needs_solution = terms.needs_golden or any("{solution}" in s.template for s in asking)
     by_verdict = not (config.reward.function or config.reward.column)
     train = data.open_problems(
         config.data.train, field="data.train", columns=config.data.columns, size=config.data.size,
         need_solution=needs_solution,
         need_answer=shows_answer or (terms.needs_reward and by_verdict) or bool(config.jump.problems),
-        bad_rows=config.data.bad_rows, shown=tuple(dict.fromkeys(styles[0].columns + styles[1].columns)),
+        bad_rows=config.data.bad_rows, shown=tuple(columns),
     )  # fmt: skip
     held_out = None
     if config.eval.data:
@@ -194,6 +205,7 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
         notes=notes,
         replay=replay,
         others=tuple(others),
+        harness_style=writing,
     )
     setup = with_data(setup, train, held_out)
     if replay is not None:

@@ -97,6 +97,15 @@ class StepFunctions:
             keys=row_keys(key, len(prompts)), batching=spec.batching,
         )  # fmt: skip
 
+    def write(self, student: Params, prompts: Sequence[Sequence[int]], key: jax.Array) -> Rollout:
+        """Sample what the student writes for the teacher's prompts, in budgets of its own."""
+        spec = self.spec
+        sampling = spec.sampling.replace(max_response_tokens=spec.config.harness.max_tokens)
+        return sample_responses(
+            Model(spec.student, student), prompts, sampling,
+            keys=row_keys(key, len(prompts)), batching=spec.harness_batching,
+        )  # fmt: skip
+
     def score(
         self,
         student: Params,
@@ -205,6 +214,7 @@ class StepFunctions:
                 out += rollout_programs(
                     models.student, spec.rollouts, spec.sampling, batching=spec.batching
                 )
+                out += self._harness_programs(models.student)
             out += self._score_programs(models)
             for spec_k, other, name in further:
                 scored = self._score_programs(spec_k.models(student, other, reference))
@@ -241,6 +251,25 @@ class StepFunctions:
                 seen.append((spec.teacher, _structure(one)))
                 found.append((spec, one, f", teacher {index + 1}"))
         return found
+
+    def _harness_programs(self, student: Model) -> list[Program]:
+        """Return the programs of `write` that rollouts do not have as well."""
+        spec, section = self.spec, self.spec.config.harness
+        if not section.prompt:
+            return []
+        prompts = spec.config.rollout.prompts_per_step
+        sampling = spec.sampling.replace(max_response_tokens=section.max_tokens)
+        rollout = spec.config.rollout
+        if (prompts, section.max_prompt_tokens, section.max_tokens) == (
+            spec.rollouts, rollout.max_prompt_tokens, rollout.max_response_tokens,
+        ):  # fmt: skip
+            return []
+        found = rollout_programs(student, prompts, sampling, batching=spec.harness_batching)
+        return [
+            dataclasses.replace(one, name=f"harness {one.name}")
+            for one in found
+            if one.name != "unstack"
+        ]
 
     def _score_programs(self, models: Models) -> list[Program]:
         """Return the programs that score: all models together, or each on its own rows."""

@@ -19,7 +19,8 @@ class StepSpec:
     """Everything that decides what a training step compiles.
 
     Attributes:
-      config: only the sections rollout, scoring, loss, optim, teacher and teachers, and `steps`, are read.
+      config: only the sections rollout, harness, scoring, loss, optim, teacher and teachers, and `steps`,
+        are read.
       terms: the loss.
       student, teacher, reference: architectures; None where no term needs the model.
       alignment: the ids that are sampled, those that are scored, and the end tokens.
@@ -103,6 +104,16 @@ class StepSpec:
             largest_budget=section.max_response_tokens,
             mesh=self.mesh,
             tile=self.tile,
+        )
+
+    @property
+    def harness_batching(self) -> Batching:
+        """How what the student writes for the teacher is batched; its budgets are its own."""
+        section = self.config.harness
+        return dataclasses.replace(
+            self.batching,
+            max_prompt_tokens=section.max_prompt_tokens,
+            largest_budget=section.max_tokens,
         )
 
     @property

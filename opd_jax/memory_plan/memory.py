@@ -19,7 +19,7 @@ from opd_jax.types import Scores
 # piece (jax-ml/jax issues 9064 and 25082). Other allocators (mesh.allocator) move pages instead.
 MARGIN = 0.05
 # Stages by what makes them smaller; all others have micro-batches.
-_ROLLING, _ANSWERING = ("rollout",), ("evaluate", "evaluate teacher")
+_ROLLING, _ANSWERING = ("rollout harness", "rollout"), ("evaluate", "evaluate teacher")
 KINDS = ("student", "unstacked", "master", "optimizer", "average", "gradients", "teacher",
          "reference", "caches", "rows", "activations", "working", "logits", "weight copies")  # fmt: skip
 
@@ -48,6 +48,10 @@ def stages(workload: Workload) -> list[Stage]:
     trained = own if workload.layout.devices > 1 else {}
     found = []
     if workload.rollouts:
+        if workload.written:
+            writing = workload.writing
+            decoding = _decoding(writing, writing.device_slots)
+            found.append(Stage("rollout harness", _sum(base, live, decoding)))
         decoding = _decoding(workload, workload.device_slots)
         if workload.samples:
             found.append(Stage("rollout", _sum(base, live, decoding)))

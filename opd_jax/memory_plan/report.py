@@ -121,6 +121,10 @@ def programs(workload: Workload) -> dict[str, footprint.Footprint]:
     if workload.rollouts:
         found["prefill"] = footprint.prefill(workload, workload.device_slots)
         found["decode"] = footprint.decode(workload, workload.device_slots)
+        if workload.written:
+            writing = workload.writing
+            found["harness prefill"] = footprint.prefill(writing, writing.device_slots)
+            found["harness decode"] = footprint.decode(writing, writing.device_slots)
         if workload.teacher_vocabulary:
             found["score"], found["teacher: score"] = map(footprint.score, workload.alone)
         else:

@@ -98,6 +98,8 @@ def step_time(
     stages = []
     if workload.rollouts:
         stages = [rollout(workload, device, length_B)] * workload.samples
+        if workload.written:
+            stages.insert(0, _writing(workload.writing, device, mean_response))
         stages.append(_turns(workload.taught, device, length_B))
     if workload.golden_divergence:
         golden = [one.of_golden for one in workload.taught]
@@ -138,6 +140,14 @@ def rollout(workload: Workload, device: Device, length_B: np.ndarray) -> StageTi
         _reduced(sent, tensor, device) + collectives * _COLLECTIVE_S
         + _gathers(workload, "student", model, 1, workload.itemsize, device),
     )  # fmt: skip
+
+
+def _writing(workload: Workload, device: Device, mean_response: float | None) -> StageTime:
+    """What the student writes for the teacher: at its budget, or spread evenly around half of it."""
+    rows = -(-workload.batch // workload.layout.rows)
+    mean = None if mean_response is None else (workload.response + 1) / 2
+    found = rollout(workload, device, _lengths(rows, workload.response, mean))
+    return dataclasses.replace(found, name="rollout harness")
 
 
 def _turns(taught: Sequence[Workload], device: Device, length_B: np.ndarray) -> StageTime:

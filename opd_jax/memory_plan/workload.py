@@ -66,6 +66,8 @@ class Workload:
         the two share ids. teacher_response: its token budget of a response there.
       replayed: whether rollouts are read from a recording: nothing is sampled, and no teacher scores.
       turns: further teachers.
+      written: problems for which the student writes a text of the teacher's prompt, 0 without a harness;
+        written_prompt, written_tokens: the budgets of its prompt and of the text.
     """
 
     student: ModelConfig
@@ -116,6 +118,9 @@ class Workload:
     teacher_response: int = 0
     replayed: bool = False
     turns: Turns = ONE_TEACHER
+    written: int = 0
+    written_prompt: int = 0
+    written_tokens: int = 0
 
     @property
     def samples(self) -> bool:
@@ -154,6 +159,14 @@ class Workload:
             layout=dataclasses.replace(self.layout, student=self.layout.teacher), **none,
         )  # fmt: skip
         return dataclasses.replace(self, **none), teacher
+
+    @property
+    def writing(self) -> "Workload":
+        """The workload whose rollouts are what the student writes for the teacher."""
+        return dataclasses.replace(
+            self, batch=self.written, prompt=self.written_prompt, response=self.written_tokens,
+            slots=min(self.slots, self.written),
+        )  # fmt: skip
 
     @property
     def taught(self) -> "tuple[Workload, ...]":
@@ -266,6 +279,7 @@ def of_config(config: ConfigDict, device: Device, devices: int) -> Workload:
         far = abs(own - others) > _OF_ONE_FAMILY and config.scoring.compare == "auto"
         spans = far or config.scoring.compare == "spans"
     width = config.rollout.max_prompt_tokens + teacher_response(config, spans=spans)
+    width += config.harness.max_tokens * bool(config.harness.prompt)
     roles = _Roles(
         student=student, teacher=teacher, reference=reference,
         vocabulary=min(own if spans else tokens, student.vocab_size),
@@ -348,6 +362,8 @@ def _workload(
         teacher_vocabulary=roles.teacher_vocabulary,
         teacher_response=teacher_response(config, spans=bool(roles.teacher_vocabulary)),
         replayed=bool(config.replay.path), turns=turns,
+        written=rollout.prompts_per_step * bool(config.harness.prompt),
+        written_prompt=config.harness.max_prompt_tokens, written_tokens=config.harness.max_tokens,
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from ml_collections import ConfigDict
 
 from opd_jax.config.harness_fields import HARNESS
+from opd_jax.config.rules import shows
 from opd_jax.errors import ConfigError
 
 
@@ -18,14 +19,14 @@ def check_harness(config: ConfigDict) -> None:
                 )
         return
     shown = f"{{{section.field}}}"
-    if shown not in config.data.teacher_prompt_template:
+    if not shows(config.data.teacher_prompt_template, section.field):
         raise ConfigError(
             f"harness.prompt has no effect: data.teacher_prompt_template does not show {shown}, which the "
             f"student writes; add {shown} to it, or set --config.harness.prompt="
         )
     for name, text in (("data.prompt_template", config.data.prompt_template),
                        ("harness.prompt", section.prompt)):  # fmt: skip
-        if shown in text:
+        if shows(text, section.field):
             raise ConfigError(
                 f"{name} shows {shown}, which the student writes for the teacher's prompt alone; remove it, "
                 "or give that text another name: --config.harness.field=NAME"

@@ -40,6 +40,12 @@ def shows_problem(text: str) -> bool:
     return text == "same" or templates.shows_problem(text)
 
 
+def shows(text: str, name: str) -> bool:
+    """Return whether a prompt template shows the column of this name."""
+    templates = importlib.import_module("opd_jax.data.templates")
+    return name in templates.columns_of(text)
+
+
 def _words(words: Any) -> bool:
     return all(isinstance(word, str) and re.fullmatch(r"[^\W\d_]+", word) for word in words)
 

@@ -7,6 +7,8 @@ from opd_jax.config.teacher_fields import TEACHERS
 from opd_jax.errors import ConfigError
 
 _ONE = "there is one teacher: teachers.others is empty"
+# Shapes of the advantage that read a probability, or the ratio of two, and no log-ratio.
+_SHAPES = ("power", "skew", "f_forward", "f_jsd", "f_total_variation")
 _MORE = "--config.teachers.others=NAME=PATH"
 
 
@@ -96,7 +98,7 @@ def _check_mixture(config: ConfigDict) -> None:
         ("loss.golden_divergence", loss.golden_divergence, "--config.loss.golden_divergence=0"),
         ("loss.advantage", sampled and loss.advantage == "support" and "support",
          "--config.loss.advantage=sampled"),
-        ("loss.advantage_shape", sampled and loss.advantage_shape in ("power", "skew") and
+        ("loss.advantage_shape", sampled and loss.advantage_shape in _SHAPES and
          loss.advantage_shape, "--config.loss.advantage_shape=log_ratio"),
         ("log.variants", config.log.variants, "--config.log.variants=0"),
     ):  # fmt: skip

@@ -140,6 +140,7 @@ def test_a_run_resumes_to_the_same_bits(folders, tmp_path):
         ),
         ({"data__teacher_prompt_template": "{problem}"}, "does not show {plan}"),
         ({"data__teacher_prompt_template": "same"}, "does not show {plan}"),
+        ({"data__teacher_prompt_template": r"{problem} x_{plan}"}, "does not show {plan}"),  # TeX
         ({"data__prompt_template": "{problem}{plan}"}, "data.prompt_template shows {plan}"),
         ({"harness__prompt": "{problem}{plan}"}, "harness.prompt shows {plan}"),
         ({"harness__field": "hint"}, "does not show {hint}"),

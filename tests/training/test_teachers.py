@@ -193,6 +193,7 @@ ROUTE = {"teachers.others": "b=B", "teachers.column": "domain"}
         (MIX | {"loss.advantage": "support", "loss.support": "student"}, "has no probabilities"),
         (MIX | {"loss.advantage_shape": "power", "loss.advantage_shape_value": 1.0},
          "has no probabilities"),
+        (MIX | {"loss.advantage_shape": "f_jsd"}, "has no probabilities"),
         (MIX | {"log.variants": 5}, "has no probabilities"),
         (ROUTE | {"loss.divergence_weight": 1.0}, "the output matrix of every teacher"),
         (ROUTE | {"loss.golden_divergence": 1.0}, "the output matrix of every teacher"),

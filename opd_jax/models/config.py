@@ -45,6 +45,7 @@ class ModelConfig:
     qk_norm: bool
     eos_token_ids: tuple[int, ...]
     rope_scaling: RopeScaling | None = None
+    lora_scale: float = 1.0  # s of x W + s (x A) B, where weights have adapters (low_rank.py)
 
 
 def from_hf(

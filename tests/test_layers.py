@@ -18,8 +18,9 @@ LAYER = {
     "checkpoint": 9, "cli": 9,
     "evaluation": 10, "memory_plan": 10,
     "report": 11,
-    "train": 12,
-    "tools": 13,
+    "train_loop": 12,
+    "train": 13,
+    "tools": 14,
 }  # fmt: skip
 
 

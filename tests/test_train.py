@@ -14,7 +14,7 @@ from opd_jax.errors import ConfigError, NonFiniteError, WorkdirError
 from opd_jax.grading import Grade
 from opd_jax.report import run as report
 from opd_jax.report.text import clean
-from opd_jax.training.setup import make_setup
+from opd_jax.training.make_setup import make_setup
 from tests.support import bench_metrics
 from tests.support.small_run import lines, lines_of, questions, small, without_times
 from tests.workdir.test_trackers import scalars

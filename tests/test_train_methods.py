@@ -15,7 +15,7 @@ from opd_jax import models, train
 from opd_jax.errors import ConfigError, DataError
 from opd_jax.grading import Grade
 from opd_jax.grading.grader import Grader
-from opd_jax.training.setup import make_setup
+from opd_jax.training.make_setup import make_setup
 from tests.support.small_run import lines, questions, small
 
 

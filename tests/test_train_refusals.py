@@ -14,7 +14,7 @@ from opd_jax.errors import ConfigError, DataError, ModelError, WorkdirError
 from opd_jax.evaluation.subject import open_subject
 from opd_jax.tools.bench.run import Options, run_cases
 from opd_jax.tools.cold_start import run as sample
-from opd_jax.training.setup import make_setup
+from opd_jax.training.make_setup import make_setup
 from tests.support.small_run import questions, small
 
 

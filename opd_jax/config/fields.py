@@ -1,17 +1,13 @@
 """The table of all config fields: name, default, allowed values and meaning, in the order of the data flow.
 
 Everything that is known of a field alone stands here and nowhere else; the section of the loss is in
-loss_fields.py. The trees (trees.py), the checks (schema.py), `--fields` of the entry points and
-docs/config.md come from this table. Rules between fields are in validate.py. Where a package implements the
-choices, the record names its list. What published values rest on is quoted in configs/recipes.py and
-configs/methods.py.
+loss_fields.py, rules of single fields in rules.py, rules between fields in validate.py. The trees (trees.py),
+the checks (schema.py), `--fields` of the entry points and docs/config.md come from this table. Where a
+package implements the choices, the record names its list. What published values rest on is quoted in
+configs/recipes.py and configs/methods.py.
 """
 
 # fmt: off
-import datetime
-import importlib
-import re
-from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -25,11 +21,22 @@ from opd_jax.config.record import (
     Choices,
     Field,
     Range,
-    Rule,
     Section,
     Several,
     by_name,
     make_config,
+)
+from opd_jax.config.rules import (
+    DAY,
+    DEPTHS,
+    FUNCTION,
+    PATTERN,
+    POSITIONS,
+    TEMPLATE,
+    TEXTS,
+    TRAINED_MODEL,
+    TRAINING_FILE,
+    WORDS,
 )
 
 # Metrics by which a best checkpoint is kept; True where more is better.
@@ -40,54 +47,6 @@ BEST = {
 
 NUCLEUS = Range(above=0, high=1)
 SWITCH = Choices(("replicated", "sharded"))
-
-
-def _is_day(text: str) -> bool:
-    try:
-        return not text or str(datetime.date.fromisoformat(text)) == text
-    except ValueError:
-        return False
-
-
-def _is_pattern(text: str) -> bool:
-    try:
-        re.compile(text)
-    except re.error as error:
-        raise ValueError(error) from None
-    return True
-
-
-def _rising(numbers: Any) -> bool:
-    return _counts(numbers) and list(numbers) == sorted(set(numbers))
-
-
-def _counts(numbers: Any) -> bool:
-    whole = all(type(number) is int and number >= 1 for number in numbers)
-    return whole and len(set(numbers)) == len(numbers)
-
-
-def _shows_problem(text: str) -> bool:
-    templates = importlib.import_module("opd_jax.data.templates")  # its package loads JAX
-    return text == "same" or templates.shows_problem(text)
-
-
-def _words(words: Any) -> bool:
-    return all(isinstance(word, str) and re.fullmatch(r"[^\W\d_]+", word) for word in words)
-
-
-DAY = Rule("a day as YYYY-MM-DD, such as 2026-01-31, or none", _is_day)
-PATTERN = Rule("a regular expression", _is_pattern)
-TEMPLATE = Rule("a text that holds {problem} or a {column} of its row", _shows_problem)
-TEXTS = Rule('texts, such as ("<","think")', lambda texts: all(isinstance(x, str) and x for x in texts))
-POSITIONS = Rule("whole numbers above 0, each above the one before, such as (256,512)", _rising)
-FUNCTION = Rule(
-    "a function as module:function, such as my_rewards:score",
-    lambda text: not text or re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", text) is not None,
-)
-WORDS = Rule('words of letters, such as ("wait","but")', _words)
-DEPTHS = Rule("different whole numbers, at least 1, such as 64,256", _counts)
-TRAINING_FILE = Rule("a file of problems (.jsonl, .json, .parquet), or tiny:train", bool)
-TRAINED_MODEL = Rule("the path of a Hugging Face folder", bool)
 
 
 def _model(role: str, path: Field, meaning: str, *more: Field) -> Section:

@@ -8,7 +8,8 @@ from opd_jax.errors import PlanError
 from opd_jax.hardware import GIB, Device, memory_fraction, whole_host_bytes
 from opd_jax.memory_plan import footprint, resident
 from opd_jax.memory_plan.footprint import Footprint
-from opd_jax.memory_plan.workload import Layout, Workload
+from opd_jax.memory_plan.layout import Layout
+from opd_jax.memory_plan.workload import Workload
 from opd_jax.scoring.score import IN_FLIGHT
 from opd_jax.sharding import partition
 from opd_jax.sharding.mesh import ONE

@@ -22,7 +22,8 @@ from opd_jax.memory_plan import resident
 from opd_jax.memory_plan.workload import Workload
 from opd_jax.models import attention
 from opd_jax.sharding.mesh import ONE, Mesh
-from opd_jax.training.step_functions import StepSpec, make_step_functions
+from opd_jax.training.step_functions import make_step_functions
+from opd_jax.training.step_spec import StepSpec
 from opd_jax.training.terms import make_terms
 
 Place = Callable[[Any], Any]

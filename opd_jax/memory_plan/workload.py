@@ -12,10 +12,10 @@ from opd_jax.config.validate import validate
 from opd_jax.data import microbatches
 from opd_jax.errors import ModelError
 from opd_jax.hardware import Device
+from opd_jax.memory_plan.layout import Layout, layout_of
 from opd_jax.models import ModelConfig, catalog
 from opd_jax.rollout.generate import Shapes
 from opd_jax.sharding import partition
-from opd_jax.sharding.mesh import Mesh, make_abstract_mesh
 from opd_jax.training.model_limits import teacher_response
 from opd_jax.training.optimizer import make_optimizer
 from opd_jax.training.setup import Setup
@@ -23,44 +23,6 @@ from opd_jax.training.terms import Terms, make_terms
 
 _OF_ONE_FAMILY = 1_000  # ids by which vocabularies of one tokenizer family differ at most
 _ALL = 10**9  # held-out problems where all are measured: the plan opens no file
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """Sizes of the mesh, and which roles' compute weights are sharded.
-
-    Rows and slots are divided over `data` x `fsdp`, heads and MLP over `tensor`; the vocabulary is whole.
-    The float32 state is sharded like the weights, and over data x fsdp as well. `student`, `teacher`,
-    `reference`: compute weights "replicated" over data x fsdp, or "sharded" over fsdp.
-    """
-
-    data: int = 1
-    fsdp: int = 1
-    tensor: int = 1
-    student: str = "replicated"
-    teacher: str = "replicated"
-    reference: str = "replicated"
-
-    @property
-    def devices(self) -> int:
-        """All of them."""
-        return self.data * self.fsdp * self.tensor
-
-    @property
-    def sizes(self) -> partition.Sizes:
-        """Devices along each axis."""
-        return {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
-
-    @property
-    def rows(self) -> int:
-        """Devices that rows are divided over."""
-        return self.data * self.fsdp
-
-    @property
-    def mesh(self) -> Mesh:
-        """A mesh of these sizes whose devices are abstract."""
-        sharded = [role for role in partition.ROLES if getattr(self, role) == "sharded"]
-        return make_abstract_mesh(self.sizes, sharded)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +97,7 @@ class Workload:
     optimizer: optax.GradientTransformation
     answer: int = 0
     asks_teacher: bool = False
-    layout: Layout = Layout()
+    layout: Layout = dataclasses.field(default_factory=Layout)
     nucleus: bool = False
     support: int = 0
     support_arrays: int = 0
@@ -372,16 +334,6 @@ def _places(support: tuple[str, int] | None) -> int:
         return 0
     name, k = support
     return k * (2 if name in ("union", "symmetric_difference") else 1)
-
-
-def layout_of(config: ConfigDict, devices: int) -> Layout:
-    """The config's mesh on so many devices.
-
-    Raises ConfigError: axes that do not multiply to the number of devices.
-    """
-    section = config.mesh
-    roles = {role: section[role] for role in partition.ROLES}
-    return Layout(partition.data_size(section, devices), section.fsdp, section.tensor, **roles)
 
 
 def _architecture(section: Any) -> tuple[ModelConfig, int]:

@@ -21,9 +21,10 @@ from opd_jax.memory_plan import failures
 from opd_jax.memory_plan import run as planning
 from opd_jax.metrics.timing import Clock
 from opd_jax.rng import Stream, key_for
-from opd_jax.training import replay
+from opd_jax.training import recording, replay
 from opd_jax.training.experience import Collector
-from opd_jax.training.setup import Setup, make_setup
+from opd_jax.training.make_setup import make_setup
+from opd_jax.training.setup import Setup
 from opd_jax.training.step_functions import make_step_functions
 from opd_jax.training.weights import load_weights
 from opd_jax.workdir import console, obstacle
@@ -90,7 +91,7 @@ def run(config: ConfigDict, out: str, *, stop: Stop | None = None) -> pathlib.Pa
 def size(setup: Setup, places: int, folder: pathlib.Path) -> str:
     """Return the line about the bytes of a recording, before anything is written."""
     config = setup.config
-    each = replay.bytes_per_token(places, teacher=setup.teacher is not None)
+    each = recording.bytes_per_token(places, teacher=setup.teacher is not None)
     section = config.rollout
     rollouts = config.steps * section.prompts_per_step * section.samples_per_prompt
     longest = rollouts * (section.max_response_tokens * each + section.max_prompt_tokens * 4)
@@ -136,7 +137,7 @@ def _record(setup: Setup, writer: replay.Writer, places: int, stop: Stop) -> Non
                 student, weights.scorer, batch,
                 key=key_for(config.seed, step, Stream.ROLLOUT), clock=clock,
             )  # fmt: skip
-            arrays = replay.pack(
+            arrays = recording.pack(
                 experience.rollout, experience.scores,
                 grades=experience.grades, rewards=experience.external, places=places,
             )  # fmt: skip

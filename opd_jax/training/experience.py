@@ -19,7 +19,8 @@ from opd_jax.rollout import Responses, read_responses
 from opd_jax.sharding import multihost
 from opd_jax.training import batch as rows
 from opd_jax.training import rewards, span_scores
-from opd_jax.training.replay import Recorded
+from opd_jax.training.advantages import Reward
+from opd_jax.training.recording import Recorded
 from opd_jax.training.rewards import Rewards
 from opd_jax.training.setup import Setup
 from opd_jax.training.step_functions import StepFunctions
@@ -63,10 +64,10 @@ class Experience:
         """Rollouts whose answer is correct; known only where `graded_B` is true."""
         return np.array([grade is Grade.CORRECT for grade in self.grades])
 
-    def reward(self, group: int) -> rows.Reward:
+    def reward(self, group: int) -> Reward:
         """`rewards` as terms and gates read them, with `group` adjacent rollouts per prompt."""
         found = self.rewards
-        return rows.Reward(found.reward_B, group, found.known_B)
+        return Reward(found.reward_B, group, found.known_B)
 
 
 class Collector:

@@ -17,11 +17,11 @@ from opd_jax.metrics.timing import Clock, peak_gib
 from opd_jax.metrics.tracing import stage
 from opd_jax.models import decoder
 from opd_jax.rng import Stream, key_for
-from opd_jax.sharding import replica_check
 from opd_jax.training import batch as rows
 from opd_jax.training import low_kl, nonfinite, update, variants
+from opd_jax.training.advantages import advantages
 from opd_jax.training.experience import Collector, Experience
-from opd_jax.training.replay import drift
+from opd_jax.training.recording import drift
 from opd_jax.training.setup import Setup
 from opd_jax.training.step_functions import StepFunctions
 from opd_jax.training.terms import ON_GOLDEN, Terms
@@ -263,7 +263,7 @@ class Step:
                 experience, counted_BT, terms,
                 weigh=self.functions.weigh, group=group, decode=decode,
             )  # fmt: skip
-            advantage_BT = rows.advantages(
+            advantage_BT = advantages(
                 rollout, scores, experience.mask_BT, terms,
                 reward=experience.reward(group), step=number,
                 factor_BT=factor_BT if terms.token_weight_on == "teacher" else None,
@@ -389,17 +389,3 @@ class Step:
         problem = nonfinite.described(number, terms, bad, file)
         numerics, news = nonfinite.leave_out(state.numerics, self.rules, problem)
         return dataclasses.replace(state, numerics=numerics), news
-
-
-def require_equal_replicas(
-    number: int, state: TrainState, functions: StepFunctions, weights: Weights
-) -> None:
-    """Raise CopiesError where devices hold different weights or optimizer state."""
-    if functions.spec.mesh.devices is None:
-        return
-    held = {"state": state, "weights": functions.compute_weights(state.params)}
-    if weights.scorer is not None:
-        held["teacher"] = weights.scorer
-    if weights.reference is not None:
-        held["reference"] = weights.reference
-    replica_check.require_equal(held, when=f"after step {number}")

@@ -13,152 +13,25 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from ml_collections import ConfigDict
 
-from opd_jax import data, losses, scoring
+from opd_jax import losses, scoring
 from opd_jax.aot import Program
-from opd_jax.models import Model, ModelConfig, Params, decoder
-from opd_jax.models.end_tokens import Events
-from opd_jax.rollout import Batching, SamplingParams, row_keys, sample_responses
+from opd_jax.models import Model, Params, decoder
 from opd_jax.rollout import programs as rollout_programs
-from opd_jax.scoring import Models, ScoreSpec
-from opd_jax.sharding.mesh import ONE, Mesh
+from opd_jax.rollout import row_keys, sample_responses
+from opd_jax.scoring import Models
 from opd_jax.sharding.partition import unwrapped
-from opd_jax.training import batch, objective, span_scores, update
+from opd_jax.training import blank_rows, objective, span_scores, update
 from opd_jax.training.optimizer import make_optimizer, make_schedule
-from opd_jax.training.terms import Terms
+from opd_jax.training.step_spec import StepSpec
 from opd_jax.types import (
     Frozen,
-    GoldenRows,
     Rollout,
-    RolloutRows,
     Scores,
-    Support,
     TeacherRows,
     TextRows,
     TrainState,
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class StepSpec:
-    """Everything that decides what a training step compiles.
-
-    Attributes:
-      config: only the sections rollout, scoring, loss, optim and teacher, and `steps`, are read.
-      terms: the loss.
-      student, teacher, reference: architectures; None where no term needs the model.
-      alignment: the ids that are sampled, those that are scored, and the end tokens.
-      dtype: compute dtype of the student.
-      teacher_width: tokens of the teacher's own rows; 0 where it reads the student's.
-      mesh: the devices.
-      tile: widths of batches are multiples of it (hardware.tile).
-      replayed: whether rollouts are read from a recording; then there is no teacher.
-    """
-
-    config: ConfigDict
-    terms: Terms
-    student: ModelConfig
-    teacher: ModelConfig | None
-    reference: ModelConfig | None
-    alignment: data.Alignment
-    dtype: Any
-    teacher_width: int = 0
-    mesh: Mesh = ONE
-    tile: int = 1
-    replayed: bool = False
-
-    @property
-    def width(self) -> int:
-        """Tokens of a row: prompt and response."""
-        return self.config.rollout.max_prompt_tokens + self.config.rollout.max_response_tokens
-
-    @property
-    def rollouts(self) -> int:
-        """Rollouts of a step."""
-        return self.config.rollout.prompts_per_step * self.config.rollout.samples_per_prompt
-
-    @property
-    def events(self) -> Events:
-        """The outcomes over which the sampler, the scorer and the losses normalise log-probs."""
-        return _events(self.alignment, self.config.scoring.temperature)
-
-    @property
-    def sampling(self) -> SamplingParams:
-        """How the student's rollouts are sampled."""
-        section, alignment = self.config.rollout, self.alignment
-        return SamplingParams(
-            section.max_response_tokens,
-            temperature=section.temperature,
-            top_p=section.top_p,
-            top_k=section.top_k,
-            stop_ids=alignment.stop_ids,
-            vocabulary=alignment.vocabulary,
-            drawn_V=None if alignment.drawn.all() else alignment.drawn,
-            events=self.events,
-            stop_on_repetition=section.stop_on_repetition,
-            repetition_period=section.repetition_period,
-        )
-
-    @property
-    def batching(self) -> Batching:
-        """How rollouts are batched while they decode."""
-        section = self.config.rollout
-        return Batching(
-            slots=section.slots or None,
-            max_prompt_tokens=section.max_prompt_tokens,
-            largest_budget=section.max_response_tokens,
-            mesh=self.mesh,
-            tile=self.tile,
-        )
-
-    @property
-    def scoring(self) -> ScoreSpec:
-        """What is computed of each token of the rollouts."""
-        return ScoreSpec(
-            top_k=self.config.scoring.overlap_top_k,
-            token_chunk=self.config.scoring.token_chunk,
-            events=self.events,
-            support=self.terms.scored_support,
-            statistic=self.terms.scored_statistic,
-            keep_hidden=self.terms.over_vocabulary,
-            tile=self.tile,
-        )
-
-    @property
-    def golden_scoring(self) -> ScoreSpec:
-        """What is computed of each token of golden solutions."""
-        terms = self.terms
-        return self.scoring.replace(
-            support=terms.golden_scored_support,
-            statistic=None,
-            keep_hidden=terms.golden_over_vocabulary,
-        )
-
-    @property
-    def text_scoring(self) -> ScoreSpec | None:
-        """What is computed of each token of the rows of a teacher with another tokenizer, if there is one."""
-        own = self.alignment.teacher
-        if own is None:
-            return None
-        section = self.config.scoring
-        events = _events(own, section.temperature)
-        return ScoreSpec(top_k=1, token_chunk=section.token_chunk, events=events, tile=self.tile)
-
-    def models(
-        self, student: Params, teacher: Params | None, reference: Params | None = None
-    ) -> Models:
-        """The models that score rollouts, with their architectures; weights may be shapes and dtypes alone.
-
-        The reference is among them only where a term scores rollouts with it.
-        """
-        if not self.terms.scores_reference:
-            reference = None
-        return Models(
-            Model(self.student, student),
-            _model(self.teacher, teacher),
-            _model(self.reference, reference),
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,7 +136,7 @@ class StepFunctions:
     def blank_golden_scores(self, student: Params, teacher: Params | None, count: int) -> Scores:
         """Return zeros with the shapes and dtypes of the scores of so many golden solutions."""
         models = self.spec.models(unwrapped(student), unwrapped(teacher))
-        return _blank_scores(self.spec, models, self.spec.golden_scoring, count)
+        return blank_rows.row_scores(self.spec, models, self.spec.golden_scoring, count)
 
     def _score_text(
         self, student: Params, teacher: Params | None, rollout: Rollout, rows: TextRows
@@ -315,7 +188,7 @@ class StepFunctions:
         out = mesh.weight_programs(state.params, spec.dtype)
         rollout_rows = golden_rows = None
         if terms.needs_rollouts:
-            rollout_rows = _blank_rollout_rows(spec, student, teacher, reference)
+            rollout_rows = blank_rows.rollout_rows(spec, student, teacher, reference)
             models = spec.models(student, teacher, reference)
             if not spec.replayed:
                 out += rollout_programs(
@@ -330,7 +203,7 @@ class StepFunctions:
             )  # fmt: skip
             out += [dataclasses.replace(one, name=f"golden {one.name}") for one in scored]
         if terms.needs_golden:
-            golden_rows = _blank_golden_rows(spec, student, teacher)
+            golden_rows = blank_rows.golden_rows(spec, student, teacher)
         head = decoder.head_alone(teacher) if teacher and terms.reads_head else None
         frozen = Frozen(reference if "reference_kl" in terms.names else None, head)
         frozen = mesh.structs(frozen, mesh.weights(frozen))
@@ -403,84 +276,3 @@ def make_step_functions(spec: StepSpec) -> StepFunctions:
             every=teacher.every if teacher.follow == "every" else 0,
         ),
     )
-
-
-def _events(ids: data.Alignment, temperature: float) -> Events:
-    """Return the outcomes over which log-probs are normalised."""
-    return Events(
-        vocabulary=ids.vocabulary,
-        scored_V=None if ids.scored.all() else ids.scored,
-        ends=None if ids.ends is None or ids.ends.one_token else ids.ends,
-        temperature=temperature,
-    )
-
-
-def _model(config: ModelConfig | None, params: Params | None) -> Model | None:
-    """Join weights to their architecture; None without weights."""
-    if params is None:
-        return None
-    assert config is not None
-    return Model(config, params)
-
-
-def _blank_rollout_rows(spec: StepSpec, student: Any, teacher: Any, reference: Any) -> RolloutRows:
-    """Return zeros with the shapes and dtypes of one update's minibatch of rollouts."""
-    count = spec.rollouts // spec.config.optim.updates_per_rollout
-    models = spec.models(unwrapped(student), unwrapped(teacher), unwrapped(reference))
-    rollout = _blank_rollout(spec, count)
-    zeros_BT = rollout.sampler_logprob_BT
-    scores = _blank_scores(spec, models, spec.scoring, count)
-    if spec.replayed and spec.terms.scored_support:  # recorded, so no result of the scorer
-        places_BTX = np.zeros((*zeros_BT.shape, spec.terms.scored_support[1]), np.float32)
-        ids_BTX = places_BTX.astype(np.int32)
-        scores = scores.replace(
-            support=Support(ids_BTX, places_BTX, places_BTX, places_BTX[..., 0])
-        )
-    return batch.rollout_rows(
-        rollout,
-        scores,
-        np.zeros(zeros_BT.shape, bool),
-        zeros_BT,
-        spec.terms,
-        weigh=partial(losses.token_weights, aggregation="token", length=1),
-        gate_BT=zeros_BT if spec.terms.gated else None,
-    )
-
-
-def _blank_golden_rows(spec: StepSpec, student: Any, teacher: Any) -> GoldenRows:
-    """Return zeros with the shapes and dtypes of one update's minibatch of golden solutions."""
-    count = spec.config.rollout.prompts_per_step // spec.config.optim.updates_per_rollout
-    golden, scores = _blank_rollout(spec, count), None
-    if spec.terms.golden_divergence:
-        models = spec.models(unwrapped(student), unwrapped(teacher))
-        scores = _blank_scores(spec, models, spec.golden_scoring, count)
-    return batch.golden_rows(
-        golden,
-        weigh=partial(losses.token_weights, aggregation="token"),
-        scores=scores,
-        scored_BT=golden.response_mask_BT,
-    )
-
-
-def _blank_rollout(spec: StepSpec, count: int) -> Rollout:
-    """Return so many empty rows."""
-    length_B = np.zeros(count, np.int32)
-    shape = (count, spec.width)
-    return Rollout(
-        np.zeros(shape, np.int32), length_B, length_B, np.zeros(shape, np.float32), length_B
-    )
-
-
-def _blank_scores(spec: StepSpec, models: Models, asked: ScoreSpec, count: int) -> Scores:
-    """Return zeros with the shapes and dtypes of the scores of so many rows."""
-    rows, teacher_rows = _blank_rollout(spec, count), None
-    length_B = rows.length_B
-    if spec.alignment.teacher is not None:
-        models = models.replace(teacher=None)  # its scores meet the student's on the host
-    elif spec.teacher_width:
-        teacher_BT = np.zeros((count, spec.teacher_width), np.int32)
-        teacher_rows = TeacherRows(teacher_BT, length_B, length_B)
-    scores = jax.eval_shape(
-        scoring.score_part, models, rows.tokens_BT, length_B, length_B, teacher_rows, asked
-    )
-    return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), scores)

@@ -7,9 +7,12 @@ import jax.numpy as jnp
 
 from opd_jax import models
 from opd_jax.models import decoder
+from opd_jax.sharding import replica_check
 from opd_jax.sharding.partition import unwrapped
 from opd_jax.training.roles import compute_dtype
 from opd_jax.training.setup import Setup
+from opd_jax.training.step_functions import StepFunctions
+from opd_jax.types import TrainState
 
 
 @dataclasses.dataclass
@@ -57,3 +60,17 @@ def load_weights(setup: Setup, *, student: bool) -> Weights:
         shardings = mesh.masters(decoder.abstract_params(setup.student))
         masters = load(config.student.path, "float32", shardings)
     return Weights(masters, teacher, scorer, reference)
+
+
+def require_equal_replicas(
+    number: int, state: TrainState, functions: StepFunctions, weights: Weights
+) -> None:
+    """Raise CopiesError where devices hold different weights or optimizer state."""
+    if functions.spec.mesh.devices is None:
+        return
+    held = {"state": state, "weights": functions.compute_weights(state.params)}
+    if weights.scorer is not None:
+        held["teacher"] = weights.scorer
+    if weights.reference is not None:
+        held["reference"] = weights.reference
+    replica_check.require_equal(held, when=f"after step {number}")

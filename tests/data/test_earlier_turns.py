@@ -11,7 +11,7 @@ from opd_jax.evaluation import run as runner
 from opd_jax.evaluation.subject import open_subject
 from opd_jax.tools.cold_start import run as sample
 from opd_jax.tools.probe import workload, writing
-from opd_jax.training.setup import make_setup
+from opd_jax.training.make_setup import make_setup
 
 TURNS = (("user", "Start with 1."), ("assistant", "1"), ("user", "Now add 2."))
 

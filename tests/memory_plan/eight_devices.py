@@ -14,7 +14,7 @@ from opd_jax.memory_plan.workload import of_config, of_setup
 from opd_jax.sharding.mesh import ONE, make_mesh
 from opd_jax.sharding.partition import ROLES
 from opd_jax.training import precompile
-from opd_jax.training.setup import make_setup
+from opd_jax.training.make_setup import make_setup
 from tests.support.small_run import small
 
 SHARDED = {role: "sharded" for role in ROLES}

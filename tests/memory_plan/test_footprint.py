@@ -9,7 +9,8 @@ import pytest
 from configs import stable_opd
 from opd_jax import hardware
 from opd_jax.memory_plan import footprint, programs, report, step_time, verify, xla
-from opd_jax.memory_plan.workload import Layout, of_config
+from opd_jax.memory_plan.layout import Layout
+from opd_jax.memory_plan.workload import of_config
 from tests.support.plan_small import MODEL, workload
 
 P = 316

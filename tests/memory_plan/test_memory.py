@@ -9,7 +9,8 @@ from configs.recipes import RECIPES
 from opd_jax.errors import PlanError
 from opd_jax.hardware import DEVICES, GIB, Device
 from opd_jax.memory_plan import footprint, memory, report, resident
-from opd_jax.memory_plan.workload import Layout, of_config
+from opd_jax.memory_plan.layout import Layout
+from opd_jax.memory_plan.workload import of_config
 from tests.support.plan_small import MODEL, workload
 
 pytestmark = pytest.mark.short

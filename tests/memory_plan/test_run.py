@@ -14,7 +14,7 @@ from opd_jax.memory_plan import programs as real
 from opd_jax.memory_plan import run as planning
 from opd_jax.memory_plan.workload import of_config, of_setup
 from opd_jax.training import precompile
-from opd_jax.training.setup import make_setup
+from opd_jax.training.make_setup import make_setup
 from tests.support.small_run import small
 
 

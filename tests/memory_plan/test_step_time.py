@@ -5,7 +5,7 @@ import pytest
 
 from opd_jax.hardware import Device
 from opd_jax.memory_plan import step_time
-from opd_jax.memory_plan.workload import Layout
+from opd_jax.memory_plan.layout import Layout
 from tests.support.plan_small import workload
 
 pytestmark = pytest.mark.short

@@ -12,7 +12,6 @@ from opd_jax.evaluation import subject as subjects
 from opd_jax.sharding import mesh
 from opd_jax.sharding.mesh import ONE
 from opd_jax.tools.profile import trace
-from opd_jax.training import setup
 from tests.support.small_run import lines, small, without_times
 
 
@@ -36,7 +35,7 @@ def test_whole_runs_match_and_go_on_from_each_other(folders, tmp_path, monkeypat
     """Rollouts, scores, evaluation, update and resume of a run on one device and of one on eight."""
     config = small(folders)
     config.optim.learning_rate, config.log.gradients, config.guard.copies = 1e-3, 1, 1
-    make_really = setup.make_mesh
+    make_really = mesh.make_mesh
     for steps in (2, 3):  # the third step by the other one
         config.steps = steps
         for name in ("one", "eight"):
@@ -44,7 +43,8 @@ def test_whole_runs_match_and_go_on_from_each_other(folders, tmp_path, monkeypat
             config.mesh.fsdp = 1 if alone else 4
             for role in mesh.ROLES:
                 config.mesh[role] = "replicated" if alone else "sharded"
-            monkeypatch.setattr(setup, "make_mesh", (lambda _: ONE) if alone else make_really)
+            made = (lambda _: ONE) if alone else make_really
+            monkeypatch.setattr("opd_jax.training.make_setup.make_mesh", made)
             train.run(config, str(tmp_path / name), command=[])
     rows = [without_times(lines(tmp_path / name, "metrics.jsonl")) for name in ("one", "eight")]
     assert [row["step"] for row in rows[0]] == [0, 1, 2, 3]

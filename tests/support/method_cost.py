@@ -33,7 +33,8 @@ from opd_jax import aot, data, host_memory
 from opd_jax.grading.grader import Grader, make_grader
 from opd_jax.models import decoder
 from opd_jax.rng import Stream, key_for
-from opd_jax.training.setup import Setup, make_setup
+from opd_jax.training.make_setup import make_setup
+from opd_jax.training.setup import Setup
 from opd_jax.training.step import Step, StepState
 from opd_jax.training.step_functions import StepFunctions, make_step_functions
 from opd_jax.training.weights import load_weights

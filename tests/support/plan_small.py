@@ -3,7 +3,8 @@
 from typing import Any
 
 from configs import stable_opd
-from opd_jax.memory_plan.workload import Layout, Workload
+from opd_jax.memory_plan.layout import Layout
+from opd_jax.memory_plan.workload import Workload
 from opd_jax.training.optimizer import make_optimizer
 from tests.conftest import tiny_config
 

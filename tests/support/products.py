@@ -10,7 +10,7 @@ import sys
 from configs import stable_opd
 from opd_jax import host_memory
 from opd_jax.tools.bench.floors import Floors
-from opd_jax.training.setup import make_setup
+from opd_jax.training.make_setup import make_setup
 
 
 def main(shapes: list[tuple[int, int]]) -> None:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from configs import stable_opd
 from opd_jax.models import ModelConfig, catalog, decoder
-from opd_jax.training.setup import make_setup
+from opd_jax.training.make_setup import make_setup
 
 
 def saved_bytes(config: ModelConfig, rows: int, width: int, remat: str) -> int:

@@ -18,7 +18,7 @@ from configs import opd
 from opd_jax.models import attention, kv_cache
 from opd_jax.scoring import chunked
 from opd_jax.training import selftest
-from opd_jax.training.setup import make_setup
+from opd_jax.training.make_setup import make_setup
 from opd_jax.training.step_functions import make_step_functions
 from opd_jax.training.weights import load_weights
 

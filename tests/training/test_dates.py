@@ -6,14 +6,14 @@ import types
 
 import pytest
 
+import opd_jax.training.make_setup as made_in
 from opd_jax import data, train, workdir
 from opd_jax.errors import ConfigError, WorkdirError
 from opd_jax.evaluation import run as runner
 from opd_jax.evaluation import subject as subjects
 from opd_jax.tools.cold_start import run as sample
 from opd_jax.tools.probe import workload
-from opd_jax.training import setup
-from opd_jax.training.setup import make_setup
+from opd_jax.training.make_setup import make_setup
 from tests.support.small_run import small
 from tests.support.thoughts import evaluation, problems, write, writes
 from tests.support.tokenizers import LLAMA3
@@ -31,7 +31,7 @@ def clock(monkeypatch):
             def today(cls):
                 return fixed
 
-        for module in (setup, data.tokenizer):
+        for module in (made_in, data.tokenizer):
             monkeypatch.setattr(module, "datetime", types.SimpleNamespace(date=Day))
 
     return set_day

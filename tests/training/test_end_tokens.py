@@ -19,6 +19,7 @@ from opd_jax.models import decoder
 from opd_jax.models.end_tokens import Events
 from opd_jax.scoring.topk import SUPPORTS
 from opd_jax.training import batch, objective
+from opd_jax.training.advantages import Reward, advantages
 from opd_jax.training.terms import Terms, default_terms
 from opd_jax.types import Ends, Frozen, Outcome, Rollout
 from tests.conftest import noisy_params, random_rows, tiny_config
@@ -286,7 +287,7 @@ def gradient(terms: Terms) -> np.ndarray:
         made = batch.golden_rows(ROLLOUT, weigh=lambda _: WEIGHT, scores=given, scored_BT=MASK)
         loss = objective.make_golden_loss(terms, STUDENT, **settings)
     else:
-        advantage = batch.advantages(ROLLOUT, given, MASK, terms, reward=batch.Reward(REWARD, 4))
+        advantage = advantages(ROLLOUT, given, MASK, terms, reward=Reward(REWARD, 4))
         made = batch.rollout_rows(ROLLOUT, given, MASK, advantage, terms, weigh=lambda _: WEIGHT)
         loss = objective.make_rollout_loss(terms, STUDENT, STUDENT, **settings)
     frozen = Frozen(reference=weights("reference"), teacher=decoder.head_alone(weights("teacher")))

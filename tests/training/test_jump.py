@@ -14,7 +14,7 @@ from opd_jax.errors import ConfigError
 from opd_jax.memory_plan import memory
 from opd_jax.sharding.mesh import ONE
 from opd_jax.training import collapse_detector, jump
-from opd_jax.training.setup import make_setup
+from opd_jax.training.make_setup import make_setup
 from tests.support.plan_small import workload
 from tests.support.small_run import lines, small, without_times
 

@@ -14,7 +14,7 @@ from opd_jax import data, models, train
 from opd_jax.data import PromptStyle
 from opd_jax.errors import ModelError
 from opd_jax.models import decoder
-from opd_jax.training import setup
+from opd_jax.training.make_setup import make_setup
 from tests.support.families import FAMILIES
 from tests.support.small_run import lines, small
 
@@ -110,7 +110,7 @@ def test_the_end_is_scored_on_the_papers_own_pair(qwen_and_r1):
     """Log-probs and advantage of the last token of rollouts, against whole logits in float64."""
     config = small(qwen_and_r1)
     config.rollout.max_prompt_tokens, config.rollout.max_response_tokens = 160, 200
-    found = setup.make_setup(config)
+    found = make_setup(config)
     assert set(found.alignment.stop_ids) == {256, 258}
     pair = {name: models.load(str(qwen_and_r1 / name)) for name in ("student", "teacher")}
     scored = np.flatnonzero(found.alignment.scored)
@@ -147,7 +147,7 @@ def test_a_run_without_a_teacher_says_what_ends_a_response(tmp_path):
     config.student.path, config.eval.data = folder, ""
     config.rollout.max_prompt_tokens, config.rollout.max_response_tokens = 160, 200
     config.optim.microbatch_tokens = 2000
-    notes = "\n".join(setup.make_setup(config).notes)
+    notes = "\n".join(make_setup(config).notes)
     assert (
         "a response ends at <|endoftext|> (256) or <|im_end|> (258): scored as one event" in notes
     )
@@ -166,14 +166,14 @@ def reference_with(tmp_path, **fields: object):
 
 
 def test_a_reference_has_end_tokens_of_its_own(tmp_path):
-    notes = "\n".join(setup.make_setup(reference_with(tmp_path, eos_token_id=0)).notes)
+    notes = "\n".join(make_setup(reference_with(tmp_path, eos_token_id=0)).notes)
     assert "<|endoftext|> (0) or <|im_end|> (2) for the reference: scored as one event" in notes
     assert "<|endoftext|> (0) ends it for another model alone: never drawn" in notes
 
 
 def test_an_ordinary_end_token_of_a_reference_is_refused(tmp_path):
     with pytest.raises(ModelError, match=r"\(5\) ends a response .* ordinary token to the student"):
-        setup.make_setup(reference_with(tmp_path, eos_token_id=5))
+        make_setup(reference_with(tmp_path, eos_token_id=5))
 
 
 def test_a_reference_with_another_tokenizer_is_refused(tmp_path):
@@ -181,4 +181,4 @@ def test_a_reference_with_another_tokenizer_is_refused(tmp_path):
     file = tmp_path / "reference/tokenizer.json"
     file.write_text(file.read_text().replace("<|im_start|>", "<|turn|>"))
     with pytest.raises(ModelError, match=r"id 1 is '<\|turn\|>' to the reference"):
-        setup.make_setup(config)
+        make_setup(config)

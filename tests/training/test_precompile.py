@@ -9,7 +9,7 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from opd_jax import train
+from opd_jax import train, train_loop
 from opd_jax.tools.profile import trace
 from opd_jax.training import precompile
 from tests.support.paths import ROOT
@@ -202,10 +202,10 @@ def test_no_recipe_compiles_anything_after_its_first_step(
             caplog.clear()
         return step_really(self, number, *args, **kwargs)
 
-    compile_all_really, step_really = precompile.compile_all, train.Step.__call__
+    compile_all_really, step_really = precompile.compile_all, train_loop.Step.__call__
     monkeypatch.setattr(precompile, "worthwhile", lambda: True)
     monkeypatch.setattr(precompile, "compile_all", compile_all)
-    monkeypatch.setattr(train.Step, "__call__", step)
+    monkeypatch.setattr(train_loop.Step, "__call__", step)
     with settings(
         jax_compilation_cache_dir=programs,
         jax_persistent_cache_min_compile_time_secs=0.0,

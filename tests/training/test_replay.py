@@ -23,9 +23,9 @@ from opd_jax.memory_plan.step_time import step_time
 from opd_jax.memory_plan.workload import of_config
 from opd_jax.models.fingerprint import fingerprint
 from opd_jax.tools import record
-from opd_jax.training import model_limits, precompile, replay, selftest
+from opd_jax.training import model_limits, precompile, recording, replay, selftest
+from opd_jax.training.make_setup import make_setup
 from opd_jax.training.rewards import Rewards
-from opd_jax.training.setup import make_setup
 from opd_jax.training.terms import make_terms
 from opd_jax.types import Outcome, Rollout, Scores, Support
 from opd_jax.workdir import atomic
@@ -71,11 +71,11 @@ def scores(places: int = 2) -> Scores:
 def test_what_is_packed_is_unpacked():
     own, grades = scores(), [Grade.CORRECT, None]
     rewards = Rewards(np.array([0.5, 0.0], np.float32), np.array([True, False]))
-    arrays = replay.pack(rollout(), own, grades=grades, rewards=rewards, places=2)
+    arrays = recording.pack(rollout(), own, grades=grades, rewards=rewards, places=2)
     assert arrays["tokens"].tolist() == [5, 6, 7, 8, 9, 5, 6, 7, 1, 2, 3, 4]
     assert arrays["teacher_logprob"].shape == (7,)  # 3 + 4 response tokens
     assert arrays["support_ids"].shape == (7, 2)
-    got = replay.unpack(arrays, width=WIDTH)
+    got = recording.unpack(arrays, width=WIDTH)
     jax.tree.map(np.testing.assert_array_equal, got.rollout, rollout())
     mask = rollout().response_mask_BT
     for name in ("teacher_logprob_BT", "teacher_entropy_BT"):
@@ -101,10 +101,10 @@ def test_the_bytes_of_a_token(places, teacher):
     own = scores()
     if not teacher:
         own = Scores(own.student_logprob_BT, own.student_entropy_BT)
-    arrays = replay.pack(rollout(), own, grades=[None, None], places=places)
+    arrays = recording.pack(rollout(), own, grades=[None, None], places=places)
     per_row = {"prompt_length", "length", "outcome", "grade"}
     written = sum(x.nbytes for name, x in arrays.items() if name not in per_row)
-    assert written == 7 * replay.bytes_per_token(places, teacher=teacher) + 5 * 4
+    assert written == 7 * recording.bytes_per_token(places, teacher=teacher) + 5 * 4
 
 
 def test_drift_by_hand():
@@ -113,8 +113,8 @@ def test_drift_by_hand():
     own.student_logprob_BT[0, 3] -= 0.2
     mask = np.zeros((2, WIDTH), bool)
     mask[0, 2:4] = True
-    assert replay.drift(rollout(), own, mask)["replay/drift"] == pytest.approx(0.2, abs=1e-6)
-    assert replay.drift(rollout(), own, mask & False) == {}
+    assert recording.drift(rollout(), own, mask)["replay/drift"] == pytest.approx(0.2, abs=1e-6)
+    assert recording.drift(rollout(), own, mask & False) == {}
 
 
 def test_a_fingerprint_is_of_the_tensors_and_not_of_the_files(tmp_path):
@@ -189,7 +189,7 @@ def test_a_teacher_with_another_tokenizer_is_refused_in_one_line():
 def test_a_recording_without_rewards_is_refused_where_the_loss_needs_them(tmp_path):
     def written(name: str, **found) -> replay.Replay:
         writer = replay.Writer(tmp_path / name, {"format": 1})
-        writer.add(replay.pack(rollout(), scores(), **found), [(0, "a"), (1, "b")])
+        writer.add(recording.pack(rollout(), scores(), **found), [(0, "a"), (1, "b")])
         return replay.Replay(tmp_path / name, {}, writer.shards, WIDTH)
 
     known = Rewards(np.array([0.5, 0.0], np.float32), np.array([True, False]))

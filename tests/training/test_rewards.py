@@ -13,9 +13,9 @@ from opd_jax.data.problem import Problem
 from opd_jax.errors import ConfigError, DataError, RewardError
 from opd_jax.grading.grader import Grade
 from opd_jax.training import rewards
-from opd_jax.training.batch import Reward, advantages
+from opd_jax.training.advantages import Reward, advantages
+from opd_jax.training.make_setup import make_setup
 from opd_jax.training.rewards import Rewards
-from opd_jax.training.setup import make_setup
 from opd_jax.training.terms import default_terms
 from opd_jax.training.token_factor import token_factor
 from tests.support.small_run import lines, questions, small, without_times

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from opd_jax.errors import DataError
-from opd_jax.training.setup import make_setup
+from opd_jax.training.make_setup import make_setup
 from tests.support.small_run import small
 from tests.support.thoughts import THOUGHTS, sft
 from tests.support.tokenizers import CHATML, LLAMA3, OPENS, TURNS

@@ -9,7 +9,8 @@ from opd_jax.losses import spans
 from opd_jax.metrics.step import span_metrics
 from opd_jax.tools.probe.workload import make_plan
 from opd_jax.training import batch, model_limits, span_scores
-from opd_jax.training.setup import make_setup
+from opd_jax.training.advantages import advantages
+from opd_jax.training.make_setup import make_setup
 from opd_jax.training.step_functions import make_step_functions
 from opd_jax.training.terms import default_terms, make_terms
 from opd_jax.types import Outcome, Rollout, Scores, SpanScores
@@ -66,7 +67,7 @@ def scored(config) -> tuple[Scores, np.ndarray, np.ndarray]:
     mask_BT = batch.scored_mask(rollout, setup.alignment.counted)
     if scores.spans is not None:
         mask_BT = spans.closed(mask_BT=mask_BT, span_BT=scores.spans.span_BT)
-    advantage_BT = batch.advantages(rollout, scores, mask_BT, make_terms(config))
+    advantage_BT = advantages(rollout, scores, mask_BT, make_terms(config))
     return scores, advantage_BT, mask_BT
 
 

@@ -13,7 +13,7 @@ from opd_jax.metrics import make_repetition_rule
 from opd_jax.rollout import Batching, SamplingParams
 from opd_jax.tools.cold_start import run as sample
 from opd_jax.tools.probe import workload, writing
-from opd_jax.training.setup import make_setup
+from opd_jax.training.make_setup import make_setup
 from tests.support.lanes import slow
 from tests.support.small_run import small
 from tests.support.thoughts import (

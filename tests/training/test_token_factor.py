@@ -15,6 +15,7 @@ from opd_jax.losses import gates
 from opd_jax.models import decoder
 from opd_jax.rng import Stream, key_for
 from opd_jax.training import batch
+from opd_jax.training.advantages import Reward, advantages
 from opd_jax.training.experience import Experience
 from opd_jax.training.terms import Terms, default_terms
 from opd_jax.training.token_factor import divergence_gate, measured, step_ids, token_factor
@@ -64,7 +65,7 @@ def factor(counted=MASK, grades=GRADES, **numbers) -> np.ndarray | None:
 
 
 def rows(terms: Terms, factor_BT=None, gate_BT=None, counted=MASK):
-    advantage = batch.advantages(
+    advantage = advantages(
         SAMPLED, scores(), MASK, terms,
         factor_BT=factor_BT if terms.token_weight_on == "teacher" else None,
     )  # fmt: skip
@@ -165,13 +166,13 @@ def test_a_weight_on_a_support():
 
 def test_a_group_advantage_keeps_its_weight_where_the_teachers_is_weighed():
     """SOD: A_group + coef w_t l_t."""
-    reward = batch.Reward(np.array([True, False, True, True]), 2)
+    reward = Reward(np.array([True, False, True, True]), 2)
     w = factor(token_weight="step", token_weight_window=2)
     both = default_terms(
         pg_weight=1.0, group_coef=1.0, token_weight="step", token_weight_on="teacher"
     )
-    got = batch.advantages(SAMPLED, scores(), MASK, both, factor_BT=w, reward=reward)
-    group = batch.advantages(
+    got = advantages(SAMPLED, scores(), MASK, both, factor_BT=w, reward=reward)
+    group = advantages(
         SAMPLED, scores(), MASK, dataclasses.replace(both, teacher_coef=0.0), reward=reward
     )
     ratio = np.where(MASK, scores().teacher_logprob_BT - scores().student_logprob_BT, 0.0)

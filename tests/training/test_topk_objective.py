@@ -12,6 +12,7 @@ from opd_jax import losses
 from opd_jax.models import decoder
 from opd_jax.scoring.topk import SUPPORTS
 from opd_jax.training import batch, objective
+from opd_jax.training.advantages import Reward, advantages
 from opd_jax.training.terms import Terms, default_terms
 from opd_jax.types import Frozen, Outcome, Rollout, RolloutRows, Scores
 from tests.conftest import distance, random_params, random_rows, tiny_config
@@ -131,9 +132,9 @@ def loss_of(terms: Terms):
     return jax.jit(jax.value_and_grad(total, has_aux=True))
 
 
-def make_rows(terms: Terms, support: str, reward: batch.Reward | None = None) -> RolloutRows:
+def make_rows(terms: Terms, support: str, reward: Reward | None = None) -> RolloutRows:
     scores = scored(None if support == "full" else support)
-    advantage = batch.advantages(SAMPLED, scores, MASK, terms, reward=reward)
+    advantage = advantages(SAMPLED, scores, MASK, terms, reward=reward)
     return batch.rollout_rows(SAMPLED, scores, MASK, advantage, terms, weigh=lambda _: WEIGHT)
 
 
@@ -235,16 +236,16 @@ def test_the_published_top_k_surrogate(support):
 
 
 def test_group_advantage_stands_beside_the_teachers():
-    reward = batch.Reward(np.array([True, False, True, True]), 2)
+    reward = Reward(np.array([True, False, True, True]), 2)
     terms = default_terms(pg_weight=1.0, teacher_coef=0.5, group_coef=2.0)
     scores = scored(None)
-    got = batch.advantages(SAMPLED, scores, MASK, terms, reward=reward)
+    got = advantages(SAMPLED, scores, MASK, terms, reward=reward)
     ratio = scores.teacher_logprob_BT - scores.student_logprob_BT
     # (1, 0): mean 1/2, unbiased deviation sqrt(1/2): +-0.707106; (1, 1): 0
     group = np.array([0.707106, -0.707106, 0.0, 0.0])[:, None]
     np.testing.assert_allclose(got, np.where(MASK, 0.5 * ratio + 2.0 * group, 0.0), atol=1e-5)
     alone = dataclasses.replace(terms, teacher_coef=0.0, group_normalise=False)
-    got = batch.advantages(SAMPLED, scores, MASK, alone, reward=reward)
+    got = advantages(SAMPLED, scores, MASK, alone, reward=reward)
     np.testing.assert_allclose(
         got, np.where(MASK, np.array([1.0, -1.0, 0, 0])[:, None], 0.0), atol=1e-6
     )
@@ -253,7 +254,7 @@ def test_group_advantage_stands_beside_the_teachers():
 @pytest.mark.slow
 def test_group_advantage_beside_a_support():
     """Both surrogates, of the sampled token and of the support, in one term."""
-    reward = batch.Reward(np.array([True, False, True, True]), 2)
+    reward = Reward(np.array([True, False, True, True]), 2)
     both = default_terms(
         pg_weight=1.0, advantage="support", support="teacher", top_k=K, group_coef=1.0
     )
@@ -281,7 +282,7 @@ def test_clamp_discount_and_importance_by_hand():
 
     def advantage(**changes: float) -> np.ndarray:
         terms = default_terms(pg_weight=1.0, **changes)
-        return batch.advantages(made, scores, mask, terms)[0]
+        return advantages(made, scores, mask, terms)[0]
 
     np.testing.assert_allclose(advantage(), [0, -8, 1, 2, 0], atol=1e-5)
     np.testing.assert_allclose(advantage(advantage_clamp=5.0), [0, -5, 1, 2, 0], atol=1e-5)

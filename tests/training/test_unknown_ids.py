@@ -13,7 +13,7 @@ from opd_jax.errors import DataError
 from opd_jax.evaluation import run as runner
 from opd_jax.tools import probe
 from opd_jax.tools.cold_start import run as sample
-from opd_jax.training.setup import make_setup
+from opd_jax.training.make_setup import make_setup
 from tests.support.small_run import small
 from tests.support.thoughts import THOUGHTS, evaluation, problems, write
 from tests.support.tokenizers import OPENS

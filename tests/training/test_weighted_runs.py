@@ -7,7 +7,7 @@ import pytest
 from opd_jax import losses, train
 from opd_jax.errors import DataError
 from opd_jax.grading.grader import Grade, Grader
-from opd_jax.training.setup import make_setup
+from opd_jax.training.make_setup import make_setup
 from tests.support.small_run import lines, questions, small, without_times
 
 FORWARD = {"divergence_weight": 1.0, "direction": "forward", "support": "teacher", "top_k": 4}

@@ -20,7 +20,9 @@ from opd_jax.models import Model, ModelConfig, Params, decoder, load, with_head_
 from opd_jax.models.end_tokens import Events
 from opd_jax.rollout import generate
 from opd_jax.training import batch
-from opd_jax.training.step_functions import StepSpec, make_step_functions
+from opd_jax.training.advantages import advantages
+from opd_jax.training.step_functions import make_step_functions
+from opd_jax.training.step_spec import StepSpec
 from opd_jax.training.terms import default_terms
 from opd_jax.types import Frozen, Rollout, RolloutRows, Scores
 
@@ -180,7 +182,7 @@ class Learner:
         scores = functions.score(student, teacher, rollout)
         del student  # the update does not need it
         mask_BT = rollout.response_mask_BT
-        advantage_BT = batch.advantages(rollout, scores, mask_BT, TERMS)
+        advantage_BT = advantages(rollout, scores, mask_BT, TERMS)
         return self.update(
             batch.rollout_rows(rollout, scores, mask_BT, advantage_BT, TERMS, weigh=functions.weigh)
         )

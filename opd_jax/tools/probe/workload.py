@@ -16,8 +16,9 @@ from opd_jax.data.length_filter import prompt_misfit, teacher_misfit
 from opd_jax.errors import ConfigError, DataError
 from opd_jax.models import decoder
 from opd_jax.sharding.mesh import ONE
+from opd_jax.training.make_setup import make_setup
 from opd_jax.training.roles import compute_dtype
-from opd_jax.training.setup import Setup, make_setup
+from opd_jax.training.setup import Setup
 from opd_jax.training.weights import load_weights
 
 

@@ -20,7 +20,7 @@ from opd_jax.tools.bench import ceilings
 from opd_jax.tools.bench.ceilings import Ceilings
 from opd_jax.tools.profile import trace
 from opd_jax.tools.profile.trace import Trace
-from opd_jax.training.setup import make_setup
+from opd_jax.training.make_setup import make_setup
 from opd_jax.workdir.console import aligned
 
 HLO = "hlo"  # folder of the compiled programs' texts, in the folder of the trace

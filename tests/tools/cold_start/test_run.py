@@ -19,7 +19,7 @@ from opd_jax.metrics import make_repetition_rule, repetitive
 from opd_jax.tools.cold_start import run as sample
 from opd_jax.tools.cold_start import sample_file
 from opd_jax.tools.cold_start.report import Fate
-from opd_jax.training import setup
+from opd_jax.training.make_setup import make_setup
 from tests.support.lanes import slow
 
 
@@ -371,7 +371,7 @@ def test_the_teacher_may_be_the_student_with_a_prompt_of_its_own():
 def test_the_file_is_what_sft_trains_on(straight):
     config = sft.get_config()
     config.data.train = str(straight)
-    ready = setup.make_setup(config)  # also looks whether every solution fits
+    ready = make_setup(config)  # also looks whether every solution fits
     assert [p.solution for p in ready.train] == [row["solution"] for row in rows(straight)]
     assert "solution from solution, answer from answer, id from id" in "".join(ready.notes)
 

@@ -22,7 +22,9 @@ def main() -> None:
     from opd_jax.config import default
     from opd_jax.models import decoder
     from opd_jax.training import batch
-    from opd_jax.training.step_functions import StepSpec, make_step_functions
+    from opd_jax.training.advantages import advantages
+    from opd_jax.training.step_functions import make_step_functions
+    from opd_jax.training.step_spec import StepSpec
     from opd_jax.training.terms import default_terms
     from opd_jax.types import Frozen
 
@@ -68,7 +70,7 @@ def main() -> None:
         del weights
         scored = time.perf_counter()
         mask_BT = rollout.response_mask_BT
-        advantage_BT = batch.advantages(rollout, scores, mask_BT, terms)
+        advantage_BT = advantages(rollout, scores, mask_BT, terms)
         rows = batch.rollout_rows(
             rollout, scores, mask_BT, advantage_BT, terms, weigh=functions.weigh
         )

@@ -8,12 +8,12 @@ import jax
 from ml_collections import ConfigDict
 
 from opd_jax import data, hardware, models
+from opd_jax.models import hf_adapters
+from opd_jax.models.low_rank import LowRank
 from opd_jax.sharding.mesh import Mesh
 from opd_jax.training.model_limits import teacher_response
 from opd_jax.training.replay import Replay
-from opd_jax.training.roles import (
-    compute_dtype,
-)
+from opd_jax.training.roles import compute_dtype, make_low_rank
 from opd_jax.training.step_spec import StepSpec
 from opd_jax.training.terms import Terms
 
@@ -38,6 +38,7 @@ class Setup:
       jump_problems, jump_prompts: training problems that are held for jumps, and their prompts.
       notes: lines for the start of the run.
       replay: the recording that training reads instead of sampling; None without. Then there is no teacher.
+      adapters: the folder of adapters to start from; None for new ones.
     """
 
     config: ConfigDict
@@ -66,6 +67,12 @@ class Setup:
     jump_prompts: list[list[int]]
     notes: list[str]
     replay: Replay | None = None
+    adapters: hf_adapters.Folder | None = None
+
+    @property
+    def low_rank(self) -> LowRank | None:
+        """The adapters that are trained; None where the student's weights are."""
+        return make_low_rank(self.config.lora)
 
     @property
     def spec(self) -> StepSpec:
@@ -82,6 +89,7 @@ class Setup:
             mesh=self.mesh,
             tile=hardware.tile(gpu=jax.default_backend() == "gpu"),
             replayed=self.replay is not None,
+            low_rank=self.low_rank,
         )
 
     @property

@@ -9,7 +9,15 @@ AGAIN = 75  # exit status EX_TEMPFAIL (sysexits.h): the same command resumes whe
 
 
 class OpdError(Exception):
-    """Base of every error that input from outside can cause."""
+    """Base of every error that input from outside can cause.
+
+    Its text is one line whatever value it quotes: line breaks, escape sequences of a terminal and halves of
+    characters are written as in a Python string.
+    """
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 class ConfigError(OpdError, ValueError):

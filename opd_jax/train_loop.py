@@ -47,7 +47,11 @@ class Result:
 
 
 class TrainLoop:
-    """The components of one run: built by __init__, driven by `run`."""
+    """The components of one run: built by __init__, driven by `run`.
+
+    The arguments are what train.py has opened and what must be closed or ended by it, whatever happens in the
+    loop; nine, because a record of them would be filled there and taken apart here, and nowhere else.
+    """
 
     def __init__(
         self,

@@ -192,6 +192,9 @@ SECTIONS = (
         Field("allocator", "default", Choices("opd_jax.hardware:ALLOCATORS"),
               "What gives a GPU's memory to arrays: JAX's own choice (default), a pool (bfc), CUDA's pool "
               "(cuda_async), pages that need not be neighbours (vmm), or no pool (platform, address)."),
+        Field("attention", "auto", Choices("opd_jax.models.attention:KINDS"),
+              "What computes attention: cuDNN in 16 bits on a GPU (auto), or JAX alone (plain), which takes "
+              "more time and memory and does without cuDNN."),
     )),
     Section("processes", "Several processes of one run (docs/multi_gpu.md).", (
         Field("connect_seconds", 300.0, ABOVE_ZERO, "Time limit for all processes to connect at the start."),

@@ -111,7 +111,8 @@ PROBING = Tree(
 EVALUATION = Tree(
     "launch/evaluate.py",
     _reading(*_ANSWERS, *(f"student.{name}" for name in _MODEL_FIELDS), "rollout.max_response_tokens",
-             "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.student", "mesh.allocator", "eval.",
+             "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.student", "mesh.allocator",
+             "mesh.attention", "eval.",
              without=("eval.every", "eval.data", "eval.teacher", "eval.match", "eval.best")),
     {
         "student.path": MODEL,

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from opd_jax import checkpoint, data, hardware, models
 from opd_jax.checkpoint.student import restore_student
 from opd_jax.errors import ConfigError, ModelError
-from opd_jax.models import decoder, kv_cache
+from opd_jax.models import attention, decoder, kv_cache
 from opd_jax.sharding.mesh import Mesh, make_mesh
 from opd_jax.training import roles
 from opd_jax.workdir.folder import date_of, read_config
@@ -135,6 +135,7 @@ def open_subject(path: str, config: ConfigDict, *, step: int | None) -> Subject:
             "tokenizer knows; add at least one to generation_config.json"
         )
     mesh = make_mesh(config.mesh)
+    attention.choose(config.mesh.attention)
     mesh.check("student", model)
     return Subject(name, location, step, section, model, tokenizer, vocabulary, stop_ids, mesh)
 

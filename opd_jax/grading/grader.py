@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Iterable
 from enum import Enum
-from types import TracebackType
 from typing import Any
 
 from opd_jax.errors import GradingError
@@ -47,12 +46,7 @@ class Grader:
     def __enter__(self) -> "Grader":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def start(self) -> None:

@@ -31,7 +31,7 @@ Place = Callable[[Any], Any]
 
 def programs(config: ConfigDict, workload: Workload, mesh: Mesh = ONE) -> list[Program]:
     """Return every program of the training steps of `config`, for the kind of devices of `workload`."""
-    with attention.BACKEND("gpu" if workload.fused else None):
+    with attention.BACKEND("gpu" if workload.fused else attention.BACKEND.value):
         return _programs(config, workload, mesh)
 
 
@@ -56,12 +56,14 @@ def _programs(config: ConfigDict, workload: Workload, mesh: Mesh) -> list[Progra
     return make_step_functions(spec).programs(teacher, reference, spec.terms.weights)
 
 
-def compile_for(program: Program, place: Place | None, *, gpu: bool = False) -> jax.stages.Compiled:
+def compile_for(
+    program: Program, place: Place | None, *, fused: bool = False
+) -> jax.stages.Compiled:
     """Compile the program with its arguments where `place` puts them, or with their own shardings.
 
-    `gpu`: whether that is on GPUs.
+    `fused`: whether attention in 16 bits is one kernel of cuDNN, as by default on GPUs.
     """
-    with attention.BACKEND("gpu" if gpu else None):
+    with attention.BACKEND("gpu" if fused else attention.BACKEND.value):
         return (program if place is None else placed(program, place)).compile()
 
 

@@ -16,6 +16,7 @@ from opd_jax.hardware import Device
 from opd_jax.memory_plan import collectives, report
 from opd_jax.memory_plan import programs as real
 from opd_jax.memory_plan.workload import Workload
+from opd_jax.models import attention
 from opd_jax.sharding.mesh import ONE, make_mesh
 
 MIB = 2**20
@@ -73,10 +74,11 @@ def compare(
     config = config.copy_and_resolve_references()
     for role in ("student", "teacher", "reference"):
         config[role].dtype = hardware.dtype_name(config[role].dtype, gpu=device.gpu)
+    attention.choose(config.mesh.attention)
     planned = report.programs(workload)
     for kind, program in widest(real.programs(config, workload, mesh), planned).items():
         began = time.perf_counter()
-        compiled = real.compile_for(program, place, gpu=device.gpu)
+        compiled = real.compile_for(program, place, fused=workload.fused)
         found = compiled.memory_analysis()
         assert found is not None
         yield Comparison(

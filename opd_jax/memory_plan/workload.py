@@ -293,7 +293,7 @@ def _workload(
         student=roles.student, teacher=teacher, reference=roles.reference, itemsize=itemsize,
         teacher_itemsize=_itemsize(config.teacher.dtype, device) if frozen else itemsize,
         reference_itemsize=_itemsize(config.reference.dtype, device),
-        fused=device.gpu and itemsize == 2,
+        fused=device.gpu and itemsize == 2 and config.mesh.attention == "auto",
         own_copy=itemsize != 4 or layout.devices > 1,
         # Weights copied now and then are kept where a moving average is.
         teacher_follows="average" if config.teacher.follow == "every" else config.teacher.follow,

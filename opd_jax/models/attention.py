@@ -13,8 +13,10 @@ import jax.numpy as jnp
 
 from opd_jax.sharding.partition import over_heads
 
-# The backend that programs are compiled for, where this process runs on another (memory_plan/programs.py).
-# jit retraces where it changes: it is part of the key of JAX's caches.
+KINDS = ("auto", "plain")
+# The backend whose attention programs have, where it is not the one that this process runs on: to compile for
+# another (memory_plan/programs.py), or to do without cuDNN. jit retraces where it changes: it is part of the
+# key of JAX's caches.
 BACKEND = jax.make_user_context(None)
 BLOCK = 48  # positions in a block of queries, or more; the last block and short rows may have fewer
 MOST_BLOCKS = 8  # blocks per row; each adds code to every layer
@@ -49,6 +51,11 @@ def fused(dtype: jnp.dtype) -> bool:
         jnp.bfloat16,
         jnp.float16,
     )
+
+
+def choose(kind: str) -> None:
+    """Let every program from here on have this kind of attention: "auto", or "plain" JAX also on a GPU."""
+    BACKEND.set_global("cpu" if kind == "plain" else None)
 
 
 @jax.custom_vjp

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from opd_jax import data, hardware, host_memory, models
 from opd_jax.config.validate import validate
 from opd_jax.errors import ConfigError, ModelError
+from opd_jax.models import attention
 from opd_jax.models.low_rank import abstract_adapters
 from opd_jax.sharding.mesh import Mesh, make_mesh
 from opd_jax.training import model_limits
@@ -41,6 +42,7 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
     hardware.require_supported(jax.default_backend())
     terms = make_terms(config)
     mesh = mesh or make_mesh(config.mesh)
+    attention.choose(config.mesh.attention)
     config = resolved(
         config,
         ["student"] + terms.needs_teacher * ["teacher"] + terms.needs_reference * ["reference"],

@@ -46,7 +46,7 @@ def _programs(config: ConfigDict, workload: Workload, mesh: Mesh) -> list[Progra
         config=config, terms=make_terms(config), student=workload.student, teacher=workload.teacher,
         reference=workload.reference or workload.student, alignment=alignment,
         dtype=jnp.dtype(_dtype(workload.itemsize)), teacher_width=workload.teacher_width, mesh=mesh,
-        replayed=workload.replayed, tile=workload.tile,
+        replayed=workload.replayed, tile=workload.tile, low_rank=workload.low_rank,
     )  # fmt: skip
     teacher = reference = None
     if workload.teacher is not None and workload.teacher_follows == "frozen":

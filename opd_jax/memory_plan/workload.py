@@ -14,10 +14,12 @@ from opd_jax.errors import ModelError
 from opd_jax.hardware import Device
 from opd_jax.memory_plan.layout import Layout, layout_of
 from opd_jax.models import ModelConfig, catalog
+from opd_jax.models.low_rank import LowRank, abstract_adapters
 from opd_jax.rollout.generate import Shapes
 from opd_jax.sharding import partition
 from opd_jax.training.model_limits import teacher_response
 from opd_jax.training.optimizer import make_optimizer
+from opd_jax.training.roles import make_low_rank
 from opd_jax.training.setup import Setup
 from opd_jax.training.terms import Terms, make_terms
 
@@ -63,6 +65,8 @@ class Workload:
       teacher_vocabulary: ids of a teacher with another tokenizer, which scores its own rows alone; 0 where
         the two share ids. teacher_response: its token budget of a response there.
       replayed: whether rollouts are read from a recording: nothing is sampled, and no teacher scores.
+      low_rank: the adapters that are trained beside frozen weights; None where the weights are.
+      base_roles: roles that share the arrays of that frozen base.
     """
 
     student: ModelConfig
@@ -112,6 +116,8 @@ class Workload:
     teacher_vocabulary: int = 0
     teacher_response: int = 0
     replayed: bool = False
+    low_rank: LowRank | None = None
+    base_roles: tuple[str, ...] = ()
 
     @property
     def samples(self) -> bool:
@@ -145,7 +151,8 @@ class Workload:
         assert self.teacher is not None
         none: dict[str, Any] = {"teacher": None, "teacher_width": 0, "teacher_vocabulary": 0}
         teacher = dataclasses.replace(
-            self, student=self.teacher, itemsize=self.teacher_itemsize, vocabulary=self.teacher_vocabulary,
+            self, student=self.teacher, low_rank=None, itemsize=self.teacher_itemsize,
+            vocabulary=self.teacher_vocabulary,
             prompt=self.teacher_width - self.teacher_response, response=self.teacher_response,
             layout=dataclasses.replace(self.layout, student=self.layout.teacher), **none,
         )  # fmt: skip
@@ -289,7 +296,11 @@ def _workload(
         config.student.path if config.teacher.path == "student" else config.teacher.path,
         config.teacher.dtype,
     )
+    low_rank = make_low_rank(config.lora)
+    if low_rank is not None:
+        abstract_adapters(roles.student, low_rank)  # refuses a rank above a matrix
     return Workload(
+        low_rank=low_rank, base_roles=_base_roles(config, roles, device) if low_rank else (),
         student=roles.student, teacher=teacher, reference=roles.reference, itemsize=itemsize,
         teacher_itemsize=_itemsize(config.teacher.dtype, device) if frozen else itemsize,
         reference_itemsize=_itemsize(config.reference.dtype, device),
@@ -326,6 +337,20 @@ def _workload(
         teacher_response=teacher_response(config, spans=bool(roles.teacher_vocabulary)),
         replayed=bool(config.replay.path),
     )  # fmt: skip
+
+
+def _base_roles(config: ConfigDict, roles: _Roles, device: Device) -> tuple[str, ...]:
+    """Return the roles whose weights are the student's frozen ones, in its dtype and its layout."""
+    student, found = config.student, []
+    own = student.path, _itemsize(student.dtype, device), config.mesh.student
+    for role in ("teacher", "reference"):
+        section = config[role]
+        path = student.path if section.path in ("", "student") else section.path
+        same = (path, _itemsize(section.dtype, device), config.mesh[role]) == own
+        live = role == "teacher" and section.follow != "frozen"
+        if getattr(roles, role) is not None and same and not live:
+            found.append(role)
+    return tuple(found)
 
 
 def _places(support: tuple[str, int] | None) -> int:

@@ -19,7 +19,9 @@ from opd_jax.sharding import mesh, partition
 from tests.conftest import tiny_config
 from tests.support.paths import ROOT
 
-FILES = tuple(f"tests/sharding/eight_devices{part}.py" for part in ("", "_scores", "_runs"))
+FILES = tuple(
+    f"tests/sharding/eight_devices{part}.py" for part in ("", "_scores", "_runs", "_adapters")
+)
 
 
 def on_eight_devices(*arguments: str, files: tuple[str, ...] = FILES) -> None:

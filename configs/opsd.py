@@ -32,9 +32,8 @@ def get_config(recipe: str | None = None) -> ConfigDict:
     config.teacher.path = "student"
     if config.lora.rank:  # siyan-zhao/OPSD, scripts/run_opsd_1b.sh (d75fcc7), with a rank of 64
         config.lora.alpha = 128.0
-        config.optim.learning_rate = (
-            2e-4  # of Qwen3-1.7B; 2e-5 of Qwen3-4B in scripts/run_opsd.sh (c1a7c48)
-        )
+        # Of Qwen3-1.7B; 2e-5 of Qwen3-4B in scripts/run_opsd.sh (c1a7c48).
+        config.optim.learning_rate = 2e-4
     name = (recipe or "tiny").partition(",")[0]
     if name == "smollm2-135m":
         _internalise(config)

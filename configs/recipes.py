@@ -59,14 +59,18 @@ def recipe(text: str | None, *, without: tuple[str, ...] = ()) -> ConfigDict:
             f"recipe {name!r} got lora={rank!r}, wanted a whole number, the rank; set lora=64"
         )
     config.lora.rank = int(rank)
-    if config.lora.rank:
-        config.optim.learning_rate *= LORA_RATE
+    config.optim.learning_rate *= rate_factor(config)
     if "teacher" in given:  # a stronger one, which needs no help
         config.data.teacher_prompt_template = "same"
         if "r1-distill" in config.teacher.path.lower():
             # Its template opens <think>, for which it has one token and the student several.
             config.scoring.mask_first = ("<", "think")  # 2603.25562
     return config
+
+
+def rate_factor(config: ConfigDict) -> float:
+    """Times a learning rate that is known for the training of all weights; 1 where all are trained."""
+    return LORA_RATE if config.lora.rank else 1.0
 
 
 OPTIONS = {

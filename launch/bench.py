@@ -24,13 +24,17 @@ flags.DEFINE_float(
 for peer in ("torch", "trl", "tunix"):  # each in its own environment
     flags.DEFINE_string(f"{peer}_python", "", f"suite peers: Python of an environment with {peer}")
 flags.DEFINE_string("only", "", "run only cases whose name starts with this")
+flags.DEFINE_bool(
+    "resume", False, "keep what --out holds of the same machine and commit, and measure the rest"
+)
 flags.DEFINE_bool("dry", False, "run the same code at toy shapes, on any machine")
 
 
 def main() -> None:
     """Run the suite and print its table."""
+    from opd_jax.errors import BenchError
     from opd_jax.tools.bench import cpu, h200, peer_runs, report
-    from opd_jax.tools.bench.run import Options
+    from opd_jax.tools.bench.run import Options, verdict
 
     values = cli.FLAGS
     budgets_s = {"cpu": 440.0, "h200": 440.0, "peers": peer_runs.BUDGET_S}
@@ -41,6 +45,7 @@ def main() -> None:
         budget_s=budgets_s[values.suite] if values.budget_s is None else values.budget_s,
         dry=values.dry,
         only=values.only,
+        resume=values.resume,
     )
     pythons = peer_runs.Pythons(
         sys.executable,
@@ -53,8 +58,11 @@ def main() -> None:
         "h200": h200.run,
         "peers": lambda options: peer_runs.run(options, pythons),
     }
-    print(report.table(suites[values.suite](options)))
+    rows = suites[values.suite](options)
+    print(report.table(rows))
     print(f"written to {options.out}", flush=True)
+    if fault := verdict(rows):
+        raise BenchError(fault)
 
 
 if __name__ == "__main__":

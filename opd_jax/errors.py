@@ -64,6 +64,10 @@ class SelfTestError(OpdError, ArithmeticError):
     """Sampler and scorer disagree about the same tokens by more than rounding explains."""
 
 
+class BenchError(OpdError, RuntimeError):
+    """A benchmark's check failed, or one of its cases raised; all rows are written."""
+
+
 class Interrupted(OpdError, InterruptedError):
     """A run was asked to end and saved its state: the same command resumes where it ended."""
 

@@ -2,10 +2,11 @@
 
 Rows are sorted, longest first, and split into micro-batches of at most `tokens` tokens. Each is as wide
 as its longest row, rounded up to a quarter of the full width; to a half in a small batch, where narrower
-ones save less time than the compilation of their programs takes. So at most four shapes
-are compiled, short rows are not padded to long ones, and the largest shape comes first. Where the teacher
-reads rows of its own, both kinds are split at the same quarter of their widths. With a `tile` (on GPUs,
-hardware.tile) every width is a multiple of it, and rows are padded where the full width is none.
+ones save less time than the compilation of their programs takes, and to an eighth in a large one. So at
+most four shapes are compiled, or eight, short rows are not padded to long ones, and the largest shape comes
+first. Where the teacher reads rows of its own, both kinds are split at the same part of their widths. With
+a `tile` (on GPUs, hardware.tile) every width is a multiple of it, and rows are padded where the full width
+is none.
 """
 
 import dataclasses
@@ -18,7 +19,8 @@ import numpy as np
 from opd_jax.types import TeacherRows
 
 Tree = TypeVar("Tree")
-_SMALL = 16_384  # tokens of a batch at its full width up to which two widths are used
+# Tokens of a batch at its full width: up to the first number two widths are used, from the second on eight.
+_SMALL, _LARGE = 16_384, 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,17 +55,17 @@ def split(
     """
     length_B = np.asarray(length_B)
     teacher_width = 0 if teacher is None else teacher.tokens_BT.shape[1]
-    quarters_B = _quarters(length_B, width, tile)
+    of, step = _division(len(length_B), max(width, teacher_width))
+    part_B = _part(length_B, width, tile, of)
     if teacher is not None:
-        quarters_B = np.maximum(quarters_B, _quarters(teacher.length_B, teacher_width, tile))
-    step = _step(len(length_B), max(width, teacher_width))
-    quarters_B = -(-quarters_B // step) * step
-    order = np.lexsort((-length_B, -quarters_B))
+        part_B = np.maximum(part_B, _part(teacher.length_B, teacher_width, tile, of))
+    part_B = -(-part_B // step) * step
+    order = np.lexsort((-length_B, -part_B))
     parts = []
     start = 0
     while start < len(order):
-        quarters = int(quarters_B[order[start]])
-        shape = _shape(quarters, len(order), width, teacher_width, tokens, replicas, tile)
+        part = int(part_B[order[start]])
+        shape = _shape(part, of, len(order), width, teacher_width, tokens, replicas, tile)
         parts.append(dataclasses.replace(shape, rows=order[start : start + shape.count]))
         start += shape.count
     return parts
@@ -74,51 +76,62 @@ def shapes(
 ) -> list[MicroBatch]:
     """Return every micro-batch, without rows, into which `split` may divide `batch` rows of any lengths."""
     sizes = (batch, width, teacher_width, tokens, replicas, tile)
-    step = _step(batch, max(width, teacher_width))
-    parts = [_shape(quarters, *sizes) for quarters in range(4, 0, -step)]
+    of, step = _division(batch, max(width, teacher_width))
+    parts = [_shape(part, of, *sizes) for part in range(of, 0, -step)]
     unique = {(part.count, part.width, part.teacher_width): part for part in parts}
     return list(unique.values())
 
 
-def _step(batch: int, width: int) -> int:
-    """Return how many quarters lie between two widths of micro-batches: 1, or 2 in a small batch."""
-    return 2 if batch * width <= _SMALL else 1
+def _division(batch: int, width: int) -> tuple[int, int]:
+    """Return into how many parts rows are divided, and how many parts lie between two widths."""
+    if batch * width <= _SMALL:
+        return 4, 2
+    return (8, 1) if batch * width >= _LARGE else (4, 1)
 
 
 def _shape(
-    quarters: int, batch: int, width: int, teacher_width: int, tokens: int, replicas: int, tile: int
+    part: int,
+    of: int,
+    batch: int,
+    width: int,
+    teacher_width: int,
+    tokens: int,
+    replicas: int,
+    tile: int,
 ) -> MicroBatch:
-    """The micro-batch of rows of so many quarters of the widths."""
-    widths = [width_of(quarters, whole, tile) for whole in (width, teacher_width)]
+    """The micro-batch of rows of so many parts `of` the widths."""
+    widths = [width_of(part, whole, tile, of) for whole in (width, teacher_width)]
     most = max(tokens // max(widths), 1) * replicas
     count = math.ceil(batch / math.ceil(batch / most))  # equal parts
     count = math.ceil(count / replicas) * replicas
     return MicroBatch(np.zeros(0, int), count, *widths)
 
 
-def padded_lengths(length_B: np.ndarray, width: int, tile: int = 1) -> np.ndarray:
-    """Return the width at which the rows of a batch go through a model: quarters or halves of `width`."""
-    step = _step(len(length_B), width)
-    quarters_B = -(-_quarters(length_B, width, tile) // step) * step
-    return np.asarray([width_of(quarters, width, tile) for quarters in range(5)])[quarters_B]
+def padded_lengths(
+    length_B: np.ndarray, width: int, tile: int = 1, *, replicas: int = 1
+) -> np.ndarray:
+    """Return the width at which these rows go through a model; the batch has `replicas` times as many."""
+    of, step = _division(len(length_B) * replicas, width)
+    part_B = -(-_part(length_B, width, tile, of) // step) * step
+    return np.asarray([width_of(part, width, tile, of) for part in range(of + 1)])[part_B]
 
 
-def width_of(quarters: int, whole: int, tile: int = 1) -> int:
-    """Return the tokens of so many quarters of a row of `whole` tokens, as a multiple of `tile`.
+def width_of(part: int, whole: int, tile: int = 1, of: int = 4) -> int:
+    """Return the tokens of so many parts, by default quarters, of a row of `whole` tokens.
 
-    A quarter is rounded up to the next multiple, and so is the limit: `whole`.
+    It is a multiple of `tile`: a part is rounded up to the next multiple, and so is the limit, `whole`.
     """
-    return min(_up(math.ceil(whole / 4), tile) * quarters, _up(whole, tile))
+    return min(_up(math.ceil(whole / of), tile) * part, _up(whole, tile))
 
 
 def _up(tokens: int, tile: int) -> int:
     return math.ceil(tokens / tile) * tile
 
 
-def _quarters(length_B: np.ndarray, width: int, tile: int) -> np.ndarray:
-    """Return how many quarters of `width`, rounded up to the tile, each row needs, 1 to 4."""
-    quarter = max(width_of(1, width, tile), 1)
-    return np.clip(np.ceil(np.asarray(length_B) / quarter), 1, 4).astype(int)
+def _part(length_B: np.ndarray, width: int, tile: int, of: int) -> np.ndarray:
+    """Return how many parts of `width`, rounded up to the tile, each row needs, 1 to `of`."""
+    one = max(width_of(1, width, tile, of), 1)
+    return np.clip(np.ceil(np.asarray(length_B) / one), 1, of).astype(int)
 
 
 def gather(rows: Tree, part: MicroBatch) -> Tree:

@@ -335,7 +335,11 @@ def _makespan(length_B: np.ndarray, slots: int) -> int:
 def _padded(workload: Workload, length_B: np.ndarray) -> float:
     """Return the tokens of the rows as the models see them, at the widths of micro-batches."""
     whole_B = length_B + workload.prompt
-    return float(microbatches.padded_lengths(whole_B, workload.width, workload.tile).sum())
+    return float(
+        microbatches.padded_lengths(
+            whole_B, workload.width, workload.tile, replicas=workload.layout.rows
+        ).sum()
+    )
 
 
 def _parts(workload: Workload, length_B: np.ndarray) -> int:

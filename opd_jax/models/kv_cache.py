@@ -52,8 +52,10 @@ def append(cache: Cache, key_BKH: jax.Array, value_BKH: jax.Array, position_B: j
     key_BKH, value_BKH = (x.astype(cache[0][0].dtype) for x in (key_BKH, value_BKH))
     if attention.fused(key_BKH.dtype):
         ((keys, values),) = cache
-        at = (rows, position_B)
-        return ((keys.at[at].set(key_BKH), values.at[at].set(value_BKH)),)
+        # Known to be unique, 16-bit elements are stored; else XLA for GPUs exchanges them atomically.
+        keys = keys.at[rows, position_B].set(key_BKH, unique_indices=True)
+        values = values.at[rows, position_B].set(value_BKH, unique_indices=True)
+        return ((keys, values),)
     out, start = [], 0
     for keys, values in cache:
         width = values.shape[2]
@@ -75,9 +77,9 @@ def place(cache: Cache, key_BTKH: jax.Array, value_BTKH: jax.Array, slot_B: jax.
     if attention.fused(key_BTKH.dtype):
         ((keys, values),) = cache
         at = (slot_B, slice(key_BTKH.shape[1]))
-        return (
-            (keys.at[at].set(key_BTKH, mode="drop"), values.at[at].set(value_BTKH, mode="drop")),
-        )
+        keys = keys.at[at].set(key_BTKH, mode="drop", unique_indices=True)
+        values = values.at[at].set(value_BTKH, mode="drop", unique_indices=True)
+        return ((keys, values),)
     out, start = [], 0
     for keys, values in cache:
         part = slice(start, start + values.shape[2])

@@ -44,6 +44,23 @@ def test_a_batch_of_at_most_16384_tokens_has_two_widths(rows, want):
     assert set(microbatches.padded_lengths(np.full(rows, 50), 200)) == {want}
 
 
+@pytest.mark.parametrize(("rows", "want"), [(113, 2304), (114, 1152)])
+def test_a_batch_of_2_to_the_20_tokens_has_eight_widths(rows, want):
+    """Rows of 9,216 tokens: 113 of them are 1,041,408 tokens, 114 are 1,050,624 (2^20: 1,048,576)."""
+    sizes = {"width": 9216, "tokens": 27_648}
+    (first, *_) = microbatches.split(np.full(rows, 1100), **sizes, tile=128)
+    assert first.width == want
+    shapes = microbatches.shapes(rows, **sizes, tile=128)
+    assert [part.width for part in shapes] == list(range(9216, 0, -want))
+    assert set(microbatches.padded_lengths(np.full(rows, 1100), 9216, 128)) == {want}
+    half = microbatches.padded_lengths(np.full(rows // 2, 1100), 9216, 128, replicas=2)
+    assert set(half) == {2304 if rows // 2 * 2 < 114 else 1152}
+    length = np.arange(rows) * 80
+    for part in microbatches.split(length, **sizes, tile=128):
+        assert part.width - want < max(length[part.rows].max(), 1) <= part.width
+        assert part.count * part.width <= sizes["tokens"]
+
+
 def test_the_teachers_rows_count_in_the_budget_and_share_the_quarter():
     # Widths 8 and 24: the first row needs 1 quarter and 3 (18 of 24), the second 2 and 1, the others 1.
     teacher = TeacherRows(np.zeros((5, 24), int), np.array([18, 5, 1, 1, 1]), np.zeros(5, int))

@@ -57,3 +57,10 @@ def test_the_body_of_the_token_loop_is_one_command_buffer(compiled, dump):
     inside = [line.split()[1] for line, n in zip(body[:end], indents, strict=False) if n == 8]
     assert inside.count("kCuDnn") == QWEN_1_5B.num_layers  # it really is the model
     print(f"{len(inside)} kernels a token in one graph")
+
+
+def test_the_rows_of_a_scatter_into_a_cache_are_known_to_differ(compiled):
+    """Else each 16-bit number is written by a loop of compare-and-swap."""
+    into = re.findall(r"= bf16\[\S* scatter\(.*", compiled.as_text())
+    assert len(into) == 2 * QWEN_1_5B.num_layers
+    assert all("unique_indices=true" in line for line in into)

@@ -1,4 +1,4 @@
-"""The suite `h200`: one NVIDIA H200 in under 8 minutes, first correctness, then speed by importance."""
+"""The suite `h200`: one NVIDIA H200, first correctness, then speed by importance, in calls of 8 minutes."""
 
 import dataclasses
 import functools
@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from opd_jax.errors import ConfigError
+from opd_jax.memory_plan.step_time import EFFICIENCY
 from opd_jax.models import ModelConfig
 from opd_jax.models.remat import POLICIES
-from opd_jax.tools.bench import cases, ceilings, choices, correctness, workloads
+from opd_jax.tools.bench import cases, ceilings, choices, correctness, real_shapes, workloads
 from opd_jax.tools.bench.cases import Bench
 from opd_jax.tools.bench.measure import Row, Timing, make_row
 from opd_jax.tools.bench.run import Case, Options, on_gpu, run_cases
@@ -34,6 +35,7 @@ class Sizes:
     student: ModelConfig = QWEN_1_5B
     teacher: ModelConfig = QWEN_7B
     slots: tuple[int, int] = (256, 64)
+    live: int = 8  # slots of a rollout's end
     teacher_slots: tuple[int, int] = (
         64,
         128,
@@ -50,6 +52,8 @@ class Sizes:
     rollouts: int = 256
     square: int = 8192
     copy_gib: float = 4.0
+    widths: tuple[int, int] = (2304, 9216)  # of rows: a quarter, and all of the paper's
+    checked: int = 2048  # response tokens whose log-probs are compared
 
 
 _TOY = dataclasses.replace(
@@ -58,9 +62,9 @@ _TOY = dataclasses.replace(
 )  # fmt: skip
 TOY = Sizes(
     student=_TOY, teacher=dataclasses.replace(_TOY, vocab_size=130, tie_embeddings=False),
-    slots=(2, 1), teacher_slots=(1, 2), cache=40, prompt=4, far=8, steps=4, row=16,
+    slots=(3, 2), live=1, teacher_slots=(1, 2), cache=40, prompt=4, far=8, steps=4, row=16,
     microbatch_tokens=32, token_chunk=16, response=24, shortened=4, rollouts=2, square=64,
-    copy_gib=0.001,
+    copy_gib=0.001, widths=(66, 130), checked=12,
 )  # fmt: skip
 
 
@@ -81,11 +85,16 @@ def run(options: Options) -> list[Row]:
     )  # fmt: skip
     listed = [
         *_checks(options),
+        *_real_shapes(sizes),
         *_speed(bench, sizes),
-        *_choices(bench, sizes),
         *_paper(bench, sizes),
+        *_choices(bench, sizes),
     ]
-    return run_cases("h200", listed, options)
+
+    def keep(row: Row) -> None:
+        bench.kept[row.name] = row
+
+    return run_cases("h200", listed, options, keep=keep)
 
 
 def _checks(options: Options) -> list[Case]:
@@ -97,6 +106,32 @@ def _checks(options: Options) -> list[Case]:
             name = f"check: {check.__name__}"
             listed.append(Case(name, dtype, functools.partial(check, dtype)))
     return listed
+
+
+def _real_shapes(sizes: Sizes) -> list[Case]:
+    """Return cases for attention, a repeated gradient and long responses at the shapes of real models."""
+    listed = []
+    for config, label in ((sizes.student, "1.5B"), (sizes.teacher, "7B")):
+        for width, most in zip(sizes.widths, (12, 4), strict=True):
+            fn = functools.partial(real_shapes.causal, config, width=width, most_rows=most)
+            listed.append(Case(f"check: attention {label}, {width}", "", fn))
+        for live in (sizes.slots[1], sizes.live):
+            fn = functools.partial(
+                real_shapes.cached, config, rows=sizes.slots[1], cache=sizes.cache, live=live
+            )
+            listed.append(Case(f"check: decode attention {label}, {live} live", "", fn))
+    twice = functools.partial(
+        real_shapes.repeated, sizes.student, rows=2, width=sizes.widths[0],
+        microbatch_tokens=sizes.microbatch_tokens, token_chunk=sizes.token_chunk,
+    )  # fmt: skip
+    gap = functools.partial(
+        real_shapes.sampled, sizes.student, rows=8, prompt=sizes.prompt, new=sizes.checked
+    )
+    return [
+        *listed,
+        Case("check: sampler to scorer", "", gap),
+        Case("check: one gradient twice", "", twice),
+    ]
 
 
 def _speed(bench: Bench, sizes: Sizes) -> list[Case]:
@@ -140,14 +175,16 @@ def _speed(bench: Bench, sizes: Sizes) -> list[Case]:
     many, few = sizes.slots
     policies = sorted(POLICIES, key=lambda name: name == "none")  # largest last
     return [
-        Case("ceilings", "", machine),
+        Case("ceilings", "", machine, always=True),
+        Case("OPD step, shortened", f"{sizes.rollouts} x {sizes.shortened}", step),
         decoding(student, "1.5B", many, sizes.prompt),
         decoding(student, "1.5B", many, sizes.far),
         Case("score 1.5B + 7B", f"4 x {sizes.row}", scoring),
         *(updating(remat) for remat in policies),
+        Case("plan's efficiencies", "", lambda: _efficiencies(bench)),
         Case("OPD step, extrapolated", "", lambda: _extrapolated(bench, sizes)),
-        Case("OPD step, shortened", f"{sizes.rollouts} x {sizes.shortened}", step),
         decoding(student, "1.5B", few, sizes.prompt),
+        decoding(student, "1.5B", sizes.live, sizes.prompt),
         *(decoding(teacher, "7B", slots, sizes.prompt) for slots in sizes.teacher_slots),
     ]
 
@@ -197,6 +234,23 @@ def _generation_s(bench: Bench, sizes: Sizes) -> float:
         for name, prompt in zip(names, (sizes.prompt, sizes.far), strict=True)
     )
     return cases.decode_seconds(near, far, first=sizes.prompt, steps=sizes.response)
+
+
+def _efficiencies(bench: Bench) -> list[Row]:
+    """Say which share of this machine's measured limits each stage reached, beside what a plan assumes."""
+    stages = {"rollout": "decode 1.5B", "score": "score", "update": "update 1.5B"}
+    rows = []
+    for stage, start in stages.items():
+        measured = [row for name, row in bench.kept.items() if name.startswith(start)]
+        if not measured:
+            raise RuntimeError(f"no row of {start!r} is there to compare with the plan")
+        shares = [row.fraction or 0.0 for row in measured]
+        note = (
+            f"a plan assumes {EFFICIENCY[stage]:.0%} of the limits (memory_plan/step_time.py); measured "
+            + ", ".join(f"{share:.0%} ({row.name})" for share, row in zip(shares, measured, strict=True))
+        )  # fmt: skip
+        rows.append(Row(f"plan's efficiency: {stage}", fraction=max(shares), note=note))
+    return rows
 
 
 def _extrapolated(bench: Bench, sizes: Sizes) -> list[Row]:

@@ -55,6 +55,7 @@ class Row:
       peak_gib, peak_of: see `Peak`.
       error, limit: of a check: the largest deviation, and the allowed one.
       note: a remark for the reader; for an error, its text.
+      case: name of the case that measured it.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Row:
     error: float | None = None
     limit: float | None = None
     note: str = ""
+    case: str = ""
 
 
 def time_call(

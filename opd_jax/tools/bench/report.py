@@ -8,15 +8,18 @@ import pathlib
 import platform
 import textwrap
 from collections.abc import Sequence
+from importlib import metadata
 from typing import Any
 
 import jax
 
+from opd_jax.errors import ConfigError
 from opd_jax.tools.bench.measure import Row
 from opd_jax.workdir import atomic, folder
 from opd_jax.workdir.console import aligned
 
 WIDTH = 100
+_DRIVER = pathlib.Path("/proc/driver/nvidia/version")
 
 
 def environment() -> dict[str, Any]:
@@ -35,7 +38,18 @@ def environment() -> dict[str, Any]:
         "backend": jax.default_backend(),
         "flags": os.environ.get("XLA_FLAGS", ""),
         "versions": folder.versions(),
+        "gpu": gpu_versions(),
     }
+
+
+def gpu_versions() -> dict[str, str]:
+    """Return the versions of NVIDIA's packages (cuDNN, NCCL, ...), of JAX's plug-ins and of the driver."""
+    names = (one.metadata["Name"].lower() for one in metadata.distributions())
+    starts = ("nvidia-", "jax-cuda")
+    found = {name: metadata.version(name) for name in sorted(set(names)) if name.startswith(starts)}
+    if _DRIVER.exists():
+        found["driver"] = _DRIVER.read_text(errors="replace").split("\n")[0]
+    return found
 
 
 def write(path: pathlib.Path, suite: str, rows: Sequence[Row], about: dict[str, Any]) -> None:
@@ -43,6 +57,33 @@ def write(path: pathlib.Path, suite: str, rows: Sequence[Row], about: dict[str, 
     content = {"suite": suite, "environment": about, "rows": [dataclasses.asdict(r) for r in rows]}
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic.write_json(path, content, indent=1)
+
+
+def resumed(path: pathlib.Path, suite: str, about: dict[str, Any]) -> dict[str, list[Row]]:
+    """Return the rows of a file by case, of cases without a fault; nothing where there is no file.
+
+    Raises ConfigError where they were measured by another suite, commit, device, JAX or XLA_FLAGS.
+    """
+    if not path.exists():
+        return {}
+    content = json.loads(path.read_text(encoding="utf-8"))
+    there = {"suite": content["suite"]} | _origin(content["environment"])
+    here = {"suite": suite} | _origin(about)
+    if different := [name for name in here if there[name] != here[name]]:
+        name = different[0]
+        raise ConfigError(
+            f"{path} was measured with {name} {there[name]!r}, this is {here[name]!r}; give another "
+            "--out, or leave --resume out"
+        )
+    by_case: dict[str, list[Row]] = {}
+    for row in read(path):
+        by_case.setdefault(row.case, []).append(row)
+    return {case: rows for case, rows in by_case.items() if all(row.status == "ok" for row in rows)}
+
+
+def _origin(about: dict[str, Any]) -> dict[str, Any]:
+    found = {name: about[name] for name in ("commit", "device", "backend", "flags")}
+    return found | {"jax": about["versions"]["jax"]}
 
 
 def read(path: pathlib.Path) -> list[Row]:

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 
+from opd_jax.errors import ConfigError
 from opd_jax.models.flops import Work
 from opd_jax.tools.bench import cases, report
 from opd_jax.tools.bench.measure import (
@@ -17,7 +18,7 @@ from opd_jax.tools.bench.measure import (
     time_call,
     watch_memory,
 )
-from opd_jax.tools.bench.run import Case, Options, run_cases
+from opd_jax.tools.bench.run import Case, Options, run_cases, verdict
 
 pytestmark = pytest.mark.short
 
@@ -96,6 +97,40 @@ def test_cases_go_on_after_an_error_and_stop_when_time_is_up(tmp_path):
     assert given["suite"] == "cpu"
     assert {"date", "commit", "device", "versions"} <= set(given["environment"])
     assert run_cases("cpu", listed[:1], Options(budget_s=0.0))[0].status == "not run"
+
+
+def test_a_call_that_resumes_measures_what_is_missing(tmp_path):
+    """Cases that raised or had no time run again, and those that others need."""
+    out, ran, kept = tmp_path / "b.json", [], []
+
+    def case(name, *, right=True, always=False):
+        def run():
+            ran.append(name)
+            if not right and len(ran) < 4:
+                raise ValueError("no luck")
+            return [Row(f"{name} 1"), Row(f"{name} 2")]
+
+        return Case(name, "", run, always=always)
+
+    cases = [case("limits", always=True), case("a"), case("b", right=False)]
+    first = run_cases("cpu", cases, Options(out=out))
+    assert [row.status for row in first] == ["ok"] * 4 + ["error"]
+    assert verdict(first) == "1 of 5 rows are wrong: b  (error)"
+    ran.clear()
+    ran += ["-"] * 3
+    second = run_cases("cpu", cases, Options(out=out, resume=True), keep=kept.append)
+    assert ran[3:] == ["limits", "b"]
+    assert [row.name for row in second] == [
+        f"{n} {i}" for n in ("limits", "a", "b") for i in (1, 2)
+    ]
+    assert [row.name for row in kept] == ["a 1", "a 2"]
+    assert not verdict(second)
+    assert report.read(out) == second
+    with pytest.raises(
+        ConfigError, match="was measured with suite 'cpu', this is 'h200'; give another"
+    ):
+        run_cases("h200", cases, Options(out=out, resume=True))
+    assert run_cases("cpu", [], Options(out=tmp_path / "none.json", resume=True)) == []
 
 
 def test_table_is_aligned_and_fits_100_columns():

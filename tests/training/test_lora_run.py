@@ -153,6 +153,7 @@ def test_student_teacher_and_reference_share_one_base(folders):
     assert student["layers"]["query"]["kernel"] is weights.base["layers"]["query"]["kernel"]
 
 
+@pytest.mark.slow
 def test_a_base_in_bfloat16_trains_float32_adapters(folders, tmp_path):
     config = with_adapters(folders, "opd")
     config.student.dtype, config.steps = "bfloat16", 1
@@ -161,7 +162,7 @@ def test_a_base_in_bfloat16_trains_float32_adapters(folders, tmp_path):
     assert lines(tmp_path / "run", "metrics.jsonl")[1]["optim/grad_norm"] > 0
 
 
-@pytest.mark.parametrize("follow", ["live", *slow("average", "every")])
+@pytest.mark.parametrize("follow", slow("live", "average", "every"))
 def test_a_teacher_that_follows_has_the_adapters(folders, tmp_path, follow):
     config = with_adapters(folders, "opd")
     config.teacher.path, config.teacher.follow, config.steps = "student", follow, 2
@@ -176,6 +177,7 @@ def test_a_teacher_that_follows_has_the_adapters(folders, tmp_path, follow):
         jax.tree.map(np.testing.assert_array_equal, result.state.average, result.state.params)
 
 
+@pytest.mark.slow
 def test_the_first_student_answers_as_its_base_does(folders, tmp_path, straight):
     """Evaluated before training: the answers of a run of all weights and of one of adapters."""
     config = small(folders, "opd")
@@ -187,6 +189,7 @@ def test_the_first_student_answers_as_its_base_does(folders, tmp_path, straight)
     assert [row["answer"] for row in one] == [row["answer"] for row in other]
 
 
+@pytest.mark.slow
 def test_gradient_programs_do_not_hold_the_gradient_of_the_base(folders):
     """The compiled gradient of adapters takes two thirds of the products of the full one, or less."""
     flops = []
@@ -228,6 +231,7 @@ def test_jumps_are_refused(folders):
         make_setup(config)
 
 
+@pytest.mark.slow
 def test_a_run_of_all_weights_has_no_adapters_to_export(folders, tmp_path):
     config = small(folders, "sft")
     config.steps, config.eval.data = 1, ""

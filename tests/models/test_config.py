@@ -185,7 +185,7 @@ def test_round_trip(model):
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
-        ({"model_type": "mistral"}, "model_type"),
+        ({"model_type": "gemma2"}, "model_type"),
         ({"model_type": ...}, "model_type"),
         ({"vocab_size": ...}, "vocab_size"),
         ({"hidden_size": -32}, "hidden_size"),

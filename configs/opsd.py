@@ -30,6 +30,10 @@ def get_config(recipe: str | None = None) -> ConfigDict:
     """The teacher's weights and tokenizer are the student's; only what it is shown differs."""
     config = recipes.recipe(recipe, without=("teacher",))
     config.teacher.path = "student"
+    if config.lora.rank:  # siyan-zhao/OPSD, scripts/run_opsd_1b.sh (d75fcc7), with a rank of 64
+        config.lora.alpha = 128.0
+        # Of Qwen3-1.7B; 2e-5 of Qwen3-4B in scripts/run_opsd.sh (c1a7c48).
+        config.optim.learning_rate = 2e-4
     name = (recipe or "tiny").partition(",")[0]
     if name == "smollm2-135m":
         _internalise(config)
@@ -52,7 +56,8 @@ def _internalise(config: ConfigDict) -> None:
     config.rollout.samples_per_prompt = 1
     config.rollout.max_prompt_tokens = 48
     config.rollout.max_response_tokens = 24  # which language it is shows early
-    config.optim.learning_rate = 1e-4
+    if not config.lora.rank:
+        config.optim.learning_rate = 1e-4
     config.optim.schedule = "linear"
     config.eval.data = config.eval.data or str(here / "questions" / "test.jsonl")
     config.eval.match = FRENCH

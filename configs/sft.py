@@ -34,7 +34,7 @@ def _tiny(config: ConfigDict) -> None:
 def _smollm2(config: ConfigDict) -> None:
     config.rollout.prompts_per_step = 16
     config.rollout.max_response_tokens = 320
-    config.optim.learning_rate = 5e-5
+    config.optim.learning_rate = 5e-5 * recipes.rate_factor(config)
     config.optim.schedule = "cosine"
 
 
@@ -43,7 +43,7 @@ def _luffy(config: ConfigDict) -> None:
     config.data.epochs = 3.0
     config.rollout.prompts_per_step = 64
     config.rollout.max_response_tokens = 15_360  # 16,384 with the prompt
-    config.optim.learning_rate = 5e-5
+    config.optim.learning_rate = 5e-5 * recipes.rate_factor(config)
     config.optim.schedule = "cosine"
     config.optim.warmup_fraction = 0.1
 
@@ -53,7 +53,7 @@ def _qwen3(config: ConfigDict) -> None:
     config.data.epochs = 1.0
     config.rollout.prompts_per_step = 64  # 8 a device; the number of devices is not given
     config.rollout.max_response_tokens = 13_312  # 14,336 with the prompt
-    config.optim.learning_rate = 1e-5
+    config.optim.learning_rate = 1e-5 * recipes.rate_factor(config)
     config.optim.schedule = "cosine"
     config.optim.warmup_fraction = 0.05
 

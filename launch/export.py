@@ -1,4 +1,4 @@
-"""Export: python launch/export.py --workdir=DIR --out=HF_DIR [--step=N] [--dtype=bfloat16]."""
+"""Export: python launch/export.py --workdir=DIR --out=HF_DIR [--step=N] [--dtype=bfloat16] [--adapters]."""
 
 from absl import flags
 
@@ -9,13 +9,20 @@ flags.DEFINE_string("out", None, "folder to write; it must be new or empty", req
 flags.DEFINE_integer("step", None, "step of the checkpoint; default: the newest", lower_bound=0)
 flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "dtype of the weights")
 
+flags.DEFINE_bool(
+    "adapters", False, "write the adapters alone, in PEFT's format, not the merged model"
+)
+
 
 def main() -> None:
     """Write the student of a run as a folder that transformers can load."""
     from opd_jax.checkpoint import export
 
     options = cli.FLAGS
-    step = export.export(options.workdir, options.out, step=options.step, dtype=options.dtype)
+    if options.adapters:
+        step = export.export_adapters(options.workdir, options.out, step=options.step)
+    else:
+        step = export.export(options.workdir, options.out, step=options.step, dtype=options.dtype)
     print(f"step {step} of {options.workdir} -> {options.out}", flush=True)
 
 

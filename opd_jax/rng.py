@@ -18,6 +18,7 @@ class Stream(IntEnum):
     HINT = 8  # cold-start solutions of the teacher where its prompt shows the answer; as for SAMPLE
     AGREEMENT = 9  # the student's responses that solutions are compared with; likewise
     HARNESS = 10  # what the student writes into the teacher's prompts
+    ADAPTERS = 11  # new adapters of low rank; the step is 0, then the matrix is folded in
 
 
 def key_for(seed: int, step: int, stream: Stream) -> jax.Array:

@@ -86,6 +86,7 @@ def run(
         # A broken file is refused before anything is written.
         with stage("load"):
             weights = load_weights(setup, student=first is None)
+        functions = functions.beside(weights.base)
         if multihost.first():
             workdir.create(folder, config, command, changes=changes)
             planning.write(plan, folder)

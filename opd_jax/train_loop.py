@@ -85,6 +85,7 @@ class TrainLoop:
         self.horizon = horizon.start(self.stairs)
         self.jumps = jump.Jumps(setup, self.functions, grader)
         self.like = self.functions.abstract_state()
+        self.base = resume.base_record(weights.base_hash)  # of the adapters in a checkpoint
         self.first = newest = saved.latest or 0
         self.pending: resume.Pending | None = None
         logged = -1  # without a checkpoint even step 0 is logged again
@@ -94,6 +95,7 @@ class TrainLoop:
             if self.first < newest:  # a rollback was interrupted
                 discard_after(folder, self.first)
             saved.delete_after(self.first)
+            resume.require_base(saved.extras(self.first), weights.base_hash)
             train = saved.restore(self.first, self.like, self.batches)
             self.state = StepState(train, point.numerics)
             self._restore_schedules(self.first)
@@ -249,7 +251,11 @@ class TrainLoop:
             step,
             summary,
             lambda saved: saved.save(
-                step, self.state.train, self.batches, collapse_guard.to_json(self.guard)
+                step,
+                self.state.train,
+                self.batches,
+                collapse_guard.to_json(self.guard),
+                extras=self.base,
             ),
         )
 
@@ -263,7 +269,7 @@ class TrainLoop:
             "numerics": nonfinite.to_json(self.state.numerics),
             "horizon": horizon.to_json(self.horizon),
             "low_kl": low_kl.to_json(self.state.past_kl),
-        }
+        } | self.base
         if pending is not None:
             extras["pending"] = pending
         with stage("checkpoint"):

@@ -221,10 +221,12 @@ class Frozen(flax.struct.PyTreeNode):
     """Weights that a loss reads and never changes; None where no term needs them.
 
     Of the teacher this is only the output matrix (decoder.head_alone): the rows contain its hidden states.
+    `base` is what the student's adapters stand beside, where these are trained (models/low_rank.py).
     """
 
     reference: Any = None
     teacher: Any = None
+    base: Any = None
 
 
 class RolloutRows(flax.struct.PyTreeNode):

@@ -293,6 +293,15 @@ def restore_params(
     return step, params
 
 
+def recorded(workdir: pathlib.Path, step: int) -> dict[str, Any]:
+    """Return the values saved beside the arrays of a step, as `Checkpoints.extras`; changes nothing."""
+    folder = (workdir / "checkpoints").absolute()
+    options = ocp.CheckpointManagerOptions(create=False)
+    with ocp.CheckpointManager(folder, options=options) as manager:
+        args = ocp.args.Composite(guard=ocp.args.JsonRestore())
+        return manager.restore(step, args=args)["guard"]
+
+
 def bytes_of(tree: Any) -> int:
     """Return the bytes of all arrays (or shapes), each counted once however many devices hold it."""
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

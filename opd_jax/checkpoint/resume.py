@@ -5,12 +5,15 @@ import json
 import math
 import pathlib
 import time
+from collections.abc import Mapping
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from opd_jax import workdir
 from opd_jax.checkpoint import manifest
 from opd_jax.checkpoint.checkpoint import Checkpoints, bytes_of
+from opd_jax.errors import WorkdirError
 from opd_jax.sharding import multihost
 from opd_jax.training import collapse_guard, nonfinite
 from opd_jax.training.step_functions import StepFunctions
@@ -20,6 +23,7 @@ Pending = tuple[dict[str, float], list[dict]]  # metrics and rollouts of a step,
 # Target and guard state of a rollback, until a later checkpoint has them.
 _ROLLBACK = "rollback.json"
 _RECENT = 50
+_BASE = "base_sha256"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +70,22 @@ def note_rollback(folder: pathlib.Path, step: int, state: collapse_guard.State) 
 def _rollback_record(folder: pathlib.Path) -> dict | None:
     file = folder / _ROLLBACK
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
+def base_record(base_hash: str) -> dict[str, Any]:
+    """Return what a checkpoint records of the base of its adapters: a hash of tensors; {} without one."""
+    return {_BASE: base_hash} if base_hash else {}
+
+
+def require_base(extras: Mapping[str, Any], base_hash: str) -> None:
+    """Raise WorkdirError where a checkpoint's adapters belong to another base than that of the hash."""
+    recorded = extras.get(_BASE, "")
+    if recorded != base_hash:
+        raise WorkdirError(
+            f"the checkpoint's adapters belong to a base with the hash {recorded[:12] or 'of none'}, and the "
+            f"tensors of student.path have {base_hash[:12]}; restore the model folder that the run started "
+            "from, or give a new --workdir"
+        )
 
 
 def schedule_moved(folder: pathlib.Path, config: ConfigDict) -> list[str]:

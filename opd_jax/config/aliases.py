@@ -16,6 +16,11 @@ _NAMES = {
     "reference.path": "reference ref_model ref_model_path reference_model",
     "student.dtype": "bf16 fp16 torch_dtype precision compute_dtype mixed_precision",
     "teacher.decay": "ema ema_decay",
+    "lora.rank": "lora_r lora_dim lora_rank peft_rank use_peft use_lora",
+    "lora.alpha": "lora_alpha",
+    "lora.power": "use_rslora rslora",
+    "lora.targets": "lora_target_modules target_modules lora_targets",
+    "lora.path": "adapter_path adapter_name_or_path lora_path lora_adapter_path",
     "data.train": "data dataset dataset_name data_path train_data train_file train_files train_dataset "
     "dataset_path train_path",
     "data.epochs": "epochs num_epochs num_train_epochs total_epochs max_epochs",

@@ -47,6 +47,7 @@ BEST = {
     "unparsed": False, "length_mean": False,
 }
 
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 NUCLEUS = Range(above=0, high=1)
 SWITCH = Choices(("replicated", "sharded"))
 
@@ -83,6 +84,15 @@ SECTIONS = (
     _model("reference", Field("path", "", None,
                               "Hugging Face folder or hub name; empty = the student at step 0."),
            "The model that KL(student || reference) is measured against."),
+    Section("lora", "Adapters of low rank beside the student's frozen weights (docs/lora.md).", (
+        Field("rank", 0, FROM_ZERO, "Rank of the adapters that are trained in place of the weights; 0 = the "
+              "weights themselves are trained."),
+        Field("alpha", 32.0, ABOVE_ZERO, "The update of a matrix is alpha / rank^power A B."),
+        Field("power", 1.0, SHARE, "That power: 1 as in 2106.09685, 0.5 as in 2312.03732 (rank-stabilised)."),
+        Field("targets", TARGETS, Several("opd_jax.models.low_rank:TARGETS"),
+              "Matrices of every layer that have adapters."),
+        Field("path", "", None, "Folder of adapters in PEFT's format to start from; empty = new ones."),
+    )),
     Section("data", "Problems, and how the models are shown them (docs/data.md).", (
         Field("train", "tiny:train", TRAINING_FILE,
               "Problems to train on: a file, or tiny:SPLIT, the generated data set."),

@@ -42,6 +42,11 @@ def check_teachers(config: ConfigDict) -> None:
             f"teacher.follow={config.teacher.follow} with teachers.others={section.others}, wanted teachers "
             "that do not change; set --config.teacher.follow=frozen"
         )
+    if config.lora.rank:
+        raise ConfigError(
+            f"lora.rank={config.lora.rank} with teachers.others={section.others}, wanted one of them: "
+            "adapters beside several teachers are not built; set --config.lora.rank=0"
+        )
     if config.scoring.compare == "spans":
         raise ConfigError(
             f"scoring.compare=spans with teachers.others={section.others}, wanted teachers that share the "

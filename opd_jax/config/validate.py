@@ -60,6 +60,7 @@ def validate(config: ConfigDict) -> None:
     _check_repetition(config.rollout)
     _check_horizon(config)
     _check_jump(config)
+    _check_lora(config)
     _check_guard(config)
     row = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
     if config.optim.microbatch_tokens < row:
@@ -303,6 +304,27 @@ def _check_jump(config: ConfigDict) -> None:
             f"jump.problems={section.problems} with a loss that makes no rollouts (loss.pg_weight, "
             "loss.divergence_weight and loss.beta_kl are 0), wanted one that does: answers to these problems "
             "are sampled like rollouts; set --config.jump.problems=0"
+        )
+
+
+def _check_lora(config: ConfigDict) -> None:
+    """Rules about adapters: without a rank nothing reads their numbers."""
+    section = config.lora
+    if not section.rank:
+        for name in ("alpha", "power", "targets", "path"):
+            usual = FIELDS[f"lora.{name}"].default
+            if section[name] != usual:
+                raise ConfigError(
+                    f"lora.{name}={section[name]} has no effect: lora.rank=0; leave it at {usual!r}, or set "
+                    "--config.lora.rank=64"
+                )
+        return
+    if not section.targets:
+        raise wrong("lora.targets", "()", "at least one matrix: nothing would be trained")
+    if config.jump.problems:
+        raise ConfigError(
+            f"jump.problems={config.jump.problems} with lora.rank={section.rank}, wanted no jumps: twice "
+            "the way of the factors A and B is not twice that of the weights; set --config.jump.problems=0"
         )
 
 

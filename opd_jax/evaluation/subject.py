@@ -13,6 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from opd_jax import checkpoint, data, hardware, models
+from opd_jax.checkpoint.student import restore_student
 from opd_jax.errors import ConfigError, ModelError
 from opd_jax.models import attention, decoder, kv_cache
 from opd_jax.sharding.mesh import Mesh, make_mesh
@@ -54,7 +55,7 @@ class Subject:
         shardings = self.mesh.weights(like) if self.mesh.devices else None
         if self.step is None:
             return models.load(self.path, dtype=dtype, shardings=shardings)[1]
-        _, host = checkpoint.restore_params(pathlib.Path(self.path), like, step=self.step)
+        _, host = restore_student(pathlib.Path(self.path), self.config, step=self.step)
         host = jax.tree.map(lambda w: np.asarray(w).astype(dtype), host)
         return jax.device_put(host, shardings)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from opd_jax.memory_plan import resident, xla
 from opd_jax.memory_plan.workload import Workload
-from opd_jax.models import ModelConfig, attention, flops, kv_cache
+from opd_jax.models import ModelConfig, attention, flops, kv_cache, low_rank
 from opd_jax.rollout.generate import Shapes
 from opd_jax.scoring.chunked import chunk_shape
 from opd_jax.types import GoldenRows, RolloutRows
@@ -153,12 +153,14 @@ def gradient(workload: Workload, *, golden: bool = False) -> Footprint:
     rows = workload.rollout_rows
     model, tokens = workload.student, rows * workload.width
     one = workload.layout.devices == 1
-    trained = resident.masters(workload) if one else resident.weight_bytes(workload, "student")
+    trained = resident.masters(workload) if one else _updated(workload)
     arrays = 1.0 * arrays_per_token(GoldenRows if golden else RolloutRows)
     arrays += workload.gated + _ANCHORS * bool(workload.span_events)
     given = {"master" if one else "student": trained,
              "gradients": resident.gradients(workload),
              "rows": 4.0 * arrays * tokens}  # fmt: skip
+    if workload.low_rank is not None:
+        given["base"] = resident.base_bytes(workload)
     beside = workload.reference is not None and workload.reference_in_update
     others = ("reference",) * beside
     for role in others:
@@ -177,11 +179,14 @@ def gradient(workload: Workload, *, golden: bool = False) -> Footprint:
         models += 1
         copies += resident.gathered_head(workload, "teacher")
     layers = kept(workload, rows)
-    matrix = 1.0 * flops.head_parameters(model)
+    # The output matrix beside adapters is frozen: no float32 copy of it, and no gradient.
+    matrix = 1.0 * flops.head_parameters(model) * (workload.low_rank is None)
     cast = matrix * workload.itemsize * (workload.itemsize != 4)
     if not one:  # the compute weights' matrix is made float32 first
         cast += 4.0 * matrix * (workload.itemsize != 4)
     copies += sum(resident.gathered_head(workload, role) for role in ("student", *others))
+    # Adapters in the compute dtype, where that is another one, and their gradients of all layers.
+    copies += resident.adapter_bytes(workload) * (1 + (workload.itemsize != 4))
     # The supervised term and the divergence have one log-softmax each of the student's logits.
     logits = _logits_of_update(workload, models + twice)
     chunk = _chunk(workload, workload.token_chunk, tokens)
@@ -250,7 +255,30 @@ def kept(workload: Workload, rows: int) -> float:
         + stream,
         "none": xla.MLP_KEPT.count * mlp / tensor + xla.STREAM_KEPT.count * 4.0 * c.hidden_size,
     }[workload.remat]
-    return c.num_layers * tokens * (stream + more)
+    return c.num_layers * tokens * (stream + more + _kept_beside(workload))
+
+
+def _kept_beside(workload: Workload) -> float:
+    """Return the bytes a token and layer that adapters add to what a layer keeps.
+
+    With "none" x A of every target; with "dots" that, and the product (x A) B beside x W.
+    """
+    if workload.low_rank is None or workload.remat not in ("dots", "none"):
+        return 0.0
+    found = 0.0
+    adapters = low_rank.abstract_adapters(workload.student, workload.low_rank)["layers"]
+    for pair in adapters.values():
+        found += pair[low_rank.A].shape[-1]
+        if workload.remat == "dots":
+            found += pair[low_rank.B].shape[-1] / workload.layout.tensor
+    return found * workload.itemsize
+
+
+def _updated(workload: Workload) -> float:
+    """Return the bytes of the compute weights that the update changes."""
+    if workload.low_rank is not None:
+        return resident.adapter_bytes(workload)
+    return resident.weight_bytes(workload, "student")
 
 
 def _read_by_prefill(unstacked: Any) -> Any:
@@ -328,7 +356,8 @@ def _backward_layer(workload: Workload, tokens: int) -> dict[str, float]:
     mlp = xla.MLP_BACKWARD.count * tokens * c.intermediate_size * workload.itemsize / tensor
     stream = xla.STREAM_BACKWARD.count * tokens * c.hidden_size * workload.itemsize
     layer = flops.matrix_parameters(c) / c.num_layers / tensor
-    layer *= xla.LAYER_BACKWARD.count * workload.itemsize
+    frozen = workload.low_rank is not None  # no gradients of these weights
+    layer *= (xla.LAYER_BACKWARD.count - frozen) * workload.itemsize
     return {"working": stream + mlp + scores + layer}
 
 

@@ -20,7 +20,7 @@ from opd_jax.types import Scores
 MARGIN = 0.05
 # Stages by what makes them smaller; all others have micro-batches.
 _ROLLING, _ANSWERING = ("rollout harness", "rollout"), ("evaluate", "evaluate teacher")
-KINDS = ("student", "unstacked", "master", "optimizer", "average", "gradients", "teacher",
+KINDS = ("base", "student", "unstacked", "master", "optimizer", "average", "gradients", "teacher",
          "reference", "caches", "rows", "activations", "working", "logits", "weight copies")  # fmt: skip
 
 
@@ -40,10 +40,10 @@ class Stage:
 def stages(workload: Workload) -> list[Stage]:
     """Return the stages that the run has, in their order."""
     base = always(workload)
-    own = {"student": resident.weight_bytes(workload, "student")} if workload.own_copy else {}
+    own = {"student": _made_of(workload)} if workload.own_copy else {}
     live = dict(own)
     if workload.teacher is not None and workload.teacher_follows == "average" and workload.own_copy:
-        live["teacher"] = resident.weight_bytes(workload, "teacher")
+        live["teacher"] = _made_of(workload)
     gradients = {"gradients": resident.gradients(workload)}
     trained = own if workload.layout.devices > 1 else {}
     found = []
@@ -64,7 +64,7 @@ def stages(workload: Workload) -> list[Stage]:
     busiest = max(learning, key=lambda one: one.temporary_bytes)
     beside = {}
     whole = workload.over_vocabulary or workload.golden_over_vocabulary
-    if whole and workload.teacher_follows != "frozen":
+    if whole and workload.teacher_follows != "frozen" and workload.low_rank is None:
         beside["teacher"] = resident.teacher_head(workload)  # a copy: the state's own is donated
     given = {"rows": busiest.arguments["rows"]}
     update = _sum(base, trained, gradients, beside, given, busiest.temporaries)
@@ -85,7 +85,7 @@ def stages(workload: Workload) -> list[Stage]:
         found.append(Stage("evaluate", _sum(base, own, answering)))
         if workload.teacher is not None and workload.asks_teacher:  # it reads its own prompts
             alone = dataclasses.replace(
-                workload, student=workload.teacher, itemsize=workload.teacher_itemsize,
+                workload, student=workload.teacher, low_rank=None, itemsize=workload.teacher_itemsize,
                 response=workload.answer,
                 prompt=(workload.teacher_width or workload.width)
                 - (workload.teacher_response or workload.response),
@@ -93,7 +93,7 @@ def stages(workload: Workload) -> list[Stage]:
             answering = _decoding(alone, workload.device_answers)
             live = own if workload.teacher_follows == "live" else {}
             if workload.teacher_follows == "average" and workload.own_copy:
-                live = {"teacher": resident.weight_bytes(workload, "teacher")}
+                live = {"teacher": _made_of(workload)}
             if workload.turns.wait:
                 live = {"teacher": resident.weight_bytes(workload, "teacher")}
             found.append(Stage("evaluate teacher", _sum(base, live, answering)))
@@ -104,17 +104,29 @@ def stages(workload: Workload) -> list[Stage]:
 def always(workload: Workload) -> dict[str, float]:
     """Return the bytes that stay on a device from the first step to the last."""
     state = resident.state(workload)
-    held = {
+    held = {"base": resident.base_bytes(workload)} if workload.low_rank else {}
+    held |= {
         "master": resident.bytes_on_device(state.params),
         "optimizer": resident.bytes_on_device(state.opt_state),
     }
     if state.average is not None:
         held["average"] = resident.bytes_on_device(state.average)
-    if not workload.turns.wait and (teachers := _teacher_bytes(workload)):
+    teachers = 0.0 if workload.turns.wait else _teacher_bytes(workload)
+    if "teacher" in workload.base_roles:
+        teachers = workload.renumbered * resident.teacher_head(workload)
+    if teachers:
         held["teacher"] = teachers
-    if workload.reference is not None and not workload.same_reference:
+    shared = workload.same_reference or "reference" in workload.base_roles
+    if workload.reference is not None and not shared:
         held["reference"] = resident.weight_bytes(workload, "reference")
     return held
+
+
+def _made_of(workload: Workload) -> float:
+    """Return the bytes of compute weights that are made of masters: all, or the adapters beside a base."""
+    if workload.low_rank is not None:
+        return resident.adapter_bytes(workload)
+    return resident.weight_bytes(workload, "student")
 
 
 def host_bytes(workload: Workload) -> dict[str, float]:

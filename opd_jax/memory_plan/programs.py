@@ -49,6 +49,7 @@ def _programs(config: ConfigDict, workload: Workload, mesh: Mesh) -> list[Progra
         reference=workload.reference or workload.student, alignment=alignment,
         dtype=jnp.dtype(_dtype(workload.itemsize)), teacher_width=workload.teacher_width, mesh=mesh,
         replayed=workload.replayed, tile=workload.tile, others=workload.turns.others,
+        low_rank=workload.low_rank,
     )  # fmt: skip
     teacher = reference = None
     if workload.teacher is not None and workload.teacher_follows == "frozen":

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import optax
 
 from opd_jax.memory_plan.workload import Workload
-from opd_jax.models import ModelConfig, decoder, kv_cache
+from opd_jax.models import ModelConfig, decoder, kv_cache, low_rank
+from opd_jax.models.low_rank import LowRank
 from opd_jax.sharding.mesh import Mesh
 from opd_jax.training import update
 from opd_jax.types import TrainState
@@ -30,11 +31,13 @@ def bytes_on_device(tree: Any) -> float:
 def state(workload: Workload) -> TrainState:
     """Return shapes, dtypes and shardings of the train state: masters, optimizer, moving average."""
     average = workload.teacher_follows == "average"
-    return _state(workload.student, workload.optimizer, average, workload.layout.mesh)
+    return _state(
+        workload.student, workload.low_rank, workload.optimizer, average, workload.layout.mesh
+    )
 
 
 def masters(workload: Workload) -> float:
-    """Return the bytes of the student's float32 weights; a gradient that is reduced takes as many."""
+    """Return the bytes of the float32 weights that are trained; a gradient that is reduced takes as many."""
     return bytes_on_device(state(workload).params)
 
 
@@ -49,7 +52,22 @@ def weights(workload: Workload, role: str, mesh: Mesh | None = None) -> Any:
     source = (
         "student" if follows else role
     )  # a teacher that follows is made as the student's weights are
-    return _weights(getattr(workload, role), workload.itemsize_of(role), head_rows, source, mesh)
+    plain = _weights(getattr(workload, role), workload.itemsize_of(role), head_rows, source, mesh)
+    if workload.low_rank is None or source != "student":
+        return plain
+    return low_rank.join(plain, _adapters(workload, mesh))
+
+
+def adapter_bytes(workload: Workload) -> float:
+    """Return the bytes of the compute weights of adapters; 0 where there are none."""
+    return bytes_on_device(_adapters(workload, workload.layout.mesh)) if workload.low_rank else 0.0
+
+
+def base_bytes(workload: Workload) -> float:
+    """Return the bytes of the frozen weights that adapters stand beside; 0 where there are none."""
+    if workload.low_rank is None:
+        return 0.0
+    return weight_bytes(workload, "student") - adapter_bytes(workload)
 
 
 def weight_bytes(workload: Workload, role: str) -> float:
@@ -81,7 +99,10 @@ def gathered_head(workload: Workload, role: str) -> float:
 
 def gradients(workload: Workload) -> float:
     """Return the bytes of the running sum: whole beside replicated weights, sharded as sharded ones are."""
-    return _gradient_bytes(workload.student, workload.itemsize, workload.layout.mesh)
+    mesh = workload.layout.mesh
+    if workload.low_rank is not None:
+        return bytes_on_device(mesh.gradient_programs(_adapters(workload, mesh))[1])
+    return _gradient_bytes(workload.student, workload.itemsize, mesh)
 
 
 def largest_cast(workload: Workload) -> float:
@@ -109,6 +130,14 @@ def parameters(model: ModelConfig, mesh: Mesh) -> float:
     return float(sum(size for _, size in _sizes(params)))
 
 
+def trained(workload: Workload) -> float:
+    """Return how many numbers that are trained a device holds, where the student's weights are replicated."""
+    if workload.low_rank is None:
+        return parameters(workload.student, workload.layout.mesh)
+    replicated = Mesh(workload.layout.mesh.devices)
+    return bytes_on_device(_adapters(workload, replicated)) / workload.itemsize
+
+
 def _sizes(tree: Any) -> list[tuple[Any, int]]:
     """Return each array that has a dimension, and how many of its numbers one device holds."""
     out = []
@@ -120,6 +149,14 @@ def _sizes(tree: Any) -> list[tuple[Any, int]]:
     return out
 
 
+def _adapters(workload: Workload, mesh: Mesh) -> Any:
+    """Return shapes, dtypes and shardings of the compute weights of adapters."""
+    assert workload.low_rank is not None
+    abstract = low_rank.abstract_adapters(workload.student, workload.low_rank)
+    params = mesh.slices(_cast(abstract, workload.itemsize), "student")
+    return mesh.structs(params, mesh.weights(params))
+
+
 @functools.lru_cache(64)
 def _abstract_params(model: ModelConfig) -> Any:
     return decoder.abstract_params(model)
@@ -127,10 +164,15 @@ def _abstract_params(model: ModelConfig) -> Any:
 
 @functools.lru_cache(64)
 def _state(
-    student: ModelConfig, optimizer: optax.GradientTransformation, average: bool, mesh: Mesh
+    student: ModelConfig,
+    spec: LowRank | None,
+    optimizer: optax.GradientTransformation,
+    average: bool,
+    mesh: Mesh,
 ) -> TrainState:
     begin = partial(update.init_state, tx=optimizer, average=average)
-    found = jax.eval_shape(begin, _abstract_params(student))
+    trained = low_rank.abstract_adapters(student, spec) if spec else _abstract_params(student)
+    found = jax.eval_shape(begin, trained)
     return mesh.structs(found, mesh.masters(found))
 
 

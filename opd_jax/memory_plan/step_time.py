@@ -201,7 +201,8 @@ def update(workload: Workload, device: Device, length_B: np.ndarray) -> StageTim
         sent += _layer_traffic(workload, model, lengths, 4 + again)
         passes = 2 * _parts(workload, lengths)
         gathered += _gathers(workload, "student", model, passes, workload.itemsize, device)
-        if workload.layout.student == "sharded":  # gradients of each micro-batch, float32
+        # gradients of each micro-batch, float32
+        if workload.layout.student == "sharded" and workload.low_rank is None:
             gathered += _gathers(workload, "student", model, passes / 2, 4, device)
     read = [length_B] * (workload.rollouts and workload.over_vocabulary)
     read += [_golden(workload, length_B)] * workload.golden_over_vocabulary
@@ -222,7 +223,7 @@ def update(workload: Workload, device: Device, length_B: np.ndarray) -> StageTim
         gathered += _gathers(
             workload, "reference", other, _parts(workload, length_B), workload.itemsize, device
         )
-    parameters = resident.parameters(model, workload.layout.mesh)
+    parameters = resident.trained(workload)
     works.append(Work(0.0, workload.updates * 28.0 * parameters / workload.layout.rows))
     traffic = workload.updates * _once_a_step(workload, parameters, device)
     return _stage(
@@ -234,6 +235,8 @@ def update(workload: Workload, device: Device, length_B: np.ndarray) -> StageTim
 def _learning(workload: Workload, length_B: np.ndarray) -> Work:
     """Forward and backward: three times the forward's products, and what `remat` computes again.
 
+    Frozen matrices have no gradient: two times, and three times the products of the adapters beside them.
+
     Prompts and padding have no logits. Fused attention makes its scores again backward: 2.5 times the
     forward's.
     """
@@ -243,10 +246,13 @@ def _learning(workload: Workload, length_B: np.ndarray) -> Work:
     again = workload.remat in ("attention", "full")
     tensor = workload.layout.tensor
     layers = account.matrix_parameters(model) / tensor
-    products = 2.0 * tokens * layers * (3 + again)
-    products += 2.0 * 3 * account.head_parameters(model) * float(length_B.sum())
+    times = 3 if workload.low_rank is None else 2
+    products = 2.0 * tokens * layers * (times + again)
+    products += 2.0 * times * account.head_parameters(model) * float(length_B.sum())
+    if workload.low_rank is not None:
+        products += 2.0 * tokens * resident.trained(workload) * (3 + again)
     attention = account.attention_flops(model, pairs) * (3.5 + (workload.remat == "full")) / tensor
-    passes = (3 + again) * _parts(workload, length_B)
+    passes = (times + again) * _parts(workload, length_B)
     return Work(products + attention, passes * workload.itemsize * _read(model, tensor))
 
 

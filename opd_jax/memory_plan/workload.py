@@ -1,25 +1,26 @@
 """A run as its plan sees it: architectures, shapes and layout. Needs no weights and no tokenizer."""
 
 import dataclasses
-import os
 from typing import Any
 
 import optax
 from ml_collections import ConfigDict
 
-from opd_jax import hardware, models
+from opd_jax import hardware
 from opd_jax.config import teacher_list
 from opd_jax.config.validate import validate
 from opd_jax.data import microbatches
-from opd_jax.errors import ModelError
 from opd_jax.hardware import Device
 from opd_jax.memory_plan.layout import Layout, layout_of
+from opd_jax.memory_plan.role_models import Roles, architecture_of, base_roles_of, itemsize_of
 from opd_jax.memory_plan.turns import ONE_TEACHER, Turns, make_turns
-from opd_jax.models import ModelConfig, catalog
+from opd_jax.models import ModelConfig
+from opd_jax.models.low_rank import LowRank, abstract_adapters
 from opd_jax.rollout.generate import Shapes
 from opd_jax.sharding import partition
 from opd_jax.training.model_limits import teacher_response
 from opd_jax.training.optimizer import make_optimizer
+from opd_jax.training.roles import make_low_rank
 from opd_jax.training.setup import Setup
 from opd_jax.training.terms import Terms, make_terms
 
@@ -69,6 +70,8 @@ class Workload:
       turns: further teachers.
       written: problems for which the student writes a text of the teacher's prompt, 0 without a harness;
         written_prompt, written_tokens: the budgets of its prompt and of the text.
+      low_rank: the adapters that are trained beside frozen weights; None where the weights are.
+      base_roles: roles that share the arrays of that frozen base.
     """
 
     student: ModelConfig
@@ -123,6 +126,8 @@ class Workload:
     written: int = 0
     written_prompt: int = 0
     written_tokens: int = 0
+    low_rank: LowRank | None = None
+    base_roles: tuple[str, ...] = ()
 
     @property
     def samples(self) -> bool:
@@ -156,7 +161,8 @@ class Workload:
         assert self.teacher is not None
         none: dict[str, Any] = {"teacher": None, "teacher_width": 0, "teacher_vocabulary": 0}
         teacher = dataclasses.replace(
-            self, student=self.teacher, itemsize=self.teacher_itemsize, vocabulary=self.teacher_vocabulary,
+            self, student=self.teacher, low_rank=None, itemsize=self.teacher_itemsize,
+            vocabulary=self.teacher_vocabulary,
             prompt=self.teacher_width - self.teacher_response, response=self.teacher_response,
             layout=dataclasses.replace(self.layout, student=self.layout.teacher), **none,
         )  # fmt: skip
@@ -226,25 +232,6 @@ class Workload:
         return widest.count // replicas
 
 
-@dataclasses.dataclass(frozen=True)
-class _Roles:
-    """What the models' folders, the tokenizers and the problems decide; the config decides the rest.
-
-    Attributes are those of `Workload`, and `problems`: how many an evaluation asks, and `others`: paths and
-    architectures of further teachers.
-    """
-
-    student: ModelConfig
-    teacher: ModelConfig | None
-    reference: ModelConfig | None
-    vocabulary: int
-    teacher_width: int
-    renumbered: bool
-    problems: int
-    teacher_vocabulary: int = 0
-    others: tuple[tuple[str, ModelConfig], ...] = ()
-
-
 def of_config(config: ConfigDict, device: Device, devices: int) -> Workload:
     """Return the workload of a config; its models may be published names, and need no weights.
 
@@ -255,24 +242,24 @@ def of_config(config: ConfigDict, device: Device, devices: int) -> Workload:
         config.data.train = "tiny:train"
     validate(config)
     terms = make_terms(config)
-    student, own = _architecture(config.student)
+    student, own = architecture_of(config.student)
     tokens, others = own, 0
     teacher = reference = None
     further: list[tuple[str, ModelConfig]] = []
     itself = config.teacher.path in ("student", config.student.path)
     if terms.needs_teacher and not config.replay.path:
         section = config.student if config.teacher.path == "student" else config.teacher
-        teacher, others = _architecture(section)
+        teacher, others = architecture_of(section)
         tokens = min(tokens, others)
         for path in teacher_list.parse(config.teachers.others).values():
             role = config[
                 "student" if path == "student" else "teacher"
             ].copy_and_resolve_references()
             role.path = config.student.path if path == "student" else path
-            further.append((role.path, _architecture(role)[0]))
+            further.append((role.path, architecture_of(role)[0]))
     if terms.needs_reference:
         section = config.reference if config.reference.path else config.student
-        reference, _ = _architecture(section)
+        reference, _ = architecture_of(section)
     data = config.data
     other_prompts = (data.teacher_prompt_template, data.teacher_system_prompt) != ("same", "same")
     separate = teacher is not None and (other_prompts or not itself)
@@ -282,7 +269,7 @@ def of_config(config: ConfigDict, device: Device, devices: int) -> Workload:
         spans = far or config.scoring.compare == "spans"
     width = config.rollout.max_prompt_tokens + teacher_response(config, spans=spans)
     width += config.harness.max_tokens * bool(config.harness.prompt)
-    roles = _Roles(
+    roles = Roles(
         student=student, teacher=teacher, reference=reference,
         vocabulary=min(own if spans else tokens, student.vocab_size),
         teacher_width=width * (separate or spans),
@@ -296,7 +283,7 @@ def of_config(config: ConfigDict, device: Device, devices: int) -> Workload:
 def of_setup(setup: Setup, device: Device, devices: int) -> Workload:
     """Return the workload of a run that is about to start."""
     needs = setup.terms.needs_reference
-    roles = _Roles(
+    roles = Roles(
         student=setup.student, teacher=setup.teacher,
         reference=setup.reference if needs else None, vocabulary=setup.alignment.vocabulary,
         teacher_width=setup.teacher_width if setup.separate_prompts else 0,
@@ -308,7 +295,7 @@ def of_setup(setup: Setup, device: Device, devices: int) -> Workload:
 
 
 def _workload(
-    config: ConfigDict, terms: Terms, roles: _Roles, device: Device, devices: int
+    config: ConfigDict, terms: Terms, roles: Roles, device: Device, devices: int
 ) -> Workload:
     rollout, optim, teacher = config.rollout, config.optim, roles.teacher
     layout = layout_of(config, devices)
@@ -319,7 +306,7 @@ def _workload(
         partition.check("teacher", other, layout.sizes, sharded=config.mesh.teacher == "sharded")
     first = config.student.path if config.teacher.path == "student" else config.teacher.path
     turns = make_turns(config.teachers, first, roles.others)
-    itemsize = _itemsize(config.student.dtype, device)
+    itemsize = itemsize_of(config.student.dtype, device)
     batch = rollout.prompts_per_step * rollout.samples_per_prompt
     answers = roles.problems * (config.eval.samples or 1)
     source = "reference" if config.reference.path else "student"
@@ -328,10 +315,14 @@ def _workload(
         first,
         config.teacher.dtype,
     )
+    low_rank = make_low_rank(config.lora)
+    if low_rank is not None:
+        abstract_adapters(roles.student, low_rank)  # refuses a rank above a matrix
     return Workload(
+        low_rank=low_rank, base_roles=base_roles_of(config, roles, device) if low_rank else (),
         student=roles.student, teacher=teacher, reference=roles.reference, itemsize=itemsize,
-        teacher_itemsize=_itemsize(config.teacher.dtype, device) if frozen else itemsize,
-        reference_itemsize=_itemsize(config.reference.dtype, device),
+        teacher_itemsize=itemsize_of(config.teacher.dtype, device) if frozen else itemsize,
+        reference_itemsize=itemsize_of(config.reference.dtype, device),
         fused=device.gpu and itemsize == 2 and config.mesh.attention == "auto",
         own_copy=itemsize != 4 or layout.devices > 1,
         # Weights copied now and then are kept where a moving average is.
@@ -377,22 +368,3 @@ def _places(support: tuple[str, int] | None) -> int:
         return 0
     name, k = support
     return k * (2 if name in ("union", "symmetric_difference") else 1)
-
-
-def _architecture(section: Any) -> tuple[ModelConfig, int]:
-    """A role's architecture and the ids of its tokenizer; of a folder, or as published."""
-    changes = {"rope_theta": section.rope_theta, "max_position": section.max_position}
-    if os.path.isdir(section.path):
-        model = models.load_config(section.path, **changes)
-        return model, model.vocab_size
-    found = catalog.find(section.path, **changes)
-    if found is None:
-        raise ModelError(
-            f"the architecture of {section.path!r} is not known here: it is no folder and not one of "
-            f"{', '.join(catalog.names())}; give the folder of its config.json"
-        )
-    return found.model, found.tokens
-
-
-def _itemsize(dtype: str, device: Device) -> int:
-    return 4 if hardware.dtype_name(dtype, gpu=device.gpu) == "float32" else 2

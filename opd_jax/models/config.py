@@ -9,7 +9,7 @@ from opd_jax.models import rope_config
 from opd_jax.models.json_fields import LARGEST, flag, integer, number, show
 from opd_jax.models.rope_config import RopeScaling
 
-SUPPORTED = ("llama", "qwen2", "qwen3")
+SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 
 # Defaults of transformers for fields that config.json leaves out. The sizes have no default here:
 # a file without them is broken, even if transformers accepts it.
@@ -20,6 +20,8 @@ _QWEN: dict[str, Any] = {
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": _QWEN | {"num_key_value_heads": None, "max_position_embeddings": 2048,
                       "eos_token_id": 2},
+    "mistral": _QWEN | {"num_key_value_heads": 8, "max_position_embeddings": 131_072,
+                        "eos_token_id": 2, "sliding_window": 4096},
     "qwen2": _QWEN,
     "qwen3": _QWEN | {"head_dim": 128},
 }  # fmt: skip
@@ -45,6 +47,7 @@ class ModelConfig:
     qk_norm: bool
     eos_token_ids: tuple[int, ...]
     rope_scaling: RopeScaling | None = None
+    lora_scale: float = 1.0  # s of x W + s (x A) B, where weights have adapters (low_rank.py)
 
 
 def from_hf(
@@ -111,25 +114,31 @@ def from_hf(
 
 def to_hf(model: ModelConfig) -> dict[str, Any]:
     """Return the `config.json` that transformers reads back as the same model."""
-    name = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[model.model_type]
+    name = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
     ids = list(model.eos_token_ids)
-    return {
-        "architectures": [f"{name}ForCausalLM"],
-        "model_type": model.model_type,
-        "vocab_size": model.vocab_size,
-        "hidden_size": model.hidden_size,
-        "intermediate_size": model.intermediate_size,
-        "num_hidden_layers": model.num_layers,
-        "num_attention_heads": model.num_heads,
-        "num_key_value_heads": model.num_kv_heads,
-        "head_dim": model.head_dim,
-        "hidden_act": "silu",
-        "max_position_embeddings": model.max_position,
-        "rms_norm_eps": model.rms_norm_eps,
-        "tie_word_embeddings": model.tie_embeddings,
-        # Written even where there is none: in a Llama config a missing value means 2.
-        "eos_token_id": None if not ids else ids[0] if len(ids) == 1 else ids,
-    } | rope_config.write(model.rope_theta, model.rope_scaling)
+    # In a Mistral config a missing window is one of 4096.
+    no_window = {"sliding_window": None} if model.model_type == "mistral" else {}
+    return (
+        {
+            "architectures": [f"{name[model.model_type]}ForCausalLM"],
+            "model_type": model.model_type,
+            "vocab_size": model.vocab_size,
+            "hidden_size": model.hidden_size,
+            "intermediate_size": model.intermediate_size,
+            "num_hidden_layers": model.num_layers,
+            "num_attention_heads": model.num_heads,
+            "num_key_value_heads": model.num_kv_heads,
+            "head_dim": model.head_dim,
+            "hidden_act": "silu",
+            "max_position_embeddings": model.max_position,
+            "rms_norm_eps": model.rms_norm_eps,
+            "tie_word_embeddings": model.tie_embeddings,
+            # Written even where there is none: in a Llama config a missing value means 2.
+            "eos_token_id": None if not ids else ids[0] if len(ids) == 1 else ids,
+        }
+        | no_window
+        | rope_config.write(model.rope_theta, model.rope_scaling)
+    )
 
 
 def eos_ids(value: Any, vocab_size: int, *, source: str) -> tuple[int, ...]:
@@ -154,8 +163,14 @@ def eos_ids(value: Any, vocab_size: int, *, source: str) -> tuple[int, ...]:
 def _refuse_unsupported(config: dict[str, Any], source: str) -> None:
     layers = str(config.get("layer_types"))  # a list of names in a valid file
     sliding = config.get("use_sliding_window") or "sliding_attention" in layers
+    sliding = sliding or (
+        config["model_type"] == "mistral" and config["sliding_window"] is not None
+    )
     for bad, what in (
-        (sliding, "sliding-window attention is on (use_sliding_window / layer_types)"),
+        (
+            sliding,
+            "sliding-window attention is on (use_sliding_window / layer_types, of Mistral sliding_window)",
+        ),
         (config["hidden_act"] != "silu", f"hidden_act={show(config['hidden_act'])}"),
         (config.get("mlp_bias"), "mlp_bias is on"),
         (

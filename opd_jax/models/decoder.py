@@ -23,12 +23,13 @@ from opd_jax.models import kv_cache, layer_gradients, rope
 from opd_jax.models.attention import attend_causal
 from opd_jax.models.config import ModelConfig
 from opd_jax.models.kv_cache import Cache
-from opd_jax.models.projection import dot_general
+from opd_jax.models.projection import project
 from opd_jax.models.remat import checkpointed
 from opd_jax.sharding.partition import gather, has_slices
 from opd_jax.types import Array
 
 Params = dict[str, Any]
+LORA_A, LORA_B = "lora_a", "lora_b"  # adapters beside a kernel (low_rank.py)
 SHALLOW = 4  # layers up to which an update without recomputation is not a loop
 EXCLUDED = -1e30  # a finite logit without mass: its exp is exactly 0, and 0 * EXCLUDED is not nan
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
@@ -61,6 +62,28 @@ class RMSNorm(nn.Module):
         return y.astype(x.dtype) * jnp.broadcast_to(scale.astype(x.dtype), x.shape)
 
 
+class Linear(nn.Module):
+    """x W + b, and + s (x A) B where there are adapters of low rank beside W (low_rank.py)."""
+
+    features: int
+    use_bias: bool = False
+    scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map [..., D] to [..., F]."""
+        kernel = self.param("kernel", nn.initializers.normal(0.02), (x.shape[-1], self.features))
+        y = project(x, kernel)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+            y += jnp.reshape(bias, (1,) * (y.ndim - 1) + (-1,))
+        if self.has_variable("params", LORA_A):
+            a: jax.Array = self.get_variable("params", LORA_A)
+            b: jax.Array = self.get_variable("params", LORA_B)
+            y = y + self.scale * project(project(x, a), b)
+        return y
+
+
 class Layer(nn.Module):
     """Pre-norm attention and SwiGLU. `attend` is an argument, so that every mode shares the layer."""
 
@@ -73,14 +96,11 @@ class Layer(nn.Module):
         """Return the new residual stream [B, T, D] and the second result of `attend`."""
         c = self.config
 
-        def dense(features: int, name: str, bias: bool = False) -> nn.Dense:
-            init = nn.initializers.normal(0.02)
-            return nn.Dense(
-                features, use_bias=bias, kernel_init=init, dot_general=dot_general, name=name
-            )
+        def linear(features: int, name: str, bias: bool = False) -> Linear:
+            return Linear(features, bias, c.lora_scale, name=name)
 
         def heads(y: jax.Array, name: str, count: int) -> jax.Array:
-            y = dense(count * c.head_dim, name, c.qkv_bias)(y)
+            y = linear(count * c.head_dim, name, c.qkv_bias)(y)
             return y.reshape(*y.shape[:-1], count, c.head_dim)
 
         with jax.named_scope("attention"):
@@ -95,13 +115,13 @@ class Layer(nn.Module):
             with jax.named_scope("attend"):
                 attended_BTNH, kept = attend(query_BTNH, key_BTKH, value_BTKH)
             attended = attended_BTNH.reshape(*x_BTD.shape[:2], c.num_heads * c.head_dim)
-            x_BTD = x_BTD + dense(c.hidden_size, "output")(attended)
+            x_BTD = x_BTD + linear(c.hidden_size, "output")(attended)
 
         with jax.named_scope("mlp"):
             y = RMSNorm(c.rms_norm_eps, name="mlp_norm")(x_BTD)
-            gate = nn.silu(dense(c.intermediate_size, "gate")(y))
-            up = dense(c.intermediate_size, "up")(y)
-            return x_BTD + dense(c.hidden_size, "down")(gate * up), kept
+            gate = nn.silu(linear(c.intermediate_size, "gate")(y))
+            up = linear(c.intermediate_size, "up")(y)
+            return x_BTD + linear(c.hidden_size, "down")(gate * up), kept
 
 
 def init(key: jax.Array, config: ModelConfig) -> Params:

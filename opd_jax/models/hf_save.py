@@ -3,6 +3,7 @@
 Writing is atomic: a folder is written under another name next to its place, and then renamed.
 """
 
+import contextlib
 import json
 import math
 import pathlib
@@ -58,10 +59,7 @@ def save(
     """
     check_free(path)
     _check_params(config, params)
-    folder = pathlib.Path(path).resolve()
-    temporary = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}.partial")
-    try:
-        temporary.mkdir(parents=True)
+    with new_folder(path) as temporary:
         stored = np.dtype(dtype) if dtype is not None else params["embed"]["embedding"].dtype
         _write_configs(temporary, config, str(stored), source)
         _write_weights(temporary, params, dtype, max_shard_bytes)
@@ -71,6 +69,20 @@ def save(
                     shutil.copyfile(pathlib.Path(source) / name, temporary / name)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
+
+
+@contextlib.contextmanager
+def new_folder(path: str) -> Iterator[pathlib.Path]:
+    """Make a folder under another name; at the end of the `with` it is renamed to `path`, complete.
+
+    Raises ModelError, and leaves nothing behind, where it cannot be written or `path` is in use.
+    """
+    check_free(path)
+    folder = pathlib.Path(path).resolve()
+    temporary = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}.partial")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
         temporary.rename(folder)
     except OSError as error:
         raise ModelError(

@@ -6,8 +6,6 @@ of a row. JAX puts the cotangent on the left, which in an MLP is the wider of th
 longest computation; here it is the narrower operand.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
@@ -52,8 +50,3 @@ def _backward(x: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, None, jax.
 
 
 _with_gradient.defvjp(_forward, _backward)
-
-
-def dot_general(x: jax.Array, kernel: jax.Array, *_: Any, **__: Any) -> jax.Array:
-    """Compute the product of `nn.Dense`, which passes dimensions and precision that are always the same."""
-    return project(x, kernel)

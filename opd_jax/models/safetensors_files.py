@@ -145,6 +145,16 @@ def open_tensors(folder: pathlib.Path) -> Iterator[dict[str, Tensor]]:
             )
 
 
+@contextlib.contextmanager
+def open_file(path: pathlib.Path) -> Iterator[tuple[dict[str, Tensor], dict[str, str]]]:
+    """Open one file: its tensors by name, and its own notes. Raises ModelError as `open_tensors` does."""
+    with contextlib.ExitStack() as stack:
+        tensors = _header(path, stack)
+        with safe_open(path, framework="numpy") as opened:
+            notes = opened.metadata()
+        yield tensors, notes or {}
+
+
 def read_json(path: pathlib.Path) -> Json:
     """Read a JSON object. Raises ModelError: missing, not JSON, or not an object."""
     try:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opd_jax.models import decoder, kv_cache
+from opd_jax.models import decoder, kv_cache, low_rank
 from opd_jax.models.decoder import Model
 from opd_jax.rollout.sampling import Noise, SamplingParams, block_shape, draw_noise, sample
 from opd_jax.sharding.mesh import ONE, ROWS, WHOLE, Mesh
@@ -87,8 +87,11 @@ def outcomes(state: Slots, stop_on_repetition: int) -> np.ndarray:
 
 @partial(jax.jit, static_argnames=("mesh",))
 def unstack(model: Model, mesh: Mesh = ONE) -> Model:
-    """Copy the model's stacked weights to a tuple of layers, once per rollout instead of once per token."""
-    layers = decoder.unstack(unwrapped(model.params))
+    """Copy the model's stacked weights to a tuple of layers, once per rollout instead of once per token.
+
+    Adapters are merged in the copy, so that a token costs what it costs with the base alone.
+    """
+    layers = low_rank.merge(decoder.unstack(unwrapped(model.params)), model.config.lora_scale)
     return model.replace(params=mesh.constrain(layers, mesh.weights(layers)))
 
 

@@ -106,6 +106,7 @@ def _record(setup: Setup, writer: replay.Writer, places: int, stop: Stop) -> Non
     config = setup.config
     functions = make_step_functions(setup.spec)
     weights = load_weights(setup, student=True)
+    functions = functions.beside(weights.base)
     assert weights.student is not None
     student = functions.compute_weights(weights.student)
     batches = data.make_batches(

@@ -9,6 +9,7 @@ from opd_jax import data, hardware, host_memory, models
 from opd_jax.config.validate import validate
 from opd_jax.errors import ConfigError, ModelError
 from opd_jax.models import attention
+from opd_jax.models.low_rank import abstract_adapters
 from opd_jax.sharding.mesh import Mesh, make_mesh
 from opd_jax.training import model_limits
 from opd_jax.training.fitting import with_data
@@ -19,11 +20,14 @@ from opd_jax.training.roles import (
     ask_for_full_products,
     golden_end,
     harness_style,
+    make_low_rank,
+    open_adapters,
     open_model,
     prompt_styles,
     reference_end_ids,
     resolved,
     same_prompts,
+    with_scale,
 )
 from opd_jax.training.setup import Setup
 from opd_jax.training.terms import Terms, make_terms, warnings
@@ -49,6 +53,11 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
     config.eval.samples = config.eval.samples or 1  # a file of one's own has no number of its own
     today = config.data.date or datetime.date.today().isoformat()
     student, tokenizer = open_model(config.student, today)
+    low_rank = make_low_rank(config.lora)
+    student, adapters = with_scale(student, low_rank), None
+    if low_rank is not None:
+        abstract_adapters(student, low_rank)  # refuses a rank above a matrix
+        adapters = open_adapters(config.lora, low_rank, student)
     has_path = terms.needs_reference and config.reference.path
     reference_section = config.reference if has_path else config.student
     reference = architecture(reference_section)
@@ -63,6 +72,8 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
     notes += data.prompt_notes("student", tokenizer)
     if terms.needs_teacher:
         teacher, teacher_tokenizer = open_model(config.teacher, today)
+        if config.teacher.follow != "frozen":  # its weights are made of the student's
+            teacher = with_scale(teacher, low_rank)
         notes += data.prompt_notes("teacher", teacher_tokenizer)
         vocabularies = (
             data.Vocabulary(tokenizer, student.vocab_size, student.eos_token_ids),
@@ -208,6 +219,7 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
         replay=replay,
         others=tuple(others),
         harness_style=writing,
+        adapters=adapters,
     )
     setup = with_data(setup, train, held_out)
     if replay is not None:

@@ -159,16 +159,26 @@ def bad_rows(
 
 
 def save_texts(
-    folder: pathlib.Path, step: int, bad: Sequence[Bad], text: Callable[[Bad], str]
+    folder: pathlib.Path,
+    step: int,
+    bad: Sequence[Bad],
+    held: Mapping[str, Any],
+    decode: Callable[[list[int]], str],
 ) -> pathlib.Path | None:
     """Write WORKDIR/nonfinite/STEP.json: each bad row, its non-finite quantities, and its text.
 
-    Return the file; None where there is no such row, and in every process but the first.
+    `held` has the rows of each kind. Return the file; None where there is no such row, and in every process
+    but the first.
     """
     if not bad or not multihost.first():
         return None
     file = folder / FOLDER / f"{step}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
+
+    def text(one: Bad) -> str:
+        tokens_T = held[one.kind].tokens_BT[one.row]
+        return decode(tokens_T[: held[one.kind].length_B[one.row]].tolist())
+
     rows = [dataclasses.asdict(one) | {"text": text(one)} for one in bad]
     atomic.write_json(file, rows, indent=2)
     return file

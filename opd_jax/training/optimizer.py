@@ -5,6 +5,8 @@ from typing import Any
 import jax
 import optax
 
+from opd_jax.models.decoder import LORA_A, LORA_B
+
 
 def make_schedule(section: Any, steps: int) -> optax.Schedule:
     """Make the learning rate by step from the config section `optim`: linear warm-up, then `schedule`."""
@@ -37,5 +39,5 @@ def make_optimizer(section: Any, steps: int) -> optax.GradientTransformation:
 def _decayed(params: Any) -> Any:
     """Select the weights to decay: matrices, not norm scales and biases."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: path[-1].key in ("kernel", "embedding"), params
+        lambda path, _: path[-1].key in ("kernel", "embedding", LORA_A, LORA_B), params
     )

@@ -10,7 +10,9 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from opd_jax import data, hardware, models
-from opd_jax.errors import ModelError
+from opd_jax.errors import ConfigError, ModelError
+from opd_jax.models import hf_adapters
+from opd_jax.models.low_rank import TARGETS, LowRank
 
 
 def resolved(config: ConfigDict, roles: Sequence[str]) -> ConfigDict:
@@ -27,6 +29,8 @@ def resolved(config: ConfigDict, roles: Sequence[str]) -> ConfigDict:
             section.path = models.locate(section.path)
         if os.path.isdir(section.path):
             section.path = os.path.abspath(section.path)  # a resume may start in another directory
+    if config.lora.path:
+        config.lora.path = os.path.abspath(config.lora.path)
     if itself and "teacher" in roles:
         config.teacher.path = os.path.abspath(models.locate(config.student.path))
         for field in ("rope_theta", "max_position", "chat_template"):
@@ -103,6 +107,37 @@ def ask_for_full_products(names: Sequence[str]) -> list[str]:
         "note: a model computes in float32, so every product of float32 numbers has full precision instead "
         "of TF32, which takes several times as long; JAX_DEFAULT_MATMUL_PRECISION=tensorfloat32 undoes that"
     ]
+
+
+def make_low_rank(section: Any) -> LowRank | None:
+    """Make what decides a student's adapters from the config section `lora`; None where it has none."""
+    if not section["rank"]:
+        return None
+    targets = tuple(name for name in TARGETS if name in section["targets"])
+    return LowRank(section["rank"], section["alpha"], section["power"], targets)
+
+
+def open_adapters(
+    section: Any, low_rank: LowRank, student: models.ModelConfig
+) -> hf_adapters.Folder | None:
+    """Open the folder `lora.path`, None where it names none. Raises ConfigError where its numbers differ."""
+    if not section.path:
+        return None
+    folder = hf_adapters.open_folder(section.path, student)
+    found = folder.low_rank
+    for name in ("rank", "alpha", "power", "targets"):
+        if (value := getattr(found, name)) != (asked := getattr(low_rank, name)):
+            shown = f"{value:g}" if isinstance(value, float) else str(value).replace("'", '"')
+            raise ConfigError(
+                f"lora.{name}={asked}, but the adapters in {section.path} have {value}; set "
+                f"--config.lora.{name}='{shown}'"
+            )
+    return folder
+
+
+def with_scale(model: models.ModelConfig, low_rank: LowRank | None) -> models.ModelConfig:
+    """Return the architecture of a model that has these adapters, if any, beside its weights."""
+    return model if low_rank is None else dataclasses.replace(model, lora_scale=low_rank.scale)
 
 
 def architecture(section: Any) -> models.ModelConfig:

@@ -8,13 +8,13 @@ import jax
 from ml_collections import ConfigDict
 
 from opd_jax import data, hardware, models
+from opd_jax.models import hf_adapters
+from opd_jax.models.low_rank import LowRank
 from opd_jax.sharding.mesh import Mesh
 from opd_jax.training.model_limits import teacher_response
 from opd_jax.training.other_teachers import OtherTeacher
 from opd_jax.training.replay import Replay
-from opd_jax.training.roles import (
-    compute_dtype,
-)
+from opd_jax.training.roles import compute_dtype, make_low_rank
 from opd_jax.training.step_spec import StepSpec
 from opd_jax.training.terms import Terms
 
@@ -41,6 +41,7 @@ class Setup:
       replay: the recording that training reads instead of sampling; None without. Then there is no teacher.
       others: further teachers, which read what the first one reads.
       harness_style: template of the prompt to which the student writes for the teacher; None without.
+      adapters: the folder of adapters to start from; None for new ones.
     """
 
     config: ConfigDict
@@ -71,6 +72,12 @@ class Setup:
     replay: Replay | None = None
     others: tuple[OtherTeacher, ...] = ()
     harness_style: data.PromptStyle | None = None
+    adapters: hf_adapters.Folder | None = None
+
+    @property
+    def low_rank(self) -> LowRank | None:
+        """The adapters that are trained; None where the student's weights are."""
+        return make_low_rank(self.config.lora)
 
     @property
     def spec(self) -> StepSpec:
@@ -88,6 +95,7 @@ class Setup:
             tile=hardware.tile(gpu=jax.default_backend() == "gpu"),
             replayed=self.replay is not None,
             others=tuple(other.model for other in self.others),
+            low_rank=self.low_rank,
         )
 
     @property

@@ -131,10 +131,12 @@ class Step:
             golden_rows = self._golden_rows(batch, weights, student, teacher, clock)
             tokens += sum(map(len, batch.golden))
         reference = self.weights.reference if "reference_kl" in terms.names else None
-        frozen = Frozen(reference, self._head(teacher))
+        frozen = Frozen(reference, self._head(teacher), self.functions.base)
         del teacher
         if self.setup.mesh.devices is None:
             student = None  # on one device the update casts layer by layer
+        elif student is not None:
+            student = self.functions.trained(student)
         inputs = update.Inputs(frozen, rollout_rows, golden_rows, weights)
         unusable = False
         if experience is not None:
@@ -165,6 +167,10 @@ class Step:
         student = self.functions.compute_weights(state.params)
         return student, self.functions.teacher_weights(self.weights.scorer, state, student)
 
+    def _updated(self, state: TrainState) -> models.Params:
+        """Return the compute weights that the update changes."""
+        return self.functions.trained(self.functions.compute_weights(state.params))
+
     def _collect(
         self,
         number: int,
@@ -189,7 +195,9 @@ class Step:
         if teacher is None or not self.setup.terms.reads_head:
             return None
         head = decoder.head_alone(teacher)
-        if self.weights.scorer is None:  # the update may donate these buffers
+        if (
+            self.weights.scorer is None and self.functions.base is None
+        ):  # the update may donate them
             head = jax.tree.map(jnp.copy, head)
         return head
 
@@ -329,7 +337,7 @@ class Step:
                 and rows.share(inputs.golden_rows, i, parts, weigh=self.functions.weigh_golden),
             )
             if student is None and self.setup.mesh.devices is not None:
-                student = self.functions.compute_weights(state.train.params)
+                student = self._updated(state.train)
             separate = {}
             every = self.config.log.gradients
             if every and number % every == 0 and i == 0:
@@ -370,7 +378,7 @@ class Step:
             return state, dataclasses.replace(updates, measured=measured, news=updates.news | news)
         params = state.train.params  # the update has not changed them
         if self.setup.mesh.devices is not None:
-            params = self.functions.compute_weights(params)
+            params = self._updated(state.train)
         bad = nonfinite.bad_rows(self.functions.accumulate, params, *updates.inputs)
         terms = [name for name, x in zip(names, values, strict=True) if not np.isfinite(x)]
         held = {"rollouts": updates.inputs.rollout_rows, "golden": updates.inputs.golden_rows}
@@ -386,13 +394,7 @@ class Step:
         held: dict[str, Any],
     ) -> tuple[StepState, Summary]:
         """Count a skipped update. Raises NonFiniteError where the config allows no more."""
-
-        def text(one: nonfinite.Bad) -> str:
-            rows_of = held[one.kind]
-            ids = rows_of.tokens_BT[one.row, : rows_of.length_B[one.row]]
-            return self.setup.tokenizer.decode(ids.tolist())
-
-        file = nonfinite.save_texts(self.folder, number, bad, text)
+        file = nonfinite.save_texts(self.folder, number, bad, held, self.setup.tokenizer.decode)
         problem = nonfinite.described(number, terms, bad, file)
         numerics, news = nonfinite.leave_out(state.numerics, self.rules, problem)
         return dataclasses.replace(state, numerics=numerics), news

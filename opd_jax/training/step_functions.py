@@ -16,7 +16,7 @@ import optax
 
 from opd_jax import losses, scoring
 from opd_jax.aot import Program
-from opd_jax.models import Model, Params, decoder
+from opd_jax.models import Model, Params, decoder, low_rank
 from opd_jax.rollout import programs as rollout_programs
 from opd_jax.rollout import row_keys, sample_responses
 from opd_jax.scoring import Models
@@ -42,6 +42,7 @@ class StepFunctions:
       schedule: learning rate by the number of applied updates.
       accumulate: gradients of the loss, summed over micro-batches.
       update: gradients and AdamW; donates the state.
+      base: frozen compute weights that adapters stand beside (`beside`); None where all weights are trained.
     """
 
     spec: StepSpec
@@ -49,19 +50,39 @@ class StepFunctions:
     schedule: optax.Schedule
     accumulate: update.Gradients
     update: update.Update
+    base: Params | None = None
+
+    def beside(self, base: Params | None) -> "StepFunctions":
+        """Return the functions of a run whose adapters stand beside this base."""
+        return dataclasses.replace(self, base=base)
 
     def initial_state(self, student: Params) -> TrainState:
-        """The state before the first update; takes the buffers of `student` over."""
+        """The state before the first update; takes the buffers of `student`, the masters, over."""
         return self.spec.mesh.init_masters(self._begin, student)
 
     def abstract_state(self) -> TrainState:
         """Return shapes, dtypes and shardings of the state."""
-        state = jax.eval_shape(self._begin, decoder.abstract_params(self.spec.student))
+        state = jax.eval_shape(self._begin, self.spec.abstract_masters)
         return self.spec.mesh.structs(state, self.spec.mesh.masters(state))
 
+    def abstract_base(self) -> Params:
+        """Return shapes, dtypes and shardings of a base for adapters."""
+        spec, mesh = self.spec, self.spec.mesh
+        cast = jax.tree.map(
+            lambda w: jax.ShapeDtypeStruct(w.shape, spec.dtype),
+            decoder.abstract_params(spec.student),
+        )
+        cast = mesh.slices(cast, "student")
+        return mesh.structs(cast, mesh.weights(cast))
+
     def compute_weights(self, masters: Params) -> Params:
-        """Reshard and cast float32 weights to the student's compute weights."""
-        return self.spec.mesh.compute_weights(masters, self.spec.dtype)
+        """Reshard and cast float32 masters to the student's compute weights; adapters join their base."""
+        weights = self.spec.mesh.compute_weights(masters, self.spec.dtype)
+        return weights if self.base is None else low_rank.join(self.base, weights)
+
+    def trained(self, student: Params) -> Params:
+        """Return what the update changes of the student's compute weights: all, or the adapters."""
+        return student if self.spec.low_rank is None else low_rank.adapters_of(student)
 
     def teacher_weights(
         self, scorer: Params | None, state: TrainState, student: Params | None = None
@@ -201,6 +222,10 @@ class StepFunctions:
         state = self.abstract_state()
         student = jax.eval_shape(partial(mesh.compute_weights, dtype=spec.dtype), state.params)
         student = mesh.structs(student, mesh.weights(student))
+        params, base = state.params if mesh.devices is None else student, self.base
+        if spec.low_rank is not None:
+            base = self.abstract_base() if base is None else mesh.structs(base)
+            student = low_rank.join(base, student)
         if teacher is None and spec.teacher is not None:
             teacher = student
         elif teacher is not None:
@@ -232,9 +257,8 @@ class StepFunctions:
         if terms.needs_golden:
             golden_rows = blank_rows.golden_rows(spec, student, teacher)
         head = decoder.head_alone(teacher) if teacher and terms.reads_head else None
-        frozen = Frozen(reference if "reference_kl" in terms.names else None, head)
+        frozen = Frozen(reference if "reference_kl" in terms.names else None, head, base)
         frozen = mesh.structs(frozen, mesh.weights(frozen))
-        params = state.params if mesh.devices is None else student
         out += self.accumulate.programs(params, frozen, rollout_rows, golden_rows, weights)
         limited = bool(spec.config.guard.spike) and spec.config.guard.spike_action == "skip"
         return [*out, self.update.program(state, limited=limited)]
@@ -326,6 +350,7 @@ def make_step_functions(spec: StepSpec) -> StepFunctions:
     accumulate = update.make_accumulate(
         rollout_loss, golden_loss,
         microbatch_tokens=optim.microbatch_tokens, dtype=spec.dtype, mesh=spec.mesh, tile=spec.tile,
+        adapters=spec.low_rank is not None,
     )  # fmt: skip
     updates = spec.config.steps * optim.updates_per_rollout
     optimizer = make_optimizer(optim, updates)

@@ -6,8 +6,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from opd_jax import data
-from opd_jax.models import Model, ModelConfig, Params
+from opd_jax.models import Model, ModelConfig, Params, decoder, low_rank
 from opd_jax.models.end_tokens import Events
+from opd_jax.models.low_rank import LowRank
 from opd_jax.rollout import Batching, SamplingParams
 from opd_jax.scoring import Models, ScoreSpec
 from opd_jax.sharding.mesh import ONE, Mesh
@@ -31,6 +32,8 @@ class StepSpec:
       tile: widths of batches are multiples of it (hardware.tile).
       replayed: whether rollouts are read from a recording; then there is no teacher.
       others: architectures of further teachers.
+      low_rank: the adapters that are trained beside the student's frozen weights; None where the weights
+        themselves are.
     """
 
     config: ConfigDict
@@ -45,6 +48,14 @@ class StepSpec:
     tile: int = 1
     replayed: bool = False
     others: tuple[ModelConfig, ...] = ()
+    low_rank: LowRank | None = None
+
+    @property
+    def abstract_masters(self) -> Params:
+        """Shapes and dtypes of what is trained, float32: the student's weights, or its adapters."""
+        if self.low_rank is None:
+            return decoder.abstract_params(self.student)
+        return low_rank.abstract_adapters(self.student, self.low_rank)
 
     @property
     def teachers(self) -> tuple[ModelConfig | None, ...]:

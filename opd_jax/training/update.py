@@ -13,7 +13,7 @@ import optax
 
 from opd_jax.aot import Program
 from opd_jax.data import microbatches
-from opd_jax.models import decoder
+from opd_jax.models import decoder, low_rank
 from opd_jax.sharding.mesh import ONE, ROWS, SUMS, UNREDUCED, WHOLE, Mesh
 from opd_jax.training.objective import GoldenLoss, Parts, RolloutLoss
 from opd_jax.training.terms import ON_GOLDEN, ON_ROLLOUTS
@@ -146,14 +146,17 @@ def make_accumulate(
     dtype: jnp.dtype,
     mesh: Mesh = ONE,
     tile: int = 1,
+    adapters: bool = False,
 ) -> Gradients:
     """Make the gradient of the losses; see `Gradients`.
 
-    The forward and backward passes compute in `dtype`; master weights and gradients are float32.
+    The forward and backward passes compute in `dtype`; master weights and gradients are float32. `adapters`:
+    the gradient is that of adapters, beside the weights that `Frozen.base` holds.
     """
+    make = make_adapter_add if adapters else make_add
     return Gradients(
-        on_rollouts=make_add(rollout_loss, dtype, mesh) if rollout_loss else None,
-        on_golden=make_add(golden_loss, dtype, mesh) if golden_loss else None,
+        on_rollouts=make(rollout_loss, dtype, mesh) if rollout_loss else None,
+        on_golden=make(golden_loss, dtype, mesh) if golden_loss else None,
         microbatch_tokens=microbatch_tokens,
         mesh=mesh,
         tile=tile,
@@ -298,6 +301,30 @@ def make_add(loss: Callable, dtype: jnp.dtype, mesh: Mesh = ONE) -> Callable:
         )
         grads = jax.tree.map(jnp.add, grads, new) | ({"layers": sums} if layers else {})
         return value, parts, grads
+
+    return _added(own_gradient, mesh)
+
+
+def make_adapter_add(loss: Callable, dtype: jnp.dtype, mesh: Mesh = ONE) -> Callable:
+    """As `make_add`, for adapters: `params` and `grads` are theirs, and `frozen` holds their base.
+
+    The gradients of all layers are stacked before they are added: of adapters that is little memory.
+    """
+
+    def own_gradient(params: Any, frozen: Frozen, rows: Any, weights: Any, grads: Any) -> tuple:
+        def compute(adapters: Any) -> tuple[jax.Array, Parts]:
+            joined = low_rank.join(frozen.base, _in(dtype, adapters))
+            return loss(joined, frozen, rows, weights)
+
+        masters = _in(jnp.float32, params)
+        (value, parts), new = jax.value_and_grad(compute, has_aux=True)(masters)
+        return value, parts, jax.tree.map(jnp.add, grads, new)
+
+    return _added(own_gradient, mesh)
+
+
+def _added(own_gradient: Callable, mesh: Mesh) -> Callable:
+    """Compile `own_gradient` of one replica for all replicas; donates the sum of gradients."""
 
     @partial(jax.jit, donate_argnums=(4,))
     def add_gradient(params: Any, frozen: Frozen, rows: Any, weights: Any, grads: Any) -> tuple:

@@ -45,7 +45,9 @@ USUAL = {
     "tensor_parallel": "'mesh.tensor'",
     "grad_accum_steps": "'rollout.prompts_per_step' or 'optim.microbatch_tokens'",
     "seq_len": "'rollout.max_prompt_tokens' or 'rollout.max_response_tokens'",
-    "lora_rank": "known: checkpoint.*, data.*, ",
+    "lora_rank": "'lora.rank'",
+    "use_rslora": "'lora.power'",
+    "num_experts": "known: checkpoint.*, data.*, ",
     "optim.temperature": "'eval.temperature' or 'rollout.temperature'",
     "rollout.temprature": "'rollout.temperature'",
 }

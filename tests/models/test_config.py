@@ -1,5 +1,7 @@
 """`config.json` -> `ModelConfig` and back, and every refusal on the way."""
 
+import dataclasses
+
 import pytest
 
 from opd_jax.errors import ModelError
@@ -33,6 +35,18 @@ def test_reads_every_field():
         model_type="llama", num_layers=2, rope_theta=5e5, rms_norm_eps=1e-5,
         tie_embeddings=False, qkv_bias=False, eos_token_ids=(7,),
     )  # fmt: skip
+
+
+def test_mistral_without_a_window_is_a_llama_and_with_one_is_refused():
+    found = from_hf(hf_config(model_type="mistral", sliding_window=None), source=SOURCE)
+    assert found == dataclasses.replace(from_hf(hf_config(), source=SOURCE), model_type="mistral")
+    written = to_hf(found)
+    assert written["architectures"] == ["MistralForCausalLM"]
+    assert written["sliding_window"] is None  # a missing one is 4096 to transformers
+    assert from_hf(written, source=SOURCE) == found
+    for changes in ({}, {"sliding_window": 4096}):
+        with pytest.raises(ModelError, match="of Mistral sliding_window"):
+            from_hf(hf_config(model_type="mistral", **changes), source=SOURCE)
 
 
 def test_fields_that_switch_sliding_windows_off_are_read_over():
@@ -171,7 +185,7 @@ def test_round_trip(model):
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
-        ({"model_type": "mistral"}, "model_type"),
+        ({"model_type": "gemma2"}, "model_type"),
         ({"model_type": ...}, "model_type"),
         ({"vocab_size": ...}, "vocab_size"),
         ({"hidden_size": -32}, "hidden_size"),

@@ -36,6 +36,7 @@ CASES = {
     "llama tied": ("Llama", {"tie_word_embeddings": True, "head_dim": 12}),
     "llama untied, llama3": ("Llama", {"tie_word_embeddings": False, "rope_parameters": LLAMA3}),
     "llama linear": ("Llama", {"tie_word_embeddings": False, "rope_parameters": LINEAR}),
+    "mistral": ("Mistral", {"tie_word_embeddings": False, "sliding_window": None}),
     "qwen2 yarn": ("Qwen2", {"rope_parameters": YARN}),
     "qwen3 yarn, all given": (
         "Qwen3",

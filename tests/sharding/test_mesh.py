@@ -20,7 +20,8 @@ from tests.conftest import tiny_config
 from tests.support.paths import ROOT
 
 FILES = tuple(
-    f"tests/sharding/eight_devices{part}.py" for part in ("", "_scores", "_spans", "_runs")
+    f"tests/sharding/eight_devices{part}.py"
+    for part in ("", "_scores", "_spans", "_runs", "_adapters")
 )
 
 

@@ -182,6 +182,7 @@ ROUTE = {"teachers.others": "b=B", "teachers.column": "domain"}
         ({"teachers.wait": "host"}, "has no effect: there is one teacher"),
         ({"teachers.others": "b=B"}, "with neither teachers.column nor teachers.weights"),
         (MIX | {"teachers.column": "domain"}, "wanted one of them"),
+        (MIX | {"lora.rank": 4}, "adapters beside several teachers are not built"),
         (MIX | {"teachers.weights": (1.0,)}, "has 1 numbers, wanted 2"),
         (MIX | {"teachers.weights": (1.0, -1.0)}, "finite numbers, at least 0"),
         (MIX | {"teachers.weights": (0.0, 0.0)}, "not all 0"),

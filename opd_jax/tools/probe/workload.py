@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from opd_jax import checkpoint, data, models, workdir
 from opd_jax import config as configuration
+from opd_jax import data, models, workdir
+from opd_jax.checkpoint.student import restore_student
 from opd_jax.data.length_filter import prompt_misfit, teacher_misfit
 from opd_jax.errors import ConfigError, DataError
-from opd_jax.models import decoder
 from opd_jax.sharding.mesh import ONE
 from opd_jax.training.make_setup import make_setup
 from opd_jax.training.roles import compute_dtype
@@ -116,8 +116,7 @@ def load_student(plan: Plan) -> tuple[models.Params, int | None]:
     dtype = compute_dtype(config.student.dtype)
     if plan.folder is None:
         return models.load(config.student.path, dtype=dtype)[1], None
-    abstract = decoder.abstract_params(setup.student)
-    step, params = checkpoint.restore_params(plan.folder, abstract, step=plan.step)
+    step, params = restore_student(plan.folder, setup.student, step=plan.step)
     return jax.tree.map(lambda w: jnp.asarray(w, dtype), params), step
 
 
@@ -128,7 +127,7 @@ def load_teacher(setup: Setup, student: models.Params) -> tuple[models.Params, m
     """
     if setup.config.teacher.follow != "frozen":
         return student, student
-    weights = load_weights(setup, student=False)
+    weights = load_weights(setup, student=False, base=False)
     assert weights.teacher is not None  # a plan has a teacher
     assert weights.scorer is not None
     return weights.teacher, weights.scorer

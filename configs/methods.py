@@ -48,6 +48,14 @@ _REWARD = {
     "rollout.samples_per_prompt": 8,  # LUFFY's on-policy RL: n = 8
 }
 _LUFFY = {"rollout.prompts_per_step": 128}  # LUFFY: batch 128
+_PLAN = (
+    "{problem}\n\nHere is a solution to this problem:\n{solution}\n\nDo not solve the problem again. From "
+    "this solution make a short plan: the ideas that are needed, and the steps in their order."
+)
+_BY_PLAN = (
+    "{problem}\n\nA plan for a solution:\n{plan}\n\nThe answer, with which you may check yours: {answer}\n"
+    "Solve the problem by this plan, step by step. " + recipes.BOXED
+)
 ITSELF, NOBODY = "itself", "nobody"
 
 
@@ -491,6 +499,31 @@ METHODS: dict[str, Method] = {
             "rollout.max_response_tokens": 2048,  # second-hand
         },
     ),
+    "ophsd": Method(
+        "2605.08741 and its code: the plan-then-solve harness",
+        _DIVERGENCE
+        | {
+            "teacher.path": "student",  # found
+            "teacher.follow": "frozen",  # found
+            # Found: what the two prompts show; the words are ours.
+            "harness.prompt": _PLAN,
+            "data.teacher_prompt_template": _BY_PLAN,
+            "eval.teacher": False,  # held-out problems have no plan
+        },
+        run={
+            "harness.max_tokens": 4096,  # found
+            "harness.max_prompt_tokens": 8192,  # unknown: problem and solution
+            "optim.learning_rate": 1e-6,  # found
+            "optim.weight_decay": 0.1,  # found
+            "optim.updates_per_rollout": 2,  # found: 64 prompts in minibatches of 32
+            "rollout.prompts_per_step": 64,  # found
+            "rollout.samples_per_prompt": 1,  # found
+            "rollout.temperature": 1.0,  # found
+            "rollout.max_prompt_tokens": 4096,  # found
+            "rollout.max_response_tokens": 8192,  # found
+            "steps": 150,  # found
+        },
+    ),
 }
 
 
@@ -520,7 +553,7 @@ def get_config(text: str | None = None) -> ConfigDict:
     whole = config.rollout.max_response_tokens
     for field, value in {**method.numbers, **({} if small else method.run)}.items():
         section, _, last = field.rpartition(".")
-        config[section][last] = value
+        (config[section] if section else config)[last] = value
     _set_horizon(config, method, whole)
     if rest[0] == "tiny":
         _fit_tiny(config, name)
@@ -554,6 +587,10 @@ def _fit_tiny(config: ConfigDict, name: str) -> None:
         config.loss.token_weight_window = 8  # its solutions are one paragraph
     if config.rollout.samples_per_prompt == 8:
         config.rollout.prompts_per_step = 8  # as many rollouts a step as the other methods
+    if config.harness.prompt:
+        config.harness.prompt = "{problem}\n{solution}"
+        config.data.teacher_prompt_template = "{problem}\n{plan}"
+        config.harness.max_tokens = 64
     if name == "opct" and config.data.train == "tiny:train":
         # Generated problems have no other column: the student reads a hint that may be wrong.
         config.data.prompt_template = "I think 7. {problem}"

@@ -17,6 +17,7 @@ class Stream(IntEnum):
     JUMP = 7  # answers to the problems held for jumps; the place of their batch is folded in
     HINT = 8  # cold-start solutions of the teacher where its prompt shows the answer; as for SAMPLE
     AGREEMENT = 9  # the student's responses that solutions are compared with; likewise
+    HARNESS = 10  # what the student writes into the teacher's prompts
 
 
 def key_for(seed: int, step: int, stream: Stream) -> jax.Array:

@@ -2,9 +2,9 @@
 
 B sequences   P prompts   G rollouts per prompt   T tokens (prompt ++ response ++ padding)
 S cache slots V vocabulary   D model width   F mlp width   L layers
-N query heads K key/value heads   H head size   C tokens of one chunk   X candidates (top-k), or spans of text
+N query heads K key/value heads, or teachers   H head size   C tokens of one chunk
+X candidates (top-k), or spans of text   Z periods of a cycle
 U ids of a teacher with another tokenizer
-Z periods of a cycle
 """
 
 from typing import Any

@@ -122,7 +122,10 @@ class TrainLoop:
         tracer = Tracer(self.folder, config.profile, memory=used_bytes)
         if precompile.worthwhile():
             programs = self.functions.programs(
-                self.weights.scorer, self.weights.reference, self._weights(step + 1)
+                self.weights.scorer,
+                self.weights.reference,
+                self._weights(step + 1),
+                self.weights.others,
             )
             progress.say(
                 f"{len(programs)} programs compiled in {precompile.compile_all(programs):.1f} s"
@@ -214,7 +217,8 @@ class TrainLoop:
         self.watchdog.begin("self-test", self.first)
         params, functions = self.state.train.params, self.functions
         student = functions.compute_weights(params)
-        teacher = functions.teacher_weights(self.weights.scorer, self.state.train, student)
+        scorer = self.weights.placed(self.weights.scorer, functions.spec.mesh)
+        teacher = functions.teacher_weights(scorer, self.state.train, student)
         with stage("self-test"):
             found = selftest.run(self.setup, functions, student, teacher, self.weights.reference)
         if found is not None:

@@ -46,6 +46,25 @@ def test_a_process_killed_in_the_midst_of_a_save_loses_nothing(wanted, tmp_path)
 
 
 @pytest.mark.slow
+def test_a_process_killed_where_its_schedules_change_loses_nothing(tmp_path):
+    """At the rise of the horizon, with a candidate of a jump in place, and while the student plans."""
+    base = faulty.CHANGING
+    status, said = faulty.finish(tmp_path / "plain", base=base)
+    assert status == 0, said
+    wanted = faulty.state_of(tmp_path / "plain")
+    budgets = [row["rollout/horizon"] for row in wanted["metrics"][1:]]  # type: ignore[index]
+    assert budgets == [20, 20, 40, 40, 80, 80, 80, 80]
+    # Steps 4, 4 (the sixth answer after two to each of the jumps before) and 5.
+    for point, count in (("horizon", 4), ("jump", 6), ("harness", 5)):
+        folder = tmp_path / point
+        status, said = faulty.finish(folder, fault=f"kill:{point}:{count}", base=base)
+        assert status == -signal.SIGKILL, said
+        status, said = faulty.finish(folder, base=base)
+        assert status == 0, said
+        faulty.assert_same(folder, wanted)
+
+
+@pytest.mark.slow
 def test_a_process_asked_to_end_saves_its_step_and_says_so(wanted, tmp_path):
     status, said = faulty.finish(tmp_path / "run", fault="term:update:3", base=faulty.QUICK)
     assert status == AGAIN, said

@@ -23,7 +23,7 @@ def test_same_inputs_same_key():
 def test_seeds_steps_and_streams_differ():
     grid = list(itertools.product((0, 1, 2), (0, 1, 2, 1000), Stream))
     keys = {numbers(seed=seed, step=step, stream=stream) for seed, step, stream in grid}
-    assert len(keys) == len(grid) == 108
+    assert len(keys) == len(grid) == 120
 
 
 def test_step_may_be_traced():
@@ -35,5 +35,5 @@ def test_stream_numbers_stay():
     # They are part of what a run is: another number, and an old run cannot be repeated.
     assert {stream.name: stream.value for stream in Stream} == {
         "ROLLOUT": 1, "EVAL": 2, "SAMPLE": 3, "PROBE": 4, "BENCHMARK": 5, "GATE": 6, "JUMP": 7,
-        "HINT": 8, "AGREEMENT": 9,
+        "HINT": 8, "AGREEMENT": 9, "HARNESS": 10,
     }  # fmt: skip

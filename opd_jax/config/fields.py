@@ -12,6 +12,7 @@ configs/recipes.py and configs/methods.py.
 from ml_collections import ConfigDict
 
 from opd_jax.config import guard_limits
+from opd_jax.config.harness_fields import HARNESS
 from opd_jax.config.loss_fields import LOSS
 from opd_jax.config.record import (
     ABOVE_ZERO,
@@ -38,6 +39,7 @@ from opd_jax.config.rules import (
     TRAINING_FILE,
     WORDS,
 )
+from opd_jax.config.teacher_fields import TEACHERS
 
 # Metrics by which a best checkpoint is kept; True where more is better.
 BEST = {
@@ -77,6 +79,7 @@ SECTIONS = (
                  "average, the student's own at every step (live), or a copy made now and then (every)."),
            Field("decay", 0.99, SHARE, "Decay of that moving average, per update."),
            Field("every", 10, COUNT, "Updates of the optimizer between two such copies.")),
+    TEACHERS,
     _model("reference", Field("path", "", None,
                               "Hugging Face folder or hub name; empty = the student at step 0."),
            "The model that KL(student || reference) is measured against."),
@@ -105,6 +108,7 @@ SECTIONS = (
         Field("epochs", 0.0, FROM_ZERO, "Passes over the data that set `steps`; 0 = `steps` counts."),
         Field("size", 20_000, COUNT, "Problems of the generated data set before it repeats."),
     )),
+    HARNESS,
     Section("rollout", "Responses that the student samples in training.", (
         Field("prompts_per_step", 16, COUNT, "Prompts of one step."),
         Field("samples_per_prompt", 4, COUNT, "Responses to each prompt."),

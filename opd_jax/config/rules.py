@@ -34,9 +34,16 @@ def _counts(numbers: Any) -> bool:
     return whole and len(set(numbers)) == len(numbers)
 
 
-def _shows_problem(text: str) -> bool:
+def shows_problem(text: str) -> bool:
+    """Return whether a prompt template shows the problem, or is "same"."""
     templates = importlib.import_module("opd_jax.data.templates")  # its package loads JAX
     return text == "same" or templates.shows_problem(text)
+
+
+def shows(text: str, name: str) -> bool:
+    """Return whether a prompt template shows the column of this name."""
+    templates = importlib.import_module("opd_jax.data.templates")
+    return name in templates.columns_of(text)
 
 
 def _words(words: Any) -> bool:
@@ -45,7 +52,7 @@ def _words(words: Any) -> bool:
 
 DAY = Rule("a day as YYYY-MM-DD, such as 2026-01-31, or none", _is_day)
 PATTERN = Rule("a regular expression", _is_pattern)
-TEMPLATE = Rule("a text that holds {problem} or a {column} of its row", _shows_problem)
+TEMPLATE = Rule("a text that holds {problem} or a {column} of its row", shows_problem)
 TEXTS = Rule(
     'texts, such as ("<","think")', lambda texts: all(isinstance(x, str) and x for x in texts)
 )

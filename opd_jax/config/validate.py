@@ -8,8 +8,10 @@ from ml_collections import ConfigDict
 
 from opd_jax.config import guard_limits
 from opd_jax.config.fields import FIELDS
+from opd_jax.config.harness_rules import check_harness
 from opd_jax.config.loss_rules import check_gates, check_loss
 from opd_jax.config.schema import check, wrong
+from opd_jax.config.teacher_rules import check_teachers
 from opd_jax.config.trees import EVALUATION, SAMPLING, TRAINING
 from opd_jax.errors import ConfigError
 
@@ -36,6 +38,8 @@ def validate(config: ConfigDict) -> None:
         )
     check_loss(config)
     check_gates(config)
+    check_teachers(config)
+    check_harness(config)
     _check_variants(config)
     _check_reward(config)
     if config.replay.path:
@@ -216,6 +220,10 @@ def check_replayable(config: ConfigDict, what: str) -> None:
          "loss.token_weight=none"),
         (teacher != "frozen", f"teacher.follow={teacher}, a teacher that changes",
          "teacher.follow=frozen"),
+        (config.teachers.others, f"teachers.others={config.teachers.others}, more than the one teacher of "
+         "a recording", "teachers.others="),
+        (config.harness.prompt, "harness.prompt, a prompt of the teacher that the current student writes",
+         "harness.prompt="),
         (config.guard.action != "off",
          f"guard.action={config.guard.action}, which watches rollouts of the current student",
          "guard.action=off"),

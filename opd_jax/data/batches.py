@@ -18,12 +18,14 @@ class Batch:
       prompts: ids of each problem for the student. teacher_prompts: for the teacher, where it is shown
         others; None where not.
       golden: ids of each golden solution, an end token last; [] where no term asks for them.
+      harness_texts: what the student wrote into the teacher's prompt of each problem; None without a harness.
     """
 
     problems: list[Problem]
     prompts: list[list[int]]
     teacher_prompts: list[list[int]] | None
     golden: list[list[int]]
+    harness_texts: list[str] | None = None
 
 
 def make_batches(

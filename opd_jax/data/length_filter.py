@@ -77,6 +77,17 @@ def teacher_misfit(tokens: int, max_position: int, response: int) -> Misfit | No
     return None
 
 
+def harness_misfit(tokens: int, limit: int) -> Misfit | None:
+    """Return the fault of a prompt to which the student writes, where harness.max_prompt_tokens = `limit`."""
+    if tokens > limit:
+        return (
+            "harness prompt too long",
+            f"its prompt of harness.prompt has {tokens} tokens, wanted at most harness.max_prompt_tokens="
+            f"{limit}; set --config.harness.max_prompt_tokens={tokens}",
+        )
+    return None
+
+
 def unknown_id(
     ids: Sequence[int], tokenizer: data.Tokenizer, *, what: str, rows: dict[str, int]
 ) -> Misfit | None:

@@ -44,6 +44,7 @@ def split(
     teacher: TeacherRows | None = None,
     replicas: int = 1,
     tile: int = 1,
+    batch: int | None = None,
 ) -> list[MicroBatch]:
     """Split rows of the given lengths into micro-batches of at most `tokens` tokens (at least one row).
 
@@ -51,11 +52,13 @@ def split(
 
     `width` is that of the full batch. `teacher`, the teacher's own rows, counts as well: no
     micro-batch has more than `tokens` of its tokens either. The number of rows of a micro-batch of some
-    width depends on the size of the batch alone, so that later batches have the same shapes.
+    width depends on the size of the batch alone, so that later batches have the same shapes. Rows whose
+    number changes from step to step have those of `batch` rows, which `shapes` lists.
     """
     length_B = np.asarray(length_B)
+    batch = len(length_B) if batch is None else batch
     teacher_width = 0 if teacher is None else teacher.tokens_BT.shape[1]
-    of, step = _division(len(length_B), max(width, teacher_width))
+    of, step = _division(batch, max(width, teacher_width))
     part_B = _part(length_B, width, tile, of)
     if teacher is not None:
         part_B = np.maximum(part_B, _part(teacher.length_B, teacher_width, tile, of))
@@ -65,7 +68,7 @@ def split(
     start = 0
     while start < len(order):
         part = int(part_B[order[start]])
-        shape = _shape(part, of, len(order), width, teacher_width, tokens, replicas, tile)
+        shape = _shape(part, of, batch, width, teacher_width, tokens, replicas, tile)
         parts.append(dataclasses.replace(shape, rows=order[start : start + shape.count]))
         start += shape.count
     return parts

@@ -69,12 +69,13 @@ class HeldOut:
     def evaluate(self, step: int | str, state: TrainState) -> Summary:
         """Evaluate the student's current weights, or the teacher if `step` is "teacher"; return the summary.
 
-        Writes the answers to eval/STEP/. The teacher uses its own prompts, ids and end tokens.
+        Writes the answers to eval/STEP/. The teacher uses its own prompts, ids and end tokens; of several it
+        is that of teacher.path.
         """
         setup, config = self.setup, self.config
         params: models.Params | None
         if step == "teacher" and setup.teacher is not None:
-            params = self.weights.teacher
+            params = self.weights.placed(self.weights.teacher, setup.mesh)
             if params is None:  # the teacher's weights follow the student's
                 params = self.functions.teacher_weights(self.weights.scorer, state)
             model, tokenizer, prompts = (

@@ -19,7 +19,7 @@ from opd_jax.types import Scores
 # piece (jax-ml/jax issues 9064 and 25082). Other allocators (mesh.allocator) move pages instead.
 MARGIN = 0.05
 # Stages by what makes them smaller; all others have micro-batches.
-_ROLLING, _ANSWERING = ("rollout",), ("evaluate", "evaluate teacher")
+_ROLLING, _ANSWERING = ("rollout harness", "rollout"), ("evaluate", "evaluate teacher")
 KINDS = ("student", "unstacked", "master", "optimizer", "average", "gradients", "teacher",
          "reference", "caches", "rows", "activations", "working", "logits", "weight copies")  # fmt: skip
 
@@ -48,12 +48,17 @@ def stages(workload: Workload) -> list[Stage]:
     trained = own if workload.layout.devices > 1 else {}
     found = []
     if workload.rollouts:
+        if workload.written:
+            writing = workload.writing
+            decoding = _decoding(writing, writing.device_slots)
+            found.append(Stage("rollout harness", _sum(base, live, decoding)))
         decoding = _decoding(workload, workload.device_slots)
         if workload.samples:
             found.append(Stage("rollout", _sum(base, live, decoding)))
-        found.append(Stage("score", _sum(base, live, _scoring(workload))))
+        found.append(Stage("score", _sum(base, live, _turn(workload.taught))))
     if workload.golden_divergence:
-        found.append(Stage("score golden", _sum(base, live, _scoring(workload.of_golden))))
+        golden = tuple(one.of_golden for one in workload.taught)
+        found.append(Stage("score golden", _sum(base, live, _turn(golden))))
     kinds = [False] * workload.rollouts + [True] * (workload.golden > 0)
     learning = [footprint.gradient(workload, golden=golden) for golden in kinds]
     busiest = max(learning, key=lambda one: one.temporary_bytes)
@@ -89,6 +94,8 @@ def stages(workload: Workload) -> list[Stage]:
             live = own if workload.teacher_follows == "live" else {}
             if workload.teacher_follows == "average" and workload.own_copy:
                 live = {"teacher": resident.weight_bytes(workload, "teacher")}
+            if workload.turns.wait:
+                live = {"teacher": resident.weight_bytes(workload, "teacher")}
             found.append(Stage("evaluate teacher", _sum(base, live, answering)))
     found.append(Stage("checkpoint", base))
     return found
@@ -103,8 +110,8 @@ def always(workload: Workload) -> dict[str, float]:
     }
     if state.average is not None:
         held["average"] = resident.bytes_on_device(state.average)
-    if workload.teacher is not None and workload.teacher_follows == "frozen":
-        held["teacher"] = resident.teacher_bytes(workload)
+    if not workload.turns.wait and (teachers := _teacher_bytes(workload)):
+        held["teacher"] = teachers
     if workload.reference is not None and not workload.same_reference:
         held["reference"] = resident.weight_bytes(workload, "reference")
     return held
@@ -114,12 +121,14 @@ def host_bytes(workload: Workload) -> dict[str, float]:
     """Return bytes of the host's memory.
 
     A device's share of a checkpoint, an export of the student, and with jumps the snapshot of the last one
-    and the weights that wait while a candidate is tried; a checkpoint then has the snapshot too.
+    and the weights that wait while a candidate is tried; a checkpoint then has the snapshot too. Teachers
+    that wait between their turns.
     """
     copies = 4 if workload.teacher_follows == "average" else 3
     whole = 4.0 * resident.parameters(workload.student, ONE)
     found = {"checkpoint": copies * resident.masters(workload), "export": whole}
-    return found | ({"jump": 2 * whole} if workload.jumps else {})
+    found |= {"jump": 2 * whole} if workload.jumps else {}
+    return found | ({"teachers": _teacher_bytes(workload)} if workload.turns.wait else {})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,6 +304,25 @@ def _changes(workload: Workload) -> list[tuple[dict[str, Any], Workload]]:
                 layout=inner,
             )
     return found
+
+
+def _teacher_bytes(workload: Workload) -> float:
+    """Return the bytes of all teachers with weights of their own, if they are frozen."""
+    if workload.teacher is None or workload.teacher_follows != "frozen":
+        return 0.0
+    others = (dataclasses.replace(workload, teacher=other) for other in workload.turns.held)
+    return resident.teacher_bytes(workload) + sum(
+        resident.weight_bytes(other, "teacher") for other in others
+    )
+
+
+def _turn(taught: Sequence[Workload]) -> dict[str, float]:
+    """Return the busiest of the turns in which teachers score; one that waited is on the device then."""
+    turns = []
+    for one in taught:
+        waited = {"teacher": resident.weight_bytes(one, "teacher")} if one.turns.wait else {}
+        turns.append(_sum(waited, _scoring(one)))
+    return max(turns, key=lambda turn: sum(turn.values()))
 
 
 def _scoring(workload: Workload) -> dict[str, float]:

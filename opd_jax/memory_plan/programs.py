@@ -48,14 +48,15 @@ def _programs(config: ConfigDict, workload: Workload, mesh: Mesh) -> list[Progra
         config=config, terms=make_terms(config), student=workload.student, teacher=workload.teacher,
         reference=workload.reference or workload.student, alignment=alignment,
         dtype=jnp.dtype(_dtype(workload.itemsize)), teacher_width=workload.teacher_width, mesh=mesh,
-        replayed=workload.replayed, tile=workload.tile,
+        replayed=workload.replayed, tile=workload.tile, others=workload.turns.others,
     )  # fmt: skip
     teacher = reference = None
     if workload.teacher is not None and workload.teacher_follows == "frozen":
         teacher = resident.weights(workload, "teacher", mesh)
     if workload.reference is not None:
         reference = resident.weights(workload, "reference", mesh)
-    return make_step_functions(spec).programs(teacher, reference, spec.terms.weights)
+    others = [resident.weights(one, "teacher", mesh) for one in workload.taught[1:]]
+    return make_step_functions(spec).programs(teacher, reference, spec.terms.weights, others)
 
 
 def compile_for(

@@ -1,7 +1,7 @@
 """A plan as text and JSON: lines for the start of a run, a table, plan.json."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from opd_jax.hardware import GIB
@@ -121,16 +121,24 @@ def programs(workload: Workload) -> dict[str, footprint.Footprint]:
     if workload.rollouts:
         found["prefill"] = footprint.prefill(workload, workload.device_slots)
         found["decode"] = footprint.decode(workload, workload.device_slots)
+        if workload.written:
+            writing = workload.writing
+            found["harness prefill"] = footprint.prefill(writing, writing.device_slots)
+            found["harness decode"] = footprint.decode(writing, writing.device_slots)
         if workload.teacher_vocabulary:
             found["score"], found["teacher: score"] = map(footprint.score, workload.alone)
         else:
-            found["score"] = footprint.score(workload)
+            found["score"] = _largest_score(workload.taught)
         found["gradient on rollouts"] = footprint.gradient(workload)
     if workload.golden_divergence:
-        found["golden score"] = footprint.score(workload.of_golden)
+        found["golden score"] = _largest_score([one.of_golden for one in workload.taught])
     if workload.golden:
         found["gradient on golden"] = footprint.gradient(workload, golden=True)
     return found
+
+
+def _largest_score(taught: Sequence[Workload]) -> footprint.Footprint:
+    return max(map(footprint.score, taught), key=lambda one: one.temporary_bytes)
 
 
 def _parts(stage: memory.Stage) -> str:

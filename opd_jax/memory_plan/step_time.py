@@ -7,6 +7,7 @@ divides the first of these three by an assumed efficiency (`EFFICIENCY`).
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -97,9 +98,12 @@ def step_time(
     stages = []
     if workload.rollouts:
         stages = [rollout(workload, device, length_B)] * workload.samples
-        stages.append(score(workload, device, length_B))
+        if workload.written:
+            stages.insert(0, _writing(workload.writing, device, mean_response))
+        stages.append(_turns(workload.taught, device, length_B))
     if workload.golden_divergence:
-        scored = score(workload.of_golden, device, _golden(workload, length_B))
+        golden = [one.of_golden for one in workload.taught]
+        scored = _turns(golden, device, _golden(workload, length_B))
         stages.append(dataclasses.replace(scored, name="score golden"))
     stages.append(update(workload, device, length_B))
     tokens = (
@@ -136,6 +140,24 @@ def rollout(workload: Workload, device: Device, length_B: np.ndarray) -> StageTi
         _reduced(sent, tensor, device) + collectives * _COLLECTIVE_S
         + _gathers(workload, "student", model, 1, workload.itemsize, device),
     )  # fmt: skip
+
+
+def _writing(workload: Workload, device: Device, mean_response: float | None) -> StageTime:
+    """What the student writes for the teacher: at its budget, or spread evenly around half of it."""
+    rows = -(-workload.batch // workload.layout.rows)
+    mean = None if mean_response is None else (workload.response + 1) / 2
+    found = rollout(workload, device, _lengths(rows, workload.response, mean))
+    return dataclasses.replace(found, name="rollout harness")
+
+
+def _turns(taught: Sequence[Workload], device: Device, length_B: np.ndarray) -> StageTime:
+    """The turns of several teachers: each on an even share of the rows, or on all of them."""
+    count = len(taught)
+    rows = [length_B[i::count] if one.turns.routed else length_B for i, one in enumerate(taught)]
+    turns = [score(one, device, x) for one, x in zip(taught, rows, strict=True) if len(x)]
+    causes = ("compute_s", "memory_s", "latency_s", "communication_s")
+    total = {name: sum(getattr(turn, name) for turn in turns) for name in causes}
+    return dataclasses.replace(turns[0], **total)
 
 
 def score(workload: Workload, device: Device, length_B: np.ndarray) -> StageTime:

@@ -8,11 +8,13 @@ import optax
 from ml_collections import ConfigDict
 
 from opd_jax import hardware, models
+from opd_jax.config import teacher_list
 from opd_jax.config.validate import validate
 from opd_jax.data import microbatches
 from opd_jax.errors import ModelError
 from opd_jax.hardware import Device
 from opd_jax.memory_plan.layout import Layout, layout_of
+from opd_jax.memory_plan.turns import ONE_TEACHER, Turns, make_turns
 from opd_jax.models import ModelConfig, catalog
 from opd_jax.rollout.generate import Shapes
 from opd_jax.sharding import partition
@@ -64,6 +66,9 @@ class Workload:
         the two share ids. teacher_response: its token budget of a response there.
       span_events: what a divergence by spans of text compares; "" where there is none.
       replayed: whether rollouts are read from a recording: nothing is sampled, and no teacher scores.
+      turns: further teachers.
+      written: problems for which the student writes a text of the teacher's prompt, 0 without a harness;
+        written_prompt, written_tokens: the budgets of its prompt and of the text.
     """
 
     student: ModelConfig
@@ -114,6 +119,10 @@ class Workload:
     teacher_response: int = 0
     replayed: bool = False
     span_events: str = ""
+    turns: Turns = ONE_TEACHER
+    written: int = 0
+    written_prompt: int = 0
+    written_tokens: int = 0
 
     @property
     def samples(self) -> bool:
@@ -154,11 +163,24 @@ class Workload:
         return dataclasses.replace(self, over_vocabulary=False, **none), teacher
 
     @property
+    def writing(self) -> "Workload":
+        """The workload whose rollouts are what the student writes for the teacher."""
+        return dataclasses.replace(
+            self, batch=self.written, prompt=self.written_prompt, response=self.written_tokens,
+            slots=min(self.slots, self.written),
+        )  # fmt: skip
+
+    @property
+    def taught(self) -> "tuple[Workload, ...]":
+        """The workloads of the teachers that score in turn, the first one first."""
+        return (self, *(dataclasses.replace(self, teacher=other) for other in self.turns.others))
+
+    @property
     def score_rows(self) -> int:
         """Rows of the widest micro-batch of scoring on a device."""
         if self.teacher_vocabulary:
             return max(one.score_rows for one in self.alone)
-        return self._widest(self.batch, self.teacher_width)
+        return self._widest(self.turns.together(self.batch), self.teacher_width)
 
     @property
     def rollout_rows(self) -> int:
@@ -208,7 +230,8 @@ class Workload:
 class _Roles:
     """What the models' folders, the tokenizers and the problems decide; the config decides the rest.
 
-    Attributes are those of `Workload`, and `problems`: how many an evaluation asks.
+    Attributes are those of `Workload`, and `problems`: how many an evaluation asks, and `others`: paths and
+    architectures of further teachers.
     """
 
     student: ModelConfig
@@ -219,6 +242,7 @@ class _Roles:
     renumbered: bool
     problems: int
     teacher_vocabulary: int = 0
+    others: tuple[tuple[str, ModelConfig], ...] = ()
 
 
 def of_config(config: ConfigDict, device: Device, devices: int) -> Workload:
@@ -234,11 +258,18 @@ def of_config(config: ConfigDict, device: Device, devices: int) -> Workload:
     student, own = _architecture(config.student)
     tokens, others = own, 0
     teacher = reference = None
+    further: list[tuple[str, ModelConfig]] = []
     itself = config.teacher.path in ("student", config.student.path)
     if terms.needs_teacher and not config.replay.path:
         section = config.student if config.teacher.path == "student" else config.teacher
         teacher, others = _architecture(section)
         tokens = min(tokens, others)
+        for path in teacher_list.parse(config.teachers.others).values():
+            role = config[
+                "student" if path == "student" else "teacher"
+            ].copy_and_resolve_references()
+            role.path = config.student.path if path == "student" else path
+            further.append((role.path, _architecture(role)[0]))
     if terms.needs_reference:
         section = config.reference if config.reference.path else config.student
         reference, _ = _architecture(section)
@@ -250,12 +281,13 @@ def of_config(config: ConfigDict, device: Device, devices: int) -> Workload:
         far = abs(own - others) > _OF_ONE_FAMILY and config.scoring.compare == "auto"
         spans = far or config.scoring.compare == "spans"
     width = config.rollout.max_prompt_tokens + teacher_response(config, spans=spans)
+    width += config.harness.max_tokens * bool(config.harness.prompt)
     roles = _Roles(
         student=student, teacher=teacher, reference=reference,
         vocabulary=min(own if spans else tokens, student.vocab_size),
         teacher_width=width * (separate or spans),
         renumbered=not itself and config.scoring.special_tokens == "remap" and not spans,
-        teacher_vocabulary=others * spans,
+        teacher_vocabulary=others * spans, others=tuple(further),
         problems=(config.eval.problems or _ALL) if config.eval.data else 0,
     )  # fmt: skip
     return _workload(config, terms, roles, device, devices)
@@ -270,6 +302,7 @@ def of_setup(setup: Setup, device: Device, devices: int) -> Workload:
         teacher_width=setup.teacher_width if setup.separate_prompts else 0,
         renumbered=setup.alignment.head_rows is not None, problems=len(setup.held_out),
         teacher_vocabulary=setup.alignment.teacher.vocabulary if setup.alignment.teacher else 0,
+        others=tuple((other.path, other.model) for other in setup.others),
     )  # fmt: skip
     return _workload(setup.config, setup.terms, roles, device, devices)
 
@@ -282,13 +315,17 @@ def _workload(
     for role in partition.ROLES:
         if (model := getattr(roles, role)) is not None:
             partition.check(role, model, layout.sizes, sharded=config.mesh[role] == "sharded")
+    for _, other in roles.others:
+        partition.check("teacher", other, layout.sizes, sharded=config.mesh.teacher == "sharded")
+    first = config.student.path if config.teacher.path == "student" else config.teacher.path
+    turns = make_turns(config.teachers, first, roles.others)
     itemsize = _itemsize(config.student.dtype, device)
     batch = rollout.prompts_per_step * rollout.samples_per_prompt
     answers = roles.problems * (config.eval.samples or 1)
     source = "reference" if config.reference.path else "student"
     frozen = teacher is not None and config.teacher.follow == "frozen"
     same = (config[source].path, config.reference.dtype) == (
-        config.student.path if config.teacher.path == "student" else config.teacher.path,
+        first,
         config.teacher.dtype,
     )
     return Workload(
@@ -299,7 +336,7 @@ def _workload(
         own_copy=itemsize != 4 or layout.devices > 1,
         # Weights copied now and then are kept where a moving average is.
         teacher_follows="average" if config.teacher.follow == "every" else config.teacher.follow,
-        same_reference=frozen and roles.reference is not None and same,
+        same_reference=frozen and roles.reference is not None and same and not turns.wait,
         renumbered=teacher is not None and roles.renumbered,
         vocabulary=roles.vocabulary, batch=batch,
         golden=rollout.prompts_per_step // optim.updates_per_rollout if terms.needs_golden else 0,
@@ -328,6 +365,9 @@ def _workload(
         teacher_response=teacher_response(config, spans=bool(roles.teacher_vocabulary)),
         replayed=bool(config.replay.path),
         span_events=terms.span_events if roles.teacher_vocabulary and terms.over_vocabulary else "",
+        turns=turns,
+        written=rollout.prompts_per_step * bool(config.harness.prompt),
+        written_prompt=config.harness.max_prompt_tokens, written_tokens=config.harness.max_tokens,
     )  # fmt: skip
 
 

@@ -113,6 +113,7 @@ def score(
     first_B: np.ndarray | None = None,
     teacher_rows: TeacherRows | None = None,
     mesh: Mesh = ONE,
+    batch: int | None = None,
 ) -> Scores:
     """Score the same responses with all models, in one pass over chunks of tokens; see `Scores`.
 
@@ -120,7 +121,8 @@ def score(
     predicts); the statistics of others are 0. `teacher_rows` holds the responses behind the teacher's own
     prompts, where those differ. Rows go through the models in micro-batches of at most `microbatch_tokens`
     tokens, which bounds the activations as `spec.token_chunk` bounds the logits; both apply to one replica
-    of the `mesh`. Returns host arrays of the shape of `tokens_BT`.
+    of the `mesh`. With `batch` the micro-batches are those of so many rows, whatever the number here is.
+    Returns host arrays of the shape of `tokens_BT`.
     """
     tokens_BT, length_B = np.asarray(tokens_BT), np.asarray(length_B)
     first_B = np.ones_like(length_B) if first_B is None else np.asarray(first_B)
@@ -137,7 +139,7 @@ def score(
     in_flight = []
     for part in microbatches.split(
         length_B, width=tokens_BT.shape[1], tokens=microbatch_tokens, teacher=teacher_rows,
-        replicas=mesh.replicas, tile=spec.tile,
+        replicas=mesh.replicas, tile=spec.tile, batch=batch,
     ):  # fmt: skip
         tokens, length, first = microbatches.gather((tokens_BT, length_B, first_B), part)
         other = None if teacher_rows is None else microbatches.gather_teacher(teacher_rows, part)

@@ -24,6 +24,7 @@ from opd_jax.training.recording import Recorded
 from opd_jax.training.rewards import Rewards
 from opd_jax.training.setup import Setup
 from opd_jax.training.step_functions import StepFunctions
+from opd_jax.training.teachers import Teachers
 from opd_jax.types import Rollout, Scores, TeacherRows, TextRows
 
 
@@ -38,6 +39,7 @@ class Experience:
       grades: of the responses; None where a problem has no answer.
       texts: of the responses.
       external: rewards from a function or a column; None where the verdicts are the rewards.
+      teacher_B: the index of each rollout's teacher, where there are several; None for one or a mixture.
     """
 
     rollout: Rollout
@@ -48,6 +50,7 @@ class Experience:
     grades: Sequence[Grade | None]
     texts: list[str]
     external: Rewards | None = None
+    teacher_B: np.ndarray | None = None
 
     @property
     def rewards(self) -> Rewards:
@@ -69,6 +72,13 @@ class Experience:
         found = self.rewards
         return Reward(found.reward_B, group, found.known_B)
 
+    def with_rewards(self, lines: list[dict]) -> list[dict]:
+        """Return lines of rollouts.jsonl with the reward of each rollout, where it is no verdict."""
+        external = self.external
+        if external is None:
+            return lines
+        return [line | {"reward": external.shown(i)} for i, line in enumerate(lines)]
+
 
 class Collector:
     """Collect `Experience` according to the config; stateless between steps."""
@@ -79,9 +89,10 @@ class Collector:
         functions: StepFunctions,
         grader: Grader,
         pool: RewardPool | None = None,
+        teachers: Teachers | None = None,
     ):
         self.setup, self.config, self.grader, self.pool = setup, setup.config, grader, pool
-        self.functions = functions
+        self.functions, self.teachers = functions, teachers
         self._background = ThreadPoolExecutor(max_workers=1)  # decodes and grades
 
     def collect(
@@ -95,7 +106,7 @@ class Collector:
         reference: models.Params | None = None,
         budget: int | None = None,
     ) -> Experience:
-        """Roll out, score, grade. All weights are in their compute dtypes.
+        """Roll out, score, grade. All weights are in their compute dtypes; of several teachers none is read.
 
         `budget`: response tokens of this step; None for rollout.max_response_tokens.
         Raises RewardError where a reward function fails and the config does not leave its rollouts out.
@@ -107,8 +118,14 @@ class Collector:
         clock.lap("rollout", rollout.response_length_B.sum())
         teacher_rows = self._teacher_rows(rollout, batch.teacher_prompts)
         reading = self._background.submit(self._read, rollout, batch.problems)  # while models score
+        teacher_B = None
         with stage("score"):
-            scores = self.functions.score(student, teacher, rollout, teacher_rows, reference)
+            if self.teachers:
+                assert not isinstance(teacher_rows, TextRows), "refused by open_others"
+                teacher_B = self.teachers.of(batch.problems, group=group)
+                scores = self.teachers.score(student, rollout, teacher_rows, teacher_B, reference)
+            else:
+                scores = self.functions.score(student, teacher, rollout, teacher_rows, reference)
         clock.lap("score", rollout.response_length_B.sum())
         with stage("read"):
             read, asked = reading.result()
@@ -124,7 +141,8 @@ class Collector:
                 external = rewards.of_answers(
                     multihost.from_first(lambda: asked), on_error=self.config.reward.on_error
                 )
-            return self.understand(rollout, scores, read, external)
+            experience = self.understand(rollout, scores, read, external)
+            return dataclasses.replace(experience, teacher_B=teacher_B)
 
     def recall(self, student: models.Params, recorded: Recorded, *, clock: Clock) -> Experience:
         """Score recorded rollouts with the student's compute weights; the teacher's scores are recorded."""
@@ -179,6 +197,10 @@ class Collector:
         )  # fmt: skip
         if has_grades:
             row["rollout/grading_timeouts"] = float(experience.grades.count(Grade.TIMEOUT))
+        if self.teachers:
+            row |= self.teachers.metrics(
+                experience.scores, experience.mask_BT, experience.teacher_B
+            )
         return row | experience.rewards.metrics()
 
     def _teacher_rows(

@@ -9,6 +9,7 @@ from opd_jax import data
 from opd_jax.data.length_filter import (
     Misfit,
     golden_misfit,
+    harness_misfit,
     prompt_misfit,
     teacher_misfit,
     unknown_id,
@@ -18,6 +19,7 @@ from opd_jax.data.length_filter import (
 from opd_jax.errors import ConfigError
 from opd_jax.sharding import multihost
 from opd_jax.training import horizon
+from opd_jax.training.other_teachers import names_of, teacher_of
 from opd_jax.training.rewards import column_value
 from opd_jax.training.setup import Setup
 
@@ -55,7 +57,7 @@ def with_data(setup: Setup, train: data.Problems, benchmark: data.Problems | Non
         teacher_prompts=setup.teacher_style.prompts(held_out, setup.teacher_tokenizer),
         jump_problems=jump_problems,
         jump_prompts=setup.student_style.prompts(jump_problems, setup.tokenizer),
-        teacher_width=longest + setup.teacher_response,
+        teacher_width=longest + setup.harness_room + setup.teacher_response,
         notes=notes,
     )
 
@@ -92,10 +94,21 @@ def _fitting(
     """
     styles = (setup.student_style, setup.teacher_style)
     shows_solution = any("{solution}" in style.template for style in styles)
+    if (
+        problems.generated
+        and setup.others
+        and setup.config.teachers.column
+        and field == "data.train"
+    ):
+        raise ConfigError(
+            f"teachers.column={setup.config.teachers.column} with data.train={problems.name}, whose problems "
+            "have no columns; name a file: --config.data.train=FILE"
+        )
     alike = problems.generated and not shows_solution and not golden
     count = min(len(problems), _GENERATED_CHECKED) if alike else len(problems)
     longest = setup.config.rollout.max_prompt_tokens
     rewarded = setup.config.reward.column if field == "data.train" else ""
+    routed = setup.config.teachers.column if field == "data.train" and setup.others else ""
     unread = _unread_tokens(setup) if golden and setup.terms.golden_divergence else {}
 
     def misfits(block: list[data.Problem]) -> list[Misfit | None]:
@@ -106,9 +119,21 @@ def _fitting(
         if setup.separate_prompts:
             teacher_prompts = setup.teacher_style.prompts(block, setup.teacher_tokenizer)
         reasons = [_misfit(setup, *ids) for ids in zip(prompts, teacher_prompts, strict=True)]
+        if setup.harness_style is not None and field == "data.train":
+            written = setup.harness_style.prompts(block, setup.tokenizer)
+            most = setup.config.harness.max_prompt_tokens
+            reasons = [
+                reason or harness_misfit(len(ids), most)
+                for reason, ids in zip(reasons, written, strict=True)
+            ]
         if rewarded:
             reasons = [
                 reason or _reward_misfit(problem, rewarded)
+                for reason, problem in zip(reasons, block, strict=True)
+            ]
+        if routed:
+            reasons = [
+                reason or _teacher_misfit(problem, routed, names_of(setup.config))
                 for reason, problem in zip(reasons, block, strict=True)
             ]
         if golden:
@@ -141,6 +166,12 @@ def _reward_misfit(problem: data.Problem, column: str) -> Misfit | None:
     return ("no reward", value) if isinstance(value, str) else None
 
 
+def _teacher_misfit(problem: data.Problem, column: str, names: tuple[str, ...]) -> Misfit | None:
+    """Return why a problem has no teacher, or None."""
+    value = teacher_of(problem, column, names)
+    return ("no teacher", value) if isinstance(value, str) else None
+
+
 def _unread_tokens(setup: Setup) -> dict[int, str]:
     """Return the text of each id that means something else to the teacher; rollouts never hold them."""
     ids = np.flatnonzero(~setup.alignment.drawn).tolist()
@@ -168,10 +199,13 @@ def _misfit(setup: Setup, prompt: list[int], teacher_prompt: list[int]) -> Misfi
     if setup.terms.needs_reference:
         readers["reference"] = setup.reference.vocab_size
     if setup.teacher is not None:
-        rows = {"teacher": setup.teacher.vocab_size}
-        misfit = teacher_misfit(
-            len(teacher_prompt), setup.teacher.max_position, setup.teacher_response
-        )
+        teachers = (setup.teacher, *(other.model for other in setup.others))
+        rows = {"teacher": min(teacher.vocab_size for teacher in teachers)}
+        positions = min(teacher.max_position for teacher in teachers)
+        room = setup.harness_room
+        misfit = teacher_misfit(len(teacher_prompt) + room, positions, setup.teacher_response)
+        if misfit and room:
+            misfit = misfit[0], f"{misfit[1]}, or a smaller --config.harness.max_tokens"
         if misfit and setup.reader is not None:
             misfit = misfit[0], misfit[1] + ", or a smaller --config.scoring.span_room"
         misfit = misfit or unknown_id(

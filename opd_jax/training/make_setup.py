@@ -12,11 +12,13 @@ from opd_jax.models import attention
 from opd_jax.sharding.mesh import Mesh, make_mesh
 from opd_jax.training import model_limits
 from opd_jax.training.fitting import with_data
+from opd_jax.training.other_teachers import OtherTeacher, describe, locate_others, open_others
 from opd_jax.training.replay import check_problems, check_rewards, open_replay
 from opd_jax.training.roles import (
     architecture,
     ask_for_full_products,
     golden_end,
+    harness_style,
     open_model,
     prompt_styles,
     reference_end_ids,
@@ -43,6 +45,7 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
         config,
         ["student"] + terms.needs_teacher * ["teacher"] + terms.needs_reference * ["reference"],
     )
+    locate_others(config)
     config.eval.samples = config.eval.samples or 1  # a file of one's own has no number of its own
     today = config.data.date or datetime.date.today().isoformat()
     student, tokenizer = open_model(config.student, today)
@@ -54,6 +57,7 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
     if has_path:
         reference_ends = reference_end_ids(reference, reference_section.path, tokenizer)
     teacher, teacher_tokenizer, reader = None, tokenizer, None
+    others: list[OtherTeacher] = []
     used = ["student"] + terms.needs_teacher * ["teacher"] + terms.needs_reference * ["reference"]
     notes = ask_for_full_products([config[role].dtype for role in used])
     notes += data.prompt_notes("student", tokenizer)
@@ -75,6 +79,11 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
                 end=end, reference_ends=reference_ends,
             )  # fmt: skip
             notes += data.alignment_report(alignment, *vocabularies)
+        others = open_others(
+            config, today, student=vocabularies[0], first=vocabularies[1], alignment=alignment,
+            reference_ends=reference_ends,
+        )  # fmt: skip
+        notes += describe(config)
     else:
         vocabulary = min(tokenizer.size, student.vocab_size)
         alignment = data.alone(
@@ -103,6 +112,10 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
         notes.append(replay.describe())
     if teacher is not None:
         folders.setdefault(config.teacher.path, ("teacher", teacher))
+    for other in others:
+        folders.setdefault(other.path, (f"teacher {other.name}", other.model))
+        model_limits.check_rollouts(config, terms, student, other.model, reference, alignment)
+        mesh.check("teacher", other.model)
     if terms.needs_reference:
         folders.setdefault(reference_section.path, ("reference", reference))
     for path, (role, model_config) in folders.items():
@@ -123,6 +136,11 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
         if model is not None:
             mesh.check(role, model)
     notes += [mesh.describe()] * (mesh.devices is not None)
+    if config.harness.prompt:
+        notes.append(
+            f"harness: before the rollouts of a step the student writes {{{config.harness.field}}} of the "
+            f"teacher's prompts, {config.harness.max_tokens} tokens at most"
+        )
     notes += host_memory.lines()
     if terms.needs_reference and reference.vocab_size < alignment.vocabulary:
         raise ModelError(
@@ -131,14 +149,19 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
             "student's tokenizer"
         )
     styles = prompt_styles(config.data)
-    shows_answer = any("{answer}" in style.template for style in styles)
-    needs_solution = terms.needs_golden or any("{solution}" in s.template for s in styles)
+    writing = harness_style(config)
+    asking = (*styles, *([writing] if writing else []))
+    columns = dict.fromkeys(name for style in asking for name in style.columns)
+    if writing is not None:
+        columns.pop(config.harness.field)  # the student writes it
+    shows_answer = any("{answer}" in style.template for style in asking)
+    needs_solution = terms.needs_golden or any("{solution}" in s.template for s in asking)
     by_verdict = not (config.reward.function or config.reward.column)
     train = data.open_problems(
         config.data.train, field="data.train", columns=config.data.columns, size=config.data.size,
         need_solution=needs_solution,
         need_answer=shows_answer or (terms.needs_reward and by_verdict) or bool(config.jump.problems),
-        bad_rows=config.data.bad_rows, shown=tuple(dict.fromkeys(styles[0].columns + styles[1].columns)),
+        bad_rows=config.data.bad_rows, shown=tuple(columns),
     )  # fmt: skip
     held_out = None
     if config.eval.data:
@@ -183,6 +206,8 @@ def make_setup(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
         jump_prompts=[],
         notes=notes,
         replay=replay,
+        others=tuple(others),
+        harness_style=writing,
     )
     setup = with_data(setup, train, held_out)
     if replay is not None:

@@ -133,6 +133,17 @@ def prompt_styles(section: Any) -> tuple[data.PromptStyle, data.PromptStyle]:
     return student, dataclasses.replace(student, **changed)
 
 
+def harness_style(config: ConfigDict) -> data.PromptStyle | None:
+    """Return the template of the prompt to which the student writes for the teacher; None without one."""
+    section = config.harness
+    if not section.prompt:
+        return None
+    system = section.system_prompt
+    return data.PromptStyle(
+        section.prompt, config.data.system_prompt if system == "same" else system
+    )
+
+
 def golden_end(model: models.ModelConfig, tokenizer: data.Tokenizer, path: str) -> int:
     """Return the token that ends golden solutions: the template's end of turn where that stops a rollout."""
     known = [i for i in model.eos_token_ids if i < tokenizer.size]

@@ -148,7 +148,7 @@ def shapes(
     """
     spec = functions.spec
     parts = microbatches.shapes(
-        spec.rollouts, width=spec.width, tokens=spec.config.optim.microbatch_tokens,
+        spec.scored_together(spec.rollouts), width=spec.width, tokens=spec.config.optim.microbatch_tokens,
         teacher_width=spec.teacher_width if teacher_rows is not None else 0,
         replicas=spec.mesh.replicas, tile=spec.tile,
     )  # fmt: skip

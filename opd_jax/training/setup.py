@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from opd_jax import data, hardware, models
 from opd_jax.sharding.mesh import Mesh
 from opd_jax.training.model_limits import teacher_response
+from opd_jax.training.other_teachers import OtherTeacher
 from opd_jax.training.replay import Replay
 from opd_jax.training.roles import (
     compute_dtype,
@@ -38,6 +39,8 @@ class Setup:
       jump_problems, jump_prompts: training problems that are held for jumps, and their prompts.
       notes: lines for the start of the run.
       replay: the recording that training reads instead of sampling; None without. Then there is no teacher.
+      others: further teachers, which read what the first one reads.
+      harness_style: template of the prompt to which the student writes for the teacher; None without.
     """
 
     config: ConfigDict
@@ -66,6 +69,8 @@ class Setup:
     jump_prompts: list[list[int]]
     notes: list[str]
     replay: Replay | None = None
+    others: tuple[OtherTeacher, ...] = ()
+    harness_style: data.PromptStyle | None = None
 
     @property
     def spec(self) -> StepSpec:
@@ -82,6 +87,7 @@ class Setup:
             mesh=self.mesh,
             tile=hardware.tile(gpu=jax.default_backend() == "gpu"),
             replayed=self.replay is not None,
+            others=tuple(other.model for other in self.others),
         )
 
     @property
@@ -89,8 +95,13 @@ class Setup:
         """Most tokens of a response in the teacher's rows."""
         return teacher_response(self.config, spans=self.reader is not None)
 
+    @property
+    def harness_room(self) -> int:
+        """Tokens that the teacher's prompts have for what the student writes; 0 without a harness."""
+        return self.config.harness.max_tokens if self.harness_style is not None else 0
+
     def read(self, problems: list[data.Problem]) -> data.Batch:
-        """Tokenize the problems of a step."""
+        """Tokenize the problems of a step; what the student writes for the teacher is empty here."""
         teacher_prompts, golden = None, []
         if self.separate_prompts:
             teacher_prompts = self.teacher_style.prompts(problems, self.teacher_tokenizer)

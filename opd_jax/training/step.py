@@ -21,9 +21,11 @@ from opd_jax.training import batch as rows
 from opd_jax.training import low_kl, nonfinite, update, variants
 from opd_jax.training.advantages import advantages
 from opd_jax.training.experience import Collector, Experience
+from opd_jax.training.harness import Harness
 from opd_jax.training.recording import drift
 from opd_jax.training.setup import Setup
 from opd_jax.training.step_functions import StepFunctions
+from opd_jax.training.teachers import Teachers
 from opd_jax.training.terms import ON_GOLDEN, Terms
 from opd_jax.training.token_factor import divergence_gate, measured, token_factor
 from opd_jax.training.weights import Weights
@@ -79,7 +81,9 @@ class Step:
     ):
         self.setup, self.config, self.functions = setup, setup.config, functions
         self.weights, self.folder = weights, folder
-        self.collector = Collector(setup, functions, grader, pool)
+        self.teachers = Teachers(setup, functions, weights)
+        self.harness = Harness(setup, functions)
+        self.collector = Collector(setup, functions, grader, pool, self.teachers)
         self.rules = nonfinite.make_rules(setup.config.guard)
         self.cut = low_kl.make_rules(setup.config.loss)
 
@@ -111,13 +115,15 @@ class Step:
             student, teacher = self._scorers(state.train)
         if terms.needs_rollouts:
             assert student is not None
+            batch, written = self.harness(number, student, batch, clock)
             experience = self._collect(number, student, teacher, batch, clock, budget)
             with stage("rows"):
                 state, kept_BT, metrics = self._cut_low_kl(state, experience)
                 rollout_rows, lines, news = self._rollout_rows(
                     number, experience, batch, masking, kept_BT
                 )
-                metrics |= measured(rollout_rows) | news
+                lines = self.harness.lines(lines, batch)
+                metrics |= measured(rollout_rows) | news | written
             if self.setup.replay is not None:
                 metrics["replay/age"] = float(before)
                 metrics |= drift(experience.rollout, experience.scores, experience.mask_BT)
@@ -217,7 +223,11 @@ class Step:
                 width=setup.teacher_width,
             )  # fmt: skip
         with stage("score"):
-            scores = self.functions.score_golden(student, teacher, golden, teacher_rows)
+            if self.teachers:
+                teacher_B = self.teachers.of(batch.problems, group=1)
+                scores = self.teachers.score_golden(student, golden, teacher_rows, teacher_B)
+            else:
+                scores = self.functions.score_golden(student, teacher, golden, teacher_rows)
         clock.lap("score_golden", golden.response_length_B.sum())
         return rows.golden_rows(golden, weigh=weigh, scores=scores, scored_BT=scored_BT)
 
@@ -288,11 +298,7 @@ class Step:
             count=min(self.config.log.rollouts, len(experience.texts)),
             decode=decode,
         )  # fmt: skip
-        if experience.external is not None:
-            lines = [
-                line | {"reward": experience.external.shown(i)} for i, line in enumerate(lines)
-            ]
-        return rollout_rows, lines, news
+        return rollout_rows, experience.with_rewards(lines), news
 
     def _check_scores(
         self, number: int, state: StepState, experience: Experience

@@ -97,6 +97,15 @@ class StepFunctions:
             keys=row_keys(key, len(prompts)), batching=spec.batching,
         )  # fmt: skip
 
+    def write(self, student: Params, prompts: Sequence[Sequence[int]], key: jax.Array) -> Rollout:
+        """Sample what the student writes for the teacher's prompts, in budgets of its own."""
+        spec = self.spec
+        sampling = spec.sampling.replace(max_response_tokens=spec.config.harness.max_tokens)
+        return sample_responses(
+            Model(spec.student, student), prompts, sampling,
+            keys=row_keys(key, len(prompts)), batching=spec.harness_batching,
+        )  # fmt: skip
+
     def score(
         self,
         student: Params,
@@ -104,10 +113,12 @@ class StepFunctions:
         rollout: Rollout,
         teacher_rows: TeacherRows | TextRows | None = None,
         reference: Params | None = None,
+        batch: int | None = None,
     ) -> Scores:
         """Score rollouts with the student and, where a term needs them, teacher and reference.
 
-        A teacher with another tokenizer scores rows of its own, and is compared by spans of text.
+        A teacher with another tokenizer scores rows of its own, and is compared by spans of text. With
+        `batch` the micro-batches are those of so many rows, whatever the number here is.
         """
         spec = self.spec
         if isinstance(teacher_rows, TextRows):
@@ -115,7 +126,7 @@ class StepFunctions:
         return scoring.score(
             spec.models(student, teacher, reference), rollout.tokens_BT, rollout.length_B, spec.scoring,
             first_B=rollout.prompt_length_B, teacher_rows=teacher_rows,
-            microbatch_tokens=spec.config.optim.microbatch_tokens, mesh=spec.mesh,
+            microbatch_tokens=spec.config.optim.microbatch_tokens, mesh=spec.mesh, batch=batch,
         )  # fmt: skip
 
     def score_golden(
@@ -124,13 +135,14 @@ class StepFunctions:
         teacher: Params | None,
         golden: Rollout,
         teacher_rows: TeacherRows | None = None,
+        batch: int | None = None,
     ) -> Scores:
         """Score golden solutions (`batch.as_rollout`) with student and teacher, for their divergence."""
         spec = self.spec
         return scoring.score(
             spec.models(student, teacher), golden.tokens_BT, golden.length_B, spec.golden_scoring,
             first_B=golden.prompt_length_B, teacher_rows=teacher_rows,
-            microbatch_tokens=spec.config.optim.microbatch_tokens, mesh=spec.mesh,
+            microbatch_tokens=spec.config.optim.microbatch_tokens, mesh=spec.mesh, batch=batch,
         )  # fmt: skip
 
     def blank_golden_scores(self, student: Params, teacher: Params | None, count: int) -> Scores:
@@ -172,11 +184,18 @@ class StepFunctions:
         """Return the weight of each token of a golden solution in the loss."""
         return losses.token_weights(counted_BT, aggregation=self.spec.config.loss.gold_aggregation)
 
-    def programs(self, teacher: Any, reference: Any, weights: Mapping[str, float]) -> list[Program]:
+    def programs(
+        self,
+        teacher: Any,
+        reference: Any,
+        weights: Mapping[str, float],
+        others: Sequence[Any] = (),
+    ) -> list[Program]:
         """Return every program that a step compiles, whatever the lengths of its rows.
 
         `teacher`, `reference`: their weights, or shapes, dtypes and shardings of these; None where no term
-        needs the model, and for a teacher that follows the student. `weights`: of the terms.
+        needs the model, and for a teacher that follows the student. `weights`: of the terms. `others`: of
+        further teachers.
         """
         spec, mesh, terms = self.spec, self.spec.mesh, self.spec.terms
         state = self.abstract_state()
@@ -186,6 +205,7 @@ class StepFunctions:
             teacher = student
         elif teacher is not None:
             teacher = mesh.structs(teacher, mesh.weights(teacher))
+        further = self._further(teacher, others)
         out = mesh.weight_programs(state.params, spec.dtype)
         rollout_rows = golden_rows = None
         if terms.needs_rollouts:
@@ -195,14 +215,20 @@ class StepFunctions:
                 out += rollout_programs(
                     models.student, spec.rollouts, spec.sampling, batching=spec.batching
                 )
+                out += self._harness_programs(models.student)
             out += self._score_programs(models)
+            for spec_k, other, name in further:
+                scored = self._score_programs(spec_k.models(student, other, reference))
+                out += [dataclasses.replace(one, name=one.name + name) for one in scored]
         if terms.golden_divergence:
-            scored = scoring.programs(
-                spec.models(student, teacher), spec.config.rollout.prompts_per_step, spec.width,
-                spec.golden_scoring, teacher_width=spec.teacher_width,
-                microbatch_tokens=spec.config.optim.microbatch_tokens, mesh=mesh,
-            )  # fmt: skip
-            out += [dataclasses.replace(one, name=f"golden {one.name}") for one in scored]
+            for spec_k, other, name in [(spec, teacher, ""), *further]:
+                scored = scoring.programs(
+                    spec_k.models(student, other),
+                    spec.scored_together(spec.config.rollout.prompts_per_step), spec.width,
+                    spec.golden_scoring, teacher_width=spec.teacher_width,
+                    microbatch_tokens=spec.config.optim.microbatch_tokens, mesh=mesh,
+                )  # fmt: skip
+                out += [dataclasses.replace(one, name=f"golden {one.name}{name}") for one in scored]
         if terms.needs_golden:
             golden_rows = blank_rows.golden_rows(spec, student, teacher)
         head = decoder.head_alone(teacher) if teacher and terms.reads_head else None
@@ -213,6 +239,39 @@ class StepFunctions:
         limited = bool(spec.config.guard.spike) and spec.config.guard.spike_action == "skip"
         return [*out, self.update.program(state, limited=limited)]
 
+    def _further(self, teacher: Any, others: Sequence[Any]) -> list[tuple[StepSpec, Any, str]]:
+        """Return spec, abstract weights and a name for each teacher that needs programs of its own.
+
+        Teachers of one architecture, down to their end tokens, share programs.
+        """
+        mesh, seen, found = self.spec.mesh, [(self.spec.teacher, _structure(teacher))], []
+        for index, weights in enumerate(others, start=1):
+            one = mesh.structs(weights, mesh.weights(weights))
+            spec = self.spec.taught_by(index)
+            if (spec.teacher, _structure(one)) not in seen:
+                seen.append((spec.teacher, _structure(one)))
+                found.append((spec, one, f", teacher {index + 1}"))
+        return found
+
+    def _harness_programs(self, student: Model) -> list[Program]:
+        """Return the programs of `write` that rollouts do not have as well."""
+        spec, section = self.spec, self.spec.config.harness
+        if not section.prompt:
+            return []
+        prompts = spec.config.rollout.prompts_per_step
+        sampling = spec.sampling.replace(max_response_tokens=section.max_tokens)
+        rollout = spec.config.rollout
+        if (prompts, section.max_prompt_tokens, section.max_tokens) == (
+            spec.rollouts, rollout.max_prompt_tokens, rollout.max_response_tokens,
+        ):  # fmt: skip
+            return []
+        found = rollout_programs(student, prompts, sampling, batching=spec.harness_batching)
+        return [
+            dataclasses.replace(one, name=f"harness {one.name}")
+            for one in found
+            if one.name != "unstack"
+        ]
+
     def _score_programs(self, models: Models) -> list[Program]:
         """Return the programs that score: all models together, or each on its own rows."""
         spec = self.spec
@@ -222,7 +281,7 @@ class StepFunctions:
         if spec.text_scoring is None:
             return scoring.programs(
                 models,
-                spec.rollouts,
+                spec.scored_together(spec.rollouts),
                 spec.width,
                 spec.scoring,
                 teacher_width=spec.teacher_width,
@@ -242,6 +301,12 @@ class StepFunctions:
     def _begin(self) -> Any:
         average = self.spec.config.teacher.follow in ("average", "every")
         return partial(update.init_state, tx=self.optimizer, average=average)
+
+
+def _structure(tree: Any) -> tuple[Any, list[Any]]:
+    """Return what jit reads of a tree of arrays or abstract ones."""
+    leaves, treedef = jax.tree.flatten(tree)
+    return treedef, [(leaf.shape, leaf.dtype) for leaf in leaves]
 
 
 def make_step_functions(spec: StepSpec) -> StepFunctions:

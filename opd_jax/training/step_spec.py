@@ -20,7 +20,8 @@ class StepSpec:
     """Everything that decides what a training step compiles.
 
     Attributes:
-      config: only the sections rollout, scoring, loss, optim and teacher, and `steps`, are read.
+      config: only the sections rollout, harness, scoring, loss, optim, teacher and teachers, and `steps`,
+        are read.
       terms: the loss.
       student, teacher, reference: architectures; None where no term needs the model.
       alignment: the ids that are sampled, those that are scored, and the end tokens.
@@ -29,6 +30,7 @@ class StepSpec:
       mesh: the devices.
       tile: widths of batches are multiples of it (hardware.tile).
       replayed: whether rollouts are read from a recording; then there is no teacher.
+      others: architectures of further teachers.
     """
 
     config: ConfigDict
@@ -42,6 +44,24 @@ class StepSpec:
     mesh: Mesh = ONE
     tile: int = 1
     replayed: bool = False
+    others: tuple[ModelConfig, ...] = ()
+
+    @property
+    def teachers(self) -> tuple[ModelConfig | None, ...]:
+        """The architectures of all teachers."""
+        return (self.teacher, *self.others)
+
+    def taught_by(self, index: int) -> "StepSpec":
+        """Return what one of the teachers compiles."""
+        return dataclasses.replace(self, teacher=self.teachers[index], others=())
+
+    def scored_together(self, rows: int) -> int:
+        """Return of how many rows the micro-batches of scoring are made, of so many of a step.
+
+        It is an even share of them where there are several teachers and each row has one.
+        """
+        routed = bool(self.others and self.config.teachers.column)
+        return -(-rows // len(self.teachers)) if routed else rows
 
     @property
     def width(self) -> int:
@@ -85,6 +105,16 @@ class StepSpec:
             largest_budget=section.max_response_tokens,
             mesh=self.mesh,
             tile=self.tile,
+        )
+
+    @property
+    def harness_batching(self) -> Batching:
+        """How what the student writes for the teacher is batched; its budgets are its own."""
+        section = self.config.harness
+        return dataclasses.replace(
+            self.batching,
+            max_prompt_tokens=section.max_prompt_tokens,
+            largest_budget=section.max_tokens,
         )
 
     @property

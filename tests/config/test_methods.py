@@ -40,6 +40,8 @@ def test_a_method_changes_its_own_numbers_and_what_tiny_needs(name):
                "loss.token_weight_window", "rollout.prompts_per_step", "rollout.max_prompt_tokens",
                "data.prompt_template", "data.teacher_prompt_template", "data.teacher_system_prompt",
                "teacher.path", "eval.teacher"}  # fmt: skip
+    if "harness.prompt" in own:
+        of_tiny |= {"harness.prompt", "harness.max_tokens"}
     if methods.METHODS[name].horizon or "rollout.max_response_tokens" in own:
         of_tiny |= {"rollout.horizon", "rollout.max_response_tokens", "eval.max_response_tokens"}
     assert changed.keys() - own.keys() <= of_tiny

@@ -169,3 +169,15 @@ def test_rows_are_padded_to_the_tile_and_cut_again():
     assert (out_BT[:, :8] == tokens_BT[:, :8]).all()
     assert (out_BT[[0, 2]] == tokens_BT[[0, 2]]).all()
     assert (microbatches.padded_lengths(length_B, 10, 8) == [16, 8, 16]).all()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 20])
+def test_rows_of_any_number_have_the_shapes_of_a_batch(rows):
+    """As the rollouts of one of several teachers: more or fewer than an even share of a step."""
+    sizes = {"width": 100, "tokens": 400, "replicas": 2}
+    listed = {(part.count, part.width) for part in microbatches.shapes(8, **sizes)}
+    for seed in range(5):
+        length_B = np.random.default_rng(seed).integers(1, 101, rows)
+        parts = microbatches.split(length_B, batch=8, **sizes)
+        assert {(part.count, part.width) for part in parts} <= listed
+        assert sorted(np.concatenate([part.rows for part in parts]).tolist()) == list(range(rows))

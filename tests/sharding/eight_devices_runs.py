@@ -12,6 +12,7 @@ from opd_jax.evaluation import subject as subjects
 from opd_jax.sharding import mesh
 from opd_jax.sharding.mesh import ONE
 from opd_jax.tools.profile import trace
+from tests.support.experts import make_expert, of_teachers
 from tests.support.small_run import lines, small, without_times
 
 
@@ -70,3 +71,24 @@ def test_an_evaluation_gives_the_answers_of_one_device(tmp_path, monkeypatch):
         (tmp_path / name / "eval" / "tiny.jsonl").read_text() for name in ("eight", "one")
     )
     assert eight == one
+
+
+@pytest.mark.slow
+def test_teachers_that_are_divided_and_wait_are_those_of_one_device(folders, tmp_path, monkeypatch):
+    expert = make_expert(folders, tmp_path / "expert")
+    config = of_teachers(
+        folders, tmp_path, f"code={expert}", teachers__column="domain", teachers__first="math",
+        teachers__wait="host", optim__learning_rate=1e-3,
+    )  # fmt: skip
+    config.steps, config.checkpoint.every = 2, 0
+    monkeypatch.setattr("opd_jax.training.make_setup.make_mesh", lambda _: ONE)
+    train.run(config, str(tmp_path / "one"), command=[])
+    monkeypatch.undo()
+    config.mesh.fsdp, config.mesh.teacher = 4, "sharded"
+    train.run(config, str(tmp_path / "eight"), command=[])
+    rows = [without_times(lines(tmp_path / name, "metrics.jsonl")) for name in ("one", "eight")]
+    assert rows[0][1]["teacher/code/rollouts"] == 4
+    for one, eight in zip(*rows, strict=True):
+        assert one.keys() == eight.keys()
+        for key, value in one.items():
+            assert eight[key] == pytest.approx(value, rel=1e-3, abs=1e-4), (one["step"], key)

@@ -32,6 +32,13 @@ SMALL = (
 )  # fmt: skip
 # The same without rollouts, which has little to compile.
 QUICK = ("--config=configs/sft.py:tiny", *SMALL[1:])
+# The same with what changes in the course of a run: budgets that rise, jumps, plans for the teacher.
+CHANGING = (
+    *SMALL, "--config.rollout.horizon=20,40", "--config.rollout.horizon_steps=2",
+    "--config.jump.problems=4", "--config.jump.candidates=1", "--config.harness.prompt={problem}",
+    "--config.harness.max_tokens=8", "--config.harness.max_prompt_tokens=64",
+    "--config.data.teacher_prompt_template={problem} {plan}",
+)  # fmt: skip
 STEPS = 8
 # Where a child may be killed: a function of opd_jax, before it is called for the n-th time.
 POINTS = {
@@ -47,6 +54,10 @@ POINTS = {
     "read": "opd_jax.training.setup.Setup.read",
     "restore": "opd_jax.checkpoint.checkpoint.Checkpoints.restore",
     "start": "opd_jax.workdir.create",
+    # Of runs with `CHANGING` alone.
+    "horizon": "opd_jax.training.horizon.observe",
+    "jump": "opd_jax.training.jump.Jumps._accuracy",
+    "harness": "opd_jax.training.step_functions.StepFunctions.write",
 }
 
 

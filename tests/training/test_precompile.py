@@ -114,11 +114,23 @@ def settings(**values):
              "loss.span_events": "matched", "optim.updates_per_rollout": 2},
             marks=pytest.mark.slow,
         ),
+        pytest.param(
+            {"teachers.others": "itself=student", "teachers.weights": (3.0, 1.0),
+             "teachers.wait": "host"},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"harness.prompt": "Plan: {problem}", "harness.max_tokens": 12,
+             "harness.max_prompt_tokens": 60, "data.teacher_prompt_template": "{problem} {plan}",
+             "rollout.max_response_tokens": 60, "rollout.max_prompt_tokens": 48,
+             "data.bad_rows": "skip"},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["stable_opd", "full, slots, two updates", "extrapolation, evidence, copies",
          "support, other prompts", "gate, token weight", "horizon, jumps, cut",
-         "soft labels that fall to 0", "soft labels alone", "spans of text",
-         "divergence by spans"],
+         "soft labels that fall to 0", "soft labels alone", "spans of text", "divergence by spans",
+         "two teachers", "harness"],
 )  # fmt: skip
 def test_a_run_meets_no_program_that_was_not_compiled_ahead(
     folders, tmp_path, own_cache, changes, monkeypatch, caplog

@@ -149,6 +149,8 @@ def _for_probing(config: ConfigDict) -> ConfigDict:
     """Return a copy that needs rollouts and a teacher, and nothing else that training may need."""
     config = config.copy_and_resolve_references()
     config.loss = configuration.default().loss  # plain OPD: no reference, no golden solutions
+    config.harness = configuration.default().harness
+    config.teachers = configuration.default().teachers  # that of teacher.path is examined
     config.guard.action = "off"  # the guard may raise terms that need these
     config.eval.data = config.eval.best = ""
     config.data.epochs = 0.0

@@ -20,7 +20,7 @@ from opd_jax.training.step_functions import make_step_functions
 from opd_jax.training.terms import Divergence, default_terms, make_terms
 from opd_jax.types import Frozen, RolloutRows, Scores, SpanScores, TextRows
 from tests.support.lanes import slow
-from tests.support.small_run import lines, small
+from tests.support.small_run import lines, small, without_times
 from tests.training.test_span_scores import golden_rollout, two_tokenizers
 
 # Two rows: spans of 1, 2 and 3 tokens of the student, of which the teacher has 1, 3 and 1; and of 1 and 1.
@@ -291,15 +291,22 @@ def test_numbers_that_nothing_reads_are_refused(folders, compare, changes, messa
 @pytest.mark.slow
 @pytest.mark.parametrize("compared", SPAN_EVENTS)
 def test_a_run(tmp_path, capsys, compared):
-    """Trained, resumed, and every program known before the first step."""
+    """Three steps, and one more after a resume, which is that of a run without a break."""
     config = two_tokenizers(tmp_path)
     config.scoring.compare = "spans"
     config.loss.update({"pg_weight": 0.0, "divergence_weight": 1.0, "span_events": compared})
-    config.steps = 3
+    config.eval.data, config.steps = "", 3
     train.run(config, str(tmp_path / "run"), command=["test"])
     assert f"loss.span_events={compared}: " in capsys.readouterr().out
     rows = [row for row in lines(tmp_path / "run", "metrics.jsonl") if "loss/divergence" in row]
     assert len(rows) == 3
     assert all(row["loss/divergence"] > 0 for row in rows)
     config.steps = 4
-    train.run(config, str(tmp_path / "run"), command=["test"])
+    for name in ("run", "straight"):  # resumed, and without a break: the same to the last digit
+        train.run(config, str(tmp_path / name), command=["test"])
+    learned_rows = [
+        without_times([row for row in lines(tmp_path / name, "metrics.jsonl") if "loss/divergence" in row])
+        for name in ("run", "straight")
+    ]  # fmt: skip
+    assert [len(found) for found in learned_rows] == [4, 4]
+    assert learned_rows[0] == learned_rows[1]

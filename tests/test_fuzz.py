@@ -10,13 +10,14 @@ from tests.support.fuzz_readers import READERS
 from tests.support.lanes import slow
 
 COUNT = int(os.environ.get("OPD_JAX_FUZZ", "100"))
-FEWER = {"grades": 20, "workdir": 30}  # a process, or files that are synced
+# A process, or files that are synced; and configs, of which few are accepted and each takes milliseconds.
+OWN = {"grades": 20, "workdir": 30, "config": 500}
 
 
 @pytest.mark.parametrize("part", [0.4, *slow(1.0)])
 @pytest.mark.parametrize("name", list(READERS))
 def test_mutated_input_is_accepted_or_refused(name, part, tmp_path):
-    count = int(part * (COUNT if COUNT != 100 else FEWER.get(name, COUNT)))
+    count = int(part * (COUNT if COUNT != 100 else OWN.get(name, COUNT)))
     accepted, slowest, grown = fuzz.lane(name, count, tmp_path)
     assert accepted > 0
     assert accepted < count or name in ("answers", "grades")  # of which nothing is ever refused

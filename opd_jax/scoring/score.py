@@ -122,7 +122,8 @@ def score(
     prompts, where those differ. Rows go through the models in micro-batches of at most `microbatch_tokens`
     tokens, which bounds the activations as `spec.token_chunk` bounds the logits; both apply to one replica
     of the `mesh`. With `batch` the micro-batches are those of so many rows, whatever the number here is.
-    Returns host arrays of the shape of `tokens_BT`.
+    Returns host arrays of the shape of `tokens_BT`. (Nine arguments: what is scored, how, and in which parts.
+    Each caller has them singly, so a record would be filled only to be taken apart here.)
     """
     tokens_BT, length_B = np.asarray(tokens_BT), np.asarray(length_B)
     first_B = np.ones_like(length_B) if first_B is None else np.asarray(first_B)

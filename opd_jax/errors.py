@@ -16,7 +16,7 @@ class OpdError(Exception):
     """
 
     def __str__(self) -> str:
-        text = super().__str__()
+        text = super().__str__().strip()
         return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 

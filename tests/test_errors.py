@@ -21,6 +21,7 @@ ERRORS = [
     ("text", "printed"),
     [
         ("data.train='a\r\n\x0bb\x85c\u2028d'", r"data.train='a\r\n\x0bb\x85c\u2028d'"),
+        ("what absl quotes ends a line\n", "what absl quotes ends a line"),
         ("clear \x1b[2J the screen", r"clear \x1b[2J the screen"),
         ("half \ud83d of a character", r"half \ud83d of a character"),
         ("Größe 「3」 🙂 is as it is", "Größe 「3」 🙂 is as it is"),

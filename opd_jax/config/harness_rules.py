@@ -3,6 +3,7 @@
 from ml_collections import ConfigDict
 
 from opd_jax.config.harness_fields import HARNESS
+from opd_jax.config.loss_rules import asks_teacher
 from opd_jax.config.rules import shows
 from opd_jax.errors import ConfigError
 
@@ -31,8 +32,7 @@ def check_harness(config: ConfigDict) -> None:
                 f"{name} shows {shown}, which the student writes for the teacher's prompt alone; remove it, "
                 "or give that text another name: --config.harness.field=NAME"
             )
-    by_teacher = loss.pg_weight and (loss.teacher_coef or (loss.group_coef and loss.evidence_share))
-    if not (by_teacher or loss.divergence_weight):
+    if not (asks_teacher(loss) or loss.divergence_weight):
         raise ConfigError(
             "harness.prompt has no effect: no term of this loss on rollouts reads the teacher; set "
             "--config.harness.prompt="

@@ -9,13 +9,18 @@ from opd_jax.config.schema import wrong
 from opd_jax.errors import ConfigError
 
 
+def asks_teacher(loss: ConfigDict) -> bool:
+    """Return whether the surrogate's advantage reads the teacher."""
+    by_evidence = loss.group_coef and loss.evidence_share
+    return bool(loss.pg_weight and (loss.teacher_coef or by_evidence))
+
+
 def check_loss(config: ConfigDict) -> None:
     """Rules between the fields of the loss: what would be ignored, or could not teach, is refused."""
     loss = config.loss
     by_teacher = loss.pg_weight and loss.teacher_coef
-    by_evidence = loss.pg_weight and loss.group_coef and loss.evidence_share
     divergences = loss.divergence_weight or loss.golden_divergence
-    if (by_teacher or by_evidence or divergences) and not config.teacher.path:
+    if (asks_teacher(loss) or divergences) and not config.teacher.path:
         raise wrong(
             "teacher.path", "''",
             "a Hugging Face folder (loss.teacher_coef, loss.divergence_weight, loss.golden_divergence "
@@ -152,8 +157,7 @@ def check_gates(config: ConfigDict) -> None:
         )
     if loss.rollout_gate != "agreement":
         return
-    by_evidence = loss.group_coef and loss.evidence_share
-    if not (loss.pg_weight and (loss.teacher_coef or by_evidence)) and not loss.divergence_weight:
+    if not asks_teacher(loss) and not loss.divergence_weight:
         raise ConfigError(
             "loss.rollout_gate=agreement compares the teacher with the reward, and no term of this loss "
             "asks a teacher; set --config.loss.teacher_coef=1, or --config.loss.rollout_gate=correct"

@@ -3,6 +3,7 @@
 from ml_collections import ConfigDict
 
 from opd_jax.config import teacher_list
+from opd_jax.config.loss_rules import asks_teacher
 from opd_jax.config.teacher_fields import TEACHERS
 from opd_jax.errors import ConfigError
 
@@ -31,8 +32,7 @@ def check_teachers(config: ConfigDict) -> None:
         )
     _check_routes(section, 1 + len(others))
     loss = config.loss
-    by_teacher = loss.pg_weight and (loss.teacher_coef or (loss.group_coef and loss.evidence_share))
-    if not (by_teacher or loss.divergence_weight or loss.golden_divergence):
+    if not (asks_teacher(loss) or loss.divergence_weight or loss.golden_divergence):
         raise ConfigError(
             f"teachers.others={section.others} has no effect: no term of this loss reads a teacher; set "
             "--config.teachers.others="

@@ -1,6 +1,7 @@
 """Settings of every test: CPU, no network, and accidental broadcasting is an error."""
 
 import atexit
+import gc
 import math
 import os
 import pathlib
@@ -35,15 +36,31 @@ if f"opd_jax_tests_{os.getpid()}_" in os.environ["OPD_JAX_TEST_PROGRAMS"]:  # ma
 
 BEGAN = time.monotonic()
 FAST_LANE = "not slow and not real"  # of pyproject.toml
+QUICK_FLAGS = (
+    "--xla_cpu_use_fusion_emitters=false"  # MLIR takes more than half of a small compilation
+)
 
 
 def pytest_configure(config) -> None:
-    """The fast lane checks equations, not XLA: its own process compiles without XLA's optimisations.
+    """The fast lane checks equations, not XLA: its own process compiles as quickly as XLA can.
 
-    They take much of the time. Other lanes, and processes that tests start, compile as a run does.
+    Compilation takes most of the time. Other lanes, and processes that tests start, compile as a run does.
     """
     if config.getoption("markexpr") == FAST_LANE:
         jax.config.update("jax_disable_most_optimizations", True)
+        before = os.environ.get("XLA_FLAGS")
+        os.environ["XLA_FLAGS"] = f"{before or ''} {QUICK_FLAGS}"
+        jax.devices()  # reads them, once a process
+        del os.environ["XLA_FLAGS"]
+        if before is not None:
+            os.environ["XLA_FLAGS"] = before
+
+
+def pytest_collection_finish(session) -> None:
+    """What modules hold stays to the end: a collection of garbage need not look at it each time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 def pytest_addoption(parser) -> None:

@@ -152,8 +152,12 @@ def _sizes(tree: Any) -> list[tuple[Any, int]]:
 def _adapters(workload: Workload, mesh: Mesh) -> Any:
     """Return shapes, dtypes and shardings of the compute weights of adapters."""
     assert workload.low_rank is not None
-    abstract = low_rank.abstract_adapters(workload.student, workload.low_rank)
-    params = mesh.slices(_cast(abstract, workload.itemsize), "student")
+    return _adapter_weights(workload.student, workload.low_rank, workload.itemsize, mesh)
+
+
+@functools.lru_cache(64)
+def _adapter_weights(model: ModelConfig, spec: LowRank, itemsize: int, mesh: Mesh) -> Any:
+    params = mesh.slices(_cast(low_rank.abstract_adapters(model, spec), itemsize), "student")
     return mesh.structs(params, mesh.weights(params))
 
 

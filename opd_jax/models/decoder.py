@@ -11,6 +11,7 @@ The compute dtype is that of the parameters (that of norm.scale where the embedd
 float32 masters); norms, rotations, softmax and logits are float32.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -146,6 +147,11 @@ def init(key: jax.Array, config: ModelConfig) -> Params:
 
 def abstract_params(config: ModelConfig) -> Params:
     """Return shapes and dtypes of `init`'s tree, without arrays."""
+    return jax.tree.map(lambda leaf: leaf, _abstract_params(config))  # the caller's own dicts
+
+
+@functools.lru_cache(64)
+def _abstract_params(config: ModelConfig) -> Params:
     return jax.eval_shape(lambda: init(jax.random.key(0), config))
 
 

@@ -1,5 +1,7 @@
 """Divergences over a vocabulary and over supports, against hand arithmetic and closed-form gradients."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +23,7 @@ pytestmark = [pytest.mark.short, pytest.mark.usefixtures("strict_dtypes")]
 # exact_kl
 
 
+@jax.jit
 def kl_of_logits(x_TV, y_TV) -> jax.Array:
     return losses.exact_kl(
         p_logprob_BTV=jax.nn.log_softmax(x_TV)[None], q_logprob_BTV=jax.nn.log_softmax(y_TV)[None]
@@ -86,6 +89,7 @@ def test_exact_kl_of_impossible_ids_is_finite_backwards(logits):
 SHARES = {"skewed_reverse": 0.1, "skewed_forward": 0.1, "mixture": 0.25}
 
 
+@partial(jax.jit, static_argnames=("direction", "beta"))
 def directed(x_TV, y_TV, direction: str, beta: float = 0.5):
     return losses.divergence(
         p_logprob_BTV=jax.nn.log_softmax(x_TV)[None],
@@ -234,6 +238,7 @@ def test_mixture_gradient_in_closed_form(logits):
 LOG_P, LOG_Q = jnp.log(jnp.asarray(P, jnp.float32)), jnp.log(jnp.asarray(Q, jnp.float32))
 
 
+@partial(jax.jit, static_argnames=("direction", "form"))
 def on_first_two(x, y, direction: str, form: str):
     """D over ids 0 and 1 of student logits x and teacher logits y. Scalar."""
     p, q = jax.nn.log_softmax(x), jax.nn.log_softmax(y)
@@ -333,8 +338,9 @@ def test_over_the_whole_vocabulary_all_forms_agree(logits, direction, form):
             )
         )  # fmt: skip
 
-    value, gradient = jax.value_and_grad(total)(x, form)
-    whole, whole_gradient = jax.value_and_grad(total)(x, "raw")
+    graded = jax.jit(jax.value_and_grad(total), static_argnums=1)
+    value, gradient = graded(x, form)
+    whole, whole_gradient = graded(x, "raw")
     np.testing.assert_allclose(value, whole, rtol=1e-6)
     np.testing.assert_allclose(gradient, whole_gradient, atol=1e-6)
 

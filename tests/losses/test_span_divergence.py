@@ -138,7 +138,7 @@ def test_gradients_by_finite_differences(logits, compared):
                     own, teacher, joint_C, weight=0.4, direction="jsd", share=0.5
                 )[0]
 
-            check_grads(value, (x, jnp.array([-0.7 * joint])), order=1, modes=["rev"])
+            check_grads(jax.jit(value), (x, jnp.array([-0.7 * joint])), order=1, modes=["rev"])
 
 
 def test_the_teacher_has_no_gradient(logits):

@@ -12,6 +12,7 @@ from opd_jax.models import decoder, low_rank
 from opd_jax.models.decoder import Linear
 from opd_jax.models.low_rank import TARGETS, LowRank
 from tests.conftest import noisy_params, random_rows, tiny_config
+from tests.support import calls
 
 pytestmark = pytest.mark.short
 CONFIG = tiny_config(num_layers=2)
@@ -66,8 +67,8 @@ def test_start_is_the_base_bit_for_bit():
     base, (rows, length) = noisy_params(CONFIG), random_rows(CONFIG, 2, 20)
     adapters = low_rank.init(jax.random.key(0), CONFIG, SPEC)
     joined = low_rank.join(base, adapters)
-    got = decoder.forward(joined, scaled(), rows, length)
-    np.testing.assert_array_equal(got, decoder.forward(base, CONFIG, rows, length))
+    got = calls.forward(joined, scaled(), rows, length)
+    np.testing.assert_array_equal(got, calls.forward(base, CONFIG, rows, length))
     merged = low_rank.merge(joined, SPEC.scale)
     jax.tree.map(np.testing.assert_array_equal, merged, base)
 
@@ -89,11 +90,11 @@ def test_merged_weights_are_the_joined_model():
     joined, (rows, length) = low_rank.join(base, adapters), random_rows(CONFIG, 2, 20)
     merged = low_rank.merge(joined, SPEC.scale)
     assert jax.tree.structure(merged) == jax.tree.structure(base)
-    got = decoder.forward(joined, scaled(), rows, length)
+    got = calls.forward(joined, scaled(), rows, length)
     real = np.arange(20)[None] < np.asarray(length)[:, None]
-    want = decoder.forward(merged, CONFIG, rows, length)
+    want = calls.forward(merged, CONFIG, rows, length)
     np.testing.assert_allclose(got[real], want[real], atol=2e-5)
-    assert np.abs(want - decoder.forward(base, CONFIG, rows, length))[real].max() > 0.1
+    assert np.abs(want - calls.forward(base, CONFIG, rows, length))[real].max() > 0.1
     layers = low_rank.merge(decoder.unstack(joined), SPEC.scale)["layers"]
     np.testing.assert_allclose(
         layers[1]["gate"]["kernel"], merged["layers"]["gate"]["kernel"][1], rtol=1e-5, atol=1e-6
@@ -118,9 +119,9 @@ def test_gradient_is_the_projection_of_the_full_gradient():
     def through(adapters):
         return loss(low_rank.join(base, adapters), scaled())
 
-    got = jax.grad(through)(adapters)["layers"]
+    got = jax.jit(jax.grad(through))(adapters)["layers"]
     merged = low_rank.merge(low_rank.join(base, adapters), SPEC.scale)
-    full = jax.grad(loss)(merged, CONFIG)["layers"]
+    full = jax.jit(jax.grad(loss), static_argnums=1)(merged, CONFIG)["layers"]
     for name, pair in adapters["layers"].items():
         gradient = full[name]["kernel"]
         wanted_a = SPEC.scale * jnp.einsum("LDF,LRF->LDR", gradient, pair["lora_b"])
@@ -156,7 +157,7 @@ def test_bfloat16_base_stays_bfloat16():
     base = jax.tree.map(lambda w: w.astype(jnp.bfloat16), noisy_params(CONFIG))
     adapters = jax.tree.map(lambda w: w.astype(jnp.bfloat16), noisy_adapters())
     joined, (rows, length) = low_rank.join(base, adapters), random_rows(CONFIG, 2, 20)
-    assert decoder.hidden_states(joined, scaled(), rows, length).dtype == jnp.bfloat16
+    assert calls.hidden_states(joined, scaled(), rows, length).dtype == jnp.bfloat16
     merged = low_rank.merge(joined, SPEC.scale)
     assert {leaf.dtype for leaf in jax.tree.leaves(merged)} == {jnp.dtype(jnp.bfloat16)}
 

@@ -82,7 +82,7 @@ def test_logits_and_gradients_are_those_of_torch(tmp_path, case):
         taken = jnp.take_along_axis(logprob, ROWS[:, 1:, None], -1)[..., 0]
         return -jnp.sum(jnp.where(COUNTED, taken, 0.0)) / COUNTED.sum(), logits
 
-    (value, got), gradients = jax.value_and_grad(ours, has_aux=True)(adapters)
+    (value, got), gradients = jax.jit(jax.value_and_grad(ours, has_aux=True))(adapters)
     np.testing.assert_allclose(value, loss.item(), rtol=1e-5)
     np.testing.assert_allclose(np.asarray(got)[REAL], logits.detach().numpy()[REAL], atol=1e-4)
     hf_adapters.save(str(tmp_path / "g"), gradients, spec, source="", base="")

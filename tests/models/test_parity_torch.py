@@ -7,9 +7,10 @@ import pytest
 
 from opd_jax import models
 from opd_jax.models import config as architecture
-from opd_jax.models import decoder, hf_load, rope
+from opd_jax.models import hf_load, rope
 from opd_jax.models.rope_config import RopeScaling
 from tests.conftest import noisy_params, random_rows, tiny_config
+from tests.support import calls
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.torch
@@ -80,7 +81,7 @@ def test_their_folder_gives_their_logits(tmp_path, case):
             weight.add_(0.1 * torch.randn_like(weight))
     model.save_pretrained(tmp_path)
     ours, params = hf_load.load(str(tmp_path))
-    assert_same_on_real_tokens(decoder.forward(params, ours, ROWS, LENGTH), torch_logits(model))
+    assert_same_on_real_tokens(calls.forward(params, ours, ROWS, LENGTH), torch_logits(model))
 
 
 @pytest.mark.parametrize(
@@ -110,7 +111,7 @@ def test_our_folder_gives_our_logits(tmp_path, config):
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     assert model.config.eos_token_id == 1
-    assert_same_on_real_tokens(decoder.forward(params, config, ROWS, LENGTH), torch_logits(model))
+    assert_same_on_real_tokens(calls.forward(params, config, ROWS, LENGTH), torch_logits(model))
 
 
 FREQUENCIES = {

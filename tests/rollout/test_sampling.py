@@ -1,5 +1,7 @@
 """The sampler's distribution against exact probabilities, and the nucleus against sorting."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,9 +24,14 @@ def sample(logits_BV, keys, sampling):
 def draw(logits_BV, seed: int = 0, *, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0):
     """(tokens, logprobs) with one key a row."""
     keys = jax.random.split(jax.random.key(seed), len(logits_BV))
-    sampling = SamplingParams(1, temperature=temperature, top_p=top_p, top_k=top_k)
-    token, logprob = sample(jnp.asarray(logits_BV), keys, sampling)
+    token, logprob = _sampled(jnp.asarray(logits_BV), keys, temperature, top_p, top_k)
     return np.asarray(token), np.asarray(logprob)
+
+
+@partial(jax.jit, static_argnums=(2, 3, 4))
+def _sampled(logits_BV, keys, temperature: float, top_p: float, top_k: int):
+    sampling = SamplingParams(1, temperature=temperature, top_p=top_p, top_k=top_k)
+    return sample(logits_BV, keys, sampling)
 
 
 def sorted_nucleus(logits_V: np.ndarray, top_p: float) -> np.ndarray:
@@ -103,10 +110,9 @@ def test_a_draw_depends_on_its_key_alone():
     logits = np.random.default_rng(0).standard_normal((6, 30))
     keys = jax.random.split(jax.random.key(3), 6)
     sampling = SamplingParams(1, top_p=0.9)
-    together, _ = sample(jnp.asarray(logits), keys, sampling)
-    alone = [
-        sample(jnp.asarray(logits[i : i + 1]), keys[i : i + 1], sampling)[0][0] for i in range(6)
-    ]
+    drawn = jax.jit(lambda logits, keys: sample(logits, keys, sampling)[0])
+    together = drawn(jnp.asarray(logits), keys)
+    alone = [drawn(jnp.asarray(logits[i : i + 1]), keys[i : i + 1])[0] for i in range(6)]
     np.testing.assert_array_equal(together, alone)
 
 

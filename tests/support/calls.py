@@ -8,10 +8,15 @@ import jax
 import numpy as np
 
 from opd_jax import scoring
-from opd_jax.models import Model, ModelConfig, Params
+from opd_jax.models import Model, ModelConfig, Params, decoder
 from opd_jax.models.end_tokens import EVERY_ID
 from opd_jax.rollout import Batching, SamplingParams, row_keys, sample_responses
 from opd_jax.types import Rollout, Scores
+
+forward = jax.jit(
+    decoder.forward, static_argnames="config"
+)  # eager, each of its operations compiles
+hidden_states = jax.jit(decoder.hidden_states, static_argnames="config")
 
 _BATCHING = {field.name for field in dataclasses.fields(Batching)}
 _SPEC = {field.name for field in dataclasses.fields(scoring.ScoreSpec)}

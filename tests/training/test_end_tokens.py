@@ -67,7 +67,7 @@ def weights(name: str) -> decoder.Params:
 def hidden(name: str) -> np.ndarray:
     """What predicts token t, at t: float64 [B, T, D]."""
     config = TEACHER if name == "teacher" else STUDENT
-    states = decoder.hidden_states(weights(name), config, jnp.asarray(TOKENS), jnp.asarray(LENGTH))
+    states = calls.hidden_states(weights(name), config, jnp.asarray(TOKENS), jnp.asarray(LENGTH))
     states = np.asarray(states, np.float64)
     return np.concatenate([np.zeros_like(states[:, :1]), states[:, :-1]], axis=1)
 

@@ -105,7 +105,7 @@ def published(direction: str, given: Rollout) -> np.ndarray:
     states, heads = {}, {}
     for name, params in (("p", STUDENT), ("q", TEACHER)):
         tokens, length = jnp.asarray(given.tokens_BT), jnp.asarray(given.length_B)
-        states[name] = np.float64(decoder.hidden_states(params, CONFIG, tokens, length))
+        states[name] = np.float64(calls.hidden_states(params, CONFIG, tokens, length))
         heads[name] = np.float64(decoder.head(params))
     for b, t in np.argwhere(given.response_mask_BT):
         h = states["p"][b, t - 1]

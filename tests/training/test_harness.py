@@ -111,6 +111,7 @@ def run_of(config, folder) -> tuple[list[dict], list[dict], object]:
     return rows, lines(folder, "rollouts.jsonl"), result.state
 
 
+@pytest.mark.slow
 def test_a_run_resumes_to_the_same_bits(folders, tmp_path):
     config = with_harness(folders, eval__data="", checkpoint__every=1)
     config.eval.teacher = True  # nothing is evaluated

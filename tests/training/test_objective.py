@@ -232,7 +232,7 @@ def direct_divergence(params, teacher, rows, teacher_tokens, offset, direction):
     """D(student, teacher) over whole logits, the teacher's read at t + offset of its own rows."""
     p = token_logprobs(params, rows)[1]
     length = rows.length_B + offset
-    logits = jax.nn.log_softmax(decoder.forward(teacher, CONFIG, teacher_tokens, length))
+    logits = jax.nn.log_softmax(calls.forward(teacher, CONFIG, teacher_tokens, length))
     at = jnp.arange(9)[None] + offset[:, None]
     q = jnp.take_along_axis(logits, at[:, :, None], axis=1)
     return jnp.sum(rows.weight_BT[:, 1:] * jnp.sum(integrand(p, q, direction), axis=-1))

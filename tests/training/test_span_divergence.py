@@ -19,6 +19,7 @@ from opd_jax.training.span_objective import SpanTerm, span_inputs
 from opd_jax.training.step_functions import make_step_functions
 from opd_jax.training.terms import Divergence, default_terms, make_terms
 from opd_jax.types import Frozen, RolloutRows, Scores, SpanScores, TextRows
+from tests.support import calls
 from tests.support.lanes import slow
 from tests.support.small_run import lines, small, without_times
 from tests.training.test_span_scores import golden_rollout, two_tokenizers
@@ -143,7 +144,7 @@ def test_chunks_have_value_and_gradient_of_whole_logits(name, token_chunk):
             return by_hand(name, tokens, whole_logprob(head, states), teacher, weight)
 
         at = jnp.asarray(heads[0]), jnp.asarray(hidden[0])
-        got, want = (jax.value_and_grad(f, argnums=(0, 1))(*at) for f in (chunked, whole))
+        got, want = (jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(*at) for f in (chunked, whole))
         np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
         assert got[0] > 0.01
         for mine, theirs in zip(got[1], want[1], strict=True):
@@ -188,7 +189,7 @@ def one_tokenizer(folders, **loss):
 
 @pytest.mark.parametrize(
     ("compared", "direction"),
-    [("candidates", "reverse"), ("matched", "jsd"), *slow(("candidates", "forward"), ("matched", "reverse"))],
+    [("candidates", "reverse"), *slow(("candidates", "forward"), ("matched", "reverse"), ("matched", "jsd"))],
 )  # fmt: skip
 def test_one_tokenizer_through_spans_is_the_plain_path(folders, compared, direction):
     config = one_tokenizer(folders, direction=direction)
@@ -213,7 +214,7 @@ def test_sorted_probabilities_of_one_tokenizer(folders):
     sorted_BTV = []
     for role in ("student", "teacher"):
         architecture, params = models.load(config[role].path)
-        every = decoder.forward(params, architecture, rollout.tokens_BT, rollout.length_B)
+        every = calls.forward(params, architecture, rollout.tokens_BT, rollout.length_B)
         every = setup.spec.events.restrict(every)
         sorted_BTV.append(np.sort(jax.nn.softmax(every), axis=-1))
     distance_BT = np.abs(sorted_BTV[0] - sorted_BTV[1]).sum(-1)
@@ -221,7 +222,8 @@ def test_sorted_probabilities_of_one_tokenizer(folders):
     assert float(parts["divergence"]) == pytest.approx(want, abs=1e-6)
 
 
-@pytest.mark.parametrize("compared", ["candidates", *slow("sorted", "matched")])
+@pytest.mark.slow
+@pytest.mark.parametrize("compared", SPAN_EVENTS)
 def test_two_tokenizers_learn_from_each_span(tmp_path, compared):
     """Chunks of 64 tokens and of 256: the same loss and gradient."""
     config = two_tokenizers(tmp_path)

@@ -39,6 +39,7 @@ def equal(one, other) -> None:
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
+@pytest.mark.slow
 def test_one_teacher_twice_with_halves_is_that_teacher_bit_for_bit(folders, tmp_path):
     path = folders / "teacher"
     twice = of_teachers(folders, tmp_path, f"again={path}", teachers__weights=(0.5, 0.5))

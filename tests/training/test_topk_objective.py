@@ -52,7 +52,7 @@ def scored(support: str | None, k: int = K) -> Scores:
 def whole(which: str) -> np.ndarray:
     """log p(. | tokens[b, :t]) at [b, t], float64 [B, T, V]; nan at t = 0."""
     params = {"student": STUDENT, "teacher": TEACHER}[which]
-    logits = np.asarray(decoder.forward(params, CONFIG, TOKENS, LENGTH), np.float64)
+    logits = np.asarray(calls.forward(params, CONFIG, TOKENS, LENGTH), np.float64)
     every = logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
     return np.concatenate([np.full((4, 1, VOCABULARY), np.nan), every[:, :-1]], axis=1)
 

@@ -90,6 +90,13 @@ def pytest_terminal_summary(terminalreporter) -> None:
         )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_one_module():
+    """Compiled programs are kept for one module of tests: few are shared, and a session's take gigabytes."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def strict_dtypes():
     """No silent float32 <-> bfloat16 promotion (optax does not survive this globally)."""

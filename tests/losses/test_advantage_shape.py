@@ -10,12 +10,13 @@ from opd_jax.losses import advantage_shape as shapes
 from tests.losses.conftest import P, Q, log_softmax, row
 
 pytestmark = [pytest.mark.short, pytest.mark.usefixtures("strict_dtypes")]
+shaped = jax.jit(losses.shaped, static_argnames=("shape", "value"))
 NUMBERS = {"power": 2.0, "floor": 0.2, "skew": 0.1, "unlikely": 0.3}
 
 
 def of(shape: str, q, p, value: float | None = None, kl=None) -> np.ndarray:
     """The shape of tokens with these probabilities of teacher and student; [T]."""
-    got = losses.shaped(
+    got = shaped(
         teacher_logprob_BT=row(np.log(np.atleast_1d(q))),
         student_logprob_BT=row(np.log(np.atleast_1d(p))),
         shape=shape,
@@ -74,14 +75,15 @@ def test_shapes_of_extreme_log_probs_are_finite_and_constant(shape):
     extreme = jnp.asarray([[0.0, -1e30, -1e4, -1e-8]])
 
     def values(teacher, student):
-        return losses.shaped(
+        return shaped(
             teacher_logprob_BT=teacher, student_logprob_BT=student, shape=shape,
             value=NUMBERS.get(shape, 0.0), reverse_kl_BT=jnp.ones_like(student),
         )  # fmt: skip
 
     for student in (extreme, extreme[:, ::-1]):
         assert np.isfinite(values(extreme, student)).all()
-    gradients = jax.grad(lambda *x: jnp.sum(values(*x)), argnums=(0, 1))(extreme, extreme[:, ::-1])
+    graded = jax.jit(jax.grad(lambda *x: jnp.sum(values(*x)), argnums=(0, 1)))
+    gradients = graded(extreme, extreme[:, ::-1])
     for gradient in gradients:
         np.testing.assert_array_equal(gradient, 0.0)
 
@@ -143,7 +145,7 @@ def test_the_expected_gradient_is_minus_that_of_the_divergence(shape, f, logits)
             p = jax.nn.softmax(x)
             return jnp.sum(p * f(jnp.exp(jnp.asarray(log_q)) / p))
 
-        gradient = jax.grad(divergence)(jnp.asarray(log_p))
+        gradient = jax.jit(jax.grad(divergence))(jnp.asarray(log_p))
         got = losses.shaped(
             teacher_logprob_BT=jnp.asarray(log_q)[None], student_logprob_BT=jnp.asarray(log_p)[None],
             shape=shape,
@@ -178,7 +180,7 @@ def test_the_baseline_has_mean_zero_and_leaves_the_expected_gradient(logits):
 
 def test_the_mean_of_the_skewed_sample_is_minus_the_skewed_divergence(logits):
     log_p, log_q = pair(logits)
-    got = losses.shaped(
+    got = shaped(
         teacher_logprob_BT=row(log_q), student_logprob_BT=row(log_p), shape="skew", value=0.1
     )[0]
     kl = losses.skewed_reverse_kl(p_logprob_BTV=row([log_p]), q_logprob_BTV=row([log_q]), skew=0.1)

@@ -51,6 +51,7 @@ def test_only_adapters_are_trained_and_saved(straight, folders):
     assert all(row["rollout/sampler_logprob_gap_max"] < 1e-4 for row in rows[1:])
 
 
+@pytest.mark.slow
 def test_four_steps_equal_two_and_a_resume_and_two_bit_for_bit(straight, folders, tmp_path):
     result, workdir = straight
     config = with_adapters(folders)

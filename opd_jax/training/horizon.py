@@ -70,8 +70,10 @@ def observe(state: State, step: int, row: Mapping[str, float], rules: Rules) -> 
     """Return the state after `step`, whose metrics are `row`; the budget changes at multiples of `every`.
 
     Without a least entropy the budget of step s is length (s - 1) // every of the ladder, whatever was
-    measured.
+    measured. A fixed budget has no checks and sums up nothing: its state stays that of the start.
     """
+    if len(rules.ladder) == 1:
+        return state
     entropy = row.get(ENTROPY, math.nan)
     if math.isfinite(entropy):
         state = dataclasses.replace(state, entropy=state.entropy + entropy, steps=state.steps + 1)

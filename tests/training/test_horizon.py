@@ -68,6 +68,19 @@ def test_a_state_survives_json_and_its_ladder_may_change():
     assert horizon.keys(state, rules) == {"rollout/horizon": 32.0}
 
 
+@pytest.mark.parametrize("ladder", [(192,), (16, 32, 64)], ids=["fixed", "stairs"])
+def test_a_run_that_goes_on_from_any_step_has_the_state_of_one_without_a_break(ladder):
+    """A fixed budget too: its checkpoint once summed up entropies that a resume began anew."""
+    rules = Rules(ladder, every=3, least_entropy=0.5)
+    state = resumed = horizon.start(rules)
+    for step in range(1, 12):
+        row = {horizon.ENTROPY: 0.1 * step}
+        state = horizon.observe(state, step, row, rules)
+        resumed = horizon.observe(resumed, step, row, rules)
+        resumed = horizon.from_json(horizon.to_json(resumed), rules)
+        assert resumed == state, step
+
+
 def test_the_start_of_a_run_names_the_stairs_and_whether_the_last_is_reached():
     rules = Rules((16, 32, 64), every=3, least_entropy=0.0)
     (line,) = horizon.describe(rules, 100)
